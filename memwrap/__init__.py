@@ -1,0 +1,26 @@
+"""memwrap attaches memory to language models that already exist."""
+
+from memwrap.configuration import MemoryModelConfig
+from memwrap.memories.armt import ARMTConfig
+from memwrap.memories.base import MemoryConfig
+from memwrap.memories.rmt import RMTConfig
+from memwrap.model import MemoryModelForCausalLM
+from memwrap.registry import available, config_class
+from memwrap.saving import VERSION as __version__
+from memwrap.state import MemoryState
+from memwrap.wrapping import load, unwrap, wrap
+
+__all__ = [
+    "ARMTConfig",
+    "MemoryConfig",
+    "MemoryModelConfig",
+    "MemoryModelForCausalLM",
+    "MemoryState",
+    "RMTConfig",
+    "__version__",
+    "available",
+    "config_class",
+    "load",
+    "unwrap",
+    "wrap",
+]

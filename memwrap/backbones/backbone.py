@@ -1,0 +1,178 @@
+"""The parts of a causal LM that memwrap needs, found without naming a family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from memwrap.backbones import layers as layer_place
+from memwrap.backbones.layers import LayerReader
+from memwrap.backbones.masks import build_masks, layer_kinds
+
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+class _Facade:
+    """Looks like `target` but for the attributes given: lets a model's own `forward` run its
+    head (soft caps, scaling and all) on hidden states that were computed elsewhere."""
+
+    def __init__(self, target: Any, **overrides: Any) -> None:
+        self.__dict__.update(overrides, _target=target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_target"], name)
+
+
+class Backbone:
+    """A view of a `PreTrainedModel`: embeddings, decoder, layers, head, masks, limits.
+
+    Raises:
+        ValueError: if the model lacks a part that every memory needs; the error names it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"The backbone is a {type(model).__name__}; memwrap needs a transformers causal LM "
+                "(AutoModelForCausalLM.from_pretrained(...))."
+            )
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        if decoder is None or decoder is model:
+            raise ValueError(f"{type(model).__name__} offers no decoder (`get_decoder()`).")
+        self.decoder: nn.Module = decoder
+        if model.get_input_embeddings() is None or model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(model).__name__} offers no input or no output embeddings; memwrap needs a "
+                "causal LM with both."
+            )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder, not a causal LM.")
+        implementation = self.config._attn_implementation
+        if implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"The backbone's attention is {implementation!r}; segments need explicit masks: "
+                "load it with attn_implementation='sdpa' (or 'eager')."
+            )
+        layer_kinds(self.config)
+        self._path = next(n for n, m in model.named_modules() if m is decoder).split(".")
+
+    @property
+    def embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    @property
+    def embedding_size(self) -> int:
+        return self.embeddings.weight.shape[1]  # type: ignore[union-attr,return-value]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers.
+
+        Raises:
+            ValueError: if they cannot be found; layer-level memories need them.
+        """
+        count = self.config.num_hidden_layers
+        for module in self.decoder.modules():
+            if (
+                isinstance(module, nn.ModuleList)
+                and len(module) == count
+                and all(isinstance(item, GradientCheckpointingLayer) for item in module)
+            ):
+                return module
+        raise ValueError(
+            f"{type(self.model).__name__} offers no list of {count} decoder layers; memories at "
+            "the layer place need one. Token-level memories (rmt) work without."
+        )
+
+    @property
+    def max_positions(self) -> int | None:
+        """Rows of a learned position table, or None where positions have no hard end."""
+        own = self.embeddings
+        tables = [m for m in self.decoder.modules() if isinstance(m, nn.Embedding) and m is not own]
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is None or not any(table.num_embeddings >= limit for table in tables):
+            return None
+        return limit
+
+    def attach_layers(self) -> None:
+        layer_place.attach(self.layers)
+
+    def detach_layers(self) -> None:
+        layer_place.detach(self.layers)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """`(B, T)` ids -> `(B, T, D)` embeddings."""
+        return self.embeddings(input_ids)
+
+    def run(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        *,
+        key_positions: Tensor | None = None,
+        key_valid: Tensor | None = None,
+        cache: Cache | None = None,
+        context: LayerReader | None = None,
+    ) -> Tensor:
+        """Run the decoder over embeddings.
+
+        Args:
+            embeds: `(B, T, D)`.
+            positions: `(B, T)`.
+            key_positions, key_valid: `(B, K)`, of the cached keys and the new ones; `None` means
+                plain causal attention over T contiguous positions, without a mask tensor.
+            cache: holds the keys and values of the open segment and takes up the new ones.
+            context: read and written by the layers.
+
+        Returns:
+            The last hidden states `(B, T, D)`, after the final norm.
+
+        Raises:
+            ValueError: if the decoder does not hand keywords down to its layers.
+        """
+        mask = None
+        if key_positions is not None and key_valid is not None:
+            mask = build_masks(
+                self.config, positions, key_positions, key_valid,
+                dtype=embeds.dtype, device=embeds.device,
+            )  # fmt: skip
+        extra = {} if context is None else {"memory_context": context}
+        return self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions.to(embeds.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **extra,
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `(B, T, V)` of last hidden states, through the model's own forward."""
+
+        def decoder(*args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+
+        stand_in: Any = decoder
+        for depth in range(len(self._path) - 1, -1, -1):
+            owner = self.model.get_submodule(".".join(self._path[:depth]))
+            stand_in = _Facade(owner, **{self._path[depth]: stand_in})
+        out = type(self.model).forward(stand_in, inputs_embeds=hidden, use_cache=False)
+        return out.logits
+
+    def embedding_std(self) -> float:
+        """Standard deviation of the input embedding weights."""
+        weight: Tensor = self.embeddings.weight  # type: ignore[assignment,union-attr]
+        return float(weight.detach().float().std())
+
+
+def memory_dtype(model: PreTrainedModel) -> torch.dtype:
+    """float32 for memory parameters, whatever the backbone's dtype (float64 for float64)."""
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32)

@@ -1,0 +1,55 @@
+"""The layer place: a decoder layer that reads before and writes after its own forward.
+
+The instance gets a dynamic subclass of its class; no module is replaced, so parameter names,
+PEFT targets, device maps and output recording stay as they are.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class LayerReader(Protocol):
+    """What travels down the backbone as the keyword `memory_context`."""
+
+    def before_layer(self, layer: int, hidden: Tensor) -> Tensor: ...
+
+    def after_layer(self, layer: int, hidden: Tensor) -> None: ...
+
+
+@cache
+def _memory_layer(parent: type[nn.Module], index: int) -> type[nn.Module]:
+    def forward(
+        self: nn.Module,
+        hidden_states: Tensor,
+        *args: Any,
+        memory_context: LayerReader | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if memory_context is None:
+            return parent.forward(self, hidden_states, *args, **kwargs)
+        hidden_states = memory_context.before_layer(index, hidden_states)
+        out = parent.forward(self, hidden_states, *args, memory_context=memory_context, **kwargs)
+        memory_context.after_layer(index, out[0] if isinstance(out, tuple) else out)
+        return out
+
+    members = {"forward": forward, "_memwrap_parent": parent, "__doc__": parent.__doc__}
+    return type(f"Memory{parent.__name__}", (parent,), members)
+
+
+def attach(layers: nn.ModuleList) -> None:
+    """Let every layer read and write; a layer that does already is left alone."""
+    for index, layer in enumerate(layers):
+        if not hasattr(type(layer), "_memwrap_parent"):
+            layer.__class__ = _memory_layer(type(layer), index)
+
+
+def detach(layers: nn.ModuleList) -> None:
+    """Give every layer its own class back."""
+    for layer in layers:
+        parent = getattr(type(layer), "_memwrap_parent", None)
+        if parent is not None:
+            layer.__class__ = parent

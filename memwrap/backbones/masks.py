@@ -1,0 +1,66 @@
+"""Explicit attention masks from positions: who may see whom, with padding and windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = ("full_attention", "sliding_attention")
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kinds of attention among a backbone's layers, sorted.
+
+    Raises:
+        ValueError: for a kind that an explicit mask cannot express.
+    """
+    types = getattr(config, "layer_types", None)
+    if types:
+        kinds = sorted(set(types))
+    else:
+        kinds = [KINDS[1] if getattr(config, "sliding_window", None) else KINDS[0]]
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ValueError(
+            f"The backbone ({config.model_type}) has layers of type {', '.join(unknown)}; memwrap "
+            f"reads segments through {' and '.join(KINDS)} layers only."
+        )
+    return kinds
+
+
+def build_masks(
+    config: Any,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    key_valid: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | dict[str, Tensor]:
+    """The mask a backbone takes: one `(B, 1, T, K)` tensor, or one for each kind of layer.
+
+    Args:
+        config: the backbone's (text) config.
+        query_positions: `(B, T)`; the queries are the last T keys.
+        key_positions: `(B, K)`.
+        key_valid: `(B, K)` bool; False is padding, seen by nobody but itself.
+        dtype: dtype of an additive mask.
+        device: where the masks are needed.
+    """
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    visible = (distance >= 0) & key_valid[:, None, :]
+    # A padding query sees itself: a row without any key would be NaN.
+    length = query_positions.shape[1]
+    past = key_positions.shape[1] - length
+    visible[:, torch.arange(length), past + torch.arange(length)] = True
+    result = {}
+    for kind in layer_kinds(config):
+        mask = visible & (distance < config.sliding_window) if kind == KINDS[1] else visible
+        mask = mask[:, None].to(device)
+        if config._attn_implementation == "eager":
+            zero = torch.zeros((), dtype=dtype, device=device)
+            mask = torch.where(mask, zero, torch.finfo(dtype).min)
+        result[kind] = mask
+    return next(iter(result.values())) if len(result) == 1 else result

@@ -1,0 +1,68 @@
+"""The config of a wrapped model: its memories' settings and its backbone's config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+class MemoryModelConfig(PreTrainedConfig):
+    """The configs of the memories and of the backbone.
+
+    Attributes:
+        memories: one dict a memory, with its `name`.
+        backbone: the backbone's own config.
+        base_model: name or path the backbone was loaded from ("" if unknown).
+        base_fingerprint: which weights it had when it was wrapped.
+        base_included: whether its weights are saved beside the memory's.
+        adapters: PEFT configs of the adapters inside the backbone, by adapter name.
+        memwrap_version: who wrote this.
+    """
+
+    model_type = "memwrap"
+    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    memories: list | None = None
+    backbone: Any = None
+    base_model: str = ""
+    base_fingerprint: str = ""
+    base_included: bool = False
+    adapters: dict | None = None
+    memwrap_version: str = ""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.backbone, dict):
+            values = dict(self.backbone)
+            self.backbone = CONFIG_MAPPING[values.pop("model_type")](**values)
+        self.tie_word_embeddings = False  # what the backbone ties it ties itself
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
+        return self if self.backbone is None else self.backbone.get_text_config(decoder=True)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.get_text_config().vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.get_text_config().hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.get_text_config().num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.get_text_config().num_attention_heads
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Text of any length is read; tools that ask for a limit get one beyond any text."""
+        return 2**30
+
+
+AutoConfig.register("memwrap", MemoryModelConfig, exist_ok=True)

@@ -1,0 +1,25 @@
+"""Which weights are these: a short hash of a model's parameters, cheap at any size."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+# So many numbers of each tensor are hashed, evenly spread: training changes nearly all of them.
+_SAMPLES = 4096
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash over names, shapes, dtypes and evenly spread values of the tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES)
+        sample = flat[::step].contiguous().cpu()
+        if sample.numel():
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

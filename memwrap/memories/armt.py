@@ -1,0 +1,189 @@
+"""ARMT: an associative matrix in every layer, written by memory tokens (Rodkin et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, memory_tokens
+from memwrap.ops import associative
+from memwrap.registry import register
+from memwrap.trees import Tree
+
+
+@dataclass(kw_only=True)
+class ARMTConfig(MemoryConfig):
+    """Associative recurrent memory: every layer reads a key-value matrix that memory tokens
+    write at the end of each segment.
+
+    Attributes:
+        num_memory_tokens: m, appended to every segment (the same learned tokens each time).
+        d_mem: width of queries and keys before the feature map.
+        nu: rolls of DPFP; a key has `2 * nu * d_mem` features.
+        n_heads: heads of the matrix (later code; 1 in the paper).
+        feature_norm: divide features by their L2 norm (later code; off in the paper).
+        use_denom: divide reads by `z q`; off gives the plain delta rule. Needs
+            `feature_norm` when off.
+        correction: gamma of the paper; off sets it to 1.
+        gating: one write strength a value channel rather than a head.
+        input_norm: RMSNorm in front of the memory's projections. Not in the paper; without it
+            the zero-initialised values hardly start to learn. Off for published weights.
+        value_init: `"zero"` (neutral start) or `"normal"` (std 0.02).
+        layers: decoder layers that hold a matrix (`None`: all).
+    """
+
+    name: ClassVar[str] = "armt"
+    places: ClassVar[frozenset[str]] = frozenset({"tokens", "layer"})
+    neutral_start: ClassVar[bool] = True
+
+    num_memory_tokens: int = 16
+    d_mem: int = 64
+    nu: int = 3
+    n_heads: int = 1
+    feature_norm: bool = False
+    use_denom: bool = True
+    correction: bool = True
+    gating: bool = False
+    input_norm: bool = True
+    value_init: str = "zero"
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_memory_tokens", "d_mem", "nu", "n_heads"):
+            self._positive(name)
+        self._one_of("value_init", ("zero", "normal"))
+        if self.d_mem % self.n_heads:
+            self._fail("n_heads", f"a divisor of d_mem ({self.d_mem})")
+        if not self.use_denom and not self.feature_norm:
+            self._fail("use_denom", "true unless `feature_norm` is true: raw features overflow")
+        if self.layers is not None:
+            listed = isinstance(self.layers, list) and self.layers
+            if not listed or any(type(i) is not int or i < 0 for i in self.layers):
+                self._fail("layers", "None or a list of layer numbers from 0")
+            if len(set(self.layers)) != len(self.layers):
+                self._fail("layers", "a list without repetitions")
+
+    @classmethod
+    def tiny(cls) -> ARMTConfig:
+        return cls(segment_size=8, num_memory_tokens=2, d_mem=8)
+
+    @property
+    def extra_tokens(self) -> int:
+        return self.num_memory_tokens
+
+
+class AssociativeLayer(nn.Module):
+    """The projections of one layer's matrix: W_mq, W_mk, W_mv, W_mb of the paper."""
+
+    def __init__(self, config: ARMTConfig, sizes: Sizes) -> None:
+        super().__init__()
+        width = sizes.hidden_size
+        make = {"dtype": sizes.dtype, "device": sizes.device}
+        self.config = config
+        self.norm = nn.RMSNorm(width, eps=1e-6, **make) if config.input_norm else nn.Identity()
+        self.query = nn.Linear(width, config.d_mem, bias=False, **make)
+        self.key = nn.Linear(width, config.d_mem, bias=False, **make)
+        self.value = nn.Linear(width, width, bias=False, **make)
+        self.beta = nn.Linear(width, width if config.gating else config.n_heads, **make)
+        if config.value_init == "zero":
+            nn.init.zeros_(self.value.weight)
+        else:
+            nn.init.normal_(self.value.weight, std=0.02)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """`(B, T, H * d)` -> `(B, H, T, d)`."""
+        return x.unflatten(-1, (self.config.n_heads, -1)).transpose(1, 2)
+
+    def _features(self, x: Tensor) -> Tensor:
+        return associative.features(self._heads(x), self.config.nu, self.config.feature_norm)
+
+    def _prepare(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden.to(self.query.weight.dtype))
+
+    def read(self, hidden: Tensor, A: Tensor, z: Tensor | None) -> Tensor:
+        """What the memory holds for each position: `(B, T, D)` -> `(B, T, D)`."""
+        q = self._features(self.query(self._prepare(hidden)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            out = associative.read(q.to(A.dtype), A, z)
+        return out.transpose(1, 2).flatten(2).to(hidden.dtype)
+
+    def write(self, hidden: Tensor, state: Tree) -> Tree:
+        """Write the memory tokens' outputs `(B, m, D)` into `state`."""
+        config, A, z = self.config, state["A"], state.get("z")
+        x = self._prepare(hidden)
+        dtype = A.dtype  # type: ignore[union-attr]
+        k = self._features(self.key(x)).to(dtype)
+        v = self._heads(self.value(x)).to(dtype)
+        beta = self._heads(torch.sigmoid(self.beta(x).to(dtype)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            new_A, new_z = associative.write(
+                k, v, beta, A, z, state["written"],  # type: ignore[arg-type]
+                correction=config.correction,
+                key_eps=0.0 if config.feature_norm else associative.EPS,
+            )  # fmt: skip
+        new: Tree = {"A": new_A, "written": torch.ones_like(state["written"])}  # type: ignore[arg-type]
+        return new if new_z is None else new | {"z": new_z}
+
+
+@register(ARMTConfig)
+class ARMTMemory(Memory):
+    """`[segment | memory tokens]`: each layer adds `A q / z q` to what it is given, and its
+    outputs at the memory tokens are written into its own A and z (section 3, eq. 1 to 6)."""
+
+    config: ARMTConfig
+
+    def __init__(self, config: ARMTConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        wanted = config.layers if config.layers is not None else list(range(sizes.num_layers))
+        if max(wanted) >= sizes.num_layers:
+            raise ValueError(
+                f"ARMTConfig.layers names layer {max(wanted)}; the backbone has layers 0 to "
+                f"{sizes.num_layers - 1}."
+            )
+        if sizes.hidden_size % config.n_heads:
+            raise ValueError(
+                f"ARMTConfig.n_heads is {config.n_heads}; it must divide the backbone's hidden "
+                f"size {sizes.hidden_size}."
+            )
+        self.num_suffix = config.num_memory_tokens
+        self.tokens = memory_tokens(config.num_memory_tokens, sizes)
+        self.layers = nn.ModuleDict({str(i): AssociativeLayer(config, sizes) for i in wanted})
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        config, heads = self.config, self.config.n_heads
+        features = 2 * config.nu * config.d_mem // heads
+        dtype = associative.accumulation_dtype(self.tokens)
+        layers: Tree = {}
+        for name in self.layers:
+            shape = (batch_size, heads, features, self.sizes.hidden_size // heads)
+            layer: Tree = {
+                "A": torch.zeros(shape, dtype=dtype, device=device),
+                "written": torch.zeros(batch_size, dtype=torch.bool, device=device),
+            }
+            if config.use_denom:
+                layer["z"] = torch.zeros(shape[:3], dtype=dtype, device=device)
+            layers[name] = layer
+        return {"layers": layers}
+
+    def suffix(self, state: Tree) -> Tensor:
+        first = next(iter(state["layers"].values()))  # type: ignore[union-attr]
+        return self.tokens.expand(first["written"].shape[0], -1, -1)  # type: ignore[call-overload,index]
+
+    def before_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
+        name = str(layer)
+        if name not in self.layers:
+            return hidden
+        own: Tree = state["layers"][name]  # type: ignore[index,assignment]
+        return hidden + self.layers[name].read(hidden, own["A"], own.get("z"))  # type: ignore[operator]
+
+    def after_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
+        name = str(layer)
+        if name not in self.layers:
+            return state
+        layers: Tree = state["layers"]  # type: ignore[assignment]
+        written = self.layers[name].write(hidden, layers[name])  # type: ignore[operator]
+        return {"layers": {**layers, name: written}}

@@ -1,0 +1,184 @@
+"""What every memory is: a config that validates itself, a module, and a tree of state."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memwrap.trees import Tree
+
+ALIGNMENTS = ("left", "right", "center")
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """Fields that all memories share. Subclass it with the fields of one method.
+
+    Attributes:
+        segment_size: tokens that are read at once; the memory is written when so many are full.
+        bptt_segments: gradients flow through at most so many segments (`None`: all). A
+            sequence is cut into windows of that many segments.
+        loss_on: `"all"` tokens, or only the `"last"` segment of each row.
+        alignment: where a call's tokens are cut: from the `"left"`, from the `"right"` (the
+            first segment is the short one), or in `"center"` (nearly equal lengths). Only
+            "left" gives the same result however the tokens are fed.
+        count_padding: cut by columns and let padding inside a segment take up positions, as
+            published code does. Off: a row gives the same alone and padded in a batch.
+    """
+
+    name: ClassVar[str] = ""
+    places: ClassVar[frozenset[str]] = frozenset()
+    neutral_start: ClassVar[bool] = False
+    bounded: ClassVar[bool] = True
+
+    segment_size: int = 512
+    bptt_segments: int | None = None
+    loss_on: str = "all"
+    alignment: str = "left"
+    count_padding: bool = False
+
+    def __post_init__(self) -> None:
+        self._positive("segment_size")
+        self._positive("bptt_segments", optional=True)
+        self._one_of("loss_on", ("all", "last"))
+        self._one_of("alignment", ALIGNMENTS)
+        for entry in fields(self):
+            if entry.type == "bool" and not isinstance(getattr(self, entry.name), bool):
+                self._fail(entry.name, "true or false")
+
+    def detach_before(self, segment: int) -> bool:
+        """Whether gradients are cut between segment `segment - 1` and `segment` of a call."""
+        return self.bptt_segments is not None and segment % self.bptt_segments == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict with the memory's `name`."""
+        return {"name": self.name, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MemoryConfig:
+        """Build from a dict (its `name` may be left out).
+
+        Raises:
+            ValueError: for an unknown key; suggests the nearest.
+        """
+        values = dict(values)
+        name = values.pop("name", cls.name)
+        if name != cls.name:
+            raise ValueError(f"{cls.__name__} got the settings of {name!r}; it needs {cls.name!r}.")
+        known = [entry.name for entry in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"allowed: {', '.join(known)}."
+                raise ValueError(f"{cls.__name__} has no field `{key}`; {hint}")
+        return cls(**values)
+
+    @classmethod
+    def tiny(cls) -> MemoryConfig:
+        """A small configuration, as the tests of every memory use it."""
+        return cls(segment_size=8)
+
+    @property
+    def extra_tokens(self) -> int:
+        """Positions that a segment takes beyond its tokens."""
+        return 0
+
+    def _fail(self, name: str, allowed: str) -> None:
+        raise ValueError(
+            f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {allowed}."
+        )
+
+    def _positive(self, name: str, *, optional: bool = False, zero: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        least = 0 if zero else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self._fail(name, f"an integer of at least {least}" + (" or None" if optional else ""))
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            self._fail(name, "one of " + ", ".join(map(repr, allowed)))
+
+
+def default_of(config: type[MemoryConfig], name: str) -> Any:
+    """The default of a config field, for tables and pages."""
+    entry = next(f for f in fields(config) if f.name == name)
+    return None if entry.default is MISSING else entry.default
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a memory may know of the backbone it is built for.
+
+    Attributes:
+        hidden_size: width D of the hidden states between layers.
+        embedding_size: width of input embeddings and of the decoder's last hidden state.
+        num_layers: decoder layers.
+        embedding_std: standard deviation of the input embedding weights.
+        dtype: dtype of the memory's parameters.
+        device: device of the memory's parameters.
+    """
+
+    hidden_size: int
+    embedding_size: int
+    num_layers: int
+    embedding_std: float
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+class Memory(nn.Module):
+    """The base of all memories. Implement the calls of the places named in the config.
+
+    State is functional: every call returns new tensors and leaves those it was given alone.
+    """
+
+    def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.config = config
+        self.sizes = sizes
+        self.num_prefix = 0
+        self.num_suffix = 0
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        """The state of rows that have read nothing: a tree of tensors, batch first."""
+        raise NotImplementedError
+
+    def prefix(self, state: Tree) -> Tensor:
+        """Embeddings before a segment, `(B, num_prefix, D)`."""
+        raise NotImplementedError
+
+    def suffix(self, state: Tree) -> Tensor:
+        """Embeddings after a segment, `(B, num_suffix, D)`."""
+        raise NotImplementedError
+
+    def write(self, state: Tree, hidden: Tensor) -> Tree:
+        """The state after a segment closed; `hidden` `(B, num_suffix, D)` are the decoder's
+        last hidden states of the suffix."""
+        return state
+
+    def before_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
+        """What decoder layer `layer` is given instead of `hidden` `(B, T, D)`."""
+        return hidden
+
+    def after_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
+        """The state after layer `layer` gave `hidden` `(B, num_suffix, D)` at the suffix of a
+        closing segment."""
+        return state
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups with settings of their own; parameters not named get the default."""
+        return []
+
+
+def memory_tokens(count: int, sizes: Sizes) -> nn.Parameter:
+    """Learned tokens `(count, D)`, drawn at the scale of the input embeddings."""
+    tokens = torch.empty(count, sizes.embedding_size, dtype=sizes.dtype, device=sizes.device)
+    scale = sizes.embedding_std if math.isfinite(sizes.embedding_std) else 0.02
+    return nn.Parameter(nn.init.normal_(tokens, std=scale or 0.02))

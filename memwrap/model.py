@@ -1,0 +1,447 @@
+"""MemoryModelForCausalLM: the `PreTrainedModel` that a user holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from memwrap.backbones import Backbone
+from memwrap.backbones.backbone import memory_dtype
+from memwrap.configuration import MemoryModelConfig
+from memwrap.fingerprints import fingerprint
+from memwrap.generation import MemoryGenerationMixin
+from memwrap.memories.base import Memory, Sizes
+from memwrap.reading import IGNORED, Inputs, Loop, as_batch, check_inputs, shift_targets
+from memwrap.registry import config_class, memory_class
+from memwrap.saving import SavingMixin, plain_name
+from memwrap.segments import SegmentReader
+from memwrap.state import MemoryState, signature_difference
+
+MEMORY_CHILD = "memory_modules"
+
+
+class MemoryModules(nn.Module):
+    """Holds every memory parameter: the one child that PEFT trains and saves whole."""
+
+    def __init__(self, memories: dict[str, Memory]) -> None:
+        super().__init__()
+        for name, memory in memories.items():
+            self.add_module(name, memory)
+
+    def by_name(self) -> dict[str, Memory]:
+        return dict(self.named_children())  # type: ignore[arg-type]
+
+
+class SegmentDecoder:
+    """What tools that look for a `base_model` get: last hidden states of a text of any length."""
+
+    def __init__(self, model: MemoryModelForCausalLM) -> None:
+        self._model = model
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
+        state = self._model.new_state(inputs.shape[0])
+        reading = self._model.loop()(inputs, state, hidden_from=0, keep_open=False)
+        return BaseModelOutputWithPast(last_hidden_state=reading.hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"].backbone.base_model, name)
+
+
+class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel):
+    """A causal LM with memories: reads text of any length in bounded space.
+
+    Make one with `memwrap.wrap` or `memwrap.load`.
+    """
+
+    config_class = MemoryModelConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(self, config: MemoryModelConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            backbone = AutoModelForCausalLM.from_config(copy.deepcopy(config.backbone))
+        self.parts = Backbone(backbone)
+        self.memory_configs = [
+            config_class(values["name"]).from_dict(values) for values in config.memories or []
+        ]
+        memories = self._build_memories()
+        self._check_positions()
+        # A base class may initialise what it has not seen initialised: nothing here is new to us.
+        self.backbone = backbone
+        self.memory_modules = MemoryModules(memories)
+        for module in self.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        if any("layer" in c.places for c in self.memory_configs):
+            self.parts.attach_layers()
+        self.gradient_checkpointing = _take_over_checkpointing(backbone)
+        self._fingerprints: tuple[int, dict[str, str]] | None = None
+        self.generation_config = copy.deepcopy(backbone.generation_config)
+        self.post_init()
+
+    def _build_memories(self) -> dict[str, Memory]:
+        if not self.memory_configs:
+            raise ValueError("No memory was given: wrap(model, 'armt') or a config of one.")
+        taken: dict[str, str] = {}
+        for config in self.memory_configs:
+            for place in config.places:
+                if place in taken:
+                    raise ValueError(
+                        f"{config.name!r} and {taken[place]!r} both attach at the {place} place; "
+                        "wrap with one of them."
+                    )
+                taken[place] = config.name
+        if len({c.segment_size for c in self.memory_configs}) > 1:
+            raise ValueError("The memories have different `segment_size`s; give them one.")
+        parts = self.parts
+        layered = any("layer" in c.places for c in self.memory_configs)
+        sizes = Sizes(
+            hidden_size=parts.config.hidden_size,
+            embedding_size=parts.embedding_size,
+            num_layers=len(parts.layers) if layered else parts.config.num_hidden_layers,
+            embedding_std=parts.embedding_std(),
+            dtype=memory_dtype(parts.model),
+            device=parts.embeddings.weight.device,  # type: ignore[union-attr,arg-type]
+        )
+        return {c.name: memory_class(c.name)(c, sizes) for c in self.memory_configs}
+
+    def _check_positions(self) -> None:
+        limit = self.parts.max_positions
+        extra = sum(c.extra_tokens for c in self.memory_configs)
+        if limit is not None and self.segment_size + extra > limit:
+            raise ValueError(
+                f"`segment_size` {self.segment_size} with {extra} memory tokens needs "
+                f"{self.segment_size + extra} positions; the backbone's table has {limit}. Use "
+                f"segments of at most {limit - extra}."
+            )
+
+    # Parts
+
+    @property
+    def memories(self) -> dict[str, Memory]:
+        """The memory modules by name (the trained copies where PEFT made any)."""
+        return self.memory_modules.by_name()
+
+    @property
+    def segment_size(self) -> int:
+        return self.memory_configs[0].segment_size
+
+    @property
+    def base_model(self) -> Any:
+        return SegmentDecoder(self) if "memory_modules" in self._modules else self
+
+    def memory_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all memories."""
+        for memory in self.memories.values():
+            yield from memory.parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.parts.decoder
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        result = self.backbone.resize_token_embeddings(*args, **kwargs)
+        self.config.backbone = copy.deepcopy(self.backbone.config)
+        return result
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the backbone brings its weights, the memories initialise their own."""
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        # Whole segments are recomputed; a layer's own checkpoint would drop the open segment.
+        self.gradient_checkpointing = enable
+
+    # States
+
+    def signature(self) -> dict[str, Any]:
+        """Which states this model can continue: its memories and its backbone's shape."""
+        config = self.parts.config
+        names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+        return {
+            "memories": [c.to_dict() for c in self.memory_configs],
+            "backbone": {name: getattr(config, name) for name in names},
+        }
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the backbone's and the memories' weights (kept until a weight changes)."""
+        version = sum(p._version + id(p) % 10**9 for p in self.parameters())
+        if self._fingerprints is None or self._fingerprints[0] != version:
+            memories = {n: m.named_parameters() for n, m in self.memories.items()}
+            own = ((f"{n}.{k}", p) for n, ps in memories.items() for k, p in ps)
+            base = ((plain_name(k), p) for k, p in self.backbone.named_parameters())
+            self._fingerprints = (
+                version,
+                {"backbone": fingerprint(base), "memories": fingerprint(own)},
+            )
+        return self._fingerprints[1]
+
+    def new_state(self, batch_size: int) -> MemoryState:
+        """The state of `batch_size` rows that have read nothing."""
+        trees = {n: m.init_state(batch_size, self.device) for n, m in self.memories.items()}
+        return MemoryState(trees, batch_size, self.signature())
+
+    def check_state(self, state: MemoryState) -> None:
+        """Refuse a state of another model.
+
+        Raises:
+            ValueError: says what differs.
+        """
+        if not isinstance(state, MemoryState):
+            raise ValueError(
+                f"`past_key_values` is a {type(state).__name__}; give a MemoryState (model.read)."
+            )
+        own = self.signature()
+        if state.signature != own:
+            raise ValueError(
+                f"The state belongs to another model: {signature_difference(state.signature, own)}."
+            )
+        if state.unverified:
+            weights = self.fingerprint()
+            differing = [k for k, v in (state.weights or {}).items() if weights.get(k) != v]
+            if differing:
+                raise ValueError(
+                    f"The state was written with other weights of the {' and the '.join(differing)}; "
+                    "load it into the model that read it, or read the text again."
+                )
+            state.unverified = False
+
+    def loop(self) -> Loop:
+        """The segment loop over this model's backbone and memories."""
+        checkpointing = self.gradient_checkpointing and self.training
+        reader = SegmentReader(self.parts, self.memories)
+        return Loop(reader, self.memory_configs[0], checkpointing)
+
+    def _advanced(self, state: MemoryState, new: MemoryState) -> MemoryState:
+        """Move `state` on to `new`, all at once."""
+        new.weights = None if torch.is_grad_enabled() else self.fingerprint()
+        state._become(new)
+        return state
+
+    # Calls
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MemoryState | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        memory_control: str | MemoryState | None = None,
+        return_logits: bool | None = None,
+        remember: bool = True,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Read text of any length.
+
+        Args:
+            input_ids: `(B, T)` new tokens; they continue `past_key_values`.
+            attention_mask: `(B, T)` or longer (its last T columns count); padding may stand
+                before and after a row's tokens.
+            position_ids: ignored; positions restart in every segment.
+            past_key_values: the state to continue. It moves on in place, at the end.
+            inputs_embeds: `(B, T, D)` instead of `input_ids`.
+            labels: `(B, T)`, shifted inside; -100 is ignored.
+            use_cache: return a state. Default: not while training with labels.
+            logits_to_keep: the last so many columns, or a tensor of columns; 0 for all.
+            shift_labels: `(B, T)`, the id each column predicts, instead of `labels`.
+            num_items_in_batch: divides the summed loss instead of the number of targets.
+            memory_control: for evaluation, what is read instead of the memory: `"off"` (an empty
+                one), `"shuffled"` (the next row's), or a state. Needs closed segments.
+            return_logits: with labels, logits are left out unless this is true: those of a long
+                document do not fit.
+            remember: False leaves the last segment open however long it grows.
+
+        Returns:
+            `loss`, `logits` `(B, T, V)` (zeros at padding) or None, `past_key_values`.
+
+        Raises:
+            ValueError: for misshapen inputs, a mask with a hole, or a state of another model.
+        """
+        _refuse(kwargs)
+        inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
+        targets = self._targets(inputs, labels, shift_labels)
+        if use_cache is None:
+            use_cache = targets is None or not self.training
+        state = self._state_of(past_key_values, inputs)
+        if not remember:
+            state.hold_open = True
+        self._check_control(memory_control, state)
+        reading = self.loop()(
+            inputs,
+            state,
+            targets=targets,
+            hidden_from=None if targets is not None else _first_column(logits_to_keep, inputs),
+            keep_open=use_cache or past_key_values is not None,
+            control=memory_control,
+        )
+        loss, logits = None, None
+        if targets is not None:
+            count = num_items_in_batch if num_items_in_batch is not None else reading.targets
+            loss = reading.loss_sum / _at_least_one(count, inputs.device)  # type: ignore[operator]
+            if return_logits:
+                with torch.no_grad():
+                    again = self.loop()(
+                        inputs, state, hidden_from=0, keep_open=False, control=memory_control
+                    )
+                    logits = self.parts.head(again.hidden)  # type: ignore[arg-type]
+        else:
+            logits = self._logits(reading.hidden, logits_to_keep, inputs)  # type: ignore[arg-type]
+        result = None
+        if past_key_values is not None or use_cache:
+            result = self._advanced(state, reading.state)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=result)
+        return out.to_tuple() if return_dict is False else out
+
+    def _state_of(self, given: MemoryState | None, inputs: Inputs) -> MemoryState:
+        if given is None:
+            return self.new_state(inputs.shape[0])
+        self.check_state(given)
+        if given.batch_size != inputs.shape[0]:
+            raise ValueError(
+                f"The state has {given.batch_size} rows, the input {inputs.shape[0]}; they must "
+                "agree (state.repeat, state.select)."
+            )
+        return given
+
+    def _targets(
+        self, inputs: Inputs, labels: Tensor | None, shift_labels: Tensor | None
+    ) -> Tensor | None:
+        given = shift_labels if shift_labels is not None else labels
+        if given is None:
+            return None
+        if given.shape != inputs.real.shape:
+            raise ValueError(
+                f"The labels have shape {tuple(given.shape)}, the input {tuple(inputs.shape)}; they "
+                "must agree."
+            )
+        if shift_labels is not None:
+            return shift_labels.masked_fill(~inputs.real.to(shift_labels.device), IGNORED)
+        return shift_targets(given, inputs.real)
+
+    def _check_control(self, control: str | MemoryState | None, state: MemoryState) -> None:
+        if control is None:
+            return
+        if isinstance(control, MemoryState):
+            self.check_state(control)
+            if control.batch_size != state.batch_size:
+                raise ValueError("The state in `memory_control` has another number of rows.")
+        elif control not in ("off", "shuffled"):
+            raise ValueError(
+                f"`memory_control` is {control!r}; allowed: None, 'off', 'shuffled', a MemoryState."
+            )
+        elif control == "shuffled" and state.batch_size < 2:
+            raise ValueError("`memory_control='shuffled'` needs at least two rows.")
+        if bool(state.fill.any()):
+            raise ValueError(
+                "`memory_control` needs closed segments: feed whole segments, or close_segment first."
+            )
+
+    def _logits(self, hidden: Tensor, keep: int | Tensor, inputs: Inputs) -> Tensor:
+        if isinstance(keep, Tensor):
+            hidden = hidden[:, keep] if keep.dim() == 1 else hidden[keep.bool()][None]
+        return self.parts.head(hidden)
+
+    @torch.no_grad()
+    def read(
+        self,
+        text: Tensor | list,
+        attention_mask: Tensor | None = None,
+        *,
+        state: MemoryState | None = None,
+        progress: bool = False,
+    ) -> MemoryState:
+        """Read without computing logits, in space that does not grow with the text.
+
+        Args:
+            text: `(B, T)` or `(T,)` ids, or a list of id lists or tensors of any lengths.
+            attention_mask: `(B, T)`, for padded tensors.
+            state: continue this one; it stays as it is.
+            progress: show a bar over segments.
+
+        Returns:
+            The state after the text.
+        """
+        ids, mask = as_batch(text, attention_mask)
+        inputs = check_inputs(ids.to(self.device), None, mask)
+        old = (
+            self._state_of(state, inputs) if state is not None else self.new_state(inputs.shape[0])
+        )
+
+        def bar(steps: Any) -> Any:
+            return tqdm(steps, desc="reading", unit="segment", disable=not progress)
+
+        new = self.loop()(inputs, old, progress=bar).state
+        return self._advanced(old.clone(), new)
+
+    @torch.no_grad()
+    def close_segment(self, state: MemoryState) -> MemoryState:
+        """Close the open segments, as at the end of a document: runs the write.
+
+        Returns:
+            The state with nothing open; the given one stays as it is.
+        """
+        self.check_state(state)
+        new = self.loop().close(state)
+        return self._advanced(state.clone(), new)
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name):
+            raise ValueError(
+                f"`{name}` is not collected across segments; model.base_model(...) gives the last "
+                "hidden states, model.backbone(...) everything of one window."
+            )
+
+
+def _first_column(keep: int | Tensor, inputs: Inputs) -> int:
+    return max(0, inputs.shape[1] - keep) if isinstance(keep, int) and keep > 0 else 0
+
+
+def _at_least_one(count: Tensor | int, device: torch.device) -> Tensor:
+    return torch.as_tensor(count, device=device).clamp(min=1)
+
+
+def _take_over_checkpointing(backbone: PreTrainedModel) -> bool:
+    """Turn the layers' checkpointing off; say whether it was on."""
+    found = False
+    for module in backbone.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing, found = False, True  # type: ignore[assignment]
+    return found
+
+
+AutoModelForCausalLM.register(MemoryModelConfig, MemoryModelForCausalLM, exist_ok=True)

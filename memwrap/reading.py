@@ -1,0 +1,336 @@
+"""One call of a memwrap model: checked inputs, the loop over its steps, loss, controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from memwrap.memories.base import MemoryConfig
+from memwrap.segments import Local, SegmentReader, Step, plan, plan_columns
+from memwrap.state import MemoryState
+from memwrap.trees import Tree, tree_map
+
+IGNORED = -100
+# Logits of at most so many numbers (float32) exist at once while a loss is computed.
+_LOGITS_AT_ONCE = 2**26
+
+
+@dataclass
+class Inputs:
+    """Checked inputs of one call: ids or embeddings, and where each row's text lies."""
+
+    ids: Tensor | None
+    embeds: Tensor | None
+    real: Tensor
+    starts: list[int]
+    lengths: list[int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.real.shape[0], self.real.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return (self.ids if self.ids is not None else self.embeds).device  # type: ignore[union-attr]
+
+
+def check_inputs(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
+) -> Inputs:
+    """Check a call's inputs and find each row's text.
+
+    Raises:
+        ValueError: for missing, double, empty or misshapen inputs, or a mask with a hole.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give either `input_ids` or `inputs_embeds`; got both or neither.")
+    given: Tensor = input_ids if input_ids is not None else inputs_embeds  # type: ignore[assignment]
+    name, need = ("input_ids", 2) if input_ids is not None else ("inputs_embeds", 3)
+    if given.dim() != need:
+        raise ValueError(
+            f"`{name}` has shape {tuple(given.shape)}; it needs {need} dimensions, (batch, tokens"
+            + (", width)." if need == 3 else ").")
+        )
+    batch, total = given.shape[:2]
+    if batch == 0 or total == 0:
+        raise ValueError(
+            f"`{name}` is empty (shape {tuple(given.shape)}); give at least one token."
+        )
+    if attention_mask is None:
+        real = torch.ones(batch, total, dtype=torch.bool)
+        return Inputs(input_ids, inputs_embeds, real, [0] * batch, [total] * batch)
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; it needs ({batch}, {total})."
+        )
+    if attention_mask.shape[1] < total:
+        raise ValueError(
+            f"`attention_mask` covers {attention_mask.shape[1]} tokens; `{name}` has {total}."
+        )
+    real = attention_mask[:, -total:].bool().cpu()  # generate's mask covers what was read before
+    lengths = real.sum(1)
+    starts = real.int().argmax(1)
+    filled = torch.arange(total)[None, :]
+    expected = (filled >= starts[:, None]) & (filled < (starts + lengths)[:, None])
+    if not torch.equal(real, expected):
+        row = int((real != expected).any(1).int().argmax())
+        raise ValueError(
+            f"`attention_mask` of row {row} has a hole: padding may stand before and after a row's "
+            "tokens, not between them."
+        )
+    return Inputs(input_ids, inputs_embeds, real, starts.tolist(), lengths.tolist())
+
+
+def as_batch(text: Tensor | list, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Ids `(B, T)` and their mask; lists are padded on the right."""
+    if isinstance(text, Tensor):
+        return (text[None] if text.dim() == 1 else text), mask
+    if text and isinstance(text[0], int):
+        text = [text]
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in text]
+    if not rows:
+        raise ValueError("`text` is empty; give at least one row of ids.")
+    pad = torch.nn.utils.rnn.pad_sequence
+    real = pad([torch.ones_like(r) for r in rows], batch_first=True)
+    return pad(rows, batch_first=True), real
+
+
+@dataclass
+class Reading:
+    """What a call gives: hidden states of the columns asked for, the loss sum, the new state."""
+
+    hidden: Tensor | None
+    loss_sum: Tensor | None
+    targets: int
+    state: MemoryState
+
+
+class Loop:
+    """Runs the steps of one call.
+
+    Args:
+        reader: the backbone and its memories.
+        config: the config that decides segments, truncation and the loss.
+        checkpointing: recompute each segment in the backward pass.
+    """
+
+    def __init__(self, reader: SegmentReader, config: MemoryConfig, checkpointing: bool) -> None:
+        self.reader = reader
+        self.config = config
+        self.checkpointing = checkpointing
+
+    def __call__(
+        self,
+        inputs: Inputs,
+        state: MemoryState,
+        *,
+        targets: Tensor | None = None,
+        hidden_from: int | None = None,
+        keep_open: bool = True,
+        control: str | MemoryState | None = None,
+        progress: Callable[[Iterable[Step]], Iterable[Step]] = iter,
+    ) -> Reading:
+        """Read the inputs.
+
+        Args:
+            inputs: checked inputs of B rows and T columns.
+            state: what the rows remember; it is left as it is.
+            targets: `(B, T)` the id that each column predicts, -100 for none.
+            hidden_from: first column whose last hidden state is wanted; None for none.
+            keep_open: keep the open segments' keys and values.
+            control: "off", "shuffled" or a state whose memories are read instead.
+            progress: wraps the steps, for a progress bar.
+        """
+        steps = self._steps(inputs, state)
+        if targets is not None and self.config.loss_on == "last":
+            targets = _only_last(targets, steps)
+        states = state.memories
+        local = Local(state.open, state.open_positions, state.open_valid)
+        pieces: list[tuple[Tensor, Tensor]] = []
+        loss_sum: Tensor | None = None
+        new = state.clone()
+        for index, step in enumerate(progress(steps)):
+            if index and torch.is_grad_enabled() and self.config.detach_before(index):
+                states = {name: tree_map(Tensor.detach, tree) for name, tree in states.items()}
+                local.tree = tree_map(Tensor.detach, local.tree)
+            keep = keep_open and bool(((step.ends > 0) & ~step.closes).any())
+            wanted = None if targets is None else _gather(targets, step, IGNORED)
+            before = states
+            result, states, local = self._step(inputs, step, states, local, keep, wanted)
+            if control is not None:
+                result = self._controlled(inputs, step, before, control, wanted)
+            if wanted is not None:
+                loss_sum = result if loss_sum is None else loss_sum + result
+            elif hidden_from is not None:
+                pieces += _wanted_pieces(result, step, hidden_from)
+            new.segments = new.segments + step.closes.long()
+            new.fill = step.ends.masked_fill(step.closes, 0)
+        self._finish(new, inputs, states, local)
+        hidden = None
+        if hidden_from is not None:
+            hidden = _assemble(pieces, inputs, hidden_from, self.reader.backbone)
+        count = 0 if targets is None else int((targets != IGNORED).sum())
+        return Reading(hidden, loss_sum, count, new)
+
+    def close(self, state: MemoryState) -> MemoryState:
+        """Close the rows' open segments: the suffix alone runs against their keys and values."""
+        closes = state.fill > 0
+        if not bool(closes.any()):
+            return state.clone()
+        nothing = torch.zeros(state.batch_size, 0, dtype=torch.long)
+        step = Step(nothing, nothing, state.fill, torch.zeros_like(closes), closes, closes)
+        device = self.reader.backbone.embeddings.weight.device  # type: ignore[union-attr]
+        embeds = self.reader.backbone.embed(nothing.to(device))  # type: ignore[arg-type]
+        local = Local(state.open, state.open_positions, state.open_valid)
+        new = state.clone()
+        _, new.memories, local = self.reader.run(embeds, step, state.memories, local, True)
+        new.open, new.open_positions, new.open_valid = local.tree, local.positions, local.valid
+        new.segments = state.segments + closes.long()
+        new.fill = torch.zeros_like(state.fill)
+        return new
+
+    def _steps(self, inputs: Inputs, state: MemoryState) -> list[Step]:
+        if not self.config.count_padding:
+            return plan(inputs.starts, inputs.lengths, state.fill, self.config, state.hold_open)
+        if bool(state.fill.any()):
+            raise ValueError(
+                "`count_padding` cuts whole documents by columns; it cannot continue an open "
+                "segment. Close it (model.close_segment) or turn `count_padding` off."
+            )
+        return plan_columns(inputs.real, self.config, state.hold_open)
+
+    def _step(
+        self,
+        inputs: Inputs,
+        step: Step,
+        states: dict[str, Tree],
+        local: Local,
+        keep: bool,
+        wanted: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tree], Local]:
+        """One step: its loss sum (with targets) or its hidden states, and what follows."""
+
+        def function(states: dict[str, Tree], tree: Tree) -> tuple[Tensor, dict[str, Tree], Local]:
+            embeds = self._embeds(inputs, step)
+            before = Local(tree, local.positions, local.valid)
+            hidden, states, after = self.reader.run(embeds, step, states, before, keep)
+            if wanted is None:
+                return hidden, states, after
+            return self._loss(hidden, wanted), states, after
+
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, states, local.tree, use_reentrant=False)
+        return function(states, local.tree)
+
+    def _controlled(
+        self,
+        inputs: Inputs,
+        step: Step,
+        states: dict[str, Tree],
+        control: str | MemoryState,
+        wanted: Tensor | None,
+    ) -> Tensor:
+        """The step once more, reading other memories and writing none."""
+        if isinstance(control, MemoryState):
+            read = control.memories
+        elif control == "off":
+            rows = step.columns.shape[0]
+            read = {n: m.init_state(rows, inputs.device) for n, m in self.reader.memories.items()}
+        else:
+            read = {n: tree_map(lambda t: t.roll(-1, 0), tree) for n, tree in states.items()}
+        nothing = Local({}, step.columns[:, :0], step.columns[:, :0] >= 0)
+        return self._step(inputs, step, read, nothing, False, wanted)[0]
+
+    def _embeds(self, inputs: Inputs, step: Step) -> Tensor:
+        source = inputs.ids if inputs.ids is not None else inputs.embeds
+        if step.uniform:
+            first = int(step.columns[0, 0])
+            piece = source[:, first : first + step.columns.shape[1]]  # type: ignore[index]
+        else:
+            index = step.columns.clamp_min(0).to(source.device)  # type: ignore[union-attr]
+            rows = torch.arange(index.shape[0], device=index.device)[:, None]
+            piece = source[rows, index]  # type: ignore[index]
+        return self.reader.backbone.embed(piece) if inputs.ids is not None else piece
+
+    def _loss(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """Summed cross entropy; logits exist for a part of the positions at a time."""
+        wanted = wanted.to(hidden.device)
+        chosen = wanted != IGNORED
+        hidden, wanted = hidden[chosen], wanted[chosen]
+        head = self.reader.backbone.head
+
+        def part(h: Tensor, t: Tensor) -> Tensor:
+            return F.cross_entropy(head(h[None])[0].float(), t, reduction="sum")
+
+        size = max(1, _LOGITS_AT_ONCE // self.reader.backbone.config.vocab_size)
+        if hidden.shape[0] <= size:
+            # Without targets the sum is a zero that still belongs to the graph.
+            return part(hidden, wanted) if len(wanted) else hidden.float().sum()
+        pairs = zip(hidden.split(size), wanted.split(size), strict=True)
+        if torch.is_grad_enabled():
+            return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in pairs)  # type: ignore[return-value]
+        return sum(part(h, t) for h, t in pairs)  # type: ignore[return-value]
+
+    @staticmethod
+    def _finish(new: MemoryState, inputs: Inputs, states: dict[str, Tree], local: Local) -> None:
+        new.memories, new.open = states, local.tree
+        new.open_positions, new.open_valid = local.positions, local.valid
+        new.tokens_seen = new.tokens_seen + torch.tensor(inputs.lengths)
+        new.ids_hash = new.extend_hash(inputs.ids, inputs.shape[1])
+        new.columns += inputs.shape[1]
+
+
+def _gather(values: Tensor, step: Step, empty: int) -> Tensor:
+    """`values` `(B, T)` at the step's columns, `empty` where a row reads nothing."""
+    columns = step.columns.to(values.device)
+    return values.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, empty)
+
+
+def _only_last(targets: Tensor, steps: list[Step]) -> Tensor:
+    """Keep the targets of each row's last segment."""
+    keep = torch.zeros(targets.shape, dtype=torch.bool)
+    for step in steps:
+        rows, places = ((step.columns >= 0) & step.last[:, None]).nonzero(as_tuple=True)
+        keep[rows, step.columns[rows, places]] = True
+    return targets.masked_fill(~keep.to(targets.device), IGNORED)
+
+
+def _wanted_pieces(hidden: Tensor, step: Step, first: int) -> list[tuple[Tensor, Tensor]]:
+    """`(hidden states (n, D), their flat (row, column) index (n, 2))` from column `first` on."""
+    wanted = step.columns >= first
+    if not bool(wanted.any()):
+        return []
+    rows, places = wanted.nonzero(as_tuple=True)
+    index = torch.stack([rows, step.columns[rows, places]], 1)
+    return [(hidden[rows.to(hidden.device), places.to(hidden.device)], index)]
+
+
+def _assemble(
+    pieces: list[tuple[Tensor, Tensor]], inputs: Inputs, first: int, backbone: object
+) -> Tensor:
+    """`(B, T - first, D)`: the pieces in their places, zeros at padding."""
+    batch, total = inputs.shape
+    width = total - first
+    if not pieces:
+        size = backbone.embedding_size  # type: ignore[attr-defined]
+        dtype = next(backbone.model.parameters()).dtype  # type: ignore[attr-defined]
+        return torch.zeros(batch, width, size, dtype=dtype, device=inputs.device)
+    values = torch.cat([hidden for hidden, _ in pieces])
+    index = torch.cat([place for _, place in pieces]).to(values.device)
+    flat = index[:, 0] * width + index[:, 1] - first
+    empty = values.new_zeros(batch * width, values.shape[-1])
+    return empty.index_copy(0, flat, values).view(batch, width, -1)
+
+
+def shift_targets(labels: Tensor, real: Tensor) -> Tensor:
+    """Targets `(B, T)` of `labels` `(B, T)`: each real column predicts the next one's label."""
+    real = real.to(labels.device)
+    labels = labels.masked_fill(~real, IGNORED)
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    return targets.masked_fill(~real, IGNORED)

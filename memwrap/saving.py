@@ -1,0 +1,314 @@
+"""Saving what was trained (memories, adapters, a changed backbone), and loading it again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from memwrap.fingerprints import fingerprint
+
+WEIGHTS = "model.safetensors"
+VERSION = "0.1.0"
+
+
+def plain_name(name: str) -> str:
+    """A backbone parameter's name as it is without adapters."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def adapter_keys(backbone: PreTrainedModel) -> set[str]:
+    """Names of the tensors that PEFT put into the backbone."""
+    keys: set[str] = set()
+    for name, module in backbone.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            parts = (*module.adapter_layer_names, *module.other_param_names)
+        elif isinstance(module, ModulesToSaveWrapper):
+            parts = ("modules_to_save",)
+        else:
+            continue
+        prefix = f"{name}." if name else ""
+        heads = tuple(f"{prefix}{part}" for part in parts)
+        keys |= {k for k in backbone.state_dict() if k.startswith(heads)}
+    return keys
+
+
+def backbone_fingerprint(backbone: PreTrainedModel) -> str:
+    """Which weights the backbone has, adapters not counted."""
+    added = adapter_keys(backbone)
+    return fingerprint((plain_name(k), v) for k, v in backbone.named_parameters() if k not in added)
+
+
+class SavingMixin:
+    """`save_pretrained`, `from_pretrained` and adapters of a memwrap model."""
+
+    # Provided by the model
+    backbone: PreTrainedModel
+    config: Any
+    memories: dict[str, Any]
+    load_state_dict: Callable[..., Any]
+
+    def add_lora(self, lora: LoraConfig | None = None, adapter_name: str = "default") -> None:
+        """Put LoRA into the backbone: its other weights are frozen, the memories are trained.
+
+        Args:
+            lora: PEFT's config; default `LoraConfig()` with PEFT's targets for the family.
+            adapter_name: name of the adapter.
+        """
+        config = copy.deepcopy(lora) if lora is not None else LoraConfig()
+        inject_adapter_in_model(config, self.backbone, adapter_name)
+        adapters = {**getattr(self.backbone, "peft_config", {}), adapter_name: config}
+        self.backbone.peft_config = adapters  # type: ignore[assignment]
+        for memory in self.memories.values():
+            memory.requires_grad_(True)
+
+    def adapters(self) -> dict[str, PeftConfig]:
+        """PEFT configs of the adapters in the backbone, by name."""
+        configs = getattr(self.backbone, "peft_config", None) or getattr(self, "peft_config", None)
+        return dict(configs or {})
+
+    def weights_to_save(self, include_base: bool) -> dict[str, Tensor]:
+        """What a saved model holds: memories and adapters, and all of the backbone if asked."""
+        tensors = {
+            f"memory_modules.{name}.{key}": value
+            for name, memory in self.memories.items()
+            for key, value in memory.state_dict().items()
+        }
+        added = adapter_keys(self.backbone)
+        for key, value in self.backbone.state_dict().items():
+            if include_base or key in added:
+                tensors[f"backbone.{key}"] = value
+        return tensors
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        include_base: bool | None = None,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save memories, adapters and configs (safetensors and JSON).
+
+        Args:
+            save_directory: the folder. Files appear whole or not at all.
+            include_base: also save the backbone's weights. Default: only if training changed
+                them, since a base from the Hub would then no longer be the right one.
+            is_main_process: False does nothing (other ranks).
+            push_to_hub, repo_id, token: upload the folder afterwards.
+            kwargs: accepted for transformers' callers, without effect here.
+        """
+        if not is_main_process:
+            return
+        if include_base is None:
+            changed = backbone_fingerprint(self.backbone) != self.config.base_fingerprint
+            include_base = changed or self.config.base_included
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(self.config)
+        config.base_included, config.memwrap_version = include_base, VERSION
+        config.architectures = [type(self).__name__]
+        config.adapters = {n: _json_able(c.to_dict()) for n, c in self.adapters().items()}
+        scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+        try:
+            tensors = self.weights_to_save(include_base)
+            names = {id(v): k for k, v in reversed(tensors.items())}
+            unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
+            huggingface_hub.save_torch_state_dict(_untied(unique), scratch, metadata=None)
+            config.save_pretrained(scratch)
+            self.generation_config.save_pretrained(scratch)  # type: ignore[attr-defined]
+            for old in folder.glob("model*.safetensors*"):
+                if not (scratch / old.name).exists():
+                    old.unlink()
+            for file in scratch.iterdir():
+                os.replace(file, folder / file.name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if push_to_hub:
+            name = repo_id or folder.name
+            api = huggingface_hub.HfApi(token=token)
+            api.create_repo(name, exist_ok=True)
+            api.upload_folder(repo_id=name, folder_path=folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload a memwrap model",
+        **kwargs: Any,
+    ) -> Any:
+        """Save into a temporary folder and upload it through `huggingface_hub`.
+
+        Args:
+            repo_id: `"user/name"`.
+            token, private, commit_message: as in `huggingface_hub`.
+            kwargs: `include_base` as in `save_pretrained`.
+
+        Returns:
+            The commit's description.
+        """
+        api = huggingface_hub.HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message
+            )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[no-untyped-def]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        base: PreTrainedModel | None = None,
+        *,
+        config: Any = None,
+        revision: str | None = None,
+        token: str | None = None,
+        **kwargs: Any,
+    ):
+        """Load a saved model. See `memwrap.load`."""
+        folder = _folder(pretrained_model_name_or_path, revision, token)
+        own = _read_config(cls, folder)
+        if base is None:
+            base = _base_of(own, kwargs)
+        elif kwargs and set(kwargs) - _IGNORED_KEYS:
+            raise ValueError(
+                f"{sorted(set(kwargs) - _IGNORED_KEYS)} go to the loading of the base, but a base "
+                "was given; leave them out."
+            )
+        if not own.base_included and own.base_fingerprint:
+            if backbone_fingerprint(base) != own.base_fingerprint:
+                warnings.warn(
+                    f"The base is not the one that {folder.name} was trained on (other weights or "
+                    "another dtype); results will differ.",
+                    stacklevel=2,
+                )
+        own.backbone = copy.deepcopy(base.config)
+        model = cls(own, base)  # type: ignore[call-arg]
+        for name, values in (own.adapters or {}).items():
+            model.add_lora(PeftConfig.from_peft_type(**values), name)
+        _load_weights(model, folder)
+        return model.eval()
+
+
+_IGNORED_KEYS = {
+    "trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash", "code_revision",
+    "use_safetensors", "weights_only",
+}  # fmt: skip
+
+
+def _folder(name: str | Path, revision: str | None, token: str | None) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
+        raise FileNotFoundError(f"There is no folder {name}; save a model there first.")
+    return Path(huggingface_hub.snapshot_download(str(name), revision=revision, token=token))
+
+
+def _read_config(cls: Any, folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json; it is not a saved memwrap model.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict) or values.get("model_type") != "memwrap":
+        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise ValueError(
+            f"{folder} holds a {kind!r} model, not a memwrap one; wrap it: memwrap.wrap(model, ...)."
+        )
+    return cls.config_class.from_dict(values)
+
+
+def _base_of(config: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The backbone of a saved model: rebuilt to be filled, or found by its recorded name."""
+    options = {k: v for k, v in kwargs.items() if k not in _IGNORED_KEYS}
+    dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or config.backbone.dtype
+    if config.base_included:
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config.backbone), dtype=dtype)
+    if not config.base_model:
+        raise ValueError(
+            "The saved model does not name its base (it was wrapped in memory); give it: "
+            "memwrap.load(folder, base)."
+        )
+    return AutoModelForCausalLM.from_pretrained(config.base_model, dtype=dtype, **options)
+
+
+def _load_weights(model: Any, folder: Path) -> None:
+    index = folder / f"{WEIGHTS}.index.json"
+    names = [WEIGHTS]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} lacks {name}; the saved model is not whole.")
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    needed = {k for k in model.weights_to_save(False) if not k.startswith("backbone.")}
+    needed |= {f"backbone.{k}" for k in adapter_keys(model.backbone)}
+    missing = sorted(needed - tensors.keys())
+    foreign = sorted(tensors.keys() - model.state_dict().keys())
+    if missing or foreign:
+        what = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which the model has not"
+        raise ValueError(f"{folder / WEIGHTS} does not fit its config: it {what}.")
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    for key, value in tensors.items():
+        if value.shape != shapes[key]:
+            raise ValueError(
+                f"{folder / WEIGHTS}: {key} has shape {tuple(value.shape)}, the model needs "
+                f"{tuple(shapes[key])}."
+            )
+    model.load_state_dict(tensors, strict=False)
+    model.backbone.tie_weights()
+
+
+def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights once: the first name keeps the storage, `tie_weights` restores the others."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    result = {}
+    for key, value in tensors.items():
+        place = (value.data_ptr(), tuple(value.shape))
+        if value.numel() and place in seen:
+            continue
+        seen.add(place)
+        result[key] = value.detach()
+    return result
+
+
+def _json_able(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _json_able(v) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_json_able(v) for v in value)
+    if isinstance(value, (list, tuple)):
+        return [_json_able(v) for v in value]
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return value.value if hasattr(value, "value") else value

@@ -1,0 +1,129 @@
+"""Training arguments: those of transformers, and what memories need beyond them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from transformers import TrainingArguments
+
+
+def parse_curriculum(text: str) -> list[tuple[int, int]]:
+    """Read a segment curriculum.
+
+    Args:
+        text: `"STEP:SEGMENTS,STEP:SEGMENTS,..."`, for example `"0:2,500:4,1000:8"`: two
+            segments of every document from step 0, four from step 500, eight from step 1000.
+
+    Returns:
+        `(step, segments)` pairs in step order.
+
+    Raises:
+        ValueError: if an entry is no `STEP:SEGMENTS`, segments are not positive, the first
+            step is not 0 or the steps do not increase.
+    """
+    stages = []
+    for entry in text.split(","):
+        step, _, segments = (part.strip() for part in entry.partition(":"))
+        if not (step.isdecimal() and segments.isdecimal()):
+            raise ValueError(
+                f"`segment_curriculum` has the entry {entry.strip()!r}; every entry must be "
+                "STEP:SEGMENTS in whole numbers, as in '0:2,500:4,1000:8'."
+            )
+        if int(segments) < 1:
+            raise ValueError(
+                f"`segment_curriculum` has the entry {entry.strip()!r}; "
+                "the number of segments must be at least 1."
+            )
+        stages.append((int(step), int(segments)))
+    if stages[0][0] != 0:
+        raise ValueError(
+            f"`segment_curriculum` starts at step {stages[0][0]}; it must start at step 0, "
+            f"as in '0:{stages[0][1]},...'."
+        )
+    for (before, _), (after, _) in pairwise(stages):
+        if after <= before:
+            raise ValueError(
+                f"`segment_curriculum` has step {after} after step {before}; steps must increase."
+            )
+    return stages
+
+
+@dataclass
+class MemoryTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with the settings of memory training.
+
+    `prediction_loss_only` is on here: the logits of a whole document are rarely worth keeping.
+
+    Attributes:
+        memory_learning_rate: learning rate of the memory's parameters (default:
+            `learning_rate`).
+        memory_weight_decay: weight decay of the memory's weights (default: `weight_decay`);
+            biases and norms get none, as everywhere.
+        streaming: run the backward pass every `bptt_segments` segments, so that training
+            memory does not grow with the document. Changes no gradient. Without effect where
+            the memory's `bptt_segments` is None.
+        segment_curriculum: how many of a document's first segments are trained on, by global
+            step: `"0:2,500:4,1000:8"` (default: all).
+        vary_segments: draw the number of segments in each step uniformly between 1 and what
+            the curriculum says; the draw depends on `seed` and the step only.
+
+    Raises:
+        ValueError: for a curriculum that cannot be read, `vary_segments` without one, or a
+            negative rate.
+    """
+
+    prediction_loss_only: bool = field(
+        default=True,
+        metadata={"help": "Keep only the loss in evaluation, not the logits."},
+    )
+    memory_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the memory's parameters (default: learning_rate)."},
+    )
+    memory_weight_decay: float | None = field(
+        default=None,
+        metadata={"help": "Weight decay of the memory's weights (default: weight_decay)."},
+    )
+    streaming: bool = field(
+        default=True,
+        metadata={"help": "Run the backward pass every `bptt_segments` segments."},
+    )
+    segment_curriculum: str | None = field(
+        default=None,
+        metadata={"help": "Segments trained on by global step, as in '0:2,500:4,1000:8'."},
+    )
+    vary_segments: bool = field(
+        default=False,
+        metadata={"help": "Draw the number of segments between 1 and the curriculum's."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("memory_learning_rate", "memory_weight_decay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"`{name}` is {value}; it must be 0 or more, or None.")
+        if self.segment_curriculum is not None:
+            parse_curriculum(self.segment_curriculum)
+        elif self.vary_segments:
+            raise ValueError(
+                "`vary_segments` needs `segment_curriculum` to draw below, for example '0:8'."
+            )
+        super().__post_init__()
+
+    def segments_at(self, step: int) -> int | None:
+        """The number of segments of each document that global step `step` trains on.
+
+        None stands for whole documents. The same on every device and after a resume.
+        """
+        if self.segment_curriculum is None:
+            return None
+        stages = parse_curriculum(self.segment_curriculum)
+        current = [segments for start, segments in stages if start <= step][-1]
+        if not self.vary_segments:
+            return current
+        return random.Random(f"{self.seed} {step}").randint(1, current)
+
+
+__all__ = ["MemoryTrainingArguments", "parse_curriculum"]

@@ -1,0 +1,409 @@
+"""Documents to train and evaluate on: where they come from, how they become batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from memwrap.training.batches import IGNORED
+from memwrap.training.corpus import SPLITS, Document, split_of, stdlib_corpus
+
+SUFFIXES = (".txt", ".md", ".pdf")
+"""Files that a folder is searched for."""
+
+_HOW = "give 'stdlib', a folder, a .txt/.md/.pdf file, or 'datasets:NAME[:SPLIT[:COLUMN]]'"
+# Where a single file is cut: 85% train, 5% validation, 10% test, as documents are drawn.
+_CUTS = {"train": (0.0, 0.85), "validation": (0.85, 0.90), "test": (0.90, 1.0)}
+
+
+def load_documents(
+    source: str | Path, split: str | None = None, *, limit: int | None = None, **options: Any
+) -> list[Document]:
+    """Read documents.
+
+    Args:
+        source: where they are:
+
+            * `"stdlib"`: the text of the Python standard library (`memwrap.training.corpus`);
+            * a folder: every `.txt`, `.md` and `.pdf` file in it and below. A document's
+              split is drawn by a hash of its name, unless the folder has a subfolder named
+              like the split;
+            * one such file; its first 85% are "train", the next 5% "validation", the rest
+              "test";
+            * `"datasets:NAME[:SPLIT[:COLUMN]]"`: a dataset of the `datasets` library, from the
+              Hub, a local folder, or one written by `save_to_disk`.
+        split: `"train"`, `"validation"`, `"test"`, or None for all. Of a dataset: any split
+            that it has (default: "train").
+        limit: at most so many documents.
+        options: keywords for `datasets.load_dataset`, such as `name` or `revision`.
+
+    Returns:
+        Documents; those of the standard library, of files and folders in name order.
+
+    Raises:
+        ValueError: for an unknown source or split, options where none are taken, a source
+            without text, a file that cannot be read, or a dataset without the column.
+        ImportError: if `pypdf` or `datasets` is needed and missing.
+    """
+    name = str(source)
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` is {limit}; it must be at least 1, or None for all.")
+    if name.startswith("datasets:"):
+        return _from_datasets(name.removeprefix("datasets:"), split, limit, options)
+    if options:
+        raise ValueError(
+            f"`{next(iter(options))}` is an option of 'datasets:...' sources; {name!r} takes none."
+        )
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"`split` is {split!r}; allowed: {', '.join(SPLITS)}, or None.")
+    path = Path(name).expanduser()
+    if name == "stdlib":
+        documents = stdlib_corpus(split)
+    elif path.is_dir():
+        documents = _from_folder(path, split)
+    elif path.is_file():
+        documents = [_from_file(path, split)]
+    else:
+        raise ValueError(f"`source` is {name!r}, which is no file or folder; {_HOW}.")
+    return documents[:limit]
+
+
+def _read(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: for another kind of file or one that cannot be decoded.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".pdf":
+        return _read_pdf(path)
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path} is no {', '.join(SUFFIXES)} file; convert it to text first.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first.") from error
+
+
+def _read_pdf(path: Path) -> str:
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import PyPdfError
+    except ImportError as error:
+        raise ImportError(f"Reading {path} needs pypdf: pip install pypdf.") from error
+    try:
+        return "\n".join(page.extract_text() for page in PdfReader(path).pages)
+    except (PyPdfError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a PDF ({error}); repair it or convert it to text."
+        ) from error
+
+
+def _from_file(path: Path, split: str | None) -> Document:
+    text = _read(path)
+    if split is not None:
+        begin, end = (_line_at(text, fraction) for fraction in _CUTS[split])
+        text = text[begin:end]
+    if not text.strip():
+        part = f"the {split} part of {path}" if split else str(path)
+        raise ValueError(f"There is no text in {part}; a scanned PDF needs OCR first.")
+    return Document(path.name, split or split_of(path.name), text)
+
+
+def _line_at(text: str, fraction: float) -> int:
+    """The start of the first line at or after `fraction` of the text."""
+    place = round(len(text) * fraction)
+    if place in (0, len(text)):
+        return place
+    newline = text.find("\n", place)
+    return place if newline < 0 else newline + 1
+
+
+def _from_folder(folder: Path, split: str | None) -> list[Document]:
+    divided = split is not None and (folder / split).is_dir()
+    root = folder / split if split is not None and divided else folder
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise ValueError(f"The folder {root} holds no {', '.join(SUFFIXES)} files.")
+    documents = []
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        own = split if split is not None and divided else split_of(name)
+        if split is not None and own != split:
+            continue
+        text = _read(path)
+        if text.strip():
+            documents.append(Document(name, own, text))
+        else:
+            warnings.warn(f"{path} holds no text and is left out.", stacklevel=3)
+    if not documents:
+        if split is None:
+            raise ValueError(f"None of the {len(paths)} files in {root} holds text.")
+        raise ValueError(
+            f"None of the {len(paths)} files in {root} falls into the split {split!r} (drawn by "
+            f"a hash of their names); put files into {folder / split}, or use split=None."
+        )
+    return documents
+
+
+def _from_datasets(
+    source: str, split: str | None, limit: int | None, options: dict[str, Any]
+) -> list[Document]:
+    name, _, rest = source.partition(":")
+    named, _, column = rest.partition(":")
+    if not name or ":" in column:
+        raise ValueError(
+            f"`source` is 'datasets:{source}'; it must be 'datasets:NAME[:SPLIT[:COLUMN]]'."
+        )
+    if named and split and named != split:
+        raise ValueError(
+            f"`split` is {split!r}, but the source 'datasets:{source}' names the split "
+            f"{named!r}; leave one of them out."
+        )
+    split = split or named or "train"
+    rows = _dataset(name, split, options)
+    columns = list(rows.column_names)
+    column = column or "text"
+    if column not in columns:
+        raise ValueError(
+            f"The dataset {name!r} has no column {column!r}; it has {', '.join(columns)}. "
+            f"Name the one with the text: 'datasets:{name}:{split}:COLUMN'."
+        )
+    documents = []
+    for index, row in enumerate(rows):
+        text = row[column]
+        if not isinstance(text, str):
+            raise ValueError(
+                f"Row {index} of {name!r} has a {type(text).__name__} in the column {column!r}; "
+                "it must be text."
+            )
+        if text.strip():
+            documents.append(Document(f"{name}/{split}/{index:08d}", split, text))
+        if limit is not None and len(documents) == limit:
+            break
+    if not documents:
+        raise ValueError(f"The column {column!r} of {name!r} ({split}) holds no text.")
+    return documents
+
+
+def _dataset(name: str, split: str, options: dict[str, Any]) -> Any:
+    """The split of a dataset; errors of `datasets` as ValueError with what was asked."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"Reading {name!r} needs datasets: pip install datasets.") from error
+    folder = Path(name).expanduser()
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(folder))
+        if not isinstance(saved, datasets.DatasetDict):
+            return saved
+        if split not in saved:
+            raise ValueError(
+                f"The dataset {name!r} has no split {split!r}; it has {', '.join(saved)}."
+            )
+        return saved[split]
+    try:
+        return datasets.load_dataset(name, split=split, **options)
+    except (ValueError, OSError, ConnectionError) as error:
+        raise ValueError(
+            f"datasets could not load the split {split!r} of {name!r}: {error}"
+        ) from error
+
+
+def long_documents(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, min_tokens: int
+) -> list[Document]:
+    """Documents of at least `min_tokens` tokens, made of what there is.
+
+    A long document stands alone. Shorter ones of the same split and top folder (the first
+    part of the name) are joined in name order until they are long enough; what is left over
+    is dropped.
+
+    Args:
+        documents: of any length.
+        tokenizer: counts the tokens, special ones left out.
+        min_tokens: the least length.
+
+    Returns:
+        Documents in name order; a joined one is named after its first and last part.
+
+    Raises:
+        ValueError: if `min_tokens` is not positive.
+    """
+    if min_tokens < 1:
+        raise ValueError(f"`min_tokens` is {min_tokens}; it must be at least 1.")
+
+    def count(text: str) -> int:
+        return len(_encode(tokenizer, text, special=False))
+
+    result = []
+    pending: dict[tuple[str, str], list[Document]] = {}
+    lengths: dict[tuple[str, str], int] = {}
+    for document in sorted(documents, key=lambda d: d.name):
+        length = count(document.text)
+        if length >= min_tokens:
+            result.append(document)
+            continue
+        top = document.name.split("/")[0] if "/" in document.name else ""
+        group = (document.split, top)
+        pending.setdefault(group, []).append(document)
+        lengths[group] = lengths.get(group, 0) + length
+        # The sum decides when to look; where texts meet, tokens may merge.
+        if lengths[group] >= min_tokens:
+            text = "\n\n".join(d.text for d in pending[group])
+            if count(text) >= min_tokens:
+                first, last = pending[group][0].name, pending[group][-1].name
+                result.append(Document(f"{first}..{last}", document.split, text))
+                del pending[group], lengths[group]
+    return sorted(result, key=lambda d: d.name)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
+    # `verbose=False`: a document longer than the backbone's window is what memories are for.
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+class DocumentDataset(Dataset):
+    """Tokenised documents, cut into pieces of at most `max_tokens` tokens.
+
+    A piece never joins two documents. Every document ends with the tokenizer's end-of-text
+    token, if it has one; only its first piece begins with what the tokenizer puts in front.
+
+    Args:
+        documents: `Document`s or plain strings.
+        tokenizer: any tokenizer of transformers.
+        max_tokens: longest piece (default: whole documents).
+        min_tokens: shorter pieces are dropped; at least 2, for there is nothing to predict
+            in a piece of one token.
+        progress: show a bar while tokenising.
+
+    Attributes:
+        names: the document's name of every piece.
+
+    Raises:
+        ValueError: for lengths that do not fit together, or if no piece is left.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document | str],
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int | None = None,
+        min_tokens: int = 2,
+        progress: bool = True,
+    ) -> None:
+        if min_tokens < 2:
+            raise ValueError(f"`min_tokens` is {min_tokens}; it must be at least 2.")
+        if max_tokens is not None and max_tokens < min_tokens:
+            raise ValueError(
+                f"`max_tokens` is {max_tokens}; it must be at least `min_tokens` ({min_tokens})."
+            )
+        self.names: list[str] = []
+        self._pieces: list[Tensor] = []
+        longest = 0
+        bar = tqdm(documents, desc="tokenising", unit="doc", disable=not progress)
+        for index, document in enumerate(bar):
+            text, name = (
+                (document, str(index))
+                if isinstance(document, str)
+                else (document.text, document.name)
+            )
+            ids = list(_encode(tokenizer, text))
+            end = tokenizer.eos_token_id
+            if end is not None and (not ids or ids[-1] != end):
+                ids.append(end)
+            longest = max(longest, len(ids))
+            # int32 halves what a large corpus takes; __getitem__ gives the usual int64.
+            for piece in torch.tensor(ids, dtype=torch.int32).split(max_tokens or len(ids) or 1):
+                if len(piece) >= min_tokens:
+                    self._pieces.append(piece)
+                    self.names.append(name)
+        if not self._pieces:
+            raise ValueError(
+                f"No piece of at least {min_tokens} tokens (`min_tokens`) is left of "
+                f"{len(documents)} documents; the longest has {longest} tokens."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all pieces."""
+        return sum(len(piece) for piece in self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """`{"input_ids": (T,)}`; the collator makes labels and mask."""
+        return {"input_ids": self._pieces[index].long()}
+
+
+@dataclass
+class DocumentCollator:
+    """Put documents of different lengths into one batch, padded on the right.
+
+    Args:
+        pad_token_id: the id of padding; any id will do, for the mask hides it.
+        pad_to_multiple_of: round the length up to a multiple of this.
+    """
+
+    pad_token_id: int = 0
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collate.
+
+        Args:
+            features: with `input_ids (T,)`; with `labels (T,)` where not every token is a
+                target, and `attention_mask (T,)` where some are padding already.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, each `(B, T)`; labels are -100 on
+            padding.
+
+        Raises:
+            ValueError: for a feature without `input_ids`, or fields of different lengths.
+        """
+        rows = [self._row(feature) for feature in features]
+        width = max(len(row["input_ids"]) for row in rows)
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        return {
+            name: torch.stack(
+                [torch.nn.functional.pad(r[name], (0, width - len(r[name])), value=f) for r in rows]
+            )
+            for name, f in fills.items()
+        }
+
+    @staticmethod
+    def _row(feature: dict[str, Any]) -> dict[str, Tensor]:
+        if "input_ids" not in feature:
+            raise ValueError(
+                f"A feature holds {', '.join(sorted(feature)) or 'nothing'}; it needs `input_ids`."
+            )
+        ids = torch.as_tensor(feature["input_ids"]).long()
+        mask = torch.as_tensor(feature.get("attention_mask", torch.ones_like(ids))).long()
+        labels = torch.as_tensor(feature.get("labels", ids)).long()
+        for name, value in (("attention_mask", mask), ("labels", labels)):
+            if value.shape != ids.shape:
+                raise ValueError(
+                    f"A feature has {len(value)} `{name}` for {len(ids)} `input_ids`; "
+                    "they must be as many."
+                )
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": labels.masked_fill(mask == 0, IGNORED),
+        }
+
+
+__all__ = ["DocumentCollator", "DocumentDataset", "load_documents", "long_documents"]

@@ -1,0 +1,386 @@
+"""A `Trainer` for memories: streaming truncated BPTT, a segment curriculum, their own rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
+from transformers.utils import logging
+
+from memwrap.memories.base import MemoryConfig
+from memwrap.model import MemoryModelForCausalLM
+from memwrap.training.arguments import MemoryTrainingArguments
+from memwrap.training.batches import (
+    IGNORED,
+    Batch,
+    first_tokens,
+    has_labels,
+    last_segment_only,
+    left_aligned,
+    pieces,
+    shifted_labels,
+)
+from memwrap.training.data import DocumentCollator
+
+logger = logging.get_logger(__name__)
+
+_SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+_BUCKET = 2**23
+"""Gradient elements that are reduced in one call."""
+
+
+class MemoryTrainer(Trainer):
+    """transformers' `Trainer` for a memwrap model, alone or under `get_peft_model`.
+
+    What it adds: the backward pass of truncated BPTT runs piece by piece (`streaming`), with
+    the gradients of the single call; documents are trimmed by `segment_curriculum`; the
+    memory's parameters have their own learning rate and weight decay; a resumed run says
+    nothing of a frozen backbone that no checkpoint needs to hold.
+
+    Args:
+        model: a memwrap model, or a `PeftModel` over one.
+        args: `MemoryTrainingArguments`.
+        data_collator: default: `DocumentCollator`.
+        positional, keywords: as `Trainer` takes them.
+
+    Raises:
+        TypeError: for a model without a memory or other training arguments.
+        ValueError: for settings that cannot work together; says which and what to do.
+    """
+
+    args: MemoryTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: MemoryTrainingArguments | None = None,
+        data_collator: Any = None,
+        *positional: Any,
+        **keywords: Any,
+    ) -> None:
+        if args is None:
+            args = MemoryTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, MemoryTrainingArguments):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}; MemoryTrainer needs MemoryTrainingArguments."
+            )
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` is {args.label_smoothing_factor}; transformers smooths "
+                "unshifted labels for models it does not know. Leave it at 0."
+            )
+        if data_collator is None:
+            data_collator = DocumentCollator()
+        super().__init__(model, args, data_collator, *positional, **keywords)
+        if not isinstance(self.memory_model, MemoryModelForCausalLM):
+            raise TypeError(
+                f"`model` is a {type(model).__name__} without a memory; "
+                "wrap it first: memwrap.wrap(model, ...)."
+            )
+        if self.compute_metrics is not None and args.prediction_loss_only:
+            raise ValueError(
+                "`compute_metrics` needs logits, which `prediction_loss_only` drops; "
+                "set prediction_loss_only=False."
+            )
+        if self._stream_window() is not None:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        """Refuse what cannot run several backward passes a step."""
+        obstacle = None
+        if self.accelerator.distributed_type in _SHARDED:
+            obstacle = f"{self.accelerator.distributed_type.value} (sharded parameters)"
+        elif self.args.n_gpu > 1:
+            obstacle = "DataParallel (one process, several GPUs; torchrun gives each its own)"
+        elif self.compute_loss_func is not None:
+            obstacle = "`compute_loss_func`, which needs the logits of whole documents"
+        elif self.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+            obstacle = f"`optim={self.args.optim}`, which steps in every backward pass"
+        if obstacle:
+            raise ValueError(
+                f"streaming=True does not go with {obstacle}; set streaming=False "
+                "(with activation checkpointing, training memory stays small too)."
+            )
+
+    @property
+    def memory_model(self) -> MemoryModelForCausalLM:
+        """The memwrap model itself, without DDP, torch.compile or PEFT around it."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def _config(self) -> MemoryConfig:
+        """The config that decides segments, truncation and loss, as in the model's own loop."""
+        return self.memory_model.memory_configs[0]
+
+    # What a step trains on
+
+    def segments_now(self) -> int | None:
+        """Segments of each document that the current step trains on; None: all."""
+        return self.args.segments_at(self.state.global_step)
+
+    def prepare_batch(self, batch: Batch, trim: bool = True) -> Batch:
+        """The batch as it is trained on: aligned, trimmed, `loss_on="last"` masked.
+
+        Done before the Trainer counts targets, so that the loss is divided by what is really
+        predicted. A batch without labels comes back as it is; preparing twice changes nothing.
+
+        Args:
+            batch: what the collator returned.
+            trim: apply the segment curriculum.
+        """
+        if not has_labels(batch):
+            return batch
+        config, segments = self._config, self.segments_now() if trim else None
+        if not config.count_padding:
+            batch = left_aligned(batch)
+        if segments is not None:
+            batch = first_tokens(batch, segments * config.segment_size)
+        if config.loss_on == "last":
+            batch = last_segment_only(
+                batch, config.segment_size, config.alignment, config.count_padding
+            )
+        return batch
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The next `num_batches` batches, prepared, and the number of their targets."""
+        return super().get_batch_samples(
+            map(self.prepare_batch, epoch_iterator), num_batches, device
+        )
+
+    # Streaming truncated BPTT
+
+    def _stream_window(self) -> int | None:
+        """Tokens between two backward passes; None where one pass does it.
+
+        Pieces are the windows of the single call only if rows are cut from the left and the
+        graph is cut every `bptt_segments` segments.
+        """
+        config = self._config
+        window = config.bptt_segments
+        if not self.args.streaming or window is None:
+            return None
+        regular = all(
+            config.detach_before(s) == (s % window == 0) for s in range(1, 2 * window + 1)
+        )
+        if config.alignment != "left" or config.count_padding or not regular:
+            logger.warning_once(
+                f"Streaming is off: it does not go with these settings of {config.name!r} "
+                "(alignment, count_padding or a truncation of its own). Gradients are the same, "
+                "training memory grows with the document."
+            )
+            return None
+        return window * config.segment_size
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One forward and backward over a batch of documents.
+
+        With `streaming` and `bptt_segments=k` the batch is read in pieces of k segments, each
+        followed by its backward pass; the state travels on without its graph.
+
+        Args:
+            model: the wrapped model.
+            inputs: `input_ids (B, T)`, `attention_mask`, `labels` or `shift_labels`.
+            num_items_in_batch: targets of the whole accumulation window.
+
+        Returns:
+            The loss, detached.
+        """
+        inputs = self.prepare_batch(inputs)
+        window = self._stream_window()
+        if window is None or not has_labels(inputs):
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        # DDP's own reduction misses a parameter that only an earlier piece used (a memory's
+        # first state), so it stays off and the sum of all pieces is reduced afterwards.
+        distributed = isinstance(model, nn.parallel.DistributedDataParallel)
+        with model.no_sync() if distributed else nullcontext():
+            loss = self._stream(model, inputs, window, num_items_in_batch)
+        if distributed and self._step_syncs():
+            average_gradients(model)
+        return loss
+
+    def _step_syncs(self) -> bool:
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        return each or self.accelerator.sync_gradients
+
+    def _stream(
+        self, model: nn.Module, inputs: Batch, window: int, num_items: Tensor | int | None
+    ) -> Tensor:
+        """Forward and backward, piece by piece; returns the sum of the losses."""
+        inputs = left_aligned(inputs)
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = self.model_accepts_loss_kwargs and num_items is not None
+        if num_items is None:
+            # The mean over this batch: every piece is divided by the targets of all.
+            count = (shifted_labels(inputs) != IGNORED).sum().clamp(min=1)
+            inputs = {**inputs, "num_items_in_batch": count}
+        else:
+            num_items = torch.as_tensor(num_items).clamp(min=1)
+        total = torch.zeros((), device=self.args.device)
+        state, reading = None, torch.empty(0)
+        for rows, piece in pieces(inputs, window):
+            if state is not None and len(rows) < len(reading):  # some rows have ended
+                state = state.select(torch.isin(reading, rows).nonzero().squeeze(1))
+            reading = rows
+            # What predicts nothing and is detached afterwards needs no graph.
+            trained = bool((piece["shift_labels"] != IGNORED).any())
+            piece |= {"past_key_values": state, "use_cache": True}
+            with torch.set_grad_enabled(trained), self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(
+                    model, piece, return_outputs=True, num_items_in_batch=num_items
+                )
+            state = outputs["past_key_values"].detach()
+            del outputs
+            if not trained:
+                continue
+            if not scaled:
+                loss = loss / self.current_gradient_accumulation_steps
+            self.accelerator.backward(loss)
+            total += loss.detach().to(total)
+        return total
+
+    # Evaluation
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """One evaluation step over whole documents: no curriculum, no state kept.
+
+        With `prediction_loss_only` no logits are made. The evaluation loss is the mean over
+        batches, as transformers takes it.
+        """
+        if has_labels(inputs):
+            inputs = {**self.prepare_batch(inputs, trim=False), "use_cache": False}
+            if not prediction_loss_only:
+                inputs["return_logits"] = True
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of transformers, with the memory's parameters in groups of their own.
+
+        A memory's `optimizer_groups()` comes first, then `memory_learning_rate` and
+        `memory_weight_decay`, then what the other parameters get.
+        """
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        groups = [] if given else self._memory_groups(self.model if model is None else model)
+        if not groups:
+            return optimizer
+        if not hasattr(optimizer, "add_param_group"):
+            raise ValueError(
+                f"`optim={self.args.optim}` takes no parameter groups, which the memory's own "
+                "rates need; use another optimizer, such as adamw_torch."
+            )
+        moved = {id(p) for group in groups for p in group["params"]}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in moved]
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        for group in groups:
+            optimizer.add_param_group(group)
+        return optimizer
+
+    def _memory_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups of the memory; empty if nothing sets it apart from the rest."""
+        args = self.args
+        rate = (
+            args.learning_rate if args.memory_learning_rate is None else args.memory_learning_rate
+        )
+        decay = args.weight_decay if args.memory_weight_decay is None else args.memory_weight_decay
+        groups: list[dict[str, Any]] = []
+        for memory in self.memory_model.memories.values():
+            own = memory.optimizer_groups() if hasattr(memory, "optimizer_groups") else []
+            for group in own:
+                params = [p for p in group["params"] if p.requires_grad]
+                if params:
+                    groups.append({"lr": rate, "weight_decay": decay, **group, "params": params})
+        if not groups and args.memory_learning_rate is None and args.memory_weight_decay is None:
+            return []
+        taken = {id(p) for group in groups for p in group["params"]}
+        decayed = set(self.get_decay_parameter_names(model))
+        names = {id(p): name for name, p in model.named_parameters()}
+        rest: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for parameter in self.memory_model.memory_parameters():
+            if parameter.requires_grad and id(parameter) not in taken:
+                rest[names.get(id(parameter)) in decayed].append(parameter)
+        for decays, params in rest.items():
+            if params:
+                value = decay if decays else 0.0
+                groups.append({"params": params, "lr": rate, "weight_decay": value})
+        return groups
+
+    # Resuming
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say what a checkpoint lacks, except a frozen backbone, which it need not hold."""
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        missing = [name for name in load_result.missing_keys if name in trained]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Replace every gradient by its mean over all processes, as DDP does.
+
+    A parameter that some process used counts as zero where it was not used; one that nobody
+    used keeps no gradient.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    used = torch.tensor(
+        [p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device
+    )
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    bucket: list[Tensor] = []
+    size = 0
+    for parameter, is_used in zip(parameters, used.tolist(), strict=True):
+        if not is_used:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        first = bucket[0] if bucket else parameter.grad
+        alike = first.dtype == parameter.grad.dtype and first.device == parameter.grad.device
+        if not alike or size >= _BUCKET:
+            _average(bucket)
+            bucket, size = [], 0
+        bucket.append(parameter.grad)
+        size += parameter.grad.numel()
+    _average(bucket)
+
+
+def _average(gradients: list[Tensor]) -> None:
+    if not gradients:
+        return
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    # Divided first, as DDP does: the sum of fp16 gradients may overflow.
+    flat /= dist.get_world_size()
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+__all__ = ["MemoryTrainer", "average_gradients"]

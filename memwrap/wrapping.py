@@ -1,0 +1,120 @@
+"""wrap, unwrap, load: how a user gets a memory model and gives it back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from transformers import PreTrainedModel
+
+from memwrap.configuration import MemoryModelConfig
+from memwrap.memories.base import MemoryConfig
+from memwrap.model import MemoryModelForCausalLM
+from memwrap.registry import config_class
+from memwrap.saving import VERSION, backbone_fingerprint
+
+
+def wrap(
+    model: PreTrainedModel, *memories: MemoryConfig | str, **settings: Any
+) -> MemoryModelForCausalLM:
+    """Attach memories to a causal LM.
+
+    The model is not copied: its decoder layers learn to meet the memory, everything else stays
+    as it is, and `unwrap` gives it back bit for bit.
+
+    Args:
+        model: a transformers causal LM, or a PEFT (LoRA and the like) model over one: its
+            adapters then stay in the backbone and are saved with the memory.
+        memories: configs such as `ARMTConfig(segment_size=1024)`, or one name with its fields
+            as keywords: `wrap(model, "armt", segment_size=1024)`.
+
+    Returns:
+        A `PreTrainedModel` with `generate`, on the same device and in the same mode.
+
+    Raises:
+        ValueError: if the model lacks a part that a memory needs, the memories' places collide,
+            or a setting is wrong.
+    """
+    if isinstance(model, MemoryModelForCausalLM):
+        raise ValueError(
+            "The model is wrapped already; unwrap it first, or give all memories at once."
+        )
+    if isinstance(model, PeftModel):
+        model = _inside_peft(model)
+    configs = [_config(m, settings) for m in memories]
+    if settings and not any(isinstance(m, str) for m in memories):
+        raise ValueError(
+            f"Settings {sorted(settings)} were given beside a config; put them into the config."
+        )
+    config = MemoryModelConfig(
+        memories=[c.to_dict() for c in configs],
+        # A copy: transformers resets the attention implementation of a live config put here.
+        backbone=copy.deepcopy(model.config) if isinstance(model, PreTrainedModel) else None,
+        base_model=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+        base_fingerprint=backbone_fingerprint(model) if isinstance(model, PreTrainedModel) else "",
+        memwrap_version=VERSION,
+    )
+    wrapped = MemoryModelForCausalLM(config, model)
+    return wrapped.train(model.training)
+
+
+def _config(memory: MemoryConfig | str, settings: dict[str, Any]) -> MemoryConfig:
+    if isinstance(memory, str):
+        return config_class(memory).from_dict(settings)
+    if not isinstance(memory, MemoryConfig):
+        raise ValueError(
+            f"A memory is given as {type(memory).__name__}; give a name or a config "
+            "(memwrap.ARMTConfig(...))."
+        )
+    return memory
+
+
+def _inside_peft(model: PeftModel) -> PreTrainedModel:
+    """The base of a PEFT model with its adapters left inside it."""
+    if not isinstance(model.base_model, BaseTuner):
+        raise ValueError(
+            "The PEFT model adds prompt tokens outside its base, where a memory cannot keep them; "
+            "wrap the base and use a LoRA-like method."
+        )
+    base = model.get_base_model()
+    base.peft_config = model.peft_config
+    return base
+
+
+def unwrap(model: MemoryModelForCausalLM) -> PreTrainedModel:
+    """Give the backbone back as it was; the memory model must not be used afterwards.
+
+    Raises:
+        ValueError: if the model is not a memwrap one.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("The memory model is inside a PeftModel; unwrap(model.get_base_model()).")
+    if not isinstance(model, MemoryModelForCausalLM):
+        raise ValueError(f"unwrap got a {type(model).__name__}; it needs a memwrap model.")
+    if any("layer" in c.places for c in model.memory_configs):
+        model.parts.detach_layers()
+    return model.backbone
+
+
+def load(
+    path: str | Path, base: PreTrainedModel | None = None, **kwargs: Any
+) -> MemoryModelForCausalLM:
+    """Load a saved memory model.
+
+    Args:
+        path: a folder, or a repo id on the Hub.
+        base: the backbone; by default it is loaded by the name or path recorded at saving.
+        kwargs: for loading the base (`dtype`, `device_map`, `attn_implementation`, ...), and
+            `revision`, `token` for the Hub.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        ValueError: if the files are damaged, foreign, or do not fit each other or the base.
+    """
+    return MemoryModelForCausalLM.from_pretrained(path, base, **kwargs)
