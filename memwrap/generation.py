@@ -36,7 +36,7 @@ class MemoryGenerationMixin(GenerationMixin):
                 model_kwargs["past_key_values"] = self.new_state(fed.shape[0])  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: Tensor | None = None,
         *args: Any,
@@ -79,7 +79,7 @@ class MemoryGenerationMixin(GenerationMixin):
             kwargs["past_key_values"] = state
         if not remember:
             kwargs["remember"] = False
-        return super().generate(inputs, *args, **kwargs)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _state_for(self, given: MemoryState, batch: int, kwargs: dict) -> MemoryState:
         """A copy of the given state with a row for every sequence that will be generated."""
@@ -89,10 +89,10 @@ class MemoryGenerationMixin(GenerationMixin):
             state = state.repeat(batch)
         if state.batch_size != batch:
             raise ValueError(
-                f"The state has {state.batch_size} rows, the prompt {batch}; they must agree, or the "
-                "state have one row."
+                f"The state has {state.batch_size} rows, the prompt {batch}; they must agree, or "
+                "the state have one row."
             )
-        config = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        config = kwargs.get("generation_config") or self.generation_config
         names = ("num_beams", "num_return_sequences")
         rows = max(kwargs.get(n) or getattr(config, n, None) or 1 for n in names)
         return state.repeat(rows) if rows > 1 else state

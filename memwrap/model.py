@@ -61,7 +61,7 @@ class SegmentDecoder:
         return getattr(self.__dict__["_model"].backbone.base_model, name)
 
 
-class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel):
+class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel):  # type: ignore[misc]
     """A causal LM with memories: reads text of any length in bounded space.
 
     Make one with `memwrap.wrap` or `memwrap.load`.
@@ -117,7 +117,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             num_layers=len(parts.layers) if layered else parts.config.num_hidden_layers,
             embedding_std=parts.embedding_std(),
             dtype=memory_dtype(parts.model),
-            device=parts.embeddings.weight.device,  # type: ignore[union-attr,arg-type]
+            device=parts.embedding_weight.device,
         )
         return {c.name: memory_class(c.name)(c, sizes) for c in self.memory_configs}
 
@@ -142,8 +142,10 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     def segment_size(self) -> int:
         return self.memory_configs[0].segment_size
 
-    @property
+    @property  # type: ignore[override]
     def base_model(self) -> Any:
+        """The memory loop as a callable that gives last hidden states, for trainers that bring
+        their own head and loss."""
         return SegmentDecoder(self) if "memory_modules" in self._modules else self
 
     def memory_parameters(self) -> Iterator[nn.Parameter]:
@@ -166,7 +168,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     def get_decoder(self) -> nn.Module:
         return self.parts.decoder
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         result = self.backbone.resize_token_embeddings(*args, **kwargs)
         self.config.backbone = copy.deepcopy(self.backbone.config)
         return result
@@ -227,7 +229,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             differing = [k for k, v in (state.weights or {}).items() if weights.get(k) != v]
             if differing:
                 raise ValueError(
-                    f"The state was written with other weights of the {' and the '.join(differing)}; "
+                    f"The state was written with other weights ({' and '.join(differing)}); "
                     "load it into the model that read it, or read the text again."
                 )
             state.unverified = False
@@ -308,9 +310,9 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             control=memory_control,
         )
         loss, logits = None, None
-        if targets is not None:
+        if targets is not None and reading.loss_sum is not None:
             count = num_items_in_batch if num_items_in_batch is not None else reading.targets
-            loss = reading.loss_sum / _at_least_one(count, inputs.device)  # type: ignore[operator]
+            loss = reading.loss_sum / _at_least_one(count, inputs.device)
             if return_logits:
                 with torch.no_grad():
                     again = self.loop()(
@@ -344,8 +346,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             return None
         if given.shape != inputs.real.shape:
             raise ValueError(
-                f"The labels have shape {tuple(given.shape)}, the input {tuple(inputs.shape)}; they "
-                "must agree."
+                f"The labels have shape {tuple(given.shape)}, the input {tuple(inputs.shape)}; "
+                "they must agree."
             )
         if shift_labels is not None:
             return shift_labels.masked_fill(~inputs.real.to(shift_labels.device), IGNORED)
@@ -366,7 +368,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             raise ValueError("`memory_control='shuffled'` needs at least two rows.")
         if bool(state.fill.any()):
             raise ValueError(
-                "`memory_control` needs closed segments: feed whole segments, or close_segment first."
+                "`memory_control` needs closed segments: feed whole ones, or close_segment first."
             )
 
     def _logits(self, hidden: Tensor, keep: int | Tensor, inputs: Inputs) -> Tensor:

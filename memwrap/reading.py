@@ -66,7 +66,7 @@ def check_inputs(
         return Inputs(input_ids, inputs_embeds, real, [0] * batch, [total] * batch)
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
         raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; it needs ({batch}, {total})."
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, not ({batch}, {total})."
         )
     if attention_mask.shape[1] < total:
         raise ValueError(
@@ -184,8 +184,8 @@ class Loop:
             return state.clone()
         nothing = torch.zeros(state.batch_size, 0, dtype=torch.long)
         step = Step(nothing, nothing, state.fill, torch.zeros_like(closes), closes, closes)
-        device = self.reader.backbone.embeddings.weight.device  # type: ignore[union-attr]
-        embeds = self.reader.backbone.embed(nothing.to(device))  # type: ignore[arg-type]
+        device = self.reader.backbone.embedding_weight.device
+        embeds = self.reader.backbone.embed(nothing.to(device))
         local = Local(state.open, state.open_positions, state.open_valid)
         new = state.clone()
         _, new.memories, local = self.reader.run(embeds, step, state.memories, local, True)
@@ -273,7 +273,7 @@ class Loop:
             return part(hidden, wanted) if len(wanted) else hidden.float().sum()
         pairs = zip(hidden.split(size), wanted.split(size), strict=True)
         if torch.is_grad_enabled():
-            return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in pairs)  # type: ignore[return-value]
+            return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in pairs)
         return sum(part(h, t) for h, t in pairs)  # type: ignore[return-value]
 
     @staticmethod

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from memwrap.assets import asset
 from memwrap.fingerprints import fingerprint
 
 WEIGHTS = "model.safetensors"
@@ -74,7 +75,7 @@ class SavingMixin:
         config = copy.deepcopy(lora) if lora is not None else LoraConfig()
         inject_adapter_in_model(config, self.backbone, adapter_name)
         adapters = {**getattr(self.backbone, "peft_config", {}), adapter_name: config}
-        self.backbone.peft_config = adapters  # type: ignore[assignment]
+        self.backbone.peft_config = adapters
         for memory in self.memories.values():
             memory.requires_grad_(True)
 
@@ -177,7 +178,7 @@ class SavingMixin:
             )
 
     @classmethod
-    def from_pretrained(  # type: ignore[no-untyped-def]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         base: PreTrainedModel | None = None,
@@ -197,19 +198,19 @@ class SavingMixin:
                 f"{sorted(set(kwargs) - _IGNORED_KEYS)} go to the loading of the base, but a base "
                 "was given; leave them out."
             )
-        if not own.base_included and own.base_fingerprint:
-            if backbone_fingerprint(base) != own.base_fingerprint:
-                warnings.warn(
-                    f"The base is not the one that {folder.name} was trained on (other weights or "
-                    "another dtype); results will differ.",
-                    stacklevel=2,
-                )
+        known = not own.base_included and own.base_fingerprint
+        if known and backbone_fingerprint(base) != own.base_fingerprint:
+            warnings.warn(
+                f"The base is not the one that {folder.name} was trained on (other weights or "
+                "another dtype); results will differ.",
+                stacklevel=2,
+            )
         own.backbone = copy.deepcopy(base.config)
         model = cls(own, base)  # type: ignore[call-arg]
         for name, values in (own.adapters or {}).items():
             model.add_lora(PeftConfig.from_peft_type(**values), name)
         _load_weights(model, folder)
-        return model.eval()
+        return model.eval()  # type: ignore[attr-defined]
 
 
 _IGNORED_KEYS = {
@@ -219,7 +220,7 @@ _IGNORED_KEYS = {
 
 
 def _folder(name: str | Path, revision: str | None, token: str | None) -> Path:
-    folder = Path(name)
+    folder = asset(name) or Path(name)
     if folder.is_dir():
         return folder
     if folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
@@ -238,7 +239,7 @@ def _read_config(cls: Any, folder: Path) -> Any:
     if not isinstance(values, dict) or values.get("model_type") != "memwrap":
         kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
         raise ValueError(
-            f"{folder} holds a {kind!r} model, not a memwrap one; wrap it: memwrap.wrap(model, ...)."
+            f"{folder} holds a {kind!r} model, not a memwrap one; use memwrap.wrap(model, ...)."
         )
     return cls.config_class.from_dict(values)
 
@@ -254,7 +255,8 @@ def _base_of(config: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
             "The saved model does not name its base (it was wrapped in memory); give it: "
             "memwrap.load(folder, base)."
         )
-    return AutoModelForCausalLM.from_pretrained(config.base_model, dtype=dtype, **options)
+    name = asset(config.base_model) or config.base_model
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
 
 
 def _load_weights(model: Any, folder: Path) -> None:

@@ -69,7 +69,7 @@ class MemoryState(Cache):
         )
 
     @property
-    def batch_size(self) -> int:  # type: ignore[override]
+    def batch_size(self) -> int:
         return self.fill.shape[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -269,11 +269,11 @@ class MemoryState(Cache):
     def _from_file(cls, about: dict, tensors: dict[str, Tensor]) -> MemoryState:
         tree = tree_build(tensors)
         memories = tree.get("memories", {})
-        rows: dict[str, Tensor] = tree["rows"]  # type: ignore[assignment]
+        rows: dict[str, Tensor] = tree["rows"]
         if sorted(memories) != sorted(about["memories"]):
             raise KeyError("memories are missing")
-        state = cls(memories, rows["fill"].shape[0], about["signature"])  # type: ignore[arg-type]
-        state.open = tree.get("open", {})  # type: ignore[assignment]
+        state = cls(memories, rows["fill"].shape[0], about["signature"])
+        state.open = tree.get("open", {})
         for name in (*_COUNTERS, "open_positions", "open_valid"):
             setattr(state, name, rows[name])
         state.ids_hash = rows.get("ids_hash")
@@ -289,16 +289,17 @@ def cache_of(tree: Tree) -> DynamicCache:
     cache = DynamicCache()
     if tree:
         keys, values = tree["keys"], tree["values"]
-        for index in sorted(keys, key=int):  # type: ignore[arg-type]
-            cache.update(keys[index], values[index], int(index))  # type: ignore[index]
+        for index in sorted(keys, key=int):
+            cache.update(keys[index], values[index], int(index))
     return cache
 
 
 def tree_of(cache: DynamicCache) -> Tree:
     """The inverse of `cache_of`."""
+    layers: list[Any] = cache.layers
     return {
-        "keys": {str(i): layer.keys for i, layer in enumerate(cache.layers)},
-        "values": {str(i): layer.values for i, layer in enumerate(cache.layers)},
+        "keys": {str(i): layer.keys for i, layer in enumerate(layers)},
+        "values": {str(i): layer.values for i, layer in enumerate(layers)},
     }
 
 

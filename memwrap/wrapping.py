@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel
 
+from memwrap.assets import asset_name
 from memwrap.configuration import MemoryModelConfig
 from memwrap.memories.base import MemoryConfig
 from memwrap.model import MemoryModelForCausalLM
@@ -53,7 +54,7 @@ def wrap(
         memories=[c.to_dict() for c in configs],
         # A copy: transformers resets the attention implementation of a live config put here.
         backbone=copy.deepcopy(model.config) if isinstance(model, PreTrainedModel) else None,
-        base_model=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+        base_model=asset_name(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
         base_fingerprint=backbone_fingerprint(model) if isinstance(model, PreTrainedModel) else "",
         memwrap_version=VERSION,
     )
@@ -79,7 +80,7 @@ def _inside_peft(model: PeftModel) -> PreTrainedModel:
             "The PEFT model adds prompt tokens outside its base, where a memory cannot keep them; "
             "wrap the base and use a LoRA-like method."
         )
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     base.peft_config = model.peft_config
     return base
 
@@ -105,7 +106,7 @@ def load(
     """Load a saved memory model.
 
     Args:
-        path: a folder, or a repo id on the Hub.
+        path: a folder, the name of a shipped model, or a repo id on the Hub.
         base: the backbone; by default it is loaded by the name or path recorded at saving.
         kwargs: for loading the base (`dtype`, `device_map`, `attn_implementation`, ...), and
             `revision`, `token` for the Hub.

@@ -69,8 +69,13 @@ class Backbone:
         return self.model.get_input_embeddings()
 
     @property
+    def embedding_weight(self) -> Tensor:
+        weight: Any = self.embeddings.weight
+        return weight
+
+    @property
     def embedding_size(self) -> int:
-        return self.embeddings.weight.shape[1]  # type: ignore[union-attr,return-value]
+        return self.embedding_weight.shape[1]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -169,8 +174,7 @@ class Backbone:
 
     def embedding_std(self) -> float:
         """Standard deviation of the input embedding weights."""
-        weight: Tensor = self.embeddings.weight  # type: ignore[assignment,union-attr]
-        return float(weight.detach().float().std())
+        return float(self.embedding_weight.detach().float().std())
 
 
 def memory_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -44,7 +44,7 @@ def attach(layers: nn.ModuleList) -> None:
     """Let every layer read and write; a layer that does already is left alone."""
     for index, layer in enumerate(layers):
         if not hasattr(type(layer), "_memwrap_parent"):
-            layer.__class__ = _memory_layer(type(layer), index)
+            layer.__class__ = _memory_layer(type(layer), index)  # type: ignore[arg-type]
 
 
 def detach(layers: nn.ModuleList) -> None:

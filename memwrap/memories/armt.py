@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class AssociativeLayer(nn.Module):
     def __init__(self, config: ARMTConfig, sizes: Sizes) -> None:
         super().__init__()
         width = sizes.hidden_size
-        make = {"dtype": sizes.dtype, "device": sizes.device}
+        make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
         self.config = config
         self.norm = nn.RMSNorm(width, eps=1e-6, **make) if config.input_norm else nn.Identity()
         self.query = nn.Linear(width, config.d_mem, bias=False, **make)
@@ -115,17 +115,17 @@ class AssociativeLayer(nn.Module):
         """Write the memory tokens' outputs `(B, m, D)` into `state`."""
         config, A, z = self.config, state["A"], state.get("z")
         x = self._prepare(hidden)
-        dtype = A.dtype  # type: ignore[union-attr]
+        dtype = A.dtype
         k = self._features(self.key(x)).to(dtype)
         v = self._heads(self.value(x)).to(dtype)
         beta = self._heads(torch.sigmoid(self.beta(x).to(dtype)))
         with torch.autocast(hidden.device.type, enabled=False):
             new_A, new_z = associative.write(
-                k, v, beta, A, z, state["written"],  # type: ignore[arg-type]
+                k, v, beta, A, z, state["written"],
                 correction=config.correction,
                 key_eps=0.0 if config.feature_norm else associative.EPS,
             )  # fmt: skip
-        new: Tree = {"A": new_A, "written": torch.ones_like(state["written"])}  # type: ignore[arg-type]
+        new: Tree = {"A": new_A, "written": torch.ones_like(state["written"])}
         return new if new_z is None else new | {"z": new_z}
 
 
@@ -170,20 +170,20 @@ class ARMTMemory(Memory):
         return {"layers": layers}
 
     def suffix(self, state: Tree) -> Tensor:
-        first = next(iter(state["layers"].values()))  # type: ignore[union-attr]
-        return self.tokens.expand(first["written"].shape[0], -1, -1)  # type: ignore[call-overload,index]
+        first = next(iter(state["layers"].values()))
+        return self.tokens.expand(first["written"].shape[0], -1, -1)
 
     def before_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
         name = str(layer)
         if name not in self.layers:
             return hidden
-        own: Tree = state["layers"][name]  # type: ignore[index,assignment]
+        own: Tree = state["layers"][name]
         return hidden + self.layers[name].read(hidden, own["A"], own.get("z"))  # type: ignore[operator]
 
     def after_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
         name = str(layer)
         if name not in self.layers:
             return state
-        layers: Tree = state["layers"]  # type: ignore[assignment]
+        layers: Tree = state["layers"]
         written = self.layers[name].write(hidden, layers[name])  # type: ignore[operator]
         return {"layers": {**layers, name: written}}

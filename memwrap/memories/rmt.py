@@ -66,10 +66,10 @@ class RMTMemory(Memory):
         return {"tokens": self.tokens.to(device).expand(batch_size, -1, -1)}
 
     def prefix(self, state: Tree) -> Tensor:
-        return state["tokens"]  # type: ignore[return-value]
+        return state["tokens"]
 
     def suffix(self, state: Tree) -> Tensor:
-        return state["tokens"]  # type: ignore[return-value]
+        return state["tokens"]
 
     def write(self, state: Tree, hidden: Tensor) -> Tree:
         return {"tokens": hidden.to(self.tokens.dtype)}
