@@ -142,7 +142,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     def segment_size(self) -> int:
         return self.memory_configs[0].segment_size
 
-    @property  # type: ignore[override]
+    @property
     def base_model(self) -> Any:
         """The memory loop as a callable that gives last hidden states, for trainers that bring
         their own head and loss."""

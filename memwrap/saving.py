@@ -62,8 +62,12 @@ class SavingMixin:
     # Provided by the model
     backbone: PreTrainedModel
     config: Any
-    memories: dict[str, Any]
     load_state_dict: Callable[..., Any]
+
+    @property
+    def memories(self) -> dict[str, Any]:
+        """The memory modules by name."""
+        raise NotImplementedError
 
     def add_lora(self, lora: LoraConfig | None = None, adapter_name: str = "default") -> None:
         """Put LoRA into the backbone: its other weights are frozen, the memories are trained.
