@@ -242,7 +242,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
 
     def _advanced(self, state: MemoryState, new: MemoryState) -> MemoryState:
         """Move `state` on to `new`, all at once."""
-        new.weights = None if torch.is_grad_enabled() else self.fingerprint()
+        learning = torch.is_grad_enabled() or self.training
+        new.weights = None if learning else self.fingerprint()
         state._become(new)
         return state
 
@@ -258,7 +259,6 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         memory_control: str | MemoryState | None = None,
         return_logits: bool | None = None,
@@ -278,13 +278,14 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             labels: `(B, T)`, shifted inside; -100 is ignored.
             use_cache: return a state. Default: not while training with labels.
             logits_to_keep: the last so many columns, or a tensor of columns; 0 for all.
-            shift_labels: `(B, T)`, the id each column predicts, instead of `labels`.
             num_items_in_batch: divides the summed loss instead of the number of targets.
             memory_control: for evaluation, what is read instead of the memory: `"off"` (an empty
                 one), `"shuffled"` (the next row's), or a state. Needs closed segments.
             return_logits: with labels, logits are left out unless this is true: those of a long
                 document do not fit.
             remember: False leaves the last segment open however long it grows.
+            shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
+                the keywords: transformers' Trainer takes every named "label" for a needed one.
 
         Returns:
             `loss`, `logits` `(B, T, V)` (zeros at padding) or None, `past_key_values`.
@@ -292,6 +293,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         Raises:
             ValueError: for misshapen inputs, a mask with a hole, or a state of another model.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         _refuse(kwargs)
         inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
         targets = self._targets(inputs, labels, shift_labels)

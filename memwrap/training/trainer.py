@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
@@ -84,6 +85,10 @@ class MemoryTrainer(Trainer):
                 f"`model` is a {type(model).__name__} without a memory; "
                 "wrap it first: memwrap.wrap(model, ...)."
             )
+        if args.label_names is None:
+            # transformers takes every argument with "label" in its name, and then evaluates
+            # only batches that have them all.
+            self.label_names = ["labels"]
         if self.compute_metrics is not None and args.prediction_loss_only:
             raise ValueError(
                 "`compute_metrics` needs logits, which `prediction_loss_only` drops; "
@@ -97,6 +102,8 @@ class MemoryTrainer(Trainer):
         obstacle = None
         if self.accelerator.distributed_type in _SHARDED:
             obstacle = f"{self.accelerator.distributed_type.value} (sharded parameters)"
+        elif self.get_cp_size() > 1 or self.get_sp_size() > 1:
+            obstacle = "context or sequence parallelism, which cuts documents itself"
         elif self.args.n_gpu > 1:
             obstacle = "DataParallel (one process, several GPUs; torchrun gives each its own)"
         elif self.compute_loss_func is not None:
@@ -114,6 +121,11 @@ class MemoryTrainer(Trainer):
         """The memwrap model itself, without DDP, torch.compile or PEFT around it."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def _trained(self) -> nn.Module:
+        """The model with PEFT around it, if there is any."""
+        return self.model  # type: ignore[return-value]
 
     @property
     def _config(self) -> MemoryConfig:
@@ -205,16 +217,21 @@ class MemoryTrainer(Trainer):
         if window is None or not has_labels(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
-            self.optimizer.train()
+        prepare = getattr(self.optimizer, "train", None)  # schedule-free optimizers have it
+        if callable(prepare):
+            prepare()
         inputs = self._prepare_inputs(inputs)
-        # DDP's own reduction misses a parameter that only an earlier piece used (a memory's
-        # first state), so it stays off and the sum of all pieces is reduced afterwards.
+        # DDP would reduce in the last backward pass, which a process whose last piece has no
+        # target does not make, and may not know a parameter that only an earlier piece used (a
+        # memory's first state). So it stays off, and the sum of all pieces is reduced afterwards.
         distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-        with model.no_sync() if distributed else nullcontext():
+        with self.accelerator.no_sync(model) if distributed else nullcontext():
             loss = self._stream(model, inputs, window, num_items_in_batch)
         if distributed and self._step_syncs():
             average_gradients(model)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return loss
 
     def _step_syncs(self) -> bool:
@@ -288,7 +305,7 @@ class MemoryTrainer(Trainer):
         """
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        groups = [] if given else self._memory_groups(self.model if model is None else model)
+        groups = [] if given else self._memory_groups(model if model is not None else self._trained)
         if not groups:
             return optimizer
         if not hasattr(optimizer, "add_param_group"):
@@ -337,7 +354,7 @@ class MemoryTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Say what a checkpoint lacks, except a frozen backbone, which it need not hold."""
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name for name, p in self._trained.named_parameters() if p.requires_grad}
         missing = [name for name in load_result.missing_keys if name in trained]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 

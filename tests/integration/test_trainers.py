@@ -1,0 +1,238 @@
+"""Trainers of the ecosystem on a memwrap model: transformers, TRL, PEFT around it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+import memwrap
+from memwrap.model import MEMORY_CHILD
+from memwrap.training.arguments import MemoryTrainingArguments
+from memwrap.training.data import DocumentCollator
+from memwrap.training.trainer import MemoryTrainer
+
+# peft and TRL still use the names that transformers 5.23 replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+VOCABULARY = 64
+SETTINGS = {
+    "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
+    "logging_steps": 1, "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def wrapped(name: str = "armt", base: Any = None, **settings: Any) -> Any:
+    base = llama() if base is None else base
+    torch.manual_seed(1)
+    own = {"num_memory_tokens": 2} | ({"d_mem": 8} if name == "armt" else {})
+    return memwrap.wrap(base, name, **{"segment_size": 8} | own | settings)
+
+
+def documents(lengths: list[int]) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in lengths]
+    return [{"input_ids": row} for row in rows]
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(VOCABULARY - 3)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.mark.parametrize("name", ["rmt", "armt"])
+def test_stock_trainer_trains_evaluates_and_reloads(tmp_path: Path, name: str) -> None:
+    model = wrapped(name)
+    data = documents([30, 21, 17, 26])
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path / "run"), **SETTINGS),
+        data_collator=DocumentCollator(),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    with torch.no_grad():
+        batch = DocumentCollator()(data)
+        before = model.eval()(**batch).loss.item()
+    # One batch of 8 rows holds all: the mean over documents is the loss of the batch.
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
+    trainer.train()
+    assert len(losses_of(trainer)) == 2
+    trainer.save_model(str(tmp_path / "model"))
+    again = memwrap.load(tmp_path / "model")  # the backbone was trained, so it is in there
+    with torch.no_grad():
+        want, got = model.eval()(batch["input_ids"]), again(batch["input_ids"])
+        after = model(**batch).loss.item()
+    assert torch.equal(want.logits, got.logits)
+    assert after < before
+
+
+def test_stock_trainer_accumulates_like_one_batch(tmp_path: Path) -> None:
+    results = []
+    for rows, accumulated in ((4, 1), (1, 4)):
+        model = wrapped("rmt")
+        settings = SETTINGS | {
+            "max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0,
+            "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated,
+        }  # fmt: skip
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(output_dir=str(tmp_path), **settings),
+            data_collator=DocumentCollator(),
+            train_dataset=documents([30, 21, 9, 26]),
+        )
+        trainer.train()
+        results.append((losses_of(trainer)[0], model.state_dict()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for name, value in results[0][1].items():
+        assert torch.allclose(value, results[1][1][name], atol=1e-6), name
+
+
+def test_sft_loss_equals_ours(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    texts = [" ".join(f"w{(7 * i + j * j) % 60}" for j in range(20 + i)) for i in range(4)]
+    model = wrapped("armt", value_init="normal")
+    reference = copy.deepcopy(model.state_dict())
+    settings = SETTINGS | {"per_device_train_batch_size": 4, "max_grad_norm": 0.0}
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=str(tmp_path), max_length=None, bf16=False, **settings),
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    model.eval()
+    with torch.no_grad():
+        want = model(
+            input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"),
+            labels=batch["labels"],
+        ).loss.item()  # fmt: skip
+    trainer.train()
+    losses = losses_of(trainer)
+    assert losses[0] == pytest.approx(want, rel=1e-4)
+    assert losses[1] < losses[0]
+    # The memory took part: its parameters learn, and without it the loss is another.
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, reference[k])]
+    assert f"{MEMORY_CHILD}.armt.tokens" in changed
+    assert f"{MEMORY_CHILD}.armt.layers.0.value.weight" in changed
+    other = wrapped("armt", value_init="normal", segment_size=64).eval()
+    with torch.no_grad():
+        one = other(
+            **{k: batch[k] for k in ("input_ids", "attention_mask", "labels") if k in batch}
+        )
+    assert abs(one.loss.item() - want) > 1e-3
+
+
+def peft_around(model: Any) -> Any:
+    return get_peft_model(
+        model,
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=[MEMORY_CHILD]),
+    )
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_peft_around_trains_memory_and_adapters(tmp_path: Path, streaming: bool) -> None:
+    model = peft_around(wrapped("armt", bptt_segments=2, value_init="normal"))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    args = MemoryTrainingArguments(
+        output_dir=str(tmp_path / "run"), streaming=streaming, memory_learning_rate=3e-2, **SETTINGS
+    )
+    trainer = MemoryTrainer(model, args, train_dataset=documents([40, 21, 17, 26]))
+    trainer.train()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert changed == trainable
+    memory = {n for n in changed if MEMORY_CHILD in n}
+    assert any(n.endswith("tokens") for n in memory)
+    assert all("lora_" in n for n in changed - memory)
+    rates = {
+        name: group["lr"]
+        for group in trainer.optimizer.param_groups
+        for name, p in model.named_parameters()
+        if any(p is q for q in group["params"])
+    }
+    assert {rates[n] for n in memory} == {3e-2}
+    assert {rates[n] for n in changed - memory} == {1e-2}
+
+
+def test_peft_around_saves_and_resumes(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    def trainer(folder: str, steps: int) -> MemoryTrainer:
+        settings = SETTINGS | {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+        args = MemoryTrainingArguments(output_dir=str(tmp_path / folder), **settings)
+        model = peft_around(wrapped("armt", bptt_segments=2))
+        return MemoryTrainer(model, args, train_dataset=documents([40, 21, 17, 26, 33, 12]))
+
+    straight = trainer("straight", 4)
+    straight.train()
+    trainer("resumed", 2).train()
+    resumed = trainer("resumed", 4)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses_of(resumed) == losses_of(straight)
+
+    again = PeftModel.from_pretrained(wrapped("armt"), tmp_path / "straight" / "checkpoint-4")
+    batch = DocumentCollator()(documents([40, 21]))
+    with torch.no_grad():
+        want = straight.model.eval()(**batch).loss
+        assert torch.equal(again.eval()(**batch).loss, want)
+        assert not torch.equal(wrapped("armt").eval()(**batch).loss, want)
+
+
+def test_lora_inside_trains_saves_and_loads(tmp_path: Path) -> None:
+    model = wrapped("rmt", bptt_segments=2)
+    model.add_lora(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    args = MemoryTrainingArguments(output_dir=str(tmp_path / "run"), **SETTINGS)
+    trainer = MemoryTrainer(model, args, train_dataset=documents([40, 21, 17, 26]))
+    trainer.train()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if "lora_" in n or MEMORY_CHILD in n}
+    trainer.save_model(str(tmp_path / "model"))
+    again = memwrap.load(tmp_path / "model", llama())
+    ids = documents([30])[0]["input_ids"][None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
