@@ -1,0 +1,62 @@
+# make demo | test | test-full | lint | clean. Everything happens in .venv, made on first use.
+#
+# PYTHON=python3.12 chooses the interpreter, VENV=path another environment.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+# The first interpreter that is new enough and can make environments; python3.11 is the tested one.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	>/dev/null 2>&1 && { echo $$p; break; }; done)
+
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-full lint install install-dev clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m memwrap.demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The whole product of methods and families, slow tests included.
+test-full: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "memwrap needs Python 3.11 or newer with the venv module \
+	(Debian and Ubuntu: apt install python3-venv); none was found. Name one: \
+	make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second call instant and a changed requirement install again.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+# torch on its own, before anything can ask for it: the exact pin also matches a CPU build
+# (2.13.0+cpu) and pip prefers that wherever one is configured (pip's index-url or find-links),
+# so that gigabytes of CUDA libraries stay away. Without such a setting PyPI's build is taken.
+	$(INSTALL) $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --editable ".[dev]"
+	@touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

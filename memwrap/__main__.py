@@ -1,0 +1,6 @@
+"""`python -m memwrap`."""
+
+from memwrap.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""The command line: `memwrap list | train | eval | read | chat | doctor`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+import memwrap
+from memwrap.assets import asset
+
+app = typer.Typer(
+    name="memwrap",
+    help="Attach memory to language models that already exist.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Option("--model", help="A saved model: folder, shipped name or repo.")]
+
+
+def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print what the user can mend as one or two lines and leave with code 2.
+
+    `MEMWRAP_TRACEBACK=1` shows where it came from.
+    """
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            if os.environ.get("MEMWRAP_TRACEBACK"):
+                raise
+            lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+            typer.echo("error: " + "\n".join(lines[:2]), err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("\ninterrupted", err=True)
+            raise typer.Exit(130) from error
+
+    return wrapper
+
+
+def _load(name: str, dtype: str | None = None) -> tuple[memwrap.MemoryModelForCausalLM, Any]:
+    """A saved model on the best device, and its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model = memwrap.load(name, **({"dtype": dtype} if dtype else {}))
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    places: list[Any] = [asset(name) or name, model.config.base_model]
+    for place in places:
+        try:
+            return model, AutoTokenizer.from_pretrained(asset(place) or place)
+        except (OSError, ValueError):
+            continue
+    raise ValueError(f"{name} has no tokenizer; save it there: tokenizer.save_pretrained(folder).")
+
+
+@app.command("list")
+@_plain_errors
+def list_memories() -> None:
+    """The memories, where they attach, and what they do."""
+    for name in memwrap.available():
+        config = memwrap.config_class(name)
+        summary = " ".join((config.__doc__ or "").split("\n\n")[0].split())
+        typer.echo(f"{name:<16}{', '.join(sorted(config.places)):<16}{summary}")
+
+
+@app.command(context_settings={"ignore_unknown_options": False})
+@_plain_errors
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe, print it resolved, run nothing.")
+    ] = False,
+) -> None:
+    """Run a recipe: memwrap train armt_lora_tiny trainer.max_minutes=5."""
+    from memwrap.training.finetune import RUN, preflight, run_recipe
+    from memwrap.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        typer.echo(loaded.to_yaml(), nl=False)
+        try:
+            preflight(loaded)
+        except ValueError as error:
+            typer.echo(f"note: the recipe is fine, but here it would stop: {error}", err=True)
+        return
+    folder = run_recipe(loaded)
+    about = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    facts = [f"{about['seconds']:.0f} s"]
+    if "steps" in about:
+        facts = [f"{about['steps']} steps (until {about['stopped_by']})", *facts]
+    facts += [f"{k} {about[k]:.4f}" for k in ("loss", "eval_loss") if about.get(k) is not None]
+    typer.echo(f"saved {folder}: {', '.join(facts)}")
+
+
+@app.command("eval")
+@_plain_errors
+def evaluate(
+    model_dir: Annotated[str, typer.Argument(help="A saved model: folder, shipped name or repo.")],
+    task: Annotated[str, typer.Option(help="perplexity or recall.")] = "perplexity",
+    documents: Annotated[
+        str, typer.Option(help="stdlib, a folder, a file, or datasets:NAME.")
+    ] = "stdlib",
+    split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
+    tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 8192,
+    count: Annotated[int, typer.Option(help="Documents.")] = 3,
+    output: Annotated[Path | None, typer.Option("-o", help="Folder for JSON and plots.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the backbone, as float32.")] = None,
+) -> None:
+    """Measure a model beside its controls; prints a table, writes JSON and a plot."""
+    from memwrap.evaluation import run
+
+    if task not in run.TASKS:
+        raise ValueError(f"`--task` is {task!r}; allowed: {', '.join(run.TASKS)}.")
+    model, tokenizer = _load(model_dir, dtype)
+    if task == "perplexity":
+        part = None if split == "all" else split
+        rows = run.documents(documents, part, tokenizer, tokens, count)
+        result = run.perplexity(model, rows)
+    else:
+        result = run.recall(model, asset(model_dir) or Path(model_dir))
+    typer.echo(result.table())
+    folder = output if output is not None else Path(model_dir) / "eval"
+    for path in run.write(result, task, folder):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+@_plain_errors
+def read(
+    file: Annotated[str, typer.Argument(help="A .txt, .md or .pdf file, or a folder of them.")],
+    output: Annotated[Path, typer.Option("-o", help="State file to write.")],
+    model: Model,
+    state: Annotated[Path | None, typer.Option(help="A state file to continue.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the backbone, as float32.")] = None,
+) -> None:
+    """Read text into a state file."""
+    from memwrap.training.data import load_documents
+
+    texts = load_documents(file)
+    loaded, tokenizer = _load(model, dtype)
+    start = time.monotonic()
+    current = memwrap.MemoryState.load(state, loaded) if state is not None else None
+    before = int(current.tokens_seen[0]) if current is not None else 0
+    for text in texts:
+        if current is not None:
+            current = loaded.close_segment(current)
+        ids = tokenizer(text.text, verbose=False)["input_ids"]
+        current = loaded.read([ids], state=current, progress=True)
+    if current is None:
+        raise ValueError(f"There is no text in {file}.")
+    current.save(output)
+    number, seconds = int(current.tokens_seen[0]) - before, time.monotonic() - start
+    size = output.stat().st_size / 1e6
+    typer.echo(f"read {number:,} tokens in {seconds:.1f} s; wrote {output} ({size:.1f} MB)")
+
+
+@app.command()
+@_plain_errors
+def chat(
+    model: Model,
+    state: Annotated[Path | None, typer.Option(help="A state file of `memwrap read`.")] = None,
+    ask: Annotated[str | None, typer.Option(help="One question, then leave.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    dtype: Annotated[str | None, typer.Option(help="Of the backbone, as float32.")] = None,
+) -> None:
+    """Ask about what was read. Without --ask: /reset, /save FILE and /quit are commands."""
+    from transformers import TextStreamer
+
+    from memwrap.chat import Conversation
+
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError("`--max-new-tokens` must be at least 1, `--temperature` 0 or more.")
+    loaded, tokenizer = _load(model, dtype)
+    memory = memwrap.MemoryState.load(state, loaded) if state is not None else None
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    talk = Conversation(loaded, tokenizer, memory, max_new_tokens=max_new_tokens, **sampling)
+    if ask is not None:
+        typer.echo(talk.ask(ask))
+        return
+    seen = int(memory.tokens_seen[0]) if memory is not None else 0
+    typer.echo(f"{seen:,} tokens read. /reset, /save FILE, /quit")
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/reset":
+            talk.reset()
+        elif line.startswith("/save"):
+            _save_talk(talk, line.removeprefix("/save").strip())
+        elif line:
+            talk.ask(line, streamer)
+
+
+def _save_talk(talk: Any, path: str) -> None:
+    if not path or talk.state is None:
+        typer.echo("give a file (/save FILE), after something was said or read", err=True)
+        return
+    talk.state.save(path)
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+@_plain_errors
+def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", help="Check this model's architecture (config only).")
+    ] = None,
+) -> None:
+    """What is installed, what will be used, and whether a model can be given a memory."""
+    from memwrap import doctor as room
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for name, version in room.versions().items():
+        typer.echo(f"{name:<14}{version}")
+    for line in room.devices():
+        typer.echo(f"{'device':<14}{line}")
+    typer.echo(f"{'ops':<14}{room.backends()}")
+    if model is None:
+        return
+    about, trials = room.try_model(model)
+    typer.echo(f"{'model':<14}{model}: {about}")
+    for trial in trials:
+        verdict = f"does not work: {trial.problem}" if trial.problem else "works"
+        typer.echo(f"{trial.memory:<14}{verdict}")
+    if all(trial.problem for trial in trials):
+        raise ValueError(f"No memory works with {model}.")
+
+
+def main() -> None:
+    """Entry point of the `memwrap` command."""
+    app()
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,152 @@
+"""What is installed, what will be used, and whether a model can be given a memory."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import memwrap
+from memwrap import ops
+from memwrap.assets import asset
+
+_PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "triton", "datasets",
+    "pypdf", "bitsandbytes",
+)  # fmt: skip
+# Of a model that is built only to be tried. Names that a config lacks are left out.
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "word_embed_proj_dim": 64,
+    "hidden_size_per_layer_input": 8, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+_VOCABULARY = 256
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Whether a memory works with a model: `problem` is empty if it does."""
+
+    memory: str
+    problem: str = ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what memwrap uses; "not installed" for what is optional and missing."""
+    found = {"memwrap": memwrap.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def devices() -> list[str]:
+    """One line a device."""
+    lines = [f"cpu: {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+        lines.append(f"cuda:{index}: {about.name}, {about.total_memory / 2**30:.0f} GiB, {bf16}")
+    if torch.backends.mps.is_available():
+        lines.append("mps")
+    return lines
+
+
+def backends() -> str:
+    """Which implementation of the memories' mathematics runs here."""
+    try:
+        with ops.backend("triton"):
+            kernels = "Triton kernels on GPU tensors"
+    except ValueError as error:
+        kernels = str(error)
+    return f"{ops.current_backend()} ({kernels})"
+
+
+def try_model(name: str) -> tuple[str, list[Trial]]:
+    """Try every memory on a small random model of the same architecture.
+
+    Args:
+        name: a folder, the name of a shipped model or a repo id on the Hub; only its config is
+            loaded.
+
+    Returns:
+        A description of the architecture, and a `Trial` for every memory.
+
+    Raises:
+        ValueError: if there is no such config, or no small model can be built of it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(asset(name) or name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"The config of {name!r} cannot be loaded: {reason}") from error
+    if config.model_type == "memwrap":
+        config = config.backbone
+    text = config.get_text_config(decoder=True)
+    about = (
+        f"{config.model_type}, {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
+        f"vocabulary {text.vocab_size}"
+    )
+    return about, [_try(name, config, memory) for memory in memwrap.available()]
+
+
+def small_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A random model of the config's architecture with two layers, narrow if it can be.
+
+    Raises:
+        ValueError: if none can be built; says what the architecture complained of.
+    """
+    problem = ""
+    for widths in (_SMALL, {}):
+        try:
+            model = AutoModelForCausalLM.from_config(_reduced(config, widths), dtype=torch.float32)
+            with torch.no_grad():
+                model(torch.ones(1, 4, dtype=torch.long))
+            return model.eval()
+        except Exception as error:  # whatever a foreign architecture raises is a "no"
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    raise ValueError(f"No small {config.model_type!r} model can be built: {problem}")
+
+
+def _reduced(config: PreTrainedConfig, widths: dict[str, Any]) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    layers = min(2, text.num_hidden_layers)
+    kinds = getattr(text, "layer_types", None)
+    if kinds and not isinstance(getattr(type(text), "layer_types", None), property):
+        # Keep one of each kind: the first and the last that differs.
+        other = next((k for k in kinds if k != kinds[0]), kinds[0])
+        text.layer_types = [kinds[0], other][:layers]
+    text.num_hidden_layers = layers
+    for key, value in {**widths, "vocab_size": _VOCABULARY}.items():
+        if getattr(text, key, None) is not None:
+            setattr(text, key, value)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for owner in (config, text):
+            if getattr(owner, key, None) is not None:
+                setattr(owner, key, 0)
+    return config
+
+
+def _try(name: str, config: PreTrainedConfig, memory: str) -> Trial:
+    """Wrap, read over three segments, and train one step."""
+    ids = torch.randint(1, _VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(0))
+    try:
+        model = memwrap.wrap(small_model(config), memwrap.config_class(memory).tiny())
+        model.read(ids)
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+    except Exception as error:  # see `small_model`
+        return Trial(memory, " ".join(str(error).split())[:400] or type(error).__name__)
+    return Trial(memory)
+
+
+__all__ = ["Trial", "backends", "devices", "small_model", "try_model", "versions"]

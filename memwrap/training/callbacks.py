@@ -1,0 +1,87 @@
+"""What a run does beside its steps: a time limit, the loss curve in a file, a quiet bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from memwrap.files import write_text
+
+LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
+"""What a row of the log holds beside `step` and `seconds`."""
+
+
+class TimeLimit(TrainerCallback):
+    """Stop after the step in which `minutes` have passed, with a checkpoint if any are saved.
+
+    Attributes:
+        reached: whether this is what stopped the run.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = minutes * 60
+        self.reached = False
+        self._start = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self._start < self.seconds or state.global_step >= state.max_steps:
+            return
+        self.reached = True
+        control.should_training_stop = True
+        control.should_save = args.save_strategy != "no"
+
+
+class LossLog(TrainerCallback):
+    """Write the loss curve to a file of JSON lines while the training runs.
+
+    Args:
+        path: the file.
+        keep_until: rows up to this step are kept, as when a run is resumed from there.
+
+    Attributes:
+        rows: dicts of `step`, `seconds` and what of `LOGGED` there is.
+    """
+
+    def __init__(self, path: Path, keep_until: int = 0) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if keep_until and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            self.rows = [r for r in map(json.loads, lines) if r["step"] <= keep_until]
+        self._start = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        values = {k: v for k, v in (logs or {}).items() if k in LOGGED}
+        if not state.is_world_process_zero or not values.keys() & {"loss", "eval_loss"}:
+            return
+        seconds = round(time.monotonic() - self._start, 1)
+        self.rows.append({"step": state.global_step, "seconds": seconds, **values})
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def last(self, name: str) -> float | None:
+        """The latest value of `loss` or `eval_loss`."""
+        return next((row[name] for row in reversed(self.rows) if name in row), None)
+
+
+class Bar(ProgressCallback):
+    """The progress bar with the loss beside it, instead of a printed dict a log."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        shown = {k: f"{logs[k]:.4g}" for k in ("loss", "eval_loss") if logs and k in logs}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown)
+
+
+__all__ = ["Bar", "LossLog", "TimeLimit"]

@@ -1,0 +1,332 @@
+"""Running a recipe: model, data, training, and everything that is written about the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import re
+import shlex
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+import memwrap
+from memwrap.assets import asset
+from memwrap.files import write_text
+from memwrap.training.arguments import MemoryTrainingArguments
+from memwrap.training.callbacks import Bar, LossLog, TimeLimit
+from memwrap.training.data import (
+    DocumentCollator,
+    DocumentDataset,
+    load_documents,
+    long_documents,
+)
+from memwrap.training.pretrain import pretrain
+from memwrap.training.recipe import Recipe
+from memwrap.training.trainer import MemoryTrainer
+
+CHECKPOINTS = "checkpoints"
+LOG, RECIPE, RUN = "train_log.jsonl", "recipe.yaml", "run.json"
+_PACKAGES = ("memwrap", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+def run_recipe(recipe: Recipe) -> Path:
+    """Do what a recipe says.
+
+    Into `recipe.output` go the model (memory, LoRA, a changed backbone) and its tokenizer,
+    `train_log.jsonl` (the loss curve), `recipe.yaml` (resolved) and `run.json` (command,
+    versions, sizes, times).
+
+    Returns:
+        The output folder, loadable by `memwrap.load`.
+
+    Raises:
+        ValueError: for what can be seen to be wrong before anything is loaded (`preflight`),
+            and for models, data and settings that do not fit each other.
+    """
+    checkpoint = preflight(recipe)
+    output = Path(recipe.output)
+    if recipe.overwrite and not recipe.resume:
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    write_text(output / RECIPE, recipe.to_yaml())
+    start = time.monotonic()
+    facts: dict[str, Any] = {}
+    if recipe.pretrain is not None:
+        pretrain(recipe.pretrain)
+    else:
+        facts = _train(recipe, output, checkpoint)
+    facts["seconds"] = round(time.monotonic() - start, 1)
+    write_text(output / RUN, json.dumps(describe_run(recipe) | facts, indent=2) + "\n")
+    return output
+
+
+def preflight(recipe: Recipe) -> Path | None:
+    """Check what can be checked before anything is loaded.
+
+    Returns:
+        The checkpoint to resume from, if `recipe.resume`.
+
+    Raises:
+        ValueError: for an output folder in use, nothing to resume, another model or memory than
+            the checkpoint's, or a model or data that is not there.
+    """
+    output = Path(recipe.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`output` is {recipe.output}, which is a file; give a folder.")
+    checkpoint = None
+    if recipe.resume:
+        checkpoint = _checkpoint(recipe, output)
+    elif output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
+        raise ValueError(
+            f"`output` is {recipe.output}, which holds files already. Give resume=true to continue "
+            "that run, overwrite=true to replace it, or another output=FOLDER."
+        )
+    if recipe.task == "pretrain":
+        return checkpoint
+    name = recipe.model.name
+    folder = Path(name).expanduser()
+    if (
+        asset(name) is None
+        and not folder.is_dir()
+        and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    ):
+        raise ValueError(f"`model.name` is {name!r}, and there is no such folder.")
+    source = "stdlib" if recipe.data is None else recipe.data.source
+    if source != "stdlib" and not source.startswith("datasets:") and not Path(source).exists():
+        raise ValueError(
+            f"`data.source` is {source!r}, and there is no such file or folder. Give data.source= "
+            "a folder with .txt, .md or .pdf files, 'stdlib' or 'datasets:NAME'."
+        )
+    return checkpoint
+
+
+def _checkpoint(recipe: Recipe, output: Path) -> Path:
+    if recipe.task == "pretrain":
+        raise ValueError("A 'pretrain' recipe cannot be resumed; give overwrite=true to restart.")
+    folder = output / CHECKPOINTS
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is None:
+        raise ValueError(
+            f"There is no checkpoint in {folder} to resume from (a run with trainer.save_every "
+            "writes them); leave resume=true out to start anew."
+        )
+    if (output / RECIPE).is_file():
+        before = yaml.safe_load((output / RECIPE).read_text(encoding="utf-8"))
+        now = recipe.to_dict()
+        for key in ("task", "model", "memory", "lora", "train_backbone"):
+            if before.get(key) != now[key]:
+                raise ValueError(
+                    f"The run in {recipe.output} has `{key}` {before.get(key)}, this recipe has "
+                    f"{now[key]}; resume with the same, or give another output=FOLDER."
+                )
+    return Path(last)
+
+
+def build_model(
+    recipe: Recipe,
+) -> tuple[memwrap.MemoryModelForCausalLM, PreTrainedTokenizerBase]:
+    """The backbone with its memory and LoRA, ready to train, and its tokenizer.
+
+    Raises:
+        ValueError: if the model cannot be loaded or the memory does not fit it.
+    """
+    section = recipe.model
+    name: Any = asset(section.name) or section.name
+    dtype = section.dtype
+    if dtype == "auto" and recipe.train_backbone:
+        dtype = "float32"  # the optimizer's small steps vanish in bf16 weights
+    options = {"revision": section.revision} if section.revision else {}
+    attention = section.attn_implementation
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`model.name` {section.name!r} cannot be loaded: {reason}") from error
+    model = memwrap.wrap(base, recipe.memory_config())
+    model.backbone.requires_grad_(recipe.train_backbone)
+    lora = recipe.lora
+    if lora is not None:
+        model.add_lora(
+            LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha or 2 * lora.r,
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+                task_type="CAUSAL_LM",
+            )
+        )
+    return model, tokenizer
+
+
+@dataclass
+class TrainingData:
+    """Datasets of a run and how they become batches; `facts` go into `run.json`."""
+
+    train: Dataset
+    evaluation: Dataset | None
+    collator: Any
+    facts: dict[str, Any]
+
+
+def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """Tokenise the recipe's documents, or make its recall task.
+
+    Raises:
+        ValueError: as `load_documents` and `DocumentDataset`.
+    """
+    if recipe.task == "recall":
+        from memwrap.training.recall import recall_data
+
+        return recall_data(recipe)
+    section = recipe.data
+    if section is None:
+        raise ValueError("`data` is missing; a 'finetune' recipe needs documents.")
+
+    def pieces(split: str | None, limit: int | None) -> DocumentDataset:
+        documents = load_documents(section.source, split, limit=limit, **section.options)
+        if section.join_short:
+            documents = long_documents(documents, tokenizer, section.min_tokens)
+        return DocumentDataset(documents, tokenizer, section.max_tokens, section.min_tokens)
+
+    train = pieces(section.split, section.limit)
+    facts = {"train_pieces": len(train), "train_tokens": train.num_tokens}
+    evaluation: Dataset | None = None
+    if section.eval_split is not None:
+        whole = pieces(section.eval_split, section.limit)
+        count = min(section.eval_limit, len(whole))
+        # Spread over all documents: the first pieces may all be of one.
+        chosen = [index * len(whole) // count for index in range(count)]
+        evaluation = torch.utils.data.Subset(whole, chosen)
+        facts["eval_pieces"] = count
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return TrainingData(train, evaluation, DocumentCollator(pad), facts)
+
+
+def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArguments:
+    """The recipe's `trainer` section as transformers takes it."""
+    section = recipe.trainer
+    cuda = torch.cuda.is_available() and section.device == "auto"
+    precision = section.precision
+    if precision == "auto":
+        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    every = section.eval_every
+    schedule: dict[str, Any] = {}
+    if section.schedule == "cosine_with_min_lr":
+        schedule["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
+    return MemoryTrainingArguments(
+        output_dir=str(Path(recipe.output) / CHECKPOINTS),
+        max_steps=section.steps,
+        per_device_train_batch_size=section.batch_size,
+        per_device_eval_batch_size=section.batch_size,
+        gradient_accumulation_steps=section.accumulation,
+        learning_rate=section.learning_rate,
+        memory_learning_rate=section.memory_learning_rate,
+        weight_decay=section.weight_decay,
+        warmup_steps=section.warmup_steps,
+        lr_scheduler_type=section.schedule,
+        **schedule,
+        max_grad_norm=section.max_grad_norm,
+        adam_beta2=section.adam_beta2,
+        segment_curriculum=section.segment_curriculum,
+        vary_segments=section.vary_segments,
+        streaming=section.streaming,
+        gradient_checkpointing=section.gradient_checkpointing,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=section.device == "cpu" or not torch.accelerator.is_available(),
+        seed=section.seed,
+        logging_steps=section.log_every,
+        logging_first_step=True,
+        save_strategy="steps" if section.save_every else "no",
+        save_steps=section.save_every or 500,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluates and every else "no",
+        eval_steps=every,
+        eval_on_start=evaluates and not recipe.resume,
+        dataloader_num_workers=section.workers,
+        dataloader_pin_memory=cuda,
+        report_to="none",
+    )
+
+
+def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """Train and save; returns facts for `run.json`."""
+    section = recipe.trainer
+    set_seed(section.seed)
+    model, tokenizer = build_model(recipe)
+    data = build_data(recipe, tokenizer)
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    log = LossLog(output / LOG, keep_until=done)
+    limit = TimeLimit(section.max_minutes if section.max_minutes is not None else math.inf)
+    trainer = MemoryTrainer(
+        model,
+        training_arguments(recipe, data.evaluation is not None),
+        data.collator,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+        callbacks=[log, limit],
+    )
+    shows = ProgressCallback in [type(c) for c in trainer.callback_handler.callbacks]
+    trainer.remove_callback(ProgressCallback if shows else PrinterCallback)
+    if shows:
+        trainer.add_callback(Bar)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step = trainer.state.global_step
+    if data.evaluation is not None and not any(
+        row["step"] == step and "eval_loss" in row for row in log.rows
+    ):
+        trainer.evaluate()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "steps": step,
+        "stopped_by": "trainer.max_minutes" if limit.reached else "trainer.steps",
+        "loss": log.last("loss"),
+        "eval_loss": log.last("eval_loss"),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": trained,
+        "memory_parameters": sum(p.numel() for p in model.memory_parameters()),
+        "device": str(trainer.args.device),
+        **data.facts,
+    }
+
+
+def describe_run(recipe: Recipe) -> dict[str, Any]:
+    """The command and the versions that a run was made with."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    versions["memwrap"] = memwrap.__version__
+    return {
+        "command": shlex.join(recipe.command),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions,
+    }
+
+
+__all__ = ["build_data", "build_model", "preflight", "run_recipe", "training_arguments"]

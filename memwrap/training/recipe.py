@@ -1,0 +1,243 @@
+"""Recipes: one YAML file that says what to train, checked whole before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import memwrap
+from memwrap.memories.base import MemoryConfig
+from memwrap.registry import config_class
+from memwrap.training.checking import build, check
+from memwrap.training.pretrain import PretrainConfig
+from memwrap.training.sections import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    RecallSection,
+    TrainerSection,
+    need,
+)
+
+TASKS = ("finetune", "pretrain", "recall")
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What a run does. Made by `load_recipe`.
+
+    Attributes:
+        task: `finetune` (documents), `recall` (associative recall) or `pretrain` (a small LM
+            from scratch).
+        output: folder for everything the run writes.
+        model, memory, lora, data, recall, pretrain, trainer: see the sections; `memory` holds
+            a memory's `name` and the fields of its config.
+        train_backbone: train the backbone's own weights too (without LoRA).
+        resume: continue from the last checkpoint in `output`.
+        overwrite: write into `output` although it holds files.
+    """
+
+    task: str = "finetune"
+    output: str = ""
+    model: ModelSection = field(default_factory=ModelSection)
+    memory: dict[str, Any] | None = None
+    lora: LoraSection | None = None
+    train_backbone: bool = False
+    data: DataSection | None = None
+    recall: RecallSection | None = None
+    pretrain: PretrainConfig | None = None
+    trainer: TrainerSection = field(default_factory=TrainerSection)
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self.source = ""
+        self.overrides: list[str] = []
+        need(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
+        need(bool(self.output), "output", self.output, "a folder, as in output=runs/first")
+        if self.task == "pretrain":
+            self.pretrain = self.pretrain or PretrainConfig()
+            self.pretrain.output = self.output
+            return
+        if self.memory is None or "name" not in self.memory:
+            known = ", ".join(memwrap.available())
+            raise ValueError(f"`memory.name` is missing; give one of {known}.")
+        config = self.memory_config()
+        if self.lora is not None and self.train_backbone:
+            raise ValueError("`train_backbone` does not go with `lora`; set lora=null or drop it.")
+        if self.task == "recall":
+            self.recall = self.recall or RecallSection()
+            size = self.recall.segment_size
+            need(
+                config.segment_size == size, "memory.segment_size", config.segment_size,
+                f"{size} here: key ({self.recall.key_size}) + value ({self.recall.value_size}) + 2",
+            )  # fmt: skip
+        else:
+            self.data = self.data or DataSection()
+
+    def memory_config(self) -> MemoryConfig:
+        """The memory's config.
+
+        Raises:
+            ValueError: for an unknown memory, field or value.
+        """
+        return config_class((self.memory or {})["name"]).from_dict(self.memory or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe, without what its task has no use for or concerns one run only."""
+        values = asdict(self)
+        if self.memory is not None:
+            values["memory"] = self.memory_config().to_dict()
+        return {k: v for k, v in values.items() if k not in _foreign(self.task) | _RUN}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML: `load_recipe` reads it again."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def command(self) -> list[str]:
+        """The command that runs this recipe again."""
+        return ["memwrap", "train", self.source, *self.overrides]
+
+
+_SECTIONS = {
+    "finetune": ("model", "memory", "lora", "train_backbone", "data", "trainer"),
+    "recall": ("model", "memory", "lora", "train_backbone", "recall", "trainer"),
+    "pretrain": ("pretrain",),
+}
+
+
+_RUN = {"resume", "overwrite"}
+
+
+def _foreign(task: str) -> set[str]:
+    """Keys that a task has no use for."""
+    every = {name for names in _SECTIONS.values() for name in names}
+    return every - set(_SECTIONS[task])
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes are looked for by name: `./recipes`, then those that came with memwrap."""
+    package = Path(memwrap.__file__).parent
+    return [Path("recipes"), package / "recipes", package.parent / "recipes"]
+
+
+def find_recipe(path_or_name: str | Path) -> Path:
+    """The file of a recipe given by path or by name.
+
+    Raises:
+        ValueError: if there is none; suggests the nearest name.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_file():
+        return path
+    name = path.name.removesuffix(".yaml")
+    if len(path.parts) == 1 or path.parts[0] == "recipes":
+        for folder in recipe_folders():
+            if (folder / f"{name}.yaml").is_file():
+                return folder / f"{name}.yaml"
+    names = sorted({file.stem for folder in recipe_folders() for file in folder.glob("*.yaml")})
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"There is no recipe {str(path_or_name)!r}. {hint}Give a YAML file or one of: "
+        f"{', '.join(names) or '(none found)'}."
+    )
+
+
+def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and check all of it.
+
+    Args:
+        path_or_name: a YAML file, or the name of a recipe in `./recipes` or in memwrap's own.
+        overrides: `key.inner=value` entries that change it.
+
+    Raises:
+        ValueError: for a missing or unreadable file, an unknown key (names the file and the
+            nearest key), a wrong type or value.
+    """
+    path = find_recipe(path_or_name)
+    file = _read(path)
+    _check_all(file, str(path))
+    changes = _dotlist(overrides or [])
+    _check_all(changes, "the command line", _memory_name(file))
+    try:
+        merged = OmegaConf.merge(file, changes)
+        values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+    _check_all(values, str(path))
+    task = values.get("task", "finetune")
+    for key in values:
+        if task in TASKS and key in _foreign(task) and values[key] is not None:
+            raise ValueError(f"{path}: `{key}` has no use in a {task!r} recipe; take it out.")
+    try:
+        recipe = build(Recipe, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    recipe.source, recipe.overrides = str(path_or_name), list(overrides or [])
+    return recipe
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = OmegaConf.load(path)
+        values = OmegaConf.to_container(config, resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as YAML: {reason}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of keys.")
+    return typing.cast(dict[str, Any], values)
+
+
+def _dotlist(overrides: list[str]) -> dict[str, Any]:
+    for entry in overrides:
+        key, separator, _ = entry.partition("=")
+        if not separator or not key.strip():
+            raise ValueError(f"{entry!r} is no override; it must be KEY=VALUE.")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist(overrides), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"An override cannot be read: {str(error).splitlines()[0]}") from error
+    return typing.cast(dict[str, Any], values)
+
+
+def _check_all(values: dict[str, Any], where: str, memory: str | None = None) -> None:
+    """Unknown keys and wrong types in a recipe or a part of one.
+
+    Args:
+        values: the recipe's keys.
+        where: what errors name: the file, or the command line.
+        memory: name of the memory, where `values` does not say.
+    """
+    check(Recipe, values, where)
+    fields_ = values.get("memory")
+    if not isinstance(fields_, dict):
+        return
+    name = fields_.get("name", memory)
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{where}: `memory.name` is {name!r}; give one of {', '.join(memwrap.available())}."
+        )
+    try:
+        config = config_class(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: `memory.name`: {error}") from error
+    rest = {k: v for k, v in fields_.items() if k != "name"}
+    check(config, rest, f"{where} (memory {name})", "memory.")
+
+
+def _memory_name(values: dict[str, Any]) -> str | None:
+    memory = values.get("memory")
+    return memory.get("name") if isinstance(memory, dict) else None
+
+
+__all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_folders"]

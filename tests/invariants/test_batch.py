@@ -1,0 +1,149 @@
+"""Invariant 2: a row padded inside a batch gives what it gives alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import (
+    MEMORIES,
+    SEGMENT,
+    assert_close,
+    assert_memory_matters,
+    assert_same_gradients,
+    assert_same_states,
+    gradients,
+    ids,
+    padded,
+    pairs,
+    wrapped,
+)
+
+LENGTHS = (3 * SEGMENT + 3, 2 * SEGMENT, SEGMENT + 1, 1)
+ROWS = [ids(1, n, seed=n)[0] for n in LENGTHS]
+
+
+@pairs(everywhere=True)
+def test_logits_and_states_of_padded_rows(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    assert_memory_matters(model, ROWS[0][None])
+    with torch.no_grad():
+        alone = [model(row[None]) for row in ROWS]
+        for side in ("left", "right", "both"):
+            text, mask = padded(ROWS, side)
+            # What stands at padding is nobody's business.
+            text = text.masked_fill(mask == 0, 77)
+            out = model(text, attention_mask=mask)
+            for index, single in enumerate(alone):
+                got = out.logits[index][mask[index].bool()]
+                assert_close(got, single.logits[0], what=f"row {index} padded {side}")
+                state = out.past_key_values.select(torch.tensor([index]))
+                assert_same_states(state, single.past_key_values)
+
+
+@pairs(everywhere=True)
+def test_loss_and_gradients_of_padded_rows(memory: str, family: str) -> None:
+    model = wrapped(memory, family).train()
+    rows = [r for r in ROWS if len(r) > 1]
+    total = 0.0
+    for row in rows:
+        loss = model(row[None], labels=row[None], num_items_in_batch=1).loss
+        total += loss.item()
+        loss.backward()
+    want = gradients(model)
+    count = sum(len(r) - 1 for r in rows)
+    for side in ("left", "right"):
+        text, mask = padded(rows, side)
+        labels = text.masked_fill(mask == 0, -100)
+        summed = model(text, attention_mask=mask, labels=labels, num_items_in_batch=1).loss
+        summed.backward()
+        assert summed.item() == pytest.approx(total, rel=1e-5)
+        # Twice the default: gradients pass more sums in another order than logits do.
+        assert_same_gradients(gradients(model), want, 2e-4)
+        mean = model(text, attention_mask=mask, labels=labels).loss
+        assert mean.item() == pytest.approx(total / count, rel=1e-5)
+
+
+@pairs()
+def test_labels_at_padding_do_not_count(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    text, mask = padded(ROWS[:2], "left")
+    with torch.no_grad():
+        want = model(text, attention_mask=mask, labels=text.masked_fill(mask == 0, -100)).loss
+        got = model(text, attention_mask=mask, labels=text).loss
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+@pairs()
+def test_a_padded_batch_fed_in_pieces(memory: str, family: str) -> None:
+    """Rows are at different places of their segments, some pieces hold no token of a row."""
+    model = wrapped(memory, family)
+    for side in ("left", "right"):
+        text, mask = padded(ROWS, side)
+        state = model.new_state(len(ROWS))
+        pieces = []
+        with torch.no_grad():
+            for piece, part in zip(text.split(5, 1), mask.split(5, 1), strict=True):
+                out = model(piece, attention_mask=part, past_key_values=state)
+                pieces.append(out.logits)
+            logits = torch.cat(pieces, 1)
+            for index, row in enumerate(ROWS):
+                single = model(row[None])
+                assert_close(logits[index][mask[index].bool()], single.logits[0], what=side)
+                one = state.select(torch.tensor([index]))
+                assert_same_states(one, single.past_key_values)
+
+
+@pairs()
+def test_closing_segments_of_ragged_rows(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    state = model.close_segment(model.read([r.tolist() for r in ROWS]))
+    for index, row in enumerate(ROWS):
+        want = model.close_segment(model.read(row))
+        assert_same_states(state.select(torch.tensor([index])), want)
+
+
+@pairs()
+def test_states_of_different_readings_in_one_batch(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    text = ids(len(ROWS), SEGMENT + 2, seed=9)
+    states = [model.read(row) for row in ROWS]
+    joined = type(states[0]).cat(states)
+    assert joined.tokens_seen.tolist() == list(LENGTHS)
+    with torch.no_grad():
+        got = model(text, past_key_values=joined).logits
+        for index, state in enumerate(states):
+            want = model(text[index : index + 1], past_key_values=state).logits
+            assert_close(got[index], want[0])
+        repeated = model.read(ROWS[0]).repeat(3)
+        rows = model(text[:3], past_key_values=repeated).logits
+    assert_close(rows[0], got[0])
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_an_all_padding_row_and_an_all_padding_batch(memory: str) -> None:
+    model = wrapped(memory)
+    text, mask = padded([ROWS[0], ROWS[0][:0]], "left")
+    with torch.no_grad():
+        out = model(text, attention_mask=mask)
+        assert_close(out.logits[0], model(ROWS[0][None]).logits[0])
+        assert bool(out.logits.isfinite().all())
+        assert out.past_key_values.tokens_seen.tolist() == [len(ROWS[0]), 0]
+        nothing = model(text, attention_mask=torch.zeros_like(mask))
+    assert nothing.logits.shape[:2] == text.shape and bool(nothing.logits.isfinite().all())
+    assert nothing.past_key_values.tokens_seen.tolist() == [0, 0]
+    assert_same_states(nothing.past_key_values, model.new_state(2), 0.0)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_loss_of_nothing_is_zero(memory: str) -> None:
+    model = wrapped(memory).train()
+    text, mask = padded([ROWS[0]], "left")
+    for kwargs in (
+        {"labels": torch.full_like(text, -100)},
+        {"labels": text, "attention_mask": torch.zeros_like(mask)},
+    ):
+        loss = model(text, **kwargs).loss
+        assert loss is not None and loss.item() == 0.0
+        if loss.requires_grad:
+            loss.backward()
+            assert all(bool(g.isfinite().all()) for g in gradients(model).values())

@@ -1,0 +1,111 @@
+"""Invariant 7: what is held does not grow with what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import MEMORIES, SEGMENT, assert_memory_matters, ids, pairs, wrapped
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import memwrap
+
+# transformers 5.23 has another name for checkpointing, older versions only this one.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+# The plan of a call (which columns when) may grow by this much a token: a few integers.
+PLAN_BYTES = 48
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of the tensors made inside the block that were alive at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.calls = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.live.setdefault(reference.cdata, (reference, storage.nbytes()))
+        self.calls += 1
+        if self.calls % 16 == 0:
+            self.measure()
+        return out
+
+    def measure(self) -> int:
+        self.live = {k: v for k, v in self.live.items() if not v[0].expired()}
+        now = sum(size for _, size in self.live.values())
+        self.peak = max(self.peak, now)
+        return now
+
+
+def peak_of(function: Callable[[], Any]) -> int:
+    with LiveBytes() as tracker:
+        kept = function()
+        tracker.measure()
+    del kept
+    return tracker.peak
+
+
+def bounded(memory: str) -> bool:
+    return memwrap.config_class(memory).bounded
+
+
+@pairs()
+def test_states_do_not_grow(memory: str, family: str) -> None:
+    if not bounded(memory):
+        pytest.skip("grows by its declared bytes a token")
+    model = wrapped(memory, family)
+    assert_memory_matters(model, ids(1, 2 * SEGMENT))
+    sizes = {n: model.read(ids(2, n * SEGMENT + 3)).nbytes for n in (1, 2, 8, 64)}
+    assert len(set(sizes.values())) == 1, sizes
+    closed = {n: model.read(ids(2, n * SEGMENT)).nbytes for n in (1, 8, 64)}
+    assert len(set(closed.values())) == 1 and closed[1] < sizes[1]
+    # An open segment never holds more than a segment and the memory tokens.
+    state = model.new_state(1)
+    with torch.no_grad():
+        held = [model(ids(1, 1, seed=t), past_key_values=state) and state.nbytes for t in range(40)]
+    assert max(held[8:]) <= max(held[:8])
+
+
+@pairs()
+def test_reading_holds_one_segment(memory: str, family: str) -> None:
+    if not bounded(memory):
+        pytest.skip("grows by its declared bytes a token")
+    model = wrapped(memory, family)
+    few, many = ids(2, 8 * SEGMENT + 3), ids(2, 64 * SEGMENT + 3)
+    short, long = peak_of(lambda: model.read(few)), peak_of(lambda: model.read(many))
+    more_tokens = 2 * 56 * SEGMENT
+    assert long - short <= PLAN_BYTES * more_tokens, f"{short} bytes, then {long}"
+    # Hidden states of all tokens would have been seen.
+    assert PLAN_BYTES < 4 * model.config.hidden_size
+    with torch.no_grad():
+        short, long = (peak_of(lambda t=t: model(t, labels=t)) for t in (few, many))
+    assert long - short <= 2 * PLAN_BYTES * more_tokens, f"loss: {short} bytes, then {long}"
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_checkpointed_training_holds_states_not_activations(memory: str) -> None:
+    def growth(checkpointing: bool) -> int:
+        model = wrapped(memory, segment_size=16).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        peaks = []
+        for count in (4, 12):
+            text = ids(2, count * 16)
+            peaks.append(peak_of(lambda text=text: model(text, labels=text).loss))
+        return peaks[1] - peaks[0]
+
+    plain, checkpointed = growth(False), growth(True)
+    assert checkpointed < plain / 3, f"{plain} bytes more, {checkpointed} with checkpoints"

@@ -1,0 +1,229 @@
+"""Invariant 11: every way to generate agrees with recomputation from scratch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from support import (
+    MEMORIES,
+    SEGMENT,
+    assert_close,
+    assert_memory_matters,
+    assert_same_states,
+    greedy_by_recomputation,
+    ids,
+    padded,
+    pairs,
+    wrapped,
+)
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+# Every length ends in another place of a segment; answers cross a segment's end.
+NEW = SEGMENT + 3
+NO_END: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
+GREEDY: dict[str, Any] = {**NO_END, "do_sample": False}
+
+
+@pairs(everywhere=True)
+def test_greedy_equals_recomputation(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    assert_memory_matters(model, ids(1, 2 * SEGMENT))
+    for length in (3, SEGMENT, 2 * SEGMENT + 3):
+        prompt = ids(1, length, seed=length)
+        got = model.generate(prompt, **GREEDY)
+        assert torch.equal(got, greedy_by_recomputation(model, prompt, NEW)), length
+
+
+@pairs()
+def test_left_padded_prompts(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    rows = [ids(1, n, seed=n)[0] for n in (2 * SEGMENT + 3, SEGMENT, 3)]
+    text, mask = padded(rows, "left")
+    got = model.generate(text, attention_mask=mask, **GREEDY)[:, text.shape[1] :]
+    for index, row in enumerate(rows):
+        want = greedy_by_recomputation(model, row[None], NEW)[0, len(row) :]
+        assert torch.equal(got[index], want), index
+    text, mask = padded(rows, "right")
+    with pytest.raises(ValueError, match="left"):
+        model.generate(text, attention_mask=mask, **GREEDY)
+
+
+@pairs()
+def test_sampling_equals_recomputation(memory: str, family: str) -> None:
+    model, prompt = wrapped(memory, family), ids(2, SEGMENT + 2)
+    torch.manual_seed(5)
+    got = model.generate(prompt, **NO_END, do_sample=True, top_k=0, temperature=0.7)
+    torch.manual_seed(5)
+    text = prompt
+    with torch.no_grad():
+        for _ in range(NEW):
+            logits = model(text, use_cache=False).logits[:, -1] / 0.7
+            text = torch.cat([text, torch.multinomial(logits.softmax(-1), 1)], 1)
+    assert torch.equal(got, text)
+    torch.manual_seed(6)
+    assert not torch.equal(model.generate(prompt, **NO_END, do_sample=True, top_k=0), got)
+
+
+@pairs()
+def test_beams_equal_recomputation(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    rows = [ids(1, n, seed=n)[0] for n in (2 * SEGMENT + 3, SEGMENT - 1)]
+    text, mask = padded(rows, "left")
+    settings = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
+    got = model.generate(text, attention_mask=mask, **settings)
+    want = model.generate(text, attention_mask=mask, use_cache=False, **settings)
+    assert torch.equal(got.sequences, want.sequences)
+    assert_close(got.sequences_scores, want.sequences_scores)
+    origins = got.beam_indices[:, :NEW]
+    assert bool((origins != origins[:, :1]).any())  # beams changed places, so states had to
+    alone = model.generate(rows[1][None], **settings)
+    assert torch.equal(
+        got.sequences[2:, text.shape[1] :], alone.sequences[:, len(rows[1]) :]
+    )
+
+
+@pairs()
+def test_scores_streamer_and_embeddings(memory: str, family: str) -> None:
+    class Collect(BaseStreamer):
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+            self.ended = False
+
+        def put(self, value: Tensor) -> None:
+            self.ids += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    model, prompt = wrapped(memory, family), ids(1, 2 * SEGMENT + 3)
+    streamer = Collect()
+    settings = {"return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(prompt, **GREEDY, **settings, streamer=streamer)
+    assert streamer.ended and streamer.ids == out.sequences[0].tolist()
+    with torch.no_grad():
+        logits = model(out.sequences[:, :-1]).logits[:, prompt.shape[1] - 1 :]
+    assert_close(torch.stack(out.logits, 1), logits)
+    plain = model.generate(prompt, **GREEDY)
+    assert torch.equal(plain, out.sequences)
+    assert torch.equal(model.generate(prompt, **GREEDY, use_cache=False), plain)
+    embeds = model.get_input_embeddings()(prompt)
+    from_embeds = model.generate(inputs_embeds=embeds, **GREEDY)
+    assert torch.equal(from_embeds, plain[:, prompt.shape[1] :])
+
+
+@pairs()
+def test_chunked_prefill(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    rows = [ids(1, n, seed=n)[0] for n in (2 * SEGMENT + 3, SEGMENT)]
+    text, mask = padded(rows, "left")
+    for kwargs in ({"inputs": text, "attention_mask": mask}, {"inputs": text[:1]}):
+        want = model.generate(**kwargs, **GREEDY)
+        assert torch.equal(model.generate(**kwargs, **GREEDY, prefill_chunk_size=5), want)
+
+
+@pairs()
+def test_continuing_a_state(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    book, question = ids(1, 2 * SEGMENT + 5), ids(1, 4, seed=3)
+    whole = torch.cat([book, question], 1)
+    want = greedy_by_recomputation(model, whole, NEW)
+    state = model.read(book)
+    before = state.clone()
+    new_only = model.generate(question, past_key_values=state, **GREEDY)
+    assert torch.equal(new_only, want[:, book.shape[1] :])
+    full_ids = model.generate(whole, past_key_values=state, **GREEDY)
+    assert torch.equal(full_ids, want)
+    assert_same_states(state, before, 0.0)  # read once, ask many times
+    forgotten = model.generate(question, **GREEDY)
+    assert not torch.equal(forgotten, new_only), "the book does not matter here"
+    for rows, sizes in (("num_beams", 3), ("num_return_sequences", 2)):
+        sampled = rows == "num_return_sequences"
+        settings = {**GREEDY, rows: sizes, "do_sample": sampled}
+        torch.manual_seed(0)
+        got = model.generate(question, past_key_values=state, **settings)
+        torch.manual_seed(0)
+        ref = model.generate(whole, **settings)
+        assert torch.equal(got, ref[:, book.shape[1] :]), rows
+
+
+@pairs()
+def test_one_state_serves_a_batch_of_questions(memory: str, family: str) -> None:
+    model, book = wrapped(memory, family), ids(1, 2 * SEGMENT + 5)
+    state = model.read(book)
+    rows = [ids(1, n, seed=n)[0] for n in (6, 2)]
+    text, mask = padded(rows, "left")
+    got = model.generate(text, attention_mask=mask, past_key_values=state, **GREEDY)
+    for index, row in enumerate(rows):
+        want = greedy_by_recomputation(model, torch.cat([book, row[None]], 1), NEW)
+        assert torch.equal(got[index, text.shape[1] :], want[0, -NEW:]), index
+    assert state.batch_size == 1
+
+
+@pairs()
+def test_generated_text_is_remembered(memory: str, family: str) -> None:
+    model, prompt = wrapped(memory, family), ids(1, SEGMENT + 5)
+    out = model.generate(prompt, **GREEDY, return_dict_in_generate=True)
+    state = out.past_key_values
+    read = out.sequences[:, : int(state.tokens_seen)]
+    assert read.shape[1] in (out.sequences.shape[1], out.sequences.shape[1] - 1)
+    assert int(state.segments) == read.shape[1] // SEGMENT == 2
+    assert_same_states(state, model.read(read))
+    # The next turn: the ids that were not read yet, and a question.
+    turn = torch.cat([out.sequences, ids(1, 3, seed=4)], 1)
+    want = greedy_by_recomputation(model, turn, NEW)
+    assert torch.equal(model.generate(turn, past_key_values=state, **GREEDY), want)
+    new = turn[:, read.shape[1] :]
+    got = model.generate(new, past_key_values=state, **GREEDY)
+    assert torch.equal(got, want[:, read.shape[1] :])
+
+
+@pairs()
+def test_without_remembering_the_last_segment_stays_open(memory: str, family: str) -> None:
+    model, prompt = wrapped(memory, family), ids(1, SEGMENT + 5)
+    out = model.generate(prompt, remember=False, return_dict_in_generate=True, **GREEDY)
+    state = out.past_key_values
+    assert int(state.segments) == 1 and int(state.fill) == int(state.tokens_seen) - SEGMENT
+    want = model.generate(prompt, **GREEDY)
+    cut = 2 * SEGMENT - prompt.shape[1]
+    assert torch.equal(out.sequences[:, : prompt.shape[1] + cut], want[:, : prompt.shape[1] + cut])
+
+
+@pairs()
+def test_rows_that_end_early_do_not_disturb_others(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    for seed in range(20):
+        text = ids(2, SEGMENT + 1, seed=seed)
+        plain = model.generate(text, **GREEDY)
+        first, second = plain[:, text.shape[1] :].tolist()
+        if first[1] not in (first[0], *second):
+            break
+    else:
+        pytest.fail("no prompts whose answers differ: greedy repeats itself")
+    got = model.generate(text, **{**GREEDY, "eos_token_id": first[1]})
+    assert torch.equal(got[1], plain[1])
+    assert got[0, text.shape[1] :].tolist() == first[:2] + [0] * (NEW - 2)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_what_cannot_work_says_why(memory: str) -> None:
+    model, prompt = wrapped(memory), ids(1, SEGMENT)
+    with pytest.raises(ValueError, match="assist"):
+        model.generate(prompt, assistant_model=build("llama"), **GREEDY)
+    with pytest.raises(ValueError, match="assist|stateful"):
+        model.generate(prompt, prompt_lookup_num_tokens=2, **GREEDY)
+    with pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(prompt, cache_implementation="static", **GREEDY)
+    from transformers import DynamicCache
+
+    with pytest.raises(ValueError, match="MemoryState"):
+        model.generate(prompt, past_key_values=DynamicCache(), **GREEDY)
+    state = model.read(ids(2, 5))
+    with pytest.raises(ValueError, match="rows"):
+        model.generate(ids(3, 4), past_key_values=state, **GREEDY)
+    with pytest.raises(ValueError, match=r"new token|empty"):
+        model.generate(past_key_values=model.read(prompt), **GREEDY)

@@ -1,0 +1,183 @@
+"""Invariant 8: gradients, truncation, checkpointing, and the loss they belong to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from support import (
+    MEMORIES,
+    SEGMENT,
+    assert_close,
+    assert_memory_matters,
+    assert_same_gradients,
+    differ,
+    gradients,
+    ids,
+    padded,
+    pairs,
+    shifted,
+    wrapped,
+)
+from torch import Tensor
+
+# transformers 5.23 has another name for checkpointing, older versions only this one.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+SEGMENTS = 5
+TEXT = ids(2, SEGMENTS * SEGMENT + 3)
+
+
+def gradients_of(model: Any, text: Tensor = TEXT, **kwargs: Any) -> tuple[float, dict]:
+    loss = model.train()(text, labels=text, **kwargs).loss
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def unrolled(model: Any, text: Tensor, window: int | None) -> tuple[float, dict]:
+    """The same by hand: segment by segment, the state cut after every `window` segments."""
+    model.train()
+    labels, total, state = shifted(text), torch.zeros(()), model.new_state(text.shape[0])
+    for index, start in enumerate(range(0, text.shape[1], SEGMENT)):
+        if window and index and index % window == 0:
+            state = state.detach()
+        columns = slice(start, start + SEGMENT)
+        out = model(
+            text[:, columns], shift_labels=labels[:, columns], past_key_values=state,
+            num_items_in_batch=1, use_cache=True,
+        )  # fmt: skip
+        state, total = out.past_key_values, total + out.loss
+    loss = total / (labels != -100).sum()
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+@pairs()
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_truncation_equals_an_unrolled_graph(memory: str, family: str, window: int) -> None:
+    model = wrapped(memory, family)
+    assert_memory_matters(model, TEXT)
+    full = gradients_of(model)
+    reference = unrolled(model, TEXT, window)
+    loss, got = gradients_of(wrapped(memory, family, bptt_segments=window))
+    assert loss == pytest.approx(reference[0], rel=1e-5) == pytest.approx(full[0], rel=1e-5)
+    assert_same_gradients(got, reference[1], 3e-4)
+    assert differ(got, full[1]), "truncation changes nothing: the test proves nothing"
+
+
+@pairs()
+def test_a_state_carries_gradients_between_calls(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    want = gradients_of(model)
+    got = unrolled(model, TEXT, None)
+    assert got[0] == pytest.approx(want[0], rel=1e-5)
+    assert_same_gradients(got[1], want[1], 3e-4)
+    long = gradients_of(wrapped(memory, family, bptt_segments=SEGMENTS + 1))
+    assert_same_gradients(long[1], want[1], 1e-6)
+
+
+@pairs()
+@pytest.mark.parametrize("window", [None, 2])
+def test_checkpointing_changes_nothing(memory: str, family: str, window: int | None) -> None:
+    text, mask = padded([TEXT[0], TEXT[1, :19]], "left")
+    for kwargs in ({"text": TEXT}, {"text": text, "attention_mask": mask}):
+        model = wrapped(memory, family, bptt_segments=window)
+        calls: list[int] = []
+        decoder = model.get_decoder()
+        decoder.register_forward_hook(lambda *_: calls.append(1))
+        want = gradients_of(model, **kwargs)
+        plain = len(calls)
+        model.gradient_checkpointing_enable()
+        assert model.is_gradient_checkpointing
+        got = gradients_of(model, **kwargs)
+        assert len(calls) - plain == 2 * plain  # every segment was run again
+        assert got[0] == want[0]
+        assert_same_gradients(got[1], want[1], 1e-6)
+        model.gradient_checkpointing_disable()
+        assert_same_gradients(gradients_of(model, **kwargs)[1], want[1], 1e-6)
+        model.zero_grad(set_to_none=True)
+
+
+@pairs()
+def test_lora_and_memory_get_the_gradients(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    model.add_lora(LoraConfig(r=2, target_modules="all-linear"))
+    want = gradients_of(model)
+    assert want[1] and all("lora_" in n or n.startswith("memory_modules") for n in want[1])
+    memory_names = {n for n, p in model.named_parameters() if n.startswith("memory_modules")}
+    assert memory_names <= want[1].keys(), "some memory parameter gets no gradient"
+    assert any(float(want[1][n].abs().max()) > 0 for n in memory_names)
+    model.gradient_checkpointing_enable()
+    assert_same_gradients(gradients_of(model)[1], want[1], 1e-6)
+
+
+@pairs(everywhere=True)
+def test_the_loss_is_the_mean_over_all_targets(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    labels = TEXT.masked_fill(torch.rand(TEXT.shape) < 0.3, -100)
+    with torch.no_grad():
+        logits = model(TEXT).logits
+        flat, targets = logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1)
+        want = F.cross_entropy(flat.float(), targets)
+        out = model(TEXT, labels=labels)
+        count = (labels[:, 1:] != -100).sum()
+        assert out.logits is None
+        assert out.loss.item() == pytest.approx(want.item(), rel=1e-5)
+        ready = model(TEXT, shift_labels=shifted(labels)).loss
+        assert ready.item() == pytest.approx(want.item(), rel=1e-5)
+        divided = model(TEXT, labels=labels, num_items_in_batch=7).loss
+        assert divided.item() == pytest.approx(want.item() * count.item() / 7, rel=1e-5)
+        both = model(TEXT, labels=labels, return_logits=True)
+    assert_close(both.logits, logits)
+    # Only the first target of each later segment: nothing is lost where segments meet.
+    edges = torch.full_like(TEXT, -100)
+    edges[:, SEGMENT::SEGMENT] = TEXT[:, SEGMENT::SEGMENT]
+    with torch.no_grad():
+        got = model(TEXT, labels=edges).loss
+    want = F.cross_entropy(flat.float(), edges[:, 1:].reshape(-1))
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pairs()
+def test_logits_come_with_labels_when_they_are_asked_for(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    with torch.no_grad():
+        want = model(TEXT).logits
+        got = model(TEXT, labels=TEXT, logits_to_keep=5).logits
+    assert got is not None, "`logits_to_keep` was given beside labels: the contract returns logits"
+    assert_close(got, want[:, -5:])
+
+
+@pairs()
+def test_loss_on_the_last_segment(memory: str, family: str) -> None:
+    rows = [TEXT[0], TEXT[1, :19]]
+    text, mask = padded(rows, "left")
+    labels = text.masked_fill(mask == 0, -100)
+    last = shifted(labels).masked_fill(mask == 0, -100)
+    for index, row in enumerate(rows):
+        closed = (len(row) - 1) // SEGMENT * SEGMENT
+        last[index, : text.shape[1] - len(row) + closed] = -100
+    assert 0 < int((last != -100).sum()) < 2 * SEGMENT
+    want = wrapped(memory, family).train()(text, attention_mask=mask, shift_labels=last).loss
+    model = wrapped(memory, family, loss_on="last").train()
+    got = model(text, attention_mask=mask, labels=labels).loss
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+    got.backward()
+    assert any(float(g.abs().max()) > 0 for n, g in gradients(model).items() if "memory" in n)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_model_in_float64_agrees_to_its_precision(memory: str) -> None:
+    """Truncation once more where noise cannot hide a mistake (norms still round to float32)."""
+    from families import build
+
+    def double(**settings: Any) -> Any:
+        return wrapped(memory, base=build("gpt_neox").double(), **settings)
+
+    _, want = unrolled(double(), TEXT, 2)
+    _, got = gradients_of(double(bptt_segments=2))
+    assert all(g.dtype == torch.float64 for g in got.values())
+    assert_same_gradients(got, want, 1e-9)

@@ -1,0 +1,252 @@
+"""Invariants 5 and 6: the neutral start, and everything that goes out and comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from peft import LoraConfig, PeftModel, get_peft_model
+from support import (
+    MEMORIES,
+    SEGMENT,
+    assert_close,
+    assert_memory_matters,
+    assert_same_states,
+    error_of,
+    ids,
+    padded,
+    pairs,
+    randomise,
+    tiny,
+    wrapped,
+)
+from transformers import AutoModelForCausalLM
+
+import memwrap
+from memwrap.model import MEMORY_CHILD
+
+TEXT = ids(2, 3 * SEGMENT + 3)
+
+
+@torch.no_grad()
+def logits_of(model: Any, text: torch.Tensor = TEXT) -> torch.Tensor:
+    return model(text).logits
+
+
+@pairs(everywhere=True)
+def test_neutral_start(memory: str, family: str) -> None:
+    """With nothing remembered a segment gives what the base gives, if the method promises so."""
+    base = build(family)
+    text, mask = padded([ids(1, SEGMENT)[0], ids(1, 5, seed=1)[0]], "left")
+    with torch.no_grad():
+        want = base(text[:1]).logits[0]
+        short = base(text[1:, 3:]).logits[0]
+    model = wrapped(memory, base=base)
+    with torch.no_grad():
+        got = model(text, attention_mask=mask).logits
+    if not memwrap.config_class(memory).neutral_start:
+        assert error_of(got[0], want) > 1e-2, f"{memory} has a neutral start but does not say so"
+        return
+    assert_close(got[0], want)
+    assert_close(got[1, 3:], short)
+    assert_memory_matters(model, TEXT)
+    fresh = memwrap.wrap(build(family), tiny(memory))
+    assert_close(logits_of(fresh, text[:1])[0], want)
+
+
+def facts(model: Any) -> dict[str, Any]:
+    return {
+        "classes": [(n, type(m)) for n, m in model.named_modules()],
+        "parameters": {n: p.clone() for n, p in model.state_dict().items()},
+        "trainable": [(n, p.requires_grad) for n, p in model.named_parameters()],
+        "attention": model.config._attn_implementation,
+        "config": model.config.to_dict(),
+        "forward": [n for n, m in model.named_modules() if "forward" in vars(m)],
+    }
+
+
+@pairs(everywhere=True)
+def test_unwrap_gives_the_base_back(memory: str, family: str) -> None:
+    base = build(family)
+    before = facts(base)
+    with torch.no_grad():
+        want = base(TEXT).logits
+    model = wrapped(memory, base=base)
+    assert [n for n, _ in base.named_parameters()] == [n for n, _ in before["trainable"]]
+    model.generate(TEXT[:, :5], max_new_tokens=6, do_sample=False)
+    model.train()
+    model(TEXT, labels=TEXT).loss.backward()
+    model.zero_grad()
+    again = memwrap.unwrap(model.eval())
+    assert again is base
+    after = facts(base)
+    for name, value in before.pop("parameters").items():
+        assert torch.equal(after["parameters"][name], value), name
+    assert after["parameters"].keys() == base.state_dict().keys()
+    assert {k: after[k] for k in before} == before
+    with torch.no_grad():
+        assert torch.equal(base(TEXT).logits, want)
+    assert_memory_matters(wrapped(memory, base=base), TEXT)  # and it can be wrapped again
+
+
+@pairs(everywhere=True)
+def test_saved_and_loaded(memory: str, family: str, tmp_path: Path) -> None:
+    model = wrapped(memory, family)
+    want = logits_of(model)
+    model.save_pretrained(tmp_path)
+    size = sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
+    own = sum(p.numel() * p.element_size() for p in model.memory_parameters())
+    assert own <= size < own + 20_000, "the base was saved though nothing changed it"
+    loaded = memwrap.load(tmp_path, build(family))
+    assert not loaded.training
+    assert [c.to_dict() for c in loaded.memory_configs] == [
+        c.to_dict() for c in model.memory_configs
+    ]
+    assert torch.equal(logits_of(loaded), want)
+    assert loaded.fingerprint() == model.fingerprint()
+
+
+@pairs()
+def test_saved_with_its_base(memory: str, family: str, tmp_path: Path) -> None:
+    model = wrapped(memory, family)
+    want = logits_of(model)
+    model.save_pretrained(tmp_path / "asked", include_base=True)
+    assert torch.equal(logits_of(memwrap.load(tmp_path / "asked")), want)
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "asked")
+    assert isinstance(auto, memwrap.MemoryModelForCausalLM)
+    assert torch.equal(logits_of(auto), want)
+    with torch.no_grad():
+        next(model.backbone.parameters()).mul_(1.01)
+    want = logits_of(model)
+    model.save_pretrained(tmp_path / "changed")  # unasked: the base is another one now
+    loaded = memwrap.load(tmp_path / "changed")
+    assert torch.equal(logits_of(loaded), want)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(memwrap.load(tmp_path / "again")), want)
+
+
+@pairs()
+def test_the_base_is_found_by_its_recorded_name(memory: str, family: str, tmp_path: Path) -> None:
+    build(family).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = wrapped(memory, base=base)
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(logits_of(memwrap.load(tmp_path / "model")), logits_of(model))
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits_of(auto), logits_of(model))
+
+
+def lora(dropout: float = 0.0) -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", lora_dropout=dropout)
+
+
+def randomise_lora(model: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+@pairs()
+@pytest.mark.parametrize("order", ["inside", "before"])
+def test_saved_and_loaded_with_lora(
+    memory: str, family: str, order: str, tmp_path: Path
+) -> None:
+    if order == "inside":
+        model = wrapped(memory, family)
+        plain = logits_of(model)
+        model.add_lora(lora())
+    else:
+        plain = logits_of(wrapped(memory, family))
+        model = randomise(memwrap.wrap(get_peft_model(build(family), lora()), tiny(memory))).eval()
+    assert torch.equal(logits_of(model), plain)  # LoRA starts at zero
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or n.startswith("memory_modules") for n in trainable)
+    assert any("lora_" in n for n in trainable)
+    assert all(p.requires_grad for p in model.memory_parameters())
+    randomise_lora(model)
+    want = logits_of(model)
+    assert error_of(want, plain) > 1e-2
+    model.save_pretrained(tmp_path)
+    loaded = memwrap.load(tmp_path, build(family))
+    assert torch.equal(logits_of(loaded), want)
+    assert {n for n, _ in loaded.named_parameters()} == {n for n, _ in model.named_parameters()}
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(memwrap.load(tmp_path / "again", build(family))), want)
+
+
+@pairs()
+def test_peft_around_the_model(memory: str, family: str, tmp_path: Path) -> None:
+    settings = LoraConfig(r=4, target_modules="all-linear", modules_to_save=[MEMORY_CHILD])
+    outer = get_peft_model(wrapped(memory, family), settings)
+    randomise_lora(outer)
+    randomise(outer.get_base_model(), seed=11)
+    outer.eval()
+    want = logits_of(outer)
+    assert error_of(want, logits_of(wrapped(memory, family))) > 1e-2
+    outer.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(memwrap.wrap(build(family), tiny(memory)), tmp_path).eval()
+    assert torch.equal(logits_of(loaded), want)
+
+
+@pairs(everywhere=True)
+def test_a_saved_state_continues(memory: str, family: str, tmp_path: Path) -> None:
+    model = wrapped(memory, family)
+    text, mask = padded([ids(1, 21)[0], ids(1, 11, seed=1)[0]], "left")
+    state = model.read(text, mask)
+    assert bool((state.fill > 0).all())  # an open segment is saved too
+    path = tmp_path / "book.safetensors"
+    state.save(path)
+    assert [f.name for f in tmp_path.iterdir()] == [path.name]
+    tail = ids(2, 12, seed=4)
+    with torch.no_grad():
+        want = model(tail, past_key_values=state.clone())
+        for loaded in (memwrap.MemoryState.load(path), memwrap.MemoryState.load(path, model)):
+            assert loaded.nbytes == state.nbytes and loaded.batch_size == 2
+            assert_same_states(loaded, state, 0.0)
+            got = model(tail, past_key_values=loaded)
+            assert torch.equal(got.logits, want.logits)
+            assert_same_states(got.past_key_values, want.past_key_values, 0.0)
+
+
+@pairs()
+def test_a_state_goes_on_in_a_loaded_model(memory: str, family: str, tmp_path: Path) -> None:
+    model = wrapped(memory, family)
+    state = model.read(ids(1, 21))
+    state.save(tmp_path / "state.safetensors")
+    model.save_pretrained(tmp_path / "model")
+    loaded = memwrap.load(tmp_path / "model", build(family))
+    again = memwrap.MemoryState.load(tmp_path / "state.safetensors", loaded)
+    question = ids(1, 5, seed=4)
+    got = loaded.generate(question, past_key_values=again, max_new_tokens=9, do_sample=False)
+    want = model.generate(question, past_key_values=state, max_new_tokens=9, do_sample=False)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_bfloat16_model_comes_back(memory: str, tmp_path: Path) -> None:
+    model = wrapped(memory, base=build("llama").to(torch.bfloat16))
+    want = logits_of(model)
+    model.save_pretrained(tmp_path, include_base=True)
+    loaded = memwrap.load(tmp_path)
+    assert next(loaded.backbone.parameters()).dtype == torch.bfloat16
+    assert torch.equal(logits_of(loaded), want)
+    state = model.read(TEXT)
+    state.save(tmp_path / "s.safetensors")
+    again = memwrap.MemoryState.load(tmp_path / "s.safetensors", loaded)
+    assert_same_states(again, state, 0.0)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_tied_embeddings_stay_tied(memory: str, family: str, tmp_path: Path) -> None:
+    base = build(family, tie_word_embeddings=True)
+    model = wrapped(memory, base=base)
+    model.save_pretrained(tmp_path, include_base=True)
+    loaded = memwrap.load(tmp_path)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert torch.equal(logits_of(loaded), logits_of(model))

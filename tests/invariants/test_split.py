@@ -1,0 +1,137 @@
+"""Invariant 1: logits and states do not depend on how tokens are fed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    MEMORIES,
+    SEGMENT,
+    assert_close,
+    assert_memory_matters,
+    assert_same_states,
+    ids,
+    pairs,
+    wrapped,
+)
+from torch import Tensor
+
+TOTAL = 3 * SEGMENT + 3
+
+
+@torch.no_grad()
+def fed(model: Any, text: Tensor, sizes: list[int], **kwargs: Any) -> tuple[Tensor, Any]:
+    """Logits and state of a text fed in pieces of the given sizes."""
+    state = model.new_state(text.shape[0])
+    pieces = []
+    for piece in text.split(sizes, 1):
+        out = model(piece, past_key_values=state, **kwargs)
+        assert out.past_key_values is state
+        pieces.append(out.logits)
+        assert state.get_seq_length() == sum(p.shape[1] for p in pieces)
+    return torch.cat(pieces, 1), state
+
+
+@pairs(everywhere=True)
+def test_chunks_and_single_tokens_give_what_the_whole_gives(memory: str, family: str) -> None:
+    model, text = wrapped(memory, family), ids(2, TOTAL)
+    assert_memory_matters(model, text)
+    want, state = fed(model, text, [TOTAL])
+    assert state.segments.tolist() == [3, 3] and state.fill.tolist() == [3, 3]
+    for sizes in ([5, 3, 1, 10, 8], [1] * TOTAL):
+        got, other = fed(model, text, sizes)
+        assert_close(got, want, what=f"logits fed in {sizes}")
+        assert_same_states(other, state)
+    with torch.no_grad():
+        without_state = model(text, use_cache=False)
+    assert without_state.past_key_values is None
+    assert_close(without_state.logits, want, what="logits without a state")
+
+
+SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=8)
+
+
+@pairs()
+@settings(max_examples=8)
+@given(sizes=SIZES)
+def test_any_chunk_sizes(memory: str, family: str, sizes: list[int]) -> None:
+    model, text = wrapped(memory, family), ids(1, sum(sizes))
+    want, state = fed(model, text, [sum(sizes)])
+    got, other = fed(model, text, sizes)
+    assert_close(got, want)
+    assert_same_states(other, state)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2"])
+def test_eager_attention_too(memory: str, family: str) -> None:
+    base = build(family, attention="eager")
+    model, text = wrapped(memory, base=base), ids(2, TOTAL)
+    want, _ = fed(model, text, [TOTAL])
+    got, _ = fed(model, text, [5, 3, 1, 10, 8])
+    assert_close(got, want)
+    with torch.no_grad():
+        if family != "gemma2":  # its sdpa is refused by transformers: soft caps
+            other = wrapped(memory, base=build(family, attention="sdpa"))(text).logits
+            assert_close(other, want)
+
+
+@pairs()
+def test_reading_equals_forward(memory: str, family: str) -> None:
+    model, text = wrapped(memory, family), ids(2, TOTAL)
+    _, want = fed(model, text, [TOTAL])
+    state = model.read(text[:, :13])
+    before = state.clone()
+    after = model.read(text[:, 13:], state=state)
+    assert_same_states(after, want)
+    assert_same_states(state, before, 0.0)  # read leaves the given state as it is
+    rows = model.read([text[0].tolist(), text[1, :9].tolist()])
+    assert rows.tokens_seen.tolist() == [TOTAL, 9]
+    assert_same_states(rows.select(torch.tensor([0])), want.select(torch.tensor([0])))
+    tail = ids(2, 4, seed=3)
+    with torch.no_grad():
+        got = model(tail, past_key_values=after).logits
+        whole = model(torch.cat([text, tail], 1)).logits[:, TOTAL:]
+    assert_close(got, whole)
+
+
+@pairs()
+def test_embeddings_give_what_ids_give(memory: str, family: str) -> None:
+    model, text = wrapped(memory, family), ids(2, TOTAL)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(text)
+        got, want = model(inputs_embeds=embeds).logits, model(text).logits
+    assert_close(got, want)
+
+
+@pairs()
+def test_logits_to_keep(memory: str, family: str) -> None:
+    model, text = wrapped(memory, family), ids(2, TOTAL)
+    with torch.no_grad():
+        want = model(text).logits
+        assert_close(model(text, logits_to_keep=1).logits, want[:, -1:])
+        assert_close(model(text, logits_to_keep=7).logits, want[:, -7:])
+        columns = torch.tensor([0, 9, 20])
+        assert_close(model(text, logits_to_keep=columns).logits, want[:, columns])
+
+
+@pairs()
+def test_closing_a_segment_writes_it(memory: str, family: str) -> None:
+    """A closed short segment is remembered; what follows opens a new segment."""
+    model, text = wrapped(memory, family), ids(2, 5)
+    open_state = model.read(text)
+    closed = model.close_segment(open_state)
+    assert open_state.fill.tolist() == [5, 5] and closed.fill.tolist() == [0, 0]
+    assert closed.segments.tolist() == [1, 1] and closed.tokens_seen.tolist() == [5, 5]
+    assert_same_states(model.close_segment(closed), closed, 0.0)
+    # The same as a model whose segments are that short.
+    assert_same_states(closed, wrapped(memory, family, segment_size=5).read(text))
+
+
+def test_every_family_is_here() -> None:
+    assert {"llama", "mistral", "qwen3", "gemma3", "phi3", "olmo2", "gpt2", "opt"} <= set(FAMILIES)

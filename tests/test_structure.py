@@ -1,0 +1,232 @@
+"""The shape of the house: floors, sizes, and what no file of memwrap may contain."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import memwrap
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {"memwrap": ROOT / "memwrap", "memwrap_kernels": ROOT / "kernels" / "memwrap_kernels"}
+MAX_LINES = 450
+
+# Bottom up; "memwrap" itself is memwrap/__init__.py. A file imports from its own floor or below.
+FLOORS = (
+    {"memwrap_kernels"},
+    {"assets", "files", "fingerprints", "ops", "trees"},
+    {"backbones", "stores"},
+    {"configuration", "memories", "registry", "state"},
+    {"generation", "model", "reading", "saving", "segments", "wrapping"},
+    {"memwrap"},
+    {"evaluation", "linearize", "training"},
+    {"cli", "demo", "__main__"},
+)
+
+
+def _module(path: Path) -> str:
+    """`memwrap/ops/__init__.py` -> `memwrap.ops`."""
+    room = next(name for name, folder in ROOMS.items() if path.is_relative_to(folder))
+    parts = path.relative_to(ROOMS[room]).with_suffix("").parts
+    return ".".join([room, *(p for p in parts if p != "__init__")])
+
+
+FILES = {
+    _module(path): path
+    for folder in ROOMS.values()
+    for path in sorted(folder.rglob("*.py"))
+    if "__pycache__" not in path.parts
+}
+MEMORIES = sorted(
+    name for name in FILES if name.startswith("memwrap.memories.") and not name.endswith(".base")
+)
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+def _room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "memwrap" and len(parts) > 1 else parts[0]
+
+
+def _floor(module: str) -> int:
+    for number, rooms in enumerate(FLOORS):
+        if _room(module) in rooms:
+            return number
+    pytest.fail(f"{module} stands on no floor: give it one in FLOORS and in docs/architecture.md")
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def _statements(node: ast.AST, deferred: bool) -> Iterator[ast.AST]:
+    """The statements that importing a module runs; `deferred` adds the bodies of functions."""
+    for child in ast.iter_child_nodes(node):
+        if _is_for_types(child):
+            continue
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not deferred:
+            continue
+        yield child
+        yield from _statements(child, deferred)
+
+
+def _imported(module: str, deferred: bool = True) -> set[str]:
+    """Modules of the house that `module` imports."""
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in _statements(_tree(module), deferred):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            source = ".".join([*(above if node.level else []), *([node.module or ""])]).strip(".")
+            for alias in node.names:
+                name = f"{source}.{alias.name}"
+                found.add(name if name in FILES else source)
+    return {name for name in found if name in FILES} - {module}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_down(module: str) -> None:
+    for other in sorted(_imported(module)):
+        assert _floor(other) <= _floor(module), f"{module} imports {other}, which stands above it"
+
+
+def test_no_import_cycle() -> None:
+    graph = {module: sorted(_imported(module, deferred=False)) for module in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in done:
+            return
+        for other in graph[module]:
+            visit(other, [*path, module])
+        done.add(module)
+
+    for module in graph:
+        visit(module, [])
+
+
+def test_the_checks_see_imports() -> None:
+    """A guard on this file: were nothing found, nothing could fail."""
+    assert {"memwrap.backbones", "memwrap.state"} <= _imported("memwrap.segments")
+    assert "memwrap.wrapping" in _imported("memwrap")
+    assert MEMORIES
+
+
+@pytest.mark.parametrize("module", MEMORIES)
+def test_no_memory_imports_another(module: str) -> None:
+    others = {m for m in _imported(module) if m.startswith("memwrap.memories.")}
+    assert others <= {"memwrap.memories.base"}
+
+
+@pytest.mark.parametrize("module", [*MEMORIES, "memwrap.memories.base"])
+def test_no_memory_names_a_model_family(module: str) -> None:
+    families = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    classes = {re.sub(r"(For\w+|LMHead\w*)$", "", n) for n in _class_names()}
+    for node in ast.walk(_tree(module)):
+        words = {getattr(node, field, None) for field in ("id", "attr", "arg", "name", "module")}
+        named = {word for word in words if isinstance(word, str)}
+        assert "model_type" not in named, f"{module} asks which family it serves"
+        assert not any(word.startswith("transformers.models") for word in named), module
+        for word in named:
+            stem = re.match(r"[A-Z]\w*?(?=For|Model|Config|Attention|DecoderLayer)", word)
+            assert not (stem and stem.group() in classes), f"{module} names {word}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert node.value not in families, f"{module} names the family {node.value!r}"
+
+
+def _class_names() -> Iterator[str]:
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        yield from [names] if isinstance(names, str) else names
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_assert_statement(module: str) -> None:
+    lines = [node.lineno for node in ast.walk(_tree(module)) if isinstance(node, ast.Assert)]
+    assert not lines, f"{module} asserts in lines {lines}; raise ValueError or TypeError"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_files_are_short(module: str) -> None:
+    lines = FILES[module].read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_LINES, f"{module} has {lines} lines; the limit is {MAX_LINES}"
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if FILES[m].stat().st_size])
+def test_modules_begin_with_a_docstring(module: str) -> None:
+    tree = _tree(module)
+    assert ast.get_docstring(tree), f"{module} says nowhere what it is"
+    assert tree.body[0].lineno == 1, f"{module} has something before its docstring"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_is_pickled(module: str) -> None:
+    """Files of others are read: loading one must never run code."""
+    refused = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.Import):
+            roots = {alias.name.split(".")[0] for alias in node.names}
+            assert not roots & refused, f"{module} imports {roots & refused}"
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in refused, f"{module}: {node.module}"
+            if node.module == "torch":
+                assert not {alias.name for alias in node.names} & {"save", "load"}, module
+        elif isinstance(node, ast.Attribute) and node.attr in ("save", "load"):
+            owner = node.value
+            assert not (isinstance(owner, ast.Name) and owner.id == "torch"), (
+                f"{module} line {node.lineno}: torch.{node.attr} pickles; use safetensors"
+            )
+
+
+def test_kernels_is_no_package() -> None:
+    """A top-level `kernels` would shadow Hugging Face's package of that name."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_public_names() -> None:
+    assert memwrap.__all__ == sorted(memwrap.__all__)
+    assert len(set(memwrap.__all__)) == len(memwrap.__all__)
+    for name in memwrap.__all__:
+        assert hasattr(memwrap, name), f"memwrap.__all__ lists {name}, which is not there"
+
+
+@pytest.mark.parametrize("name", [n for n in memwrap.__all__ if not n.startswith("__")])
+def test_public_names_are_documented(name: str) -> None:
+    public = getattr(memwrap, name)
+    text = public.__doc__ or ""
+    # A dataclass without a docstring gets its signature as one.
+    assert text.strip() and not text.startswith(f"{name}("), f"memwrap.{name} has no docstring"
+    if not inspect.isclass(public):
+        return
+    for attribute, value in vars(public).items():
+        # Properties may speak for themselves (`segment_size`); what is called may not.
+        called = inspect.isfunction(value) or isinstance(value, (classmethod, staticmethod))
+        if called and not attribute.startswith("_"):
+            # What overrides a method of transformers may keep its documentation.
+            assert inspect.getdoc(getattr(public, attribute)), f"{name}.{attribute} is undocumented"
+
+
+def test_the_project_file() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == memwrap.__version__
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
+    pinned = set(re.findall(r"^([a-z0-9.-]+)==", pins, re.MULTILINE))
+    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    needed += project["optional-dependencies"]["train"]
+    for requirement in needed:
+        name = re.match(r"[A-Za-z0-9_.-]+", requirement).group().lower().replace("_", "-")  # type: ignore[union-attr]
+        assert name in pinned | {"memwrap"}, f"constraints.txt does not pin {name}"
