@@ -161,7 +161,8 @@ class Loop:
             keep = keep_open and bool(((step.ends > 0) & ~step.closes).any())
             wanted = None if targets is None else _gather(targets, step, IGNORED)
             before = states
-            result, states, local = self._step(inputs, step, states, local, keep, wanted)
+            if control != "off" or keep_open:  # an empty memory needs no state to go on with
+                result, states, local = self._step(inputs, step, states, local, keep, wanted)
             if control is not None:
                 result = self._controlled(inputs, step, before, control, wanted)
             if wanted is not None:

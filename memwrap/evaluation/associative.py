@@ -1,0 +1,327 @@
+"""Associative recall: the ARMT tasks "remember" and "rewrite" (Rodkin et al. 2024, section 4).
+
+Every pair is one segment, `key SEP value EOS`; a query is `key GEN value EOS` with the value
+to be predicted. Nothing but the memory carries from a pair to its query.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from tqdm.auto import tqdm
+
+from memwrap.files import write_text
+from memwrap.model import MemoryModelForCausalLM
+
+SYMBOLS = 16
+
+
+@dataclass(kw_only=True)
+class AssociativeTask:
+    """Pairs of keys and values, then queries.
+
+    Attributes:
+        key_size, value_size: symbols of a key and of a value.
+        num_pairs: pairs of a sample.
+        rewrite: keys are drawn with replacement and the last value of a key counts; else all
+            keys of a sample are distinct.
+        symbols: ids of the 16 symbols.
+        sep, gen, eos: ids of the marks.
+    """
+
+    key_size: int = 1
+    value_size: int = 1
+    num_pairs: int = 4
+    rewrite: bool = False
+    symbols: list[int] = field(default_factory=lambda: list(range(SYMBOLS)))
+    sep: int = SYMBOLS
+    gen: int = SYMBOLS + 1
+    eos: int = SYMBOLS + 2
+
+    def __post_init__(self) -> None:
+        if len(self.symbols) != SYMBOLS or len({*self.symbols, self.sep, self.gen, self.eos}) < 19:
+            raise ValueError("AssociativeTask needs 16 symbols and 3 marks, all different ids.")
+        for name in ("key_size", "value_size", "num_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"AssociativeTask.{name} is {getattr(self, name)}; at least 1.")
+        if not self.rewrite and self.num_pairs > self.num_keys:
+            raise ValueError(
+                f"{self.num_pairs} distinct keys of {self.key_size} symbols do not exist (there are "
+                f"{self.num_keys}); raise `key_size`."
+            )
+
+    @classmethod
+    def for_vocabulary(cls, vocab_size: int, **settings: Any) -> AssociativeTask:
+        """The task over the last 19 ids of a vocabulary."""
+        if vocab_size < SYMBOLS + 3:
+            raise ValueError(f"A vocabulary of {vocab_size} is too small; 19 ids are needed.")
+        first = vocab_size - SYMBOLS - 3
+        marks = {"sep": first + SYMBOLS, "gen": first + SYMBOLS + 1, "eos": first + SYMBOLS + 2}
+        return cls(symbols=list(range(first, first + SYMBOLS)), **marks, **settings)
+
+    @property
+    def num_keys(self) -> int:
+        """How many keys there are."""
+        return SYMBOLS**self.key_size
+
+    @property
+    def segment_size(self) -> int:
+        """Tokens of a pair: key, mark, value, mark."""
+        return self.key_size + self.value_size + 2
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing a value."""
+        return SYMBOLS**-self.value_size
+
+    def sample(
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        num_pairs: int | None = None,
+        num_queries: int = 1,
+        distance: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw a batch.
+
+        Args:
+            batch_size: rows.
+            generator: all randomness comes from it.
+            num_pairs: pairs of these rows (default: the task's).
+            num_queries: queries behind the pairs, each a segment.
+            distance: ask (once) for the pair so many segments before the query; its key is not
+                written again. Default: a random key (its last value counts).
+
+        Returns:
+            ids and labels `(batch_size, (num_pairs + num_queries) * segment_size)`; labels are
+            -100 but at the queries' values.
+        """
+        pairs = num_pairs or self.num_pairs
+        if distance is not None and not 1 <= distance <= pairs:
+            raise ValueError(f"`distance` is {distance}; it must be between 1 and {pairs} pairs.")
+        numbers = self._keys(batch_size, pairs, generator)
+        if distance is not None:
+            asked = torch.full((batch_size, 1), pairs - distance)
+            numbers = self._not_again(numbers, pairs - distance, generator)
+        else:
+            draw = torch.randint(0, pairs, (batch_size, num_queries), generator=generator)
+            same = numbers[:, None, :] == numbers.gather(1, draw)[:, :, None]
+            asked = (same * torch.arange(1, pairs + 1)).argmax(-1)
+        values = torch.randint(
+            0, SYMBOLS, (batch_size, pairs, self.value_size), generator=generator
+        )
+        digits = numbers[..., None] // SYMBOLS ** torch.arange(self.key_size) % SYMBOLS
+        text, _ = self._segments(digits, values, self.sep)
+        rows = torch.arange(batch_size)[:, None]
+        queries, labels = self._segments(digits[rows, asked], values[rows, asked], self.gen)
+        return (
+            torch.cat([text, queries], 1),
+            torch.cat([torch.full_like(text, -100), labels], 1),
+        )
+
+    def _keys(self, batch: int, pairs: int, generator: torch.Generator) -> Tensor:
+        if self.rewrite:
+            return torch.randint(0, self.num_keys, (batch, pairs), generator=generator)
+        if pairs > self.num_keys:
+            raise ValueError(f"{pairs} distinct keys do not exist; there are {self.num_keys}.")
+        rows = [torch.randperm(self.num_keys, generator=generator)[:pairs] for _ in range(batch)]
+        return torch.stack(rows)
+
+    def _not_again(self, numbers: Tensor, place: int, generator: torch.Generator) -> Tensor:
+        """Later copies of the key at `place` become other keys, uniformly."""
+        other = torch.randint(1, self.num_keys, numbers.shape, generator=generator)
+        again = (numbers == numbers[:, place : place + 1]) & (
+            torch.arange(numbers.shape[1]) > place
+        )
+        return torch.where(again, (numbers + other) % self.num_keys, numbers)
+
+    def _segments(self, digits: Tensor, values: Tensor, mark: int) -> tuple[Tensor, Tensor]:
+        """Segments `key mark value EOS` in a row, and labels of their values."""
+        symbols = torch.tensor(self.symbols)
+        batch, count = digits.shape[:2]
+        marks = torch.full((batch, count, 1), mark)
+        ends = torch.full((batch, count, 1), self.eos)
+        ids = torch.cat([symbols[digits], marks, symbols[values], ends], -1)
+        labels = torch.full_like(ids, -100)
+        labels[..., self.key_size + 1 : -1] = symbols[values]
+        return ids.flatten(1), labels.flatten(1)
+
+
+class AssociativeDataset(IterableDataset):
+    """Endless batches for training: each item is one row `{input_ids, labels}`.
+
+    Rows of one batch have equal lengths: the number of pairs is drawn once a batch.
+
+    Args:
+        tasks: taken in turn, batch by batch.
+        batch_size: rows of a batch.
+        min_pairs, max_pairs: pairs of a batch are drawn from this range.
+        num_queries: queries a sample.
+        seed: of everything random.
+        grow_every: after every so many batches the most pairs double, from `min_pairs * 2` on;
+            None: `max_pairs` from the start.
+    """
+
+    def __init__(
+        self,
+        tasks: list[AssociativeTask],
+        *,
+        batch_size: int,
+        min_pairs: int = 2,
+        max_pairs: int = 8,
+        num_queries: int = 4,
+        seed: int = 0,
+        grow_every: int | None = None,
+    ) -> None:
+        self.tasks, self.batch_size = tasks, batch_size
+        self.min_pairs, self.max_pairs = min_pairs, max_pairs
+        self.num_queries, self.seed, self.grow_every = num_queries, seed, grow_every
+
+    def most_pairs(self, batch: int) -> int:
+        """Most pairs in batch number `batch`."""
+        if self.grow_every is None:
+            return self.max_pairs
+        return min(self.max_pairs, self.min_pairs * 2 ** (1 + batch // self.grow_every))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        batch = 0
+        while True:
+            task = self.tasks[batch % len(self.tasks)]
+            high = self.most_pairs(batch) + 1
+            pairs = int(torch.randint(self.min_pairs, high, (1,), generator=generator))
+            ids, labels = task.sample(
+                self.batch_size, generator, num_pairs=pairs, num_queries=self.num_queries
+            )
+            for row in range(self.batch_size):
+                yield {"input_ids": ids[row], "labels": labels[row]}
+            batch += 1
+
+
+@dataclass
+class RecallResult:
+    """Accuracy by distance in segments, for the memory and its controls.
+
+    Attributes:
+        task: settings of the task.
+        pairs: pairs stored: a number, or None where a distance d means d pairs, the first asked.
+        distances: segments between a pair and its query.
+        samples: rows at each distance.
+        chance: accuracy of guessing.
+        accuracy: by curve ("memory", "memory off", "memory shuffled"), one value a distance.
+    """
+
+    task: dict[str, Any]
+    pairs: int | None
+    distances: list[int]
+    samples: int
+    chance: float
+    accuracy: dict[str, list[float]]
+
+    def error(self, accuracy: float) -> float:
+        """Binomial standard error."""
+        return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / self.samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {"format": "memwrap-recall", "version": 1, **asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the result as JSON."""
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def table(self) -> str:
+        """A Markdown table: accuracy by distance."""
+        head = ["distance in segments", *map(str, self.distances)]
+        rows = [head, ["---"] * len(head)]
+        for name, values in self.accuracy.items():
+            cells = [f"{v:.2f} ± {self.error(v):.2f}" for v in values]
+            rows.append([name, *cells])
+        rows.append(["chance", *[f"{self.chance:.2f}"] * len(self.distances)])
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+@torch.no_grad()
+def evaluate_recall(
+    model: MemoryModelForCausalLM,
+    task: AssociativeTask,
+    *,
+    distances: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
+    pairs: int | None = None,
+    samples: int = 256,
+    batch_size: int = 64,
+    controls: tuple[str, ...] = ("off", "shuffled"),
+    seed: int = 0,
+    progress: bool = True,
+) -> RecallResult:
+    """Share of answers that are right in all their symbols, by distance.
+
+    The answer's symbols are predicted with the right ones before them; all right there is the
+    same as greedy generation being right.
+
+    Args:
+        model: segments must be as long as the task's pairs.
+        task: which keys, values and ids.
+        distances: segments between the pair asked for and the query.
+        pairs: pairs stored; None: as many as the distance, so that the first is asked for.
+        samples: rows at each distance.
+        batch_size: rows at once.
+        controls: read controls beside the memory.
+        seed: of the samples.
+        progress: show a bar.
+
+    Raises:
+        ValueError: if the model's segments have another length than the task's.
+    """
+    if model.segment_size != task.segment_size:
+        raise ValueError(
+            f"The task's pairs have {task.segment_size} tokens, the model's segments "
+            f"{model.segment_size}; they must agree."
+        )
+    was_training = model.training
+    model.eval()
+    accuracy: dict[str, list[float]] = {"memory": [], **{f"memory {c}": [] for c in controls}}
+    for distance in tqdm(distances, desc="recall", disable=not progress):
+        right = dict.fromkeys(accuracy, 0)
+        generator = torch.Generator().manual_seed(seed * 1000 + distance)
+        for first in range(0, samples, batch_size):
+            rows = min(batch_size, samples - first)
+            ids, labels = task.sample(
+                rows, generator, num_pairs=pairs or distance, distance=distance
+            )
+            for name in accuracy:
+                control = None if name == "memory" else name.removeprefix("memory ")
+                right[name] += int(_right(model, task, ids, labels, control).sum())
+        for name, count in right.items():
+            accuracy[name].append(count / samples)
+    model.train(was_training)
+    settings = asdict(task)
+    return RecallResult(settings, pairs, list(distances), samples, task.chance, accuracy)
+
+
+def _right(
+    model: MemoryModelForCausalLM,
+    task: AssociativeTask,
+    ids: Tensor,
+    labels: Tensor,
+    control: str | None,
+) -> Tensor:
+    """`(B,)` bool: the whole answer is what the model holds likeliest."""
+    keep = task.value_size + 2
+    out = model(
+        input_ids=ids.to(model.device),
+        logits_to_keep=keep,
+        use_cache=False,
+        memory_control=control,
+    )
+    predicted = out.logits[:, : task.value_size].argmax(-1).cpu()
+    return (predicted == labels[:, -keep + 1 : -1]).all(1)

@@ -1,0 +1,282 @@
+"""Perplexity by position on long documents, beside the controls that make it honest."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from memwrap.files import write_text
+from memwrap.model import MemoryModelForCausalLM
+
+MEMORY, OFF, SHUFFLED = "memory", "memory off", "memory shuffled"
+TRUNCATED, FULL = "base, truncated", "base, full context"
+CURVES = (MEMORY, OFF, SHUFFLED, TRUNCATED, FULL)
+VERSION = 1
+
+
+@contextmanager
+def lora_disabled(model: torch.nn.Module) -> Iterator[None]:
+    """Run the block with the adapters of the backbone switched off."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    on = [layer for layer in layers if not layer.disable_adapters]
+    trained = [p for layer in on for p in layer.parameters() if p.requires_grad]
+    for layer in on:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in on:
+            layer.enable_adapters(True)
+        for parameter in trained:  # switching adapters also switches what is trained
+            parameter.requires_grad_(True)
+
+
+@dataclass
+class Curve:
+    """One reading: nats per token by bucket, with the standard error across documents.
+
+    Attributes:
+        mean, error: one value a bucket; NaN where nothing was read.
+        tokens: tokens counted in each bucket.
+        overall: mean over all tokens it read.
+        gain: mean of (this - memory) over the tokens both read, in nats; positive: worse.
+        gain_error: its standard error across documents.
+        seconds: time it took.
+    """
+
+    mean: list[float]
+    error: list[float]
+    tokens: list[int]
+    overall: float
+    gain: float
+    gain_error: float
+    seconds: float
+
+
+@dataclass
+class PerplexityResult:
+    """Curves over the same documents; buckets are `[edges[i], edges[i + 1])` in tokens."""
+
+    edges: list[int]
+    segment_size: int
+    window: int
+    documents: int
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {"format": "memwrap-perplexity", "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PerplexityResult:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for another kind of dict or another version.
+        """
+        if values.get("format") != "memwrap-perplexity" or values.get("version") != VERSION:
+            raise ValueError("This is no perplexity result of this version of memwrap.")
+        own = {k: v for k, v in values.items() if k not in ("format", "version")}
+        own["curves"] = {name: Curve(**curve) for name, curve in own["curves"].items()}
+        return cls(**own)
+
+    def save(self, path: str | Path) -> None:
+        """Write the result as JSON."""
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def table(self) -> str:
+        """A Markdown table: nats per token by position, and the difference to memory."""
+        size = self.segment_size
+        spans = [
+            f"{a // size}" if b - a == size else f"{a // size}-{b // size - 1}"
+            for a, b in zip(self.edges, self.edges[1:], strict=False)
+        ]
+        head = ["segments", *spans, "all", "minus memory"]
+        rows = [head, ["---"] * len(head)]
+        for name, curve in self.curves.items():
+            gain = "" if name == MEMORY else f"{curve.gain:+.4f} ± {curve.gain_error:.4f}"
+            cells = ["-" if math.isnan(v) else f"{v:.3f}" for v in curve.mean]
+            rows.append([name, *cells, f"{curve.overall:.3f}", gain])
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def perplexity_by_position(
+    model: MemoryModelForCausalLM,
+    documents: list[Tensor],
+    *,
+    controls: tuple[str, ...] = CURVES[1:],
+    window: int | None = None,
+    full_context_tokens: int | None = None,
+    piece_tokens: int = 1024,
+    progress: bool = True,
+) -> PerplexityResult:
+    """Negative log-likelihood (nats) of long documents by position, in bounded memory.
+
+    Args:
+        model: a memwrap model; the base controls run its backbone without adapters.
+        documents: ids `(T,)`, read as rows of one batch.
+        controls: which curves stand beside "memory".
+        window: tokens of a window of "base, truncated" (default: the backbone's context, at
+            most 2,048).
+        full_context_tokens: how far "base, full context" is followed (default: 4 windows).
+        piece_tokens: tokens fed at once, rounded to whole segments; changes no result.
+        progress: show a bar for each curve.
+
+    Returns:
+        The curves, with standard errors across documents.
+
+    Raises:
+        ValueError: for no documents, or for a shuffled control with fewer than two.
+    """
+    if not documents:
+        raise ValueError("`documents` is empty; give at least one document.")
+    if SHUFFLED in controls and len(documents) < 2:
+        raise ValueError("The control 'memory shuffled' needs at least two documents.")
+    unknown = sorted(set(controls) - set(CURVES))
+    if unknown:
+        raise ValueError(f"Unknown controls {unknown}; allowed: {', '.join(CURVES[1:])}.")
+    size = model.segment_size
+    window = window or min(model.parts.config.max_position_embeddings, 2048)
+    rows = [torch.as_tensor(d) for d in documents]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+    lengths = torch.tensor([len(r) for r in rows])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    piece = max(1, piece_tokens // size) * size
+    readers = {
+        MEMORY: lambda: _memory(model, ids, mask, piece, None, progress),
+        OFF: lambda: _memory(model, ids, mask, piece, "off", progress),
+        SHUFFLED: lambda: _memory(model, ids, mask, piece, "shuffled", progress),
+        TRUNCATED: lambda: _windows(model, ids, mask, window, ids.shape[1], progress),
+        FULL: lambda: _full(model, ids, mask, full_context_tokens or 4 * window),
+    }
+    was_training = model.training
+    model.eval()
+    nll: dict[str, Tensor] = {}
+    seconds: dict[str, float] = {}
+    try:
+        with torch.no_grad():
+            for name in (MEMORY, *controls):
+                start = time.perf_counter()
+                nll[name] = readers[name]()
+                seconds[name] = time.perf_counter() - start
+    finally:
+        model.train(was_training)
+    result = PerplexityResult(_edges(size, ids.shape[1]), size, window, len(rows))
+    for name, values in nll.items():
+        result.curves[name] = _curve(values, nll[MEMORY], result.edges, seconds[name])
+    return result
+
+
+def token_nll(logits: Tensor, ids: Tensor, mask: Tensor, first: int) -> Tensor:
+    """NLL `(B, n)` of the tokens after columns `first ..`, NaN where there is none.
+
+    Args:
+        logits: `(B, n, V)` of columns `first` to `first + n - 1`.
+        ids, mask: `(B, T)` of the whole text.
+        first: first column.
+    """
+    batch, count = logits.shape[:2]
+    targets = torch.full((batch, count), -100, dtype=torch.long, device=ids.device)
+    following = ids[:, first + 1 : first + 1 + count]
+    real = mask[:, first + 1 : first + 1 + count].bool().to(ids.device)
+    targets[:, : following.shape[1]] = following.masked_fill(~real, -100)
+    loss = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100
+    ).view(batch, count)
+    return loss.masked_fill(targets == -100, math.nan).cpu()
+
+
+def _place(nll: Tensor, values: Tensor, first: int) -> None:
+    """Enter the NLL of the tokens after columns `first ..` at those tokens' own positions."""
+    count = min(values.shape[1], nll.shape[1] - first - 1)
+    nll[:, first + 1 : first + 1 + count] = values[:, :count]
+
+
+def _memory(
+    model: MemoryModelForCausalLM,
+    ids: Tensor,
+    mask: Tensor,
+    piece: int,
+    control: str | None,
+    progress: bool,
+) -> Tensor:
+    nll = torch.full(ids.shape, math.nan)
+    state = None if control == "off" else model.new_state(ids.shape[0])
+    name = MEMORY if control is None else f"memory {control}"
+    for first in tqdm(range(0, ids.shape[1], piece), desc=name, disable=not progress):
+        part, own = ids[:, first : first + piece], mask[:, first : first + piece]
+        out = model(
+            input_ids=part,
+            attention_mask=own,
+            past_key_values=state,
+            use_cache=state is not None,
+            memory_control=control,
+        )
+        _place(nll, token_nll(out.logits, ids, mask, first), first)
+    return nll
+
+
+def _windows(
+    model: MemoryModelForCausalLM, ids: Tensor, mask: Tensor, window: int, end: int, progress: bool
+) -> Tensor:
+    """The backbone alone on consecutive windows, each read without what came before."""
+    nll = torch.full(ids.shape, math.nan)
+    with lora_disabled(model.backbone):
+        for first in tqdm(range(0, end, window), desc=TRUNCATED, disable=not progress):
+            # Columns behind a row's end follow its text, so causal attention never sees them.
+            logits = model.backbone(
+                input_ids=ids[:, first : first + window], use_cache=False
+            ).logits
+            _place(nll, token_nll(logits, ids, mask, first), first)
+    return nll
+
+
+def _full(model: MemoryModelForCausalLM, ids: Tensor, mask: Tensor, end: int) -> Tensor:
+    """The backbone alone over the whole prefix, as far as `end` and its position table reach."""
+    limit = model.parts.max_positions
+    end = min(end, ids.shape[1], limit or end)
+    return _windows(model, ids[:, :], mask, end, end, False)
+
+
+def _edges(size: int, total: int) -> list[int]:
+    """Bucket edges in tokens: segment 0, 1-3, 4-7, 8-15, ... to the end."""
+    edges, step = [0, size], 4 * size
+    while edges[-1] < total:
+        edges.append(step)
+        step *= 2
+    return edges
+
+
+def _curve(values: Tensor, memory: Tensor, edges: list[int], seconds: float) -> Curve:
+    mean, error, tokens = [], [], []
+    for a, b in zip(edges, edges[1:], strict=False):
+        part = values[:, a:b]
+        mean.append(float(part.nanmean()))
+        error.append(_error(part.nanmean(1)))
+        tokens.append(int((~part.isnan()).sum()))
+    difference = values - memory
+    return Curve(
+        mean, error, tokens,
+        overall=float(values.nanmean()),
+        gain=float(difference.nanmean()),
+        gain_error=_error(difference.nanmean(1)),
+        seconds=round(seconds, 2),
+    )  # fmt: skip
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of the mean across documents."""
+    values = values[~values.isnan()]
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
