@@ -73,7 +73,8 @@ class Conversation:
         # The last token was drawn but not read: it opens the next question.
         read = self.state.columns - before
         self._pending = out.sequences[:, read:].cpu()
-        return self.tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+        answer = out.sequences[0, ids.shape[1] :]
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def _encode(self, text: str) -> torch.Tensor:
         if not text.strip():

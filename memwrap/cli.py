@@ -51,19 +51,25 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _load(name: str, dtype: str | None = None) -> tuple[memwrap.MemoryModelForCausalLM, Any]:
-    """A saved model on the best device, and its tokenizer."""
+def _load(name: str, dtype: str | None = None) -> Any:
+    """A saved model on the best device."""
     import torch
-    from transformers import AutoTokenizer
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = memwrap.load(name, **({"dtype": dtype} if dtype else {}))
+    transformers_logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": dtype} if dtype else {}
+    model: Any = memwrap.load(name, **options)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    places: list[Any] = [asset(name) or name, model.config.base_model]
-    for place in places:
+    return model
+
+
+def _tokenizer(name: str, model: Any) -> Any:
+    """The tokenizer that is saved with a model, else its base's."""
+    from transformers import AutoTokenizer
+
+    for place in (name, model.config.base_model):
         try:
-            return model, AutoTokenizer.from_pretrained(asset(place) or place)
+            return AutoTokenizer.from_pretrained(asset(place) or place)
         except (OSError, ValueError):
             continue
     raise ValueError(f"{name} has no tokenizer; save it there: tokenizer.save_pretrained(folder).")
@@ -120,7 +126,10 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
     tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 8192,
     count: Annotated[int, typer.Option(help="Documents.")] = 3,
-    output: Annotated[Path | None, typer.Option("-o", help="Folder for JSON and plots.")] = None,
+    samples: Annotated[int, typer.Option(help="Recall: rows at each distance.")] = 256,
+    output: Annotated[
+        Path | None, typer.Option("-o", help="Folder for JSON and plot (default: MODEL_DIR/eval).")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the backbone, as float32.")] = None,
 ) -> None:
     """Measure a model beside its controls; prints a table, writes JSON and a plot."""
@@ -128,16 +137,19 @@ def evaluate(
 
     if task not in run.TASKS:
         raise ValueError(f"`--task` is {task!r}; allowed: {', '.join(run.TASKS)}.")
-    model, tokenizer = _load(model_dir, dtype)
+    model = _load(model_dir, dtype)
+    folder = asset(model_dir) or Path(model_dir)
+    results: run.Results
     if task == "perplexity":
         part = None if split == "all" else split
-        rows = run.documents(documents, part, tokenizer, tokens, count)
-        result = run.perplexity(model, rows)
+        rows = run.documents(documents, part, _tokenizer(model_dir, model), tokens, count)
+        results = run.perplexity(model, rows)
     else:
-        result = run.recall(model, asset(model_dir) or Path(model_dir))
-    typer.echo(result.table())
-    folder = output if output is not None else Path(model_dir) / "eval"
-    for path in run.write(result, task, folder):
+        results = run.recall(model, folder, samples)
+    typer.echo(run.table(results))
+    if output is None:
+        output = folder / "eval" if folder.is_dir() and asset(model_dir) is None else Path("eval")
+    for path in run.write(results, output):
         typer.echo(f"wrote {path}")
 
 
@@ -154,7 +166,8 @@ def read(
     from memwrap.training.data import load_documents
 
     texts = load_documents(file)
-    loaded, tokenizer = _load(model, dtype)
+    loaded = _load(model, dtype)
+    tokenizer = _tokenizer(model, loaded)
     start = time.monotonic()
     current = memwrap.MemoryState.load(state, loaded) if state is not None else None
     before = int(current.tokens_seen[0]) if current is not None else 0
@@ -188,7 +201,8 @@ def chat(
 
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError("`--max-new-tokens` must be at least 1, `--temperature` 0 or more.")
-    loaded, tokenizer = _load(model, dtype)
+    loaded = _load(model, dtype)
+    tokenizer = _tokenizer(model, loaded)
     memory = memwrap.MemoryState.load(state, loaded) if state is not None else None
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
@@ -233,7 +247,7 @@ def doctor(
     """What is installed, what will be used, and whether a model can be given a memory."""
     from memwrap import doctor as room
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     for name, version in room.versions().items():
         typer.echo(f"{name:<14}{version}")
     for line in room.devices():

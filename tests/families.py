@@ -1,8 +1,9 @@
 """Tiny random causal LMs of every family the tests meet, built in memory.
 
 Weights are six times as large as transformers would draw them (embeddings 18 times), so that
-logits are not flat and greedy answers do not repeat one token; one-dimensional parameters (norms, biases) are random too, so that every one matters. Where a
-family knows sliding windows, the window is smaller than the tests' segments of 8 tokens.
+logits are not flat and greedy answers do not repeat one token; one-dimensional parameters
+(norms, biases) are random too, so that every one matters. Where a family knows sliding
+windows, the window is smaller than the tests' segments of 8 tokens.
 """
 
 from __future__ import annotations

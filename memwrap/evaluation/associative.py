@@ -167,8 +167,7 @@ class AssociativeDataset(IterableDataset):
         min_pairs, max_pairs: pairs of a batch are drawn from this range.
         num_queries: queries a sample.
         seed: of everything random.
-        grow_every: after every so many batches the most pairs double, from `min_pairs * 2` on;
-            None: `max_pairs` from the start.
+        curriculum: `(batch, pairs)`: the most pairs from that batch on; `max_pairs` caps it.
     """
 
     def __init__(
@@ -180,17 +179,17 @@ class AssociativeDataset(IterableDataset):
         max_pairs: int = 8,
         num_queries: int = 4,
         seed: int = 0,
-        grow_every: int | None = None,
+        curriculum: list[tuple[int, int]] | None = None,
     ) -> None:
         self.tasks, self.batch_size = tasks, batch_size
         self.min_pairs, self.max_pairs = min_pairs, max_pairs
-        self.num_queries, self.seed, self.grow_every = num_queries, seed, grow_every
+        self.num_queries, self.seed = num_queries, seed
+        self.curriculum = curriculum or [(0, max_pairs)]
 
     def most_pairs(self, batch: int) -> int:
         """Most pairs in batch number `batch`."""
-        if self.grow_every is None:
-            return self.max_pairs
-        return min(self.max_pairs, self.min_pairs * 2 ** (1 + batch // self.grow_every))
+        reached = [pairs for first, pairs in self.curriculum if first <= batch]
+        return max(self.min_pairs, min(self.max_pairs, reached[-1]))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)

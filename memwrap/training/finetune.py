@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
 import shlex
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import memwrap
@@ -39,6 +43,7 @@ from memwrap.training.data import (
     long_documents,
 )
 from memwrap.training.pretrain import pretrain
+from memwrap.training.recall import recall_data
 from memwrap.training.recipe import Recipe
 from memwrap.training.trainer import MemoryTrainer
 
@@ -65,16 +70,22 @@ def run_recipe(recipe: Recipe) -> Path:
     output = Path(recipe.output)
     if recipe.overwrite and not recipe.resume:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    write_text(output / RECIPE, recipe.to_yaml())
     start = time.monotonic()
     facts: dict[str, Any] = {}
     if recipe.pretrain is not None:
         pretrain(recipe.pretrain)
+        write_text(output / RECIPE, recipe.to_yaml())
     else:
         facts = _train(recipe, output, checkpoint)
     facts["seconds"] = round(time.monotonic() - start, 1)
-    write_text(output / RUN, json.dumps(describe_run(recipe) | facts, indent=2) + "\n")
+    if _is_first():
+        write_text(output / RUN, json.dumps(describe_run(recipe) | facts, indent=2) + "\n")
     return output
+
+
+def _is_first() -> bool:
+    """Whether this is the only process of the run or the one that writes for all."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def preflight(recipe: Recipe) -> Path | None:
@@ -93,7 +104,7 @@ def preflight(recipe: Recipe) -> Path | None:
     checkpoint = None
     if recipe.resume:
         checkpoint = _checkpoint(recipe, output)
-    elif output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
+    elif _is_first() and output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
         raise ValueError(
             f"`output` is {recipe.output}, which holds files already. Give resume=true to continue "
             "that run, overwrite=true to replace it, or another output=FOLDER."
@@ -101,12 +112,8 @@ def preflight(recipe: Recipe) -> Path | None:
     if recipe.task == "pretrain":
         return checkpoint
     name = recipe.model.name
-    folder = Path(name).expanduser()
-    if (
-        asset(name) is None
-        and not folder.is_dir()
-        and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-    ):
+    named = asset(name) is not None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    if not named and not Path(name).is_dir():
         raise ValueError(f"`model.name` is {name!r}, and there is no such folder.")
     source = "stdlib" if recipe.data is None else recipe.data.source
     if source != "stdlib" and not source.startswith("datasets:") and not Path(source).exists():
@@ -141,26 +148,13 @@ def _checkpoint(recipe: Recipe, output: Path) -> Path:
 
 def build_model(
     recipe: Recipe,
-) -> tuple[memwrap.MemoryModelForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[memwrap.MemoryModelForCausalLM, PreTrainedTokenizerBase | None]:
     """The backbone with its memory and LoRA, ready to train, and its tokenizer.
 
     Raises:
         ValueError: if the model cannot be loaded or the memory does not fit it.
     """
-    section = recipe.model
-    name: Any = asset(section.name) or section.name
-    dtype = section.dtype
-    if dtype == "auto" and recipe.train_backbone:
-        dtype = "float32"  # the optimizer's small steps vanish in bf16 weights
-    options = {"revision": section.revision} if section.revision else {}
-    attention = section.attn_implementation
-    chosen = {} if attention == "auto" else {"attn_implementation": attention}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`model.name` {section.name!r} cannot be loaded: {reason}") from error
+    base, tokenizer = _base(recipe)
     model = memwrap.wrap(base, recipe.memory_config())
     model.backbone.requires_grad_(recipe.train_backbone)
     lora = recipe.lora
@@ -177,6 +171,27 @@ def build_model(
     return model, tokenizer
 
 
+def _base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The recipe's backbone, loaded or new, and its tokenizer."""
+    section = recipe.model
+    if section.scratch is not None:
+        return LlamaForCausalLM(LlamaConfig(**section.scratch)), None
+    name: Any = asset(section.name) or section.name
+    dtype = section.dtype
+    if dtype == "auto" and recipe.train_backbone:
+        dtype = "float32"  # the optimizer's small steps vanish in bf16 weights
+    options = {"revision": section.revision} if section.revision else {}
+    attention = section.attn_implementation
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`model.name` {section.name!r} cannot be loaded: {reason}") from error
+    return base, tokenizer
+
+
 @dataclass
 class TrainingData:
     """Datasets of a run and how they become batches; `facts` go into `run.json`."""
@@ -187,19 +202,24 @@ class TrainingData:
     facts: dict[str, Any]
 
 
-def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+def build_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> TrainingData:
     """Tokenise the recipe's documents, or make its recall task.
 
     Raises:
         ValueError: as `load_documents` and `DocumentDataset`.
     """
     if recipe.task == "recall":
-        from memwrap.training.recall import recall_data
-
-        return recall_data(recipe)
+        rows, collator = recall_data(recipe, vocab_size)
+        return TrainingData(rows, None, collator, {})
     section = recipe.data
     if section is None:
         raise ValueError("`data` is missing; a 'finetune' recipe needs documents.")
+    if tokenizer is None:
+        raise ValueError(
+            "`model.scratch` has no tokenizer; a 'finetune' recipe needs `model.name`."
+        )
 
     def pieces(split: str | None, limit: int | None) -> DocumentDataset:
         documents = load_documents(section.source, split, limit=limit, **section.options)
@@ -229,9 +249,13 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArgumen
     if precision == "auto":
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     every = section.eval_every
-    schedule: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     if section.schedule == "cosine_with_min_lr":
-        schedule["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
+        extra["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
+    # transformers gave the argument another name; both are checkpointing of whole segments here.
+    known = {entry.name for entry in fields(MemoryTrainingArguments)}
+    new = "activation_checkpointing"
+    extra[new if new in known else "gradient_checkpointing"] = section.gradient_checkpointing
     return MemoryTrainingArguments(
         output_dir=str(Path(recipe.output) / CHECKPOINTS),
         max_steps=section.steps,
@@ -243,13 +267,11 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArgumen
         weight_decay=section.weight_decay,
         warmup_steps=section.warmup_steps,
         lr_scheduler_type=section.schedule,
-        **schedule,
         max_grad_norm=section.max_grad_norm,
         adam_beta2=section.adam_beta2,
         segment_curriculum=section.segment_curriculum,
         vary_segments=section.vary_segments,
         streaming=section.streaming,
-        gradient_checkpointing=section.gradient_checkpointing,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=section.device == "cpu" or not torch.accelerator.is_available(),
@@ -265,6 +287,7 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArgumen
         dataloader_num_workers=section.workers,
         dataloader_pin_memory=cuda,
         report_to="none",
+        **extra,
     )
 
 
@@ -273,7 +296,7 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
     section = recipe.trainer
     set_seed(section.seed)
     model, tokenizer = build_model(recipe)
-    data = build_data(recipe, tokenizer)
+    data = build_data(recipe, tokenizer, model.config.vocab_size)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     log = LossLog(output / LOG, keep_until=done)
     limit = TimeLimit(section.max_minutes if section.max_minutes is not None else math.inf)
@@ -286,10 +309,10 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
         processing_class=tokenizer,
         callbacks=[log, limit],
     )
-    shows = ProgressCallback in [type(c) for c in trainer.callback_handler.callbacks]
-    trainer.remove_callback(ProgressCallback if shows else PrinterCallback)
-    if shows:
+    if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Bar)
+    if trainer.is_world_process_zero():  # nothing was wrong so far: the folder is in use now
+        write_text(output / RECIPE, recipe.to_yaml())
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
     if data.evaluation is not None and not any(
@@ -297,8 +320,10 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
     ):
         trainer.evaluate()
     if trainer.is_world_process_zero():
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        # A backbone made here has no name to be found by.
+        model.save_pretrained(output, include_base=True if recipe.model.scratch else None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "steps": step,

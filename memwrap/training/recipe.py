@@ -23,6 +23,7 @@ from memwrap.training.sections import (
     ModelSection,
     RecallSection,
     TrainerSection,
+    expanded,
     need,
 )
 
@@ -61,6 +62,7 @@ class Recipe:
         self.source = ""
         self.overrides: list[str] = []
         need(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
+        self.output = expanded(self.output)
         need(bool(self.output), "output", self.output, "a folder, as in output=runs/first")
         if self.task == "pretrain":
             self.pretrain = self.pretrain or PretrainConfig()
@@ -81,6 +83,8 @@ class Recipe:
             )  # fmt: skip
         else:
             self.data = self.data or DataSection()
+            if self.model.scratch is not None:
+                raise ValueError("`model.scratch` has no tokenizer for documents; give model.name.")
 
     def memory_config(self) -> MemoryConfig:
         """The memory's config.
@@ -172,7 +176,8 @@ def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
         merged = OmegaConf.merge(file, changes)
         values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: `{error.full_key}`: {reason}.") from error
     _check_all(values, str(path))
     task = values.get("task", "finetune")
     for key in values:

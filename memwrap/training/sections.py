@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from memwrap.evaluation.associative import SYMBOLS
 from memwrap.training.arguments import parse_curriculum
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -18,23 +20,40 @@ def need(condition: bool, key: str, got: Any, needed: str) -> None:
         raise ValueError(f"`{key}` is {got!r}; it must be {needed}.")
 
 
+def expanded(path: str) -> str:
+    """A path with `~` replaced, which no shell does behind `key=`; any other text as it is."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _parse(key: str, text: str) -> None:
+    """A curriculum's errors, with the key it has here."""
+    try:
+        parse_curriculum(text)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`segment_curriculum`", f"`{key}`")) from error
+
+
 @dataclass(kw_only=True)
 class ModelSection:
     """The backbone.
 
     Attributes:
         name: a folder, the name of a shipped model (`tiny-lm`), or a repo id on the Hub.
+        scratch: instead of `name`, fields of a `LlamaConfig`: a new backbone with random
+            weights (recall only: it needs no tokenizer).
         dtype: of the backbone's weights; the memory's and LoRA's are float32. `auto`: as saved.
         attn_implementation: `sdpa`, `eager`, or `auto` for what transformers takes.
         revision: of a repo on the Hub.
     """
 
     name: str = "tiny-lm"
+    scratch: dict[str, Any] | None = None
     dtype: str = "auto"
     attn_implementation: str = "auto"
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        self.name = expanded(self.name)
         need(bool(self.name), "model.name", self.name, "a folder or a name")
         need(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         known = ("auto", "sdpa", "eager")
@@ -92,6 +111,7 @@ class DataSection:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.source = expanded(self.source)
         need(bool(self.source), "data.source", self.source, "'stdlib', a path or 'datasets:NAME'")
         need(self.min_tokens >= 2, "data.min_tokens", self.min_tokens, "at least 2")
         longest, least = self.max_tokens, self.min_tokens
@@ -108,38 +128,34 @@ class RecallSection:
     Attributes:
         tasks: `remember` (distinct keys) and `rewrite` (a key may come again; its last value
             counts); batches take turns.
-        key_size: tokens of a key.
-        value_size: tokens of a value.
-        num_symbols: how many different tokens keys and values are made of.
+        key_size: symbols of a key.
+        value_size: symbols of a value.
         num_pairs: most pairs a sample; each batch draws from `min_pairs` to it.
         min_pairs: fewest pairs a sample.
         num_queries: questions a sample; each is a segment.
-        curriculum: most pairs by step, as in `0:4,200:8`; capped by `num_pairs`.
+        curriculum: most pairs by batch, as in `0:4,200:8`; capped by `num_pairs`.
     """
 
     tasks: list[str] = field(default_factory=lambda: ["remember", "rewrite"])
     key_size: int = 1
     value_size: int = 1
-    num_symbols: int = 16
-    num_pairs: int = 16
+    num_pairs: int = 8
     min_pairs: int = 2
     num_queries: int = 4
     curriculum: str | None = None
 
     def __post_init__(self) -> None:
-        known = {"remember", "rewrite"}
-        good = bool(self.tasks) and set(self.tasks) <= known
+        good = bool(self.tasks) and set(self.tasks) <= {"remember", "rewrite"}
         need(good, "recall.tasks", self.tasks, "a list of remember, rewrite or both")
         for name in ("key_size", "value_size", "min_pairs", "num_queries"):
             need(getattr(self, name) > 0, f"recall.{name}", getattr(self, name), "at least 1")
-        need(self.num_symbols > 1, "recall.num_symbols", self.num_symbols, "at least 2")
         pairs, least = self.num_pairs, self.min_pairs
         need(pairs >= least, "recall.num_pairs", pairs, f"at least recall.min_pairs ({least})")
         if "remember" in self.tasks:
-            most = self.num_symbols**self.key_size
+            most = SYMBOLS**self.key_size
             need(pairs <= most, "recall.num_pairs", pairs, f"at most {most}, the number of keys")
         if self.curriculum is not None:
-            parse_curriculum(self.curriculum)
+            _parse("recall.curriculum", self.curriculum)
 
     @property
     def segment_size(self) -> int:
@@ -219,11 +235,19 @@ class TrainerSection:
             value = getattr(self, name)
             need(value in allowed, f"trainer.{name}", value, f"one of {', '.join(allowed)}")
         if self.segment_curriculum is not None:
-            parse_curriculum(self.segment_curriculum)
+            _parse("trainer.segment_curriculum", self.segment_curriculum)
         elif self.vary_segments:
             raise ValueError(
                 "`trainer.vary_segments` needs `trainer.segment_curriculum`, for example '0:8'."
             )
 
 
-__all__ = ["DataSection", "LoraSection", "ModelSection", "RecallSection", "TrainerSection", "need"]
+__all__ = [
+    "DataSection",
+    "LoraSection",
+    "ModelSection",
+    "RecallSection",
+    "TrainerSection",
+    "expanded",
+    "need",
+]

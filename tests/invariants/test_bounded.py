@@ -89,7 +89,7 @@ def test_reading_holds_one_segment(memory: str, family: str) -> None:
     more_tokens = 2 * 56 * SEGMENT
     assert long - short <= PLAN_BYTES * more_tokens, f"{short} bytes, then {long}"
     # Hidden states of all tokens would have been seen.
-    assert PLAN_BYTES < 4 * model.config.hidden_size
+    assert 4 * model.config.hidden_size > PLAN_BYTES
     with torch.no_grad():
         short, long = (peak_of(lambda t=t: model(t, labels=t)) for t in (few, many))
     assert long - short <= 2 * PLAN_BYTES * more_tokens, f"loss: {short} bytes, then {long}"

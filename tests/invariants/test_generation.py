@@ -20,7 +20,10 @@ from support import (
     wrapped,
 )
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
+
+import memwrap
 
 # Every length ends in another place of a segment; answers cross a segment's end.
 NEW = SEGMENT + 3
@@ -82,9 +85,7 @@ def test_beams_equal_recomputation(memory: str, family: str) -> None:
     origins = got.beam_indices[:, :NEW]
     assert bool((origins != origins[:, :1]).any())  # beams changed places, so states had to
     alone = model.generate(rows[1][None], **settings)
-    assert torch.equal(
-        got.sequences[2:, text.shape[1] :], alone.sequences[:, len(rows[1]) :]
-    )
+    assert torch.equal(got.sequences[2:, text.shape[1] :], alone.sequences[:, len(rows[1]) :])
 
 
 @pairs()
@@ -194,6 +195,40 @@ def test_without_remembering_the_last_segment_stays_open(memory: str, family: st
 
 
 @pairs()
+def test_a_state_held_open_can_remember_again(memory: str, family: str) -> None:
+    """`remember=False` is said of one call: a later one writes full segments as always."""
+    model, prompt = wrapped(memory, family), ids(1, SEGMENT + 5)
+    settings = {**GREEDY, "max_new_tokens": 3, "return_dict_in_generate": True}
+    state = model.generate(prompt, remember=False, **settings).past_key_values
+    assert (int(state.segments), int(state.fill)) == (1, SEGMENT - 1)
+    after = model.read(ids(1, SEGMENT + 1, seed=2), state=state)
+    assert (int(after.segments), int(after.fill)) == (3, 0)
+    closed = model.read(ids(1, SEGMENT, seed=2), state=model.close_segment(state))
+    assert (int(closed.segments), int(closed.fill)) == (3, 0)
+    # Also where the open segment has grown beyond a segment's size.
+    state = model.generate(prompt, **{**settings, **GREEDY}, remember=False).past_key_values
+    assert int(state.fill) > SEGMENT and int(state.segments) == 1
+    closed = model.read(ids(1, SEGMENT, seed=2), state=model.close_segment(state))
+    assert (int(closed.segments), int(closed.fill)) == (3, 0)
+    longer = model.read(ids(1, SEGMENT, seed=2), state=state)
+    assert int(longer.tokens_seen) == int(state.tokens_seen) + SEGMENT
+    assert int(longer.segments) >= 2
+
+
+@pairs()
+def test_states_of_different_readings_answer_together(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    books = [ids(1, n, seed=n) for n in (2 * SEGMENT + 5, 3)]
+    questions = [ids(1, n, seed=n)[0] for n in (6, 2)]
+    state = memwrap.MemoryState.cat([model.read(book) for book in books])
+    text, mask = padded(questions, "left")
+    got = model.generate(text, attention_mask=mask, past_key_values=state, **GREEDY)
+    for index, (book, question) in enumerate(zip(books, questions, strict=True)):
+        want = greedy_by_recomputation(model, torch.cat([book, question[None]], 1), NEW)
+        assert torch.equal(got[index, text.shape[1] :], want[0, -NEW:]), index
+
+
+@pairs()
 def test_rows_that_end_early_do_not_disturb_others(memory: str, family: str) -> None:
     model = wrapped(memory, family)
     for seed in range(20):
@@ -214,12 +249,10 @@ def test_what_cannot_work_says_why(memory: str) -> None:
     model, prompt = wrapped(memory), ids(1, SEGMENT)
     with pytest.raises(ValueError, match="assist"):
         model.generate(prompt, assistant_model=build("llama"), **GREEDY)
-    with pytest.raises(ValueError, match="assist|stateful"):
+    with pytest.raises(ValueError, match=r"assist|stateful"):
         model.generate(prompt, prompt_lookup_num_tokens=2, **GREEDY)
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(prompt, cache_implementation="static", **GREEDY)
-    from transformers import DynamicCache
-
     with pytest.raises(ValueError, match="MemoryState"):
         model.generate(prompt, past_key_values=DynamicCache(), **GREEDY)
     state = model.read(ids(2, 5))

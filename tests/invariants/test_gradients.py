@@ -87,7 +87,7 @@ def test_checkpointing_changes_nothing(memory: str, family: str, window: int | N
         model = wrapped(memory, family, bptt_segments=window)
         calls: list[int] = []
         decoder = model.get_decoder()
-        decoder.register_forward_hook(lambda *_: calls.append(1))
+        decoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         want = gradients_of(model, **kwargs)
         plain = len(calls)
         model.gradient_checkpointing_enable()

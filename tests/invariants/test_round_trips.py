@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ import memwrap
 from memwrap.model import MEMORY_CHILD
 
 TEXT = ids(2, 3 * SEGMENT + 3)
+# peft 0.21 asks a model by the name that transformers 5.23 has replaced.
+PEFT_NAMES = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 @torch.no_grad()
@@ -77,6 +80,8 @@ def test_unwrap_gives_the_base_back(memory: str, family: str) -> None:
     model = wrapped(memory, base=base)
     assert [n for n, _ in base.named_parameters()] == [n for n, _ in before["trainable"]]
     model.generate(TEXT[:, :5], max_new_tokens=6, do_sample=False)
+    with torch.no_grad():
+        assert torch.equal(model.backbone(TEXT).logits, want)  # wrapped, it still works alone
     model.train()
     model(TEXT, labels=TEXT).loss.backward()
     model.zero_grad()
@@ -151,11 +156,10 @@ def randomise_lora(model: Any) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
+@PEFT_NAMES
 @pairs()
 @pytest.mark.parametrize("order", ["inside", "before"])
-def test_saved_and_loaded_with_lora(
-    memory: str, family: str, order: str, tmp_path: Path
-) -> None:
+def test_saved_and_loaded_with_lora(memory: str, family: str, order: str, tmp_path: Path) -> None:
     if order == "inside":
         model = wrapped(memory, family)
         plain = logits_of(model)
@@ -179,6 +183,7 @@ def test_saved_and_loaded_with_lora(
     assert torch.equal(logits_of(memwrap.load(tmp_path / "again", build(family))), want)
 
 
+@PEFT_NAMES
 @pairs()
 def test_peft_around_the_model(memory: str, family: str, tmp_path: Path) -> None:
     settings = LoraConfig(r=4, target_modules="all-linear", modules_to_save=[MEMORY_CHILD])
@@ -239,6 +244,49 @@ def test_a_bfloat16_model_comes_back(memory: str, tmp_path: Path) -> None:
     state.save(tmp_path / "s.safetensors")
     again = memwrap.MemoryState.load(tmp_path / "s.safetensors", loaded)
     assert_same_states(again, state, 0.0)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_copy_is_another_model(memory: str) -> None:
+    model = wrapped(memory)
+    want, other = logits_of(model), copy.deepcopy(model)
+    assert torch.equal(logits_of(other), want)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(logits_of(model), want) and error_of(logits_of(other), want) > 1e-2
+    other.parts.decoder.register_forward_hook(lambda *_: pytest.fail("the copy was run"))
+    logits_of(model)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_fingerprints_follow_the_weights(memory: str) -> None:
+    model = wrapped(memory)
+    seen = [model.fingerprint()]
+    assert wrapped(memory).fingerprint() == seen[0]
+    own, base = next(model.memory_parameters()), next(model.backbone.parameters())
+    with torch.no_grad():
+        own.add_(1.0)
+    seen.append(model.fingerprint())
+    own.data += 1.0  # as some optimizers and PEFT's merging do: no version is counted
+    seen.append(model.fingerprint())
+    assert len({f["memories"] for f in seen}) == 3, "the memory changed, its fingerprint did not"
+    assert len({f["backbone"] for f in seen}) == 1
+    base.data += 1.0
+    assert model.fingerprint()["backbone"] != seen[0]["backbone"]
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_larger_vocabulary(memory: str, tmp_path: Path) -> None:
+    model = wrapped(memory)
+    want = logits_of(model)
+    model.resize_token_embeddings(140, mean_resizing=False)
+    assert model.config.vocab_size == 140 and logits_of(model).shape[-1] == 140
+    assert_close(logits_of(model)[..., :128], want)
+    labels = torch.full_like(TEXT, 139)
+    assert bool(model(TEXT, labels=labels).loss.isfinite())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(memwrap.load(tmp_path)), logits_of(model))
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen2"])

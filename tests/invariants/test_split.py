@@ -16,10 +16,13 @@ from support import (
     assert_memory_matters,
     assert_same_states,
     ids,
+    padded,
     pairs,
     wrapped,
 )
 from torch import Tensor
+
+from memwrap.segments import segment_lengths
 
 TOTAL = 3 * SEGMENT + 3
 
@@ -131,6 +134,36 @@ def test_closing_a_segment_writes_it(memory: str, family: str) -> None:
     assert_same_states(model.close_segment(closed), closed, 0.0)
     # The same as a model whose segments are that short.
     assert_same_states(closed, wrapped(memory, family, segment_size=5).read(text))
+
+
+@pairs()
+@pytest.mark.parametrize("alignment", ["left", "right", "center"])
+def test_alignments_cut_where_they_say(memory: str, family: str, alignment: str) -> None:
+    """A text in one call is its segments one by one, each closed."""
+    model = wrapped(memory, family, alignment=alignment)
+    rows = [ids(1, n, seed=n) for n in (2 * SEGMENT + 4, SEGMENT + 1)]
+    with torch.no_grad():
+        for row in rows:
+            state, pieces = model.new_state(1), []
+            for piece in row.split(segment_lengths(row.shape[1], SEGMENT, alignment), 1):
+                pieces.append(model(piece, past_key_values=state).logits)
+                state = model.close_segment(state)
+            assert_close(model(row).logits, torch.cat(pieces, 1))
+        text, mask = padded([row[0] for row in rows], "left")
+        logits = model(text, attention_mask=mask).logits
+        for index, row in enumerate(rows):
+            assert_close(logits[index][mask[index].bool()], model(row).logits[0])
+
+
+@pytest.mark.parametrize("total", [1, 7, 8, 9, 30, 32, 33])
+def test_segment_lengths(total: int) -> None:
+    for alignment in ("left", "right", "center"):
+        lengths = segment_lengths(total, 8, alignment)
+        assert sum(lengths) == total and min(lengths) > 0 and max(lengths) <= 8
+        assert len(lengths) == -(-total // 8) or alignment == "center"
+    assert segment_lengths(total, 8, "right") == segment_lengths(total, 8, "left")[::-1]
+    with pytest.raises(ValueError, match="middle"):
+        segment_lengths(total, 8, "middle")
 
 
 def test_every_family_is_here() -> None:

@@ -1,0 +1,108 @@
+"""Evaluations as `memwrap eval` runs them: what is measured on what, and where it is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from memwrap.evaluation.associative import RecallResult, evaluate_recall
+from memwrap.evaluation.perplexity import CURVES, SHUFFLED, PerplexityResult, perplexity_by_position
+from memwrap.evaluation.plots import plot_perplexity, plot_recall
+from memwrap.files import write_text
+from memwrap.model import MemoryModelForCausalLM
+from memwrap.training.data import load_documents, long_documents
+from memwrap.training.recall import recall_tasks
+from memwrap.training.recipe import load_recipe
+
+TASKS = ("perplexity", "recall")
+Results = dict[str, PerplexityResult] | dict[str, RecallResult]
+
+
+def documents(
+    source: str,
+    split: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    count: int,
+) -> list[Tensor]:
+    """Ids `(tokens,)` of `count` long documents; shorter ones are joined.
+
+    Raises:
+        ValueError: if there is no document so long, or for a bad number.
+    """
+    if tokens < 2 or count < 1:
+        raise ValueError(f"{count} documents of {tokens} tokens: at least 1 of at least 2.")
+    found = long_documents(load_documents(source, split), tokenizer, tokens)[:count]
+    if not found:
+        raise ValueError(
+            f"All documents of {source!r} ({split or 'all splits'}) together have fewer than "
+            f"{tokens} tokens; ask for fewer tokens, or for another split."
+        )
+    encoded: list[Any] = [tokenizer(d.text, verbose=False)["input_ids"] for d in found]
+    return [torch.tensor(ids[:tokens]) for ids in encoded]
+
+
+def perplexity(model: MemoryModelForCausalLM, rows: list[Tensor]) -> dict[str, PerplexityResult]:
+    """Perplexity by position beside its controls (without "shuffled" for a single document)."""
+    controls = [c for c in CURVES[1:] if c != SHUFFLED or len(rows) > 1]
+    return {"perplexity": perplexity_by_position(model, rows, controls=tuple(controls))}
+
+
+def recall(
+    model: MemoryModelForCausalLM, folder: Path, samples: int = 256
+) -> dict[str, RecallResult]:
+    """Recall by distance on the tasks of the model's recipe.
+
+    Args:
+        model: trained by a recall recipe.
+        folder: where it is saved; holds `recipe.yaml`.
+        samples: rows at each distance.
+
+    Raises:
+        ValueError: if the folder has no `recipe.yaml`, or that of another task.
+    """
+    path = folder / "recipe.yaml"
+    recipe = load_recipe(path) if path.is_file() else None
+    if recipe is None or recipe.recall is None:
+        raise ValueError(
+            f"{folder} has no recipe.yaml of a recall recipe (armt_recall): only its models know "
+            "what stands for keys and values."
+        )
+    results = {}
+    for task in recall_tasks(recipe.recall, model.config.vocab_size):
+        # Distinct keys end somewhere; keys that may come again do not.
+        far = [d for d in (1, 2, 4, 8, 16, 32, 64) if task.rewrite or d <= task.num_keys]
+        name = "rewrite" if task.rewrite else "remember"
+        results[name] = evaluate_recall(model, task, distances=tuple(far), samples=samples)
+    return results
+
+
+def table(results: Results) -> str:
+    """The tables of all results."""
+    parts = []
+    for name, result in results.items():
+        parts.append(result.table() if len(results) == 1 else f"{name}\n{result.table()}")
+    return "\n\n".join(parts)
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """Write `TASK.json` and `TASK.png` into `folder`; returns their paths."""
+    task = "perplexity" if "perplexity" in results else "recall"
+    values: Any = {name: result.to_dict() for name, result in results.items()}
+    paths = [folder / f"{task}.json", folder / f"{task}.png"]
+    write_text(paths[0], json.dumps(values.get(task, values), indent=2) + "\n")
+    recalls = {n: r for n, r in results.items() if isinstance(r, RecallResult)}
+    if recalls:
+        plot_recall(recalls, paths[1])
+    for result in results.values():
+        if isinstance(result, PerplexityResult):
+            plot_perplexity(result, paths[1])
+    return paths
+
+
+__all__ = ["TASKS", "documents", "perplexity", "recall", "table", "write"]

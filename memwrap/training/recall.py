@@ -1,0 +1,45 @@
+"""Training data of the associative recall tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memwrap.evaluation.associative import AssociativeDataset, AssociativeTask
+from memwrap.training.arguments import parse_curriculum
+from memwrap.training.data import DocumentCollator
+from memwrap.training.recipe import Recipe
+
+
+def recall_tasks(section: Any, vocab_size: int) -> list[AssociativeTask]:
+    """The tasks of a recipe's `recall` section over the last ids of a vocabulary."""
+    return [
+        AssociativeTask.for_vocabulary(
+            vocab_size,
+            key_size=section.key_size,
+            value_size=section.value_size,
+            num_pairs=section.num_pairs,
+            rewrite=name == "rewrite",
+        )
+        for name in section.tasks
+    ]
+
+
+def recall_data(recipe: Recipe, vocab_size: int) -> tuple[AssociativeDataset, DocumentCollator]:
+    """Endless training rows of a recipe's recall tasks, and how they become batches.
+
+    Raises:
+        ValueError: if the recipe has no `recall` section.
+    """
+    section = recipe.recall
+    if section is None:
+        raise ValueError("`recall` is missing; a 'recall' recipe needs it.")
+    dataset = AssociativeDataset(
+        recall_tasks(section, vocab_size),
+        batch_size=recipe.trainer.batch_size,
+        min_pairs=section.min_pairs,
+        max_pairs=section.num_pairs,
+        num_queries=section.num_queries,
+        seed=recipe.trainer.seed,
+        curriculum=parse_curriculum(section.curriculum) if section.curriculum else None,
+    )
+    return dataset, DocumentCollator(0)

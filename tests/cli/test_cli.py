@@ -1,0 +1,227 @@
+"""The command line, from a recipe to an answer, with a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner, Result
+
+import memwrap
+from memwrap.assets import asset
+from memwrap.chat import Conversation
+from memwrap.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "".join(f"Line {n}: the number of this line is {n}.\n" for n in range(40))
+
+
+def run(*words: object, expect: int = 0, stdin: str | None = None) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words], input=stdin)
+    assert result.exit_code == expect, (result.output, result.exception)
+    if expect == 2:
+        assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "document.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(
+    base: Path, document: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """What `memwrap train` makes of a real model's recipe in two steps, and what it prints."""
+    output = tmp_path_factory.mktemp("runs") / "first"
+    result = run(
+        "train", "armt_lora_qwen3_0.6b", f"model.name={base}", f"data.source={document}",
+        f"output={output}", "trainer.steps=2", "trainer.accumulation=1", "trainer.device=cpu",
+        "trainer.save_every=null", "memory.segment_size=16", "memory.num_memory_tokens=2",
+        "data.max_tokens=64", "data.min_tokens=8", "data.split=null",
+    )  # fmt: skip
+    return output, result.output
+
+
+@pytest.fixture(scope="module")
+def state(trained: tuple[Path, str], document: Path) -> Path:
+    path = trained[0].parent / "document.safetensors"
+    result = run("read", document, "-o", path, "--model", trained[0])
+    assert f"wrote {path}" in result.output
+    return path
+
+
+def test_list() -> None:
+    output = run("list").output
+    for name in memwrap.available():
+        assert any(line.startswith(name) and len(line) > 60 for line in output.splitlines())
+
+
+def test_train_says_what_it_saved(trained: tuple[Path, str]) -> None:
+    folder, output = trained
+    assert f"saved {folder}: 2 steps (until trainer.steps)" in output
+    command = json.loads((folder / "run.json").read_text())["command"]
+    assert command.startswith("memwrap train armt_lora_qwen3_0.6b model.name=")
+
+
+def test_a_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    result = run("train", "rmt_lora_tiny", "--dry-run", f"output={output}", "trainer.steps=7")
+    assert "steps: 7" in result.stdout and "name: rmt" in result.stdout
+    assert not output.exists()
+    result = run("train", "armt_lora_llama3.2_1b", "data.source=/not/there", "--dry-run")
+    assert "would stop" in result.stderr and "/not/there" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "armt_lora_tinny"), "Did you mean 'armt_lora_tiny'"),
+        (("train", "armt_lora_tiny", "trainer.stepps=1"), "`trainer.steps`"),
+        (("train", "armt_lora_tiny", "memory.num_memory_token=1"), "`memory.num_memory_tokens`"),
+        (("train", "armt_lora_tiny", "data.source=/not/there"), "no such file or folder"),
+        (("train", "armt_lora_tiny", "model.name=/not/there"), "no such folder"),
+        (("read", "/not/there.txt", "-o", "x", "--model", "tiny-lm"), "no file or folder"),
+        (("read", __file__, "-o", "x", "--model", "tiny-lm"), "convert it to text"),
+        (("chat", "--model", "/not/there", "--ask", "a"), "no folder /not/there"),
+        (("chat", "--model", "tiny-lm", "--ask", "a"), "not a memwrap one"),
+        (("chat", "--model", "tiny-lm", "--max-new-tokens", "0"), "at least 1"),
+        (("doctor", "--model", "/not/there"), "cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_mistakes_take_two_lines_and_code_2(words: tuple, message: str) -> None:
+    result = run(*words, expect=2)
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2
+
+
+def test_reading_remembers_all_of_it(trained: tuple[Path, str], state: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    loaded = memwrap.MemoryState.load(state, memwrap.load(trained[0]))
+    assert int(loaded.tokens_seen[0]) == len(tokenizer(TEXT).input_ids)
+    assert int(loaded.segments[0]) == len(tokenizer(TEXT).input_ids) // 16
+
+
+def test_reading_continues_a_state(
+    trained: tuple[Path, str], state: Path, document: Path, tmp_path: Path
+) -> None:
+    more = tmp_path / "twice.safetensors"
+    run("read", document, "-o", more, "--model", trained[0], "--state", state)
+    once, twice = (memwrap.MemoryState.load(p) for p in (state, more))
+    assert int(twice.tokens_seen[0]) == 2 * int(once.tokens_seen[0])
+
+
+def test_asking(trained: tuple[Path, str], state: Path) -> None:
+    words = ("chat", "--model", trained[0], "--state", state, "--max-new-tokens", "5", "--ask")
+    first = run(*words, "Line 3:").stdout
+    assert first == run(*words, "Line 3:").stdout
+    result = run(*words, " ", expect=2)
+    assert "empty" in result.stderr
+
+
+def test_talking(trained: tuple[Path, str], state: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.safetensors"
+    lines = f"Line 3:\n/save {saved}\n/reset\nLine 3:\n/save\n/quit\nnever"
+    result = run(
+        "chat", "--model", trained[0], "--state", state, "--max-new-tokens", "4", stdin=lines
+    )
+    assert "tokens read" in result.output and "give a file" in result.output
+    before, after = (memwrap.MemoryState.load(p) for p in (state, saved))
+    assert int(after.tokens_seen[0]) > int(before.tokens_seen[0])
+
+
+def test_a_conversation_is_one_text(trained: tuple[Path, str]) -> None:
+    """Every token of the talk is read once: the answers equal those to the whole text."""
+    model = memwrap.load(trained[0])
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    model.generation_config.eos_token_id = None
+    talk = Conversation(model, tokenizer, max_new_tokens=12, do_sample=False)
+    talk.ask("Line 1: the number")
+    # Hold the second question's tokens against one generate over everything before it.
+    state, pending = talk.state, talk._pending
+    assert pending.shape == (1, 1)
+    question = "\nLine 2: the number"
+    ids = tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids
+    want = model.generate(
+        torch.cat([pending, ids], 1), past_key_values=state, max_new_tokens=12, do_sample=False,
+        pad_token_id=3,
+    )  # fmt: skip
+    assert talk.ask(question) == tokenizer.decode(want[0, ids.shape[1] + 1 :], True)
+    total = len(tokenizer("Line 1: the number").input_ids) + ids.shape[1] + 24
+    assert talk.state is not None and int(talk.state.tokens_seen[0]) == total - 1
+    talk.reset()
+    assert talk.state is None
+
+
+def test_eval_perplexity(trained: tuple[Path, str], tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name + TEXT)
+    words = ("eval", trained[0], "--documents", tmp_path, "--split", "all", "--tokens", "80")
+    output = run(*words, "--count", "2").output
+    for curve in ("memory", "memory off", "memory shuffled", "base, truncated"):
+        assert f"| {curve} |" in output
+    values = json.loads((trained[0] / "eval" / "perplexity.json").read_text())
+    assert values["documents"] == 2 and values["segment_size"] == 16
+    assert (trained[0] / "eval" / "perplexity.png").stat().st_size > 1000
+    # One document has no other to be shuffled with.
+    output = run(*words, "--count", "1", "-o", tmp_path / "one").output
+    assert "shuffled" not in output and (tmp_path / "one" / "perplexity.json").is_file()
+    result = run("eval", trained[0], "--documents", tmp_path, "--split", "all", expect=2)
+    assert "fewer than 8192 tokens" in result.stderr
+    assert "allowed: perplexity, recall" in run("eval", trained[0], "--task", "x", expect=2).stderr
+    result = run("eval", trained[0], "--task", "recall", expect=2)
+    assert "recall recipe" in result.stderr
+
+
+def test_eval_recall(tmp_path: Path) -> None:
+    output = tmp_path / "recall"
+    run("train", "armt_recall", f"output={output}", "trainer.steps=1", "trainer.batch_size=4",
+        "recall.num_pairs=3", "trainer.device=cpu")  # fmt: skip
+    printed = run("eval", output, "--task", "recall", "--samples", "4").output
+    assert "remember" in printed and "rewrite" in printed and "| chance |" in printed
+    values = json.loads((output / "eval" / "recall.json").read_text())
+    assert values["remember"]["distances"] == [1, 2, 4, 8, 16, 32, 64]
+    assert (output / "eval" / "recall.png").stat().st_size > 1000
+
+
+def test_doctor(base: Path) -> None:
+    output = run("doctor", "--model", base).output
+    assert torch.__version__ in output and "ops" in output
+    for name in memwrap.available():
+        assert any(line.split() == [name, "works"] for line in output.splitlines())
+
+
+def test_doctor_says_why_not(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    assert "error:" in run("doctor", "--model", tmp_path, expect=2).stderr
+
+
+def test_python_m_memwrap() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "memwrap", "train", "no-such-recipe"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: There is no recipe")

@@ -1,0 +1,284 @@
+"""Recipes: all of a file is checked before anything is loaded, and what runs is what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import memwrap
+from memwrap.assets import asset
+from memwrap.training.corpus import split_of
+from memwrap.training.finetune import preflight, run_recipe
+from memwrap.training.recipe import Recipe, find_recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+REAL = [r for r in RECIPES if re.search(r"^  name: \S+/\S+$", r.read_text(), re.MULTILINE)]
+# Any recipe, brought down to a run of seconds.
+SMALL = [
+    "memory.segment_size=16", "memory.num_memory_tokens=2", "data.max_tokens=64",
+    "data.min_tokens=8", "trainer.steps=2", "trainer.log_every=1", "trainer.device=cpu",
+    "trainer.accumulation=1", "trainer.save_every=null", "lora.r=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with the shipped tokenizer, saved as any model is."""
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("documents")
+    wanted = {"train": 8, "validation": 2, "test": 2}
+    for index in range(200):
+        name = f"text{index}.md"
+        if wanted[split_of(name)] > 0:
+            wanted[split_of(name)] -= 1
+            text = " ".join(f"Line {n} of text {index} says {n * index}.\n" for n in range(20))
+            (folder / name).write_text(text)
+    return folder
+
+
+def write(folder: Path, **values: Any) -> Path:
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+# Files
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_valid_and_explains_itself(path: Path) -> None:
+    recipe = load_recipe(path)
+    head = re.match(r"(#.*\n)+", path.read_text())
+    assert head, "a recipe starts with a comment"
+    for needed in ("Needs:", "Run it", "Override"):
+        assert needed in head.group()
+    for command in re.findall(r"memwrap train (\S+)((?: \S+=\S+)*)", head.group()):
+        assert command[0] == path.stem
+        load_recipe(path, command[1].split())
+    assert Path(recipe.output).name in (path.stem, "tiny-lm")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_resolved_recipe_reads_back(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    again = tmp_path / "resolved.yaml"
+    again.write_text(recipe.to_yaml())
+    assert load_recipe(again).to_dict() == recipe.to_dict()
+
+
+def test_names_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("rmt_lora_tiny").name == "rmt_lora_tiny.yaml"
+    assert find_recipe("recipes/rmt_lora_tiny.yaml").name == "rmt_lora_tiny.yaml"
+    (tmp_path / "recipes").mkdir()
+    own = tmp_path / "recipes" / "rmt_lora_tiny.yaml"
+    own.write_text((ROOT / "recipes" / "rmt_lora_tiny.yaml").read_text())
+    assert find_recipe("rmt_lora_tiny").resolve() == own
+    with pytest.raises(ValueError, match="Did you mean 'rmt_lora_tiny'"):
+        find_recipe("rmt_lora_tinny")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.stepps=3", r"the command line: unknown key `trainer.stepps`.*`trainer.steps`"),
+        ("steps=3", "did you mean `trainer.steps`"),
+        ("memory.segmentsize=3", "did you mean `memory.segment_size`"),
+        ("memory.name=armtt", "Did you mean 'armt'"),
+        ("trainer.steps=many", "`trainer.steps` is 'many' .text.; it must be a whole number"),
+        ("trainer.steps=true", "it must be a whole number"),
+        ("trainer.steps=2.5", "it must be a whole number"),
+        ("trainer.learning_rate=fast", "it must be a number"),
+        ("train_backbone=1", "it must be true or false"),
+        ("lora=3", "it must be a mapping of keys or null"),
+        ("lora.target_modules=[q_proj,3]", "it must be text or a list .each text."),
+        ("trainer.segment_curriculum=8", "put it in quotes"),
+        ("trainer.steps=0", "`trainer.steps` is 0; it must be at least 1"),
+        ("trainer.segment_curriculum='1:8,2:9'", "must start at step 0"),
+        ("memory.segment_size=0", "segment_size is 0"),
+        ("memory.segment_size=wide", "`memory.segment_size` is 'wide'"),
+        ("memory=null", "`memory.name` is missing"),
+        ("model.dtype=bf16", "one of auto, float32"),
+        ("data.max_tokens=100", "at least data.min_tokens"),
+        ("task=train", "one of finetune, pretrain, recall"),
+        ("recall.num_pairs=4", "`recall` has no use in a 'finetune' recipe"),
+        ("train_backbone=true", "does not go with `lora`"),
+        ("output=''", "`output` is ''"),
+        ("trainer.steps", "must be KEY=VALUE"),
+        ("trainer=[", "cannot be read"),
+        ("data.source=${nothing}", "nothing"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(ROOT / "recipes" / "armt_lora_tiny.yaml", [override])
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, output="x", memory={"name": "rmt"}, trainer={"step": 3})
+    with pytest.raises(ValueError, match=r"own\.yaml: unknown key `trainer.step`.*trainer.steps"):
+        load_recipe(path)
+    path.write_text("output: x\nmemory: {name: rmt}\ndata:\n  source: ???")
+    with pytest.raises(ValueError, match=r"own\.yaml: .*data\.source"):
+        load_recipe(path)
+    path.write_text("task: [")
+    with pytest.raises(ValueError, match=r"own\.yaml cannot be read as YAML"):
+        load_recipe(path)
+    path.write_text("- task")
+    with pytest.raises(ValueError, match="a recipe is a mapping"):
+        load_recipe(path)
+
+
+def test_overrides_reach_every_depth(tmp_path: Path) -> None:
+    path = write(tmp_path, output="x", memory={"name": "rmt"})
+    recipe = load_recipe(path, ["lora.r=4", "memory.layers=null", "trainer.learning_rate=1e-3"]
+                         if "layers" in memwrap.RMTConfig.__dataclass_fields__
+                         else ["lora.r=4", "trainer.learning_rate=1e-3"])  # fmt: skip
+    assert recipe.lora is not None and recipe.lora.r == 4
+    assert recipe.trainer.learning_rate == 1e-3
+    assert load_recipe(path, ["lora=null"]).lora is None
+    assert recipe.command == ["memwrap", "train", str(path), *recipe.overrides]
+
+
+# Runs
+
+
+def small(recipe: str, base: Path, documents: Path, output: Path, *more: str) -> Recipe:
+    own = [f"model.name={base}", f"data.source={documents}", f"output={output}"]
+    return load_recipe(ROOT / "recipes" / f"{recipe}.yaml", [*own, *SMALL, *more])
+
+
+@pytest.mark.parametrize("recipe", [r.stem for r in REAL])
+def test_a_real_models_recipe_runs(
+    recipe: str, base: Path, documents: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    loaded = small(recipe, base, documents, output, "data.eval_split=validation")
+    assert run_recipe(loaded) == output
+    steps = [row["step"] for row in log_of(output) if "loss" in row]
+    assert steps == [1, 2]
+    assert [row["step"] for row in log_of(output) if "eval_loss" in row] == [0, 2]
+    about = json.loads((output / "run.json").read_text())
+    assert about["command"].startswith("memwrap train ") and "trainer.steps=2" in about["command"]
+    assert about["versions"]["torch"] == torch.__version__ and about["steps"] == 2
+    assert load_recipe(output / "recipe.yaml").to_dict() == loaded.to_dict()
+    model = memwrap.load(output)
+    assert model.segment_size == 16 and model.adapters()["default"].r == 2
+    before = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    kept = dict(memwrap.unwrap(model).named_parameters())
+    for name, value in before.named_parameters():
+        same = kept.get(name, kept.get(name.replace(".weight", ".base_layer.weight")))
+        assert torch.equal(same, value), f"{name} of a frozen backbone changed"
+    AutoTokenizer.from_pretrained(output)
+
+
+@pytest.mark.parametrize("recipe", [r.stem for r in RECIPES if "recall" in r.stem])
+def test_a_recall_recipe_runs(recipe: str, tmp_path: Path) -> None:
+    small = ["trainer.steps=2", "trainer.batch_size=4", "trainer.log_every=1", "recall.num_pairs=3"]
+    output = tmp_path / "run"
+    loaded = load_recipe(
+        ROOT / "recipes" / f"{recipe}.yaml", [*small, "trainer.device=cpu", f"output={output}"]
+    )
+    run_recipe(loaded)
+    assert [row["step"] for row in log_of(output)] == [1, 2]
+    assert loaded.recall is not None
+    assert memwrap.load(output).segment_size == loaded.recall.segment_size
+    with pytest.raises(ValueError, match="segment_size"):
+        load_recipe(ROOT / "recipes" / f"{recipe}.yaml", ["recall.value_size=3"])
+
+
+def test_training_changes_what_it_should(base: Path, documents: Path, tmp_path: Path) -> None:
+    """Without LoRA the memory alone learns, or with `train_backbone` all of it."""
+    for name, override in (("memory", "false"), ("all", "true")):
+        more = ["lora=null", f"train_backbone={override}", "model.dtype=auto"]
+        own = [entry for entry in SMALL if not entry.startswith("lora")]
+        recipe = load_recipe(
+            ROOT / "recipes" / "rmt_lora_tiny.yaml",
+            [f"model.name={base}", f"data.source={documents}", f"output={tmp_path / name}", *own,
+             *more, "data.eval_split=null", "trainer.schedule=constant"],
+        )  # fmt: skip
+        folder = run_recipe(recipe)
+        about = json.loads((folder / "run.json").read_text())
+        whole = about["trained_parameters"] == about["parameters"]
+        assert whole == (name == "all")
+        if name == "memory":
+            assert about["trained_parameters"] == about["memory_parameters"]
+        assert (folder / "model.safetensors").stat().st_size > 1e5 or name == "memory"
+        memwrap.load(folder)
+
+
+def test_resuming_gives_what_one_run_gives(base: Path, documents: Path, tmp_path: Path) -> None:
+    more = ["trainer.schedule=constant", "trainer.save_every=2", "data.eval_split=null"]
+
+    def run(folder: str, *own: str) -> Path:
+        output = tmp_path / folder
+        return run_recipe(small("armt_lora_tiny", base, documents, output, *more, *own))
+
+    whole = run("whole", "trainer.steps=4")
+    run("parts", "trainer.steps=2")
+    parts = run("parts", "trainer.steps=4", "resume=true")
+    losses = [[row["loss"] for row in log_of(f) if "loss" in row] for f in (whole, parts)]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    want, got = (dict(memwrap.load(f).named_parameters()) for f in (whole, parts))
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6)
+    other = small("armt_lora_tiny", base, documents, parts, "resume=true", "memory.d_mem=16")
+    with pytest.raises(ValueError, match="has `memory`"):
+        preflight(other)
+
+
+def test_a_time_limit_stops_cleanly(base: Path, documents: Path, tmp_path: Path) -> None:
+    output = tmp_path / "short"
+    more = ["trainer.steps=100000", "trainer.max_minutes=1e-4", "trainer.save_every=100"]
+    run_recipe(small("rmt_lora_tiny", base, documents, output, *more, "data.eval_split=null"))
+    about = json.loads((output / "run.json").read_text())
+    assert about["stopped_by"] == "trainer.max_minutes" and about["steps"] < 100
+    assert (output / "checkpoints" / f"checkpoint-{about['steps']}").is_dir()
+    memwrap.load(output)
+
+
+def test_what_is_wrong_here_is_seen_before_loading(
+    base: Path, documents: Path, tmp_path: Path
+) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "note.txt").write_text("mine")
+    with pytest.raises(ValueError, match="overwrite=true"):
+        preflight(small("armt_lora_tiny", base, documents, used))
+    preflight(small("armt_lora_tiny", base, documents, used, "overwrite=true"))
+    with pytest.raises(ValueError, match="no checkpoint"):
+        preflight(small("armt_lora_tiny", base, documents, used, "resume=true"))
+    with pytest.raises(ValueError, match="a file; give a folder"):
+        preflight(small("armt_lora_tiny", base, documents, used / "note.txt"))
+    with pytest.raises(ValueError, match="no such file or folder"):
+        preflight(small("armt_lora_tiny", base, tmp_path / "none", tmp_path / "new"))
+    with pytest.raises(ValueError, match="no such folder"):
+        preflight(small("armt_lora_tiny", tmp_path / "none", documents, tmp_path / "new"))
