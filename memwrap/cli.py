@@ -1,4 +1,4 @@
-"""The command line: `memwrap list | train | eval | read | chat | doctor`."""
+"""The command line: `memwrap list | train | eval | read | chat | doctor | demo`."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def list_memories() -> None:
         typer.echo(f"{name:<16}{', '.join(sorted(config.places)):<16}{summary}")
 
 
-@app.command(context_settings={"ignore_unknown_options": False})
+@app.command()
 @_plain_errors
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe.")],
@@ -262,6 +262,22 @@ def doctor(
         typer.echo(f"{trial.memory:<14}{verdict}")
     if all(trial.problem for trial in trials):
         raise ValueError(f"No memory works with {model}.")
+
+
+@app.command()
+@_plain_errors
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", help="Folder for adapters, plots and results.")
+    ] = Path("demo-output"),
+    minutes: Annotated[float, typer.Option(help="How long to fine-tune.")] = 2.0,
+) -> None:
+    """Fine-tune the shipped model briefly and measure it beside its controls."""
+    from memwrap import demo as room
+
+    if minutes <= 0:
+        raise ValueError(f"`--minutes` is {minutes}; it must be positive.")
+    room.main(str(output), minutes)
 
 
 def main() -> None:

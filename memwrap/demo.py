@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import memwrap
 from memwrap.assets import asset
 from memwrap.evaluation import run
+from memwrap.evaluation.associative import RecallResult
 from memwrap.evaluation.perplexity import PerplexityResult
 from memwrap.files import write_text
 from memwrap.training.corpus import stdlib_corpus
@@ -49,9 +50,10 @@ def perplexity(models: dict[str, Any], output: Path) -> dict[str, PerplexityResu
     results = {}
     for name, model in models.items():
         print(f"\n--- {name}: nats per token by segment of {model.segment_size} tokens\n")
-        results[name] = run.perplexity(model, rows)
+        measured = run.perplexity(model, rows)
+        results[name] = measured["perplexity"]
         print(results[name].table())
-        run.write(results[name], "perplexity", output / name)
+        run.write(measured, output / name)
     return results
 
 
@@ -105,12 +107,15 @@ def main(output: str = "demo-output", minutes: float = 2.0, readme: Path | None 
     results = perplexity({"this-run": brief, "shipped": shipped}, folder)
     _title("Associative recall by distance (shipped armt-recall), beside its controls")
     recall = run.recall(memwrap.load("armt-recall"), asset("armt-recall") or Path(), samples=128)
-    print(recall.table())
-    run.write(recall, "recall", folder)
+    print(run.table(recall))
+    run.write(recall, folder)
     _title("Read once, ask later")
     read_once_ask_later(shipped, folder)
-    numbers = {"perplexity": {n: r.to_dict() for n, r in results.items()}}
-    numbers |= {"recall": recall.to_dict(), "seconds": round(time.time() - begun, 1)}
+    numbers: dict[str, Any] = {"perplexity": {n: r.to_dict() for n, r in results.items()}}
+    numbers |= {
+        "recall": {n: r.to_dict() for n, r in recall.items()},
+        "seconds": round(time.time() - begun, 1),
+    }
     write_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
     print(f"\nresults and plots are in {folder} ({time.time() - begun:.0f} s in all)")
     if readme is not None:
@@ -118,7 +123,7 @@ def main(output: str = "demo-output", minutes: float = 2.0, readme: Path | None 
 
 
 def _publish(
-    readme: Path, folder: Path, perplexity: PerplexityResult, recall: run.RecallReport
+    readme: Path, folder: Path, perplexity: PerplexityResult, recall: dict[str, RecallResult]
 ) -> None:
     figures = readme.parent / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
@@ -128,6 +133,12 @@ def _publish(
         f"Nats per token by segment of {perplexity.segment_size} tokens, "
         f"{perplexity.documents} held-out documents of {DOCUMENT_TOKENS:,} tokens, shipped "
         f"adapter (base window {perplexity.window}):\n\n{perplexity.table()}\n\n"
-        f"Associative recall, {recall.table()}"
+        f"Associative recall by distance (shipped armt-recall):\n\n{run.table(recall)}"
     )
     update_readme(readme, tables)
+
+
+if __name__ == "__main__":
+    import typer
+
+    typer.run(main)

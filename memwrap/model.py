@@ -302,7 +302,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         state = self._state_of(past_key_values, inputs)
         if not remember:
             state.hold_open = True
-        self._check_control(memory_control, state)
+        self._check_control(memory_control, state, inputs)
         reading = self.loop()(
             inputs,
             state,
@@ -355,7 +355,9 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             return shift_labels.masked_fill(~inputs.real.to(shift_labels.device), IGNORED)
         return shift_targets(given, inputs.real)
 
-    def _check_control(self, control: str | MemoryState | None, state: MemoryState) -> None:
+    def _check_control(
+        self, control: str | MemoryState | None, state: MemoryState, inputs: Inputs
+    ) -> None:
         if control is None:
             return
         if isinstance(control, MemoryState):
@@ -368,7 +370,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             )
         elif control == "shuffled" and state.batch_size < 2:
             raise ValueError("`memory_control='shuffled'` needs at least two rows.")
-        if bool(state.fill.any()):
+        if bool(((state.fill > 0) & inputs.real.any(1)).any()):
             raise ValueError(
                 "`memory_control` needs closed segments: feed whole ones, or close_segment first."
             )

@@ -54,7 +54,7 @@ class AssociativeTask:
                 raise ValueError(f"AssociativeTask.{name} is {getattr(self, name)}; at least 1.")
         if not self.rewrite and self.num_pairs > self.num_keys:
             raise ValueError(
-                f"{self.num_pairs} distinct keys of {self.key_size} symbols do not exist (there are "
+                f"{self.num_pairs} distinct keys of {self.key_size} symbols do not exist (only "
                 f"{self.num_keys}); raise `key_size`."
             )
 
@@ -64,7 +64,7 @@ class AssociativeTask:
         if vocab_size < SYMBOLS + 3:
             raise ValueError(f"A vocabulary of {vocab_size} is too small; 19 ids are needed.")
         first = vocab_size - SYMBOLS - 3
-        marks = {"sep": first + SYMBOLS, "gen": first + SYMBOLS + 1, "eos": first + SYMBOLS + 2}
+        marks: dict[str, Any] = {"sep": first + SYMBOLS, "gen": first + SYMBOLS + 1, "eos": first + SYMBOLS + 2}
         return cls(symbols=list(range(first, first + SYMBOLS)), **marks, **settings)
 
     @property

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class PerplexityResult:
         size = self.segment_size
         spans = [
             f"{a // size}" if b - a == size else f"{a // size}-{b // size - 1}"
-            for a, b in zip(self.edges, self.edges[1:], strict=False)
+            for a, b in pairwise(self.edges)
         ]
         head = ["segments", *spans, "all", "minus memory"]
         rows = [head, ["---"] * len(head)]
@@ -261,7 +262,7 @@ def _edges(size: int, total: int) -> list[int]:
 
 def _curve(values: Tensor, memory: Tensor, edges: list[int], seconds: float) -> Curve:
     mean, error, tokens = [], [], []
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         part = values[:, a:b]
         mean.append(float(part.nanmean()))
         error.append(_error(part.nanmean(1)))

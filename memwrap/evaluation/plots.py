@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,7 @@ def _save(figure: Any, path: str | Path) -> None:
 def plot_perplexity(result: PerplexityResult, path: str | Path, title: str = "") -> None:
     """NLL by position, and below it each curve's difference to the memory switched off."""
     figure, (upper, lower) = _figure(2)
-    centres = [
-        (a + b) / 2 for a, b in zip(result.edges, result.edges[1:], strict=False)
-    ]
+    centres = [(a + b) / 2 for a, b in pairwise(result.edges)]
     reference = result.curves.get(OFF, result.curves[MEMORY])
     for index, (name, curve) in enumerate(result.curves.items()):
         style = {

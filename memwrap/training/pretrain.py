@@ -129,11 +129,14 @@ class _Log(TrainerCallback):
     """Write the loss curve beside the checkpoint while the training runs."""
 
     def __init__(self, path: Path):
-        self.path, self.rows, self.start = path, [], time.time()
+        self.path, self.start = path, time.time()
+        self.rows: list[dict] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         row = {"step": state.global_step, "seconds": round(time.time() - self.start, 1)}
-        row |= {k: v for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "learning_rate")}
+        row |= {
+            k: v for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "learning_rate")
+        }
         if len(row) > 2:
             self.rows.append(row)
             write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
@@ -200,5 +203,7 @@ def pretrain(config: PretrainConfig) -> Path:
             callbacks=[_Log(output / "loss.jsonl")],
         )
         trainer.train()
-    model.to(torch.bfloat16).save_pretrained(output)
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
+    model.config.use_cache = True  # training turns it off
+    model.save_pretrained(output)
     return output

@@ -110,6 +110,7 @@ def test_a_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
         (("chat", "--model", "tiny-lm", "--ask", "a"), "not a memwrap one"),
         (("chat", "--model", "tiny-lm", "--max-new-tokens", "0"), "at least 1"),
         (("doctor", "--model", "/not/there"), "cannot be loaded"),
+        (("demo", "--minutes", "0"), "must be positive"),
     ],
 )  # fmt: skip
 def test_mistakes_take_two_lines_and_code_2(words: tuple, message: str) -> None:
@@ -198,12 +199,13 @@ def test_eval_perplexity(trained: tuple[Path, str], tmp_path: Path) -> None:
 
 def test_eval_recall(tmp_path: Path) -> None:
     output = tmp_path / "recall"
-    run("train", "armt_recall", f"output={output}", "trainer.steps=1", "trainer.batch_size=4",
-        "recall.num_pairs=3", "trainer.device=cpu")  # fmt: skip
+    run("train", "armt_recall_tiny", f"output={output}", "trainer.steps=1", "trainer.batch_size=4",
+        "recall.num_pairs=3", "recall.tasks=[remember]", "trainer.device=cpu")  # fmt: skip
     printed = run("eval", output, "--task", "recall", "--samples", "4").output
-    assert "remember" in printed and "rewrite" in printed and "| chance |" in printed
+    assert "remember" in printed and "rewrite" not in printed and "| chance |" in printed
     values = json.loads((output / "eval" / "recall.json").read_text())
-    assert values["remember"]["distances"] == [1, 2, 4, 8, 16, 32, 64]
+    # There are 16 keys of one symbol: no more distinct ones can be stored.
+    assert all(result["distances"] == [1, 2, 4, 8, 16] for result in values.values())
     assert (output / "eval" / "recall.png").stat().st_size > 1000
 
 
