@@ -19,7 +19,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m memwrap.demo
+	$(BIN)/python -m memwrap demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS)

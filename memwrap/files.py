@@ -22,12 +22,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp is private; a saved file is not
+        temporary.chmod(default_mode())  # mkstemp is private; a saved file is not
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def default_mode() -> int:
+    """The mode that a file made by `open` gets."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def write_text(path: str | Path, text: str) -> None:

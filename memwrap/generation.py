@@ -18,7 +18,12 @@ class MemoryGenerationMixin(GenerationMixin):
     _is_stateful = True
 
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError(
@@ -31,9 +36,9 @@ class MemoryGenerationMixin(GenerationMixin):
                 f"`past_key_values` is a {type(given).__name__}; give a MemoryState (model.read)."
             )
         if given is None and generation_config.use_cache is not False:
-            fed = model_kwargs.get("attention_mask")
-            if fed is not None:  # already expanded to beams; without it forward makes the state
-                model_kwargs["past_key_values"] = self.new_state(fed.shape[0])  # type: ignore[attr-defined]
+            names = ("num_beams", "num_return_sequences")
+            rows = batch_size * max(getattr(generation_config, n, None) or 1 for n in names)
+            model_kwargs["past_key_values"] = self.new_state(rows)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def generate(

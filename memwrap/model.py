@@ -22,7 +22,7 @@ from memwrap.reading import IGNORED, Inputs, Loop, as_batch, check_inputs, shift
 from memwrap.registry import config_class, memory_class
 from memwrap.saving import SavingMixin, plain_name
 from memwrap.segments import SegmentReader
-from memwrap.state import MemoryState, signature_difference
+from memwrap.state import MemoryState, check_shapes, signature_difference
 
 MEMORY_CHILD = "memory_modules"
 
@@ -91,7 +91,6 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         if any("layer" in c.places for c in self.memory_configs):
             self.parts.attach_layers()
         self.gradient_checkpointing = _take_over_checkpointing(backbone)
-        self._fingerprints: tuple[int, dict[str, str]] | None = None
         self.generation_config = copy.deepcopy(backbone.generation_config)
         self.post_init()
 
@@ -192,17 +191,11 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         }
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of the backbone's and the memories' weights (kept until a weight changes)."""
-        version = sum(p._version + id(p) % 10**9 for p in self.parameters())
-        if self._fingerprints is None or self._fingerprints[0] != version:
-            memories = {n: m.named_parameters() for n, m in self.memories.items()}
-            own = ((f"{n}.{k}", p) for n, ps in memories.items() for k, p in ps)
-            base = ((plain_name(k), p) for k, p in self.backbone.named_parameters())
-            self._fingerprints = (
-                version,
-                {"backbone": fingerprint(base), "memories": fingerprint(own)},
-            )
-        return self._fingerprints[1]
+        """Hashes of the backbone's and the memories' weights."""
+        memories = {n: m.named_parameters() for n, m in self.memories.items()}
+        own = ((f"{n}.{k}", p) for n, ps in memories.items() for k, p in ps)
+        base = ((plain_name(k), p) for k, p in self.backbone.named_parameters())
+        return {"backbone": fingerprint(base), "memories": fingerprint(own)}
 
     def new_state(self, batch_size: int) -> MemoryState:
         """The state of `batch_size` rows that have read nothing."""
@@ -225,6 +218,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 f"The state belongs to another model: {signature_difference(state.signature, own)}."
             )
         if state.unverified:
+            check_shapes(state, self.new_state(1))
             weights = self.fingerprint()
             differing = [k for k, v in (state.weights or {}).items() if weights.get(k) != v]
             if differing:
@@ -241,9 +235,9 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         return Loop(reader, self.memory_configs[0], checkpointing)
 
     def _advanced(self, state: MemoryState, new: MemoryState) -> MemoryState:
-        """Move `state` on to `new`, all at once."""
-        learning = torch.is_grad_enabled() or self.training
-        new.weights = None if learning else self.fingerprint()
+        """Move `state` on to `new`, all at once; a first reading notes the weights."""
+        if new.weights is None and not (torch.is_grad_enabled() or self.training):
+            new.weights = self.fingerprint()
         state._become(new)
         return state
 
@@ -281,8 +275,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             num_items_in_batch: divides the summed loss instead of the number of targets.
             memory_control: for evaluation, what is read instead of the memory: `"off"` (an empty
                 one), `"shuffled"` (the next row's), or a state. Needs closed segments.
-            return_logits: with labels, logits are left out unless this is true: those of a long
-                document do not fit.
+            return_logits: with labels, logits are left out unless this is true or
+                `logits_to_keep` is given: those of a long document do not fit.
             remember: False leaves the last segment open however long it grows.
             shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
                 the keywords: transformers' Trainer takes every named "label" for a needed one.
@@ -300,32 +294,34 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         if use_cache is None:
             use_cache = targets is None or not self.training
         state = self._state_of(past_key_values, inputs)
-        if not remember:
-            state.hold_open = True
+        if state.hold_open != (not remember):
+            state = state.clone()
+            state.hold_open = not remember
         self._check_control(memory_control, state, inputs)
+        first = _first_column(logits_to_keep, inputs)
         reading = self.loop()(
             inputs,
             state,
             targets=targets,
-            hidden_from=None if targets is not None else _first_column(logits_to_keep, inputs),
+            hidden_from=None if targets is not None else first,
             keep_open=use_cache or past_key_values is not None,
             control=memory_control,
         )
         loss, logits = None, None
-        if targets is not None and reading.loss_sum is not None:
+        if targets is not None:
             count = num_items_in_batch if num_items_in_batch is not None else reading.targets
             loss = reading.loss_sum / _at_least_one(count, inputs.device)
-            if return_logits:
+            if return_logits or not isinstance(logits_to_keep, int) or logits_to_keep:
                 with torch.no_grad():
                     again = self.loop()(
-                        inputs, state, hidden_from=0, keep_open=False, control=memory_control
+                        inputs, state, hidden_from=first, keep_open=False, control=memory_control
                     )
-                    logits = self.parts.head(again.hidden)  # type: ignore[arg-type]
+                    logits = self._logits(again.hidden, logits_to_keep)  # type: ignore[arg-type]
         else:
-            logits = self._logits(reading.hidden, logits_to_keep, inputs)  # type: ignore[arg-type]
+            logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
         result = None
         if past_key_values is not None or use_cache:
-            result = self._advanced(state, reading.state)
+            result = self._advanced(past_key_values or state, reading.state)
         out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=result)
         return out.to_tuple() if return_dict is False else out
 
@@ -375,7 +371,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 "`memory_control` needs closed segments: feed whole ones, or close_segment first."
             )
 
-    def _logits(self, hidden: Tensor, keep: int | Tensor, inputs: Inputs) -> Tensor:
+    def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
         if isinstance(keep, Tensor):
             hidden = hidden[:, keep] if keep.dim() == 1 else hidden[keep.bool()][None]
         return self.parts.head(hidden)
@@ -402,15 +398,14 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         """
         ids, mask = as_batch(text, attention_mask)
         inputs = check_inputs(ids.to(self.device), None, mask)
-        old = (
-            self._state_of(state, inputs) if state is not None else self.new_state(inputs.shape[0])
-        )
+        old = self._state_of(state, inputs).clone()
+        old.hold_open = False
 
         def bar(steps: Any) -> Any:
             return tqdm(steps, desc="reading", unit="segment", disable=not progress)
 
         new = self.loop()(inputs, old, progress=bar).state
-        return self._advanced(old.clone(), new)
+        return self._advanced(old, new)
 
     @torch.no_grad()
     def close_segment(self, state: MemoryState) -> MemoryState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ class Reading:
     """What a call gives: hidden states of the columns asked for, the loss sum, the new state."""
 
     hidden: Tensor | None
-    loss_sum: Tensor | None
+    loss_sum: Any
     targets: int
     state: MemoryState
 
@@ -147,6 +148,7 @@ class Loop:
             progress: wraps the steps, for a progress bar.
         """
         steps = self._steps(inputs, state)
+        self._check_positions(steps)
         if targets is not None and self.config.loss_on == "last":
             targets = _only_last(targets, steps)
         states = state.memories
@@ -172,6 +174,8 @@ class Loop:
             new.segments = new.segments + step.closes.long()
             new.fill = step.ends.masked_fill(step.closes, 0)
         self._finish(new, inputs, states, local)
+        if targets is not None and loss_sum is None:  # nothing but padding
+            loss_sum = torch.zeros((), device=inputs.device)
         hidden = None
         if hidden_from is not None:
             hidden = _assemble(pieces, inputs, hidden_from, self.reader.backbone)
@@ -204,6 +208,16 @@ class Loop:
                 "segment. Close it (model.close_segment) or turn `count_padding` off."
             )
         return plan_columns(inputs.real, self.config, state.hold_open)
+
+    def _check_positions(self, steps: list[Step]) -> None:
+        """A held segment may grow until the position table ends."""
+        limit, extra = self.reader.backbone.max_positions, self.reader.num_prefix
+        longest = max((int(step.ends.max()) for step in steps), default=0)
+        if limit is not None and longest + extra > limit:
+            raise ValueError(
+                f"The open segment has grown to {longest} tokens; the backbone's table has {limit} "
+                f"positions ({extra} for memory). With remember=False generate fewer tokens."
+            )
 
     def _step(
         self,

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memwrap.assets import asset
+from memwrap.files import default_mode
 from memwrap.fingerprints import fingerprint
 
 WEIGHTS = "model.safetensors"
@@ -131,6 +132,7 @@ class SavingMixin:
         folder.mkdir(parents=True, exist_ok=True)
         config = copy.deepcopy(self.config)
         config.base_included, config.memwrap_version = include_base, VERSION
+        config.backbone.dtype = self.backbone.dtype  # as it is now, not as it was loaded
         config.architectures = [type(self).__name__]
         config.adapters = {n: _json_able(c.to_dict()) for n, c in self.adapters().items()}
         scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
@@ -145,6 +147,7 @@ class SavingMixin:
                 if not (scratch / old.name).exists():
                     old.unlink()
             for file in scratch.iterdir():
+                file.chmod(default_mode())  # safetensors writes private files
                 os.replace(file, folder / file.name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -203,7 +206,8 @@ class SavingMixin:
                 "was given; leave them out."
             )
         known = not own.base_included and own.base_fingerprint
-        if known and backbone_fingerprint(base) != own.base_fingerprint:
+        asked = {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys()
+        if known and not asked and backbone_fingerprint(base) != own.base_fingerprint:
             warnings.warn(
                 f"The base is not the one that {folder.name} was trained on (other weights or "
                 "another dtype); results will differ.",

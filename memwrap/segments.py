@@ -69,7 +69,8 @@ class Step:
 
     @property
     def uniform(self) -> bool:
-        return bool((self.columns >= 0).all() and (self.columns == self.columns[:1]).all())
+        same = (self.columns >= 0).all() and (self.columns == self.columns[:1]).all()
+        return self.columns.shape[1] > 0 and bool(same)
 
 
 def _row_pieces(
@@ -82,7 +83,7 @@ def _row_pieces(
             yield start, length, fill, False
         return
     if fill and length:
-        taken = min(length, size - fill)
+        taken = max(0, min(length, size - fill))  # none where a held segment is over-full
         start, length = start + taken, length - taken
         closes = fill + taken >= size and not (hold_open and length == 0)
         yield start - taken, taken, fill, closes

@@ -271,7 +271,8 @@ class MemoryState(Cache):
         memories = tree.get("memories", {})
         rows: dict[str, Tensor] = tree["rows"]
         if sorted(memories) != sorted(about["memories"]):
-            raise KeyError("memories are missing")
+            lost = sorted(set(about["memories"]) ^ set(memories))
+            raise KeyError(f"the tensors of {lost} are missing or foreign")
         state = cls(memories, rows["fill"].shape[0], about["signature"])
         state.open = tree.get("open", {})
         for name in (*_COUNTERS, "open_positions", "open_valid"):
@@ -301,6 +302,27 @@ def tree_of(cache: DynamicCache) -> Tree:
         "keys": {str(i): layer.keys for i, layer in enumerate(layers)},
         "values": {str(i): layer.values for i, layer in enumerate(layers)},
     }
+
+
+def check_shapes(state: MemoryState, fresh: MemoryState) -> None:
+    """Refuse a state whose tensors are not those of its memories.
+
+    Raises:
+        ValueError: names the first tensor that is missing, foreign or misshapen.
+    """
+    for name, tree in fresh.memories.items():
+        needed = dict(tree_leaves(tree))
+        got = dict(tree_leaves(state.memories.get(name, {})))
+        for key in sorted(needed.keys() ^ got.keys()):
+            what = "lacks" if key in needed else "holds the foreign tensor"
+            raise ValueError(f"The state {what} {name}.{key}; its file is damaged. Read again.")
+        for key, tensor in needed.items():
+            want, have = (state.batch_size, *tensor.shape[1:]), tuple(got[key].shape)
+            if have != want:
+                raise ValueError(
+                    f"The state's {name}.{key} has shape {have}, not {want}; its file is damaged. "
+                    "Read the text again."
+                )
 
 
 def signature_difference(theirs: dict[str, Any], own: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel
 
 from memwrap.assets import asset_name
+from memwrap.backbones import Backbone
 from memwrap.configuration import MemoryModelConfig
 from memwrap.memories.base import MemoryConfig
 from memwrap.model import MemoryModelForCausalLM
@@ -45,6 +46,7 @@ def wrap(
         )
     if isinstance(model, PeftModel):
         model = _inside_peft(model)
+    Backbone(model)  # says what a model lacks before anything is built
     configs = [_config(m, settings) for m in memories]
     if settings and not any(isinstance(m, str) for m in memories):
         raise ValueError(
@@ -53,9 +55,9 @@ def wrap(
     config = MemoryModelConfig(
         memories=[c.to_dict() for c in configs],
         # A copy: transformers resets the attention implementation of a live config put here.
-        backbone=copy.deepcopy(model.config) if isinstance(model, PreTrainedModel) else None,
-        base_model=asset_name(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
-        base_fingerprint=backbone_fingerprint(model) if isinstance(model, PreTrainedModel) else "",
+        backbone=copy.deepcopy(model.config),
+        base_model=asset_name(getattr(model.config, "_name_or_path", "") or ""),
+        base_fingerprint=backbone_fingerprint(model),
         memwrap_version=VERSION,
     )
     wrapped = MemoryModelForCausalLM(config, model)

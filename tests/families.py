@@ -77,11 +77,11 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gemma2": _with(
         Gemma2Config, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW,
-        layer_types=_MIXED,
+        layer_types=_MIXED, tie_word_embeddings=False,
     ),
     "gemma3": _with(
         Gemma3TextConfig, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW,
-        layer_types=_MIXED,
+        layer_types=_MIXED, tie_word_embeddings=False,
     ),
     "phi3": _with(Phi3Config, sliding_window=WINDOW),
     "olmo2": _with(Olmo2Config),

@@ -42,6 +42,13 @@ class Backbone:
                 f"The backbone is a {type(model).__name__}; memwrap needs a transformers causal LM "
                 "(AutoModelForCausalLM.from_pretrained(...))."
             )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder, not a causal LM.")
+        if not model.can_generate():
+            raise ValueError(
+                f"{type(model).__name__} cannot generate; memwrap needs a causal LM "
+                "(AutoModelForCausalLM.from_pretrained(...))."
+            )
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -53,8 +60,6 @@ class Backbone:
                 f"{type(model).__name__} offers no input or no output embeddings; memwrap needs a "
                 "causal LM with both."
             )
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(model).__name__} is an encoder-decoder, not a causal LM.")
         implementation = self.config._attn_implementation
         if implementation not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(
@@ -163,7 +168,9 @@ class Backbone:
         """Logits `(B, T, V)` of last hidden states, through the model's own forward."""
 
         def decoder(*args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+            out = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+            out.router_logits = None  # mixtures of experts ask for it
+            return out
 
         stand_in: Any = decoder
         for depth in range(len(self._path) - 1, -1, -1):

@@ -64,7 +64,11 @@ class AssociativeTask:
         if vocab_size < SYMBOLS + 3:
             raise ValueError(f"A vocabulary of {vocab_size} is too small; 19 ids are needed.")
         first = vocab_size - SYMBOLS - 3
-        marks: dict[str, Any] = {"sep": first + SYMBOLS, "gen": first + SYMBOLS + 1, "eos": first + SYMBOLS + 2}
+        marks: dict[str, Any] = {
+            "sep": first + SYMBOLS,
+            "gen": first + SYMBOLS + 1,
+            "eos": first + SYMBOLS + 2,
+        }
         return cls(symbols=list(range(first, first + SYMBOLS)), **marks, **settings)
 
     @property

@@ -56,7 +56,7 @@ def read(q: Tensor, A: Tensor, z: Tensor | None) -> Tensor:
     Returns:
         `(B, H, T, V)`.
     """
-    return (_read_naive if current_backend() == "naive" else _read_chunked)(q, A, z)
+    return (_read_naive if current_backend() == "naive" else _read_chunked)(q.to(A.dtype), A, z)
 
 
 def write(
@@ -90,6 +90,7 @@ def write(
         The new `(A, z)`; the old ones are left as they are.
     """
     function = _write_naive if current_backend() == "naive" else _write_chunked
+    k, v, beta = k.to(A.dtype), v.to(A.dtype), beta.to(A.dtype)
     return function(k, v, beta, A, z, written, correction, key_eps)
 
 

@@ -101,6 +101,7 @@ def test_checkpointing_changes_nothing(memory: str, family: str, window: int | N
         model.zero_grad(set_to_none=True)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")  # gpt2's turned weights
 @pairs()
 def test_lora_and_memory_get_the_gradients(memory: str, family: str) -> None:
     model = wrapped(memory, family)
