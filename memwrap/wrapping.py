@@ -60,6 +60,7 @@ def wrap(
         base_fingerprint=backbone_fingerprint(model),
         memwrap_version=VERSION,
     )
+    config.backbone._name_or_path = config.base_model  # a shipped base has no path
     wrapped = MemoryModelForCausalLM(config, model)
     return wrapped.train(model.training)
 

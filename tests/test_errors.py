@@ -393,7 +393,7 @@ def test_a_state_file_with_tensors_of_other_shapes(model: Any, state_file: Path)
             model(ids(1, 3), past_key_values=memwrap.MemoryState.load(bad, model))
     lost = {n: t for n, t in tensors.items() if n != name}
     save_file(lost, bad, metadata=metadata)
-    with refused("bad.safetensors|state", name.split(".")[1]):
+    with refused("bad.safetensors|state", "damaged", name.split(".")[1]):
         model(ids(1, 3), past_key_values=memwrap.MemoryState.load(bad, model))
 
 

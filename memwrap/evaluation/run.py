@@ -78,12 +78,7 @@ def recall(
         # Distinct keys end somewhere; keys that may come again do not.
         far = [d for d in (1, 2, 4, 8, 16, 32, 64) if task.rewrite or d <= task.num_keys]
         name = "rewrite" if task.rewrite else "remember"
-        title = f"{name}: the oldest of as many pairs as the distance"
-        results[title] = evaluate_recall(model, task, distances=tuple(far), samples=samples)
-        title = f"{name}: {far[-1]} pairs stored at every distance"
-        results[title] = evaluate_recall(
-            model, task, distances=tuple(far), pairs=far[-1], samples=samples
-        )
+        results[name] = evaluate_recall(model, task, distances=tuple(far), samples=samples)
     return results
 
 
