@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from memwrap.backbones.layers import LayerReader
 from memwrap.backbones.masks import build_masks, layer_kinds
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+_NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 
 
 class _Facade:
@@ -59,6 +61,13 @@ class Backbone:
             raise ValueError(
                 f"{type(model).__name__} offers no input or no output embeddings; memwrap needs a "
                 "causal LM with both."
+            )
+        taken = inspect.signature(type(decoder).forward).parameters
+        missing = [name for name in _NEEDED if name not in taken]
+        if missing:
+            raise ValueError(
+                f"The decoder of {type(model).__name__} takes no {', '.join(missing)}, which a "
+                "segment (embeddings, positions that restart) needs."
             )
         implementation = self.config._attn_implementation
         if implementation not in ATTENTION_IMPLEMENTATIONS:
