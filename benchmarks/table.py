@@ -42,8 +42,8 @@ def main() -> None:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     text = (
         "# Benchmarks\n\n"
-        "Written by `python benchmarks/table.py` from `results/*.json`; run `benchmarks/run_all` to "
-        "measure again. ARMT on the shipped LM.\n\n" + "\n".join(lines) + "\n\n"
+        "Written by `python benchmarks/table.py` from `results/*.json`; run `benchmarks/run_all` "
+        "to measure again. ARMT on the shipped LM.\n\n" + "\n".join(lines) + "\n\n"
         f"Machine: {machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu']}; Python "
         f"{machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}. "
         "Other work may have run beside; ratios are of interleaved pairs. Not measured on a GPU "
