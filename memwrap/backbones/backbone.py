@@ -62,6 +62,7 @@ class Backbone:
                 f"{type(model).__name__} offers no input or no output embeddings; memwrap needs a "
                 "causal LM with both."
             )
+        layer_kinds(self.config)
         taken = inspect.signature(type(decoder).forward).parameters
         missing = [name for name in _NEEDED if name not in taken]
         if missing:
@@ -75,7 +76,6 @@ class Backbone:
                 f"The backbone's attention is {implementation!r}; segments need explicit masks: "
                 "load it with attn_implementation='sdpa' (or 'eager')."
             )
-        layer_kinds(self.config)
         self._path = next(n for n, m in model.named_modules() if m is decoder).split(".")
 
     @property

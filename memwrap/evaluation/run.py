@@ -86,7 +86,7 @@ def table(results: Results) -> str:
     """The tables of all results."""
     parts = []
     for name, result in results.items():
-        parts.append(result.table() if len(results) == 1 else f"{name}\n\n{result.table()}")
+        parts.append(result.table() if name == "perplexity" else f"{name}\n\n{result.table()}")
     return "\n\n".join(parts)
 
 
