@@ -288,8 +288,6 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             ValueError: for misshapen inputs, a mask with a hole, or a state of another model.
         """
         shift_labels = kwargs.pop("shift_labels", None)
-        if labels is not None and shift_labels is not None:
-            labels = None  # transformers' callers give both; the shifted ones are what counts
         _refuse(kwargs)
         inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
         targets = self._targets(inputs, labels, shift_labels)

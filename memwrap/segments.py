@@ -63,11 +63,6 @@ class Step:
     last: Tensor
 
     @property
-    def active(self) -> Tensor:
-        """`(B,)` bool: rows that read anything."""
-        return (self.columns >= 0).any(1)
-
-    @property
     def uniform(self) -> bool:
         same = (self.columns >= 0).all() and (self.columns == self.columns[:1]).all()
         return self.columns.shape[1] > 0 and bool(same)

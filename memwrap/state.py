@@ -181,12 +181,6 @@ class MemoryState(Cache):
         rows = self.batch_size
         return tree_map(lambda t: t.new_zeros(rows, t.shape[1], length, t.shape[3]), like)
 
-    # The open segment's keys and values
-
-    def local_cache(self) -> DynamicCache:
-        """The open segment's keys and values as the cache a backbone takes."""
-        return cache_of(self.open)
-
     # Which ids have been read
 
     def extend_hash(self, input_ids: Tensor | None, length: int) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -104,12 +104,6 @@ class MemoryConfig:
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
             self._fail(name, "one of " + ", ".join(map(repr, allowed)))
-
-
-def default_of(config: type[MemoryConfig], name: str) -> Any:
-    """The default of a config field, for tables and pages."""
-    entry = next(f for f in fields(config) if f.name == name)
-    return None if entry.default is MISSING else entry.default
 
 
 @dataclass(frozen=True)
