@@ -4,6 +4,7 @@ from memwrap.configuration import MemoryModelConfig
 from memwrap.memories.armt import ARMTConfig
 from memwrap.memories.base import MemoryConfig
 from memwrap.memories.rmt import RMTConfig
+from memwrap.memories.window import WindowConfig
 from memwrap.model import MemoryModelForCausalLM
 from memwrap.registry import available, config_class
 from memwrap.saving import VERSION as __version__
@@ -17,6 +18,7 @@ __all__ = [
     "MemoryModelForCausalLM",
     "MemoryState",
     "RMTConfig",
+    "WindowConfig",
     "__version__",
     "available",
     "config_class",

@@ -88,8 +88,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         self.memory_modules = MemoryModules(memories)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
-        if any("layer" in c.places for c in self.memory_configs):
-            self.parts.attach_layers()
+        self.parts.attach({place for c in self.memory_configs for place in c.places})
         self.gradient_checkpointing = _take_over_checkpointing(backbone)
         self.generation_config = copy.deepcopy(backbone.generation_config)
         self.post_init()
@@ -109,13 +108,15 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         if len({c.segment_size for c in self.memory_configs}) > 1:
             raise ValueError("The memories have different `segment_size`s; give them one.")
         parts = self.parts
-        layered = any("layer" in c.places for c in self.memory_configs)
+        deep = {"layer", "attention"} & taken.keys()
         sizes = Sizes(
             hidden_size=parts.config.hidden_size,
             embedding_size=parts.embedding_size,
-            num_layers=len(parts.layers) if layered else parts.config.num_hidden_layers,
+            num_layers=len(parts.layers) if deep else parts.config.num_hidden_layers,
+            attention=parts.attention_sizes() if "attention" in taken else [],
             embedding_std=parts.embedding_std(),
             dtype=memory_dtype(parts.model),
+            backbone_dtype=parts.embedding_weight.dtype,
             device=parts.embedding_weight.device,
         )
         return {c.name: memory_class(c.name)(c, sizes) for c in self.memory_configs}

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from memwrap.context import Local
 from memwrap.memories.base import MemoryConfig
-from memwrap.segments import Local, SegmentReader, Step, plan, plan_columns
+from memwrap.segments import Outcome, SegmentReader, Step, plan, plan_columns
 from memwrap.state import MemoryState
 from memwrap.trees import Tree, tree_map
 
@@ -193,7 +194,8 @@ class Loop:
         embeds = self.reader.backbone.embed(nothing.to(device))
         local = Local(state.open, state.open_positions, state.open_valid)
         new = state.clone()
-        _, new.memories, local = self.reader.run(embeds, step, state.memories, local, True)
+        after = self.reader.run(embeds, step, state.memories, local, True)
+        new.memories, local = after.states, after.local
         new.open, new.open_positions, new.open_valid = local.tree, local.positions, local.valid
         new.segments = state.segments + closes.long()
         new.fill = torch.zeros_like(state.fill)
@@ -233,10 +235,10 @@ class Loop:
         def function(states: dict[str, Tree], tree: Tree) -> tuple[Tensor, dict[str, Tree], Local]:
             embeds = self._embeds(inputs, step)
             before = Local(tree, local.positions, local.valid)
-            hidden, states, after = self.reader.run(embeds, step, states, before, keep)
+            out = self.reader.run(embeds, step, states, before, keep)
             if wanted is None:
-                return hidden, states, after
-            return self._loss(hidden, wanted), states, after
+                return out.hidden, out.states, out.local
+            return self._loss(out, wanted), out.states, out.local
 
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(function, states, local.tree, use_reentrant=False)
@@ -272,7 +274,15 @@ class Loop:
             piece = source[rows, index]  # type: ignore[index]
         return self.reader.backbone.embed(piece) if inputs.ids is not None else piece
 
-    def _loss(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+    def _loss(self, out: Outcome, wanted: Tensor) -> Tensor:
+        """Summed cross entropy, and the memories' own losses once for each target."""
+        loss = self._cross_entropy(out.hidden, wanted)
+        if out.auxiliary is None:
+            return loss
+        count = (wanted != IGNORED).sum(1).to(out.auxiliary)
+        return loss + (out.auxiliary * count).sum()
+
+    def _cross_entropy(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         """Summed cross entropy; logits exist for a part of the positions at a time."""
         wanted = wanted.to(hidden.device)
         chosen = wanted != IGNORED

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -140,7 +140,10 @@ class SavingMixin:
             tensors = self.weights_to_save(include_base)
             names = {id(v): k for k, v in reversed(tensors.items())}
             unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
-            huggingface_hub.save_torch_state_dict(_untied(unique), scratch, metadata=None)
+            if unique:
+                huggingface_hub.save_torch_state_dict(_untied(unique), scratch, metadata=None)
+            else:  # a memory without parameters
+                save_file({}, scratch / WEIGHTS, metadata={"format": "pt"})
             config.save_pretrained(scratch)
             self.generation_config.save_pretrained(scratch)  # type: ignore[attr-defined]
             for old in folder.glob("model*.safetensors*"):

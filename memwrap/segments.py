@@ -9,12 +9,14 @@ whole segment is one call.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from memwrap.backbones import Backbone
+from memwrap.backbones import Backbone, Places
+from memwrap.backbones.attention import attention_modules
+from memwrap.context import LayerContext, Local
 from memwrap.memories.base import Memory, MemoryConfig
 from memwrap.state import cache_of, tree_of
 from memwrap.trees import Tree, tree_map, where_rows
@@ -138,42 +140,20 @@ def plan_columns(real: Tensor, config: MemoryConfig, hold_open: bool) -> list[St
 
 
 @dataclass
-class Local:
-    """The open segments: keys and values, with the positions and validity of their columns."""
+class Outcome:
+    """What a step gives.
 
-    tree: Tree
-    positions: Tensor
-    valid: Tensor
+    Attributes:
+        hidden: the tokens' last hidden states `(B, N, D)`.
+        states: the memories' trees after it.
+        local: the open segments after it.
+        auxiliary: the memories' own losses `(B,)`, means per token, or None.
+    """
 
-    @property
-    def empty(self) -> bool:
-        return self.valid.shape[1] == 0
-
-
-@dataclass
-class LayerContext:
-    """The keyword that the layers are handed: reads before, notes new states after."""
-
-    memories: dict[str, Memory]
+    hidden: Tensor
     states: dict[str, Tree]
-    num_suffix: int
-    closing: bool
-    seen: set[int] = field(default_factory=set)
-    written: dict[str, Tree] = field(default_factory=dict)
-
-    def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
-        self.seen.add(layer)
-        for name, memory in self.memories.items():
-            hidden = memory.before_layer(layer, hidden, self.states[name])
-        return hidden
-
-    def after_layer(self, layer: int, hidden: Tensor) -> None:
-        if not self.closing:
-            return
-        suffix = hidden[:, hidden.shape[1] - self.num_suffix :]
-        for name, memory in self.memories.items():
-            state = self.written.get(name, self.states[name])
-            self.written[name] = memory.after_layer(layer, suffix, state)
+    local: Local
+    auxiliary: Tensor | None = None
 
 
 class SegmentReader:
@@ -184,12 +164,13 @@ class SegmentReader:
         self.memories = memories
         self.tokens = {n: m for n, m in memories.items() if "tokens" in m.config.places}
         self.layers = {n: m for n, m in memories.items() if "layer" in m.config.places}
+        self.attending = {n: m for n, m in memories.items() if "attention" in m.config.places}
         self.num_prefix = sum(m.num_prefix for m in self.tokens.values())
         self.num_suffix = sum(m.num_suffix for m in self.tokens.values())
 
     def run(
         self, embeds: Tensor, step: Step, states: dict[str, Tree], local: Local, keep: bool
-    ) -> tuple[Tensor, dict[str, Tree], Local]:
+    ) -> Outcome:
         """Read one step.
 
         Args:
@@ -198,44 +179,71 @@ class SegmentReader:
             states: the memories' trees.
             local: the open segments before the step.
             keep: whether the open segments are wanted after it.
-
-        Returns:
-            The tokens' last hidden states `(B, N, D)`, the new trees, the new open segments.
         """
         blocks, valid, positions = self._blocks(embeds, step, states)
         x = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
-        cache = None
-        if keep or not local.empty:
-            cache = cache_of(local.tree)
-        plain = local.empty and bool(valid.all()) and self._contiguous(positions)
-        closing = bool(step.closes.any())
-        context = None
-        if self.layers:
-            context = LayerContext(self.layers, states, self.num_suffix, closing)
         all_positions = torch.cat([local.positions, positions], 1)
         all_valid = torch.cat([local.valid, valid], 1)
+        places = Places(positions, all_positions, valid, all_valid)
+        context = self._context(step, states, local, places)
+        if x.shape[1] == 0:  # a segment that closes without tokens or suffix
+            self._close_cached(context)
+            return Outcome(x, context.changed(step.closes), _nothing(local))
+        cache = cache_of(local.tree) if keep or not local.empty else None
+        plain = local.empty and bool(valid.all()) and self._contiguous(positions)
         hidden = self.backbone.run(
             x,
             positions,
             key_positions=None if plain else all_positions,
             key_valid=None if plain else all_valid,
             cache=cache,
-            context=context,
+            context=context if self.layers or self.attending else None,
         )
-        if context is not None and len(context.seen) != len(self.backbone.layers):
-            raise ValueError(
-                f"{type(self.backbone.model).__name__} does not hand keyword arguments down to its "
-                "decoder layers, which layer-level memories need; use a token-level one (rmt)."
-            )
+        self._check_met(context)
         first = self.num_prefix if bool(step.opens.any()) else 0
         tokens = hidden[:, first : first + step.columns.shape[1]]
-        if closing:
-            written = context.written if context is not None else {}
-            states = self._close(step, states, written, hidden)
-        kept = Local({}, all_positions[:, :0], all_valid[:, :0])
+        new = self._write(step, context.changed(step.closes), hidden)
+        kept = _nothing(local)
         if keep and cache is not None:
-            kept = _still_open(tree_of(cache), all_positions, all_valid, step.closes)
-        return tokens, states, kept
+            tree = tree_of(cache) | ({"hidden": context.hidden} if context.hidden else {})
+            kept = _still_open(tree, all_positions, all_valid, step.closes)
+        auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
+        return Outcome(tokens, new, kept, auxiliary)
+
+    def _context(
+        self, step: Step, states: dict[str, Tree], local: Local, places: Places
+    ) -> LayerContext:
+        return LayerContext(
+            layered=self.layers,
+            attending=self.attending,
+            states=states,
+            num_suffix=self.num_suffix,
+            closing=bool(step.closes.any()),
+            places=places,
+            local=local,
+            rotary=self.backbone.rotary,
+        )
+
+    def _close_cached(self, context: LayerContext) -> None:
+        if self.attending and context.closing and not context.local.empty:
+            for layer, module in enumerate(attention_modules(self.backbone.layers)):
+                context.close_attention(layer, module)
+
+    def _check_met(self, context: LayerContext) -> None:
+        """Every layer must have met its memories: a model that drops keywords is refused."""
+        name = type(self.backbone.model).__name__
+        count = len(self.backbone.layers) if self.layers or self.attending else 0
+        if self.layers and len(context.seen) != count:
+            raise ValueError(
+                f"{name} does not hand keyword arguments down to its decoder layers, which "
+                "layer-level memories need; use a token-level one (rmt)."
+            )
+        if self.attending and len(context.attended) != count:
+            raise ValueError(
+                f"{name}'s attention no longer meets the memory: its attention implementation "
+                f"was changed to {self.backbone.config._attn_implementation!r} after wrapping. "
+                "Unwrap, change it, and wrap again."
+            )
 
     def _blocks(
         self, embeds: Tensor, step: Step, states: dict[str, Tree]
@@ -260,20 +268,21 @@ class SegmentReader:
     def _contiguous(positions: Tensor) -> bool:
         return bool((positions == torch.arange(positions.shape[1])).all())
 
-    def _close(
-        self, step: Step, states: dict[str, Tree], written: dict[str, Tree], hidden: Tensor
-    ) -> dict[str, Tree]:
-        """The memories after a step in which some rows' segments closed."""
-        result = {}
+    def _write(self, step: Step, states: dict[str, Tree], hidden: Tensor) -> dict[str, Tree]:
+        """The memories' trees after the suffix of the rows that closed was read."""
+        if not bool(step.closes.any()):
+            return states
         place = hidden.shape[1] - self.num_suffix
-        for name, memory in self.memories.items():
-            new = written.get(name, states[name])
-            if name in self.tokens:
-                new = memory.write(new, hidden[:, place : place + memory.num_suffix])
-                place += memory.num_suffix
+        for name, memory in self.tokens.items():
+            new = memory.write(states[name], hidden[:, place : place + memory.num_suffix])
+            place += memory.num_suffix
             every = bool(step.closes.all())
-            result[name] = new if every else where_rows(step.closes, new, states[name])
-        return result
+            states = {**states, name: new if every else where_rows(step.closes, new, states[name])}
+        return states
+
+
+def _nothing(local: Local) -> Local:
+    return Local({}, local.positions[:, :0], local.valid[:, :0])
 
 
 def _still_open(tree: Tree, positions: Tensor, valid: Tensor, closes: Tensor) -> Local:

@@ -58,18 +58,23 @@ class AssociativeTask:
                 f"{self.num_keys}); raise `key_size`."
             )
 
+    @staticmethod
+    def last_ids(vocab_size: int) -> list[int]:
+        """The last 19 ids of a vocabulary, for symbols and marks."""
+        if vocab_size < SYMBOLS + 3:
+            raise ValueError(f"A vocabulary of {vocab_size} is too small; 19 ids are needed.")
+        return list(range(vocab_size - SYMBOLS - 3, vocab_size))
+
+    @classmethod
+    def of_ids(cls, ids: list[int], **settings: Any) -> AssociativeTask:
+        """The task over 19 ids: 16 symbols, then separator, question mark and end."""
+        sep, gen, eos = ids[SYMBOLS:]
+        return cls(symbols=ids[:SYMBOLS], sep=sep, gen=gen, eos=eos, **settings)
+
     @classmethod
     def for_vocabulary(cls, vocab_size: int, **settings: Any) -> AssociativeTask:
         """The task over the last 19 ids of a vocabulary."""
-        if vocab_size < SYMBOLS + 3:
-            raise ValueError(f"A vocabulary of {vocab_size} is too small; 19 ids are needed.")
-        first = vocab_size - SYMBOLS - 3
-        marks: dict[str, Any] = {
-            "sep": first + SYMBOLS,
-            "gen": first + SYMBOLS + 1,
-            "eos": first + SYMBOLS + 2,
-        }
-        return cls(symbols=list(range(first, first + SYMBOLS)), **marks, **settings)
+        return cls.of_ids(cls.last_ids(vocab_size), **settings)
 
     @property
     def num_keys(self) -> int:
