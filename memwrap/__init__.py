@@ -3,6 +3,8 @@
 from memwrap.configuration import MemoryModelConfig
 from memwrap.memories.armt import ARMTConfig
 from memwrap.memories.base import MemoryConfig
+from memwrap.memories.compressive import CompressiveConfig
+from memwrap.memories.infini import InfiniConfig
 from memwrap.memories.rmt import RMTConfig
 from memwrap.memories.window import WindowConfig
 from memwrap.model import MemoryModelForCausalLM
@@ -13,6 +15,8 @@ from memwrap.wrapping import load, unwrap, wrap
 
 __all__ = [
     "ARMTConfig",
+    "CompressiveConfig",
+    "InfiniConfig",
     "MemoryConfig",
     "MemoryModelConfig",
     "MemoryModelForCausalLM",

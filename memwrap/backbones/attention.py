@@ -151,12 +151,17 @@ class LayerAttention:
         """Query heads that share a KV head; query head h belongs to KV head h // groups."""
         return self.seen.query.shape[1] // self.seen.key.shape[1]
 
+    @property
+    def scaling(self) -> float:
+        """What the scores of plain queries are multiplied with."""
+        return getattr(self.seen.module, "scaling", None) or self.seen.scaling
+
     @cached_property
     def query(self) -> Tensor:
         """The queries `(B, H, T, Dk)` without rotation and without scaling."""
-        own = getattr(self.seen.module, "scaling", None) or self.seen.scaling
         plain = unrotate(self.seen.query, self._angles(self.places.queries, "queries"))
-        return plain if own == self.seen.scaling else plain * (self.seen.scaling / own)
+        before = self.seen.scaling / self.scaling
+        return plain if before == 1 else plain * before
 
     @cached_property
     def key(self) -> Tensor:
@@ -380,7 +385,7 @@ def attach(model: Any, layers: nn.ModuleList) -> None:
     """Let every layer's attention meet a memory."""
     for module in attention_modules(layers):
         if not hasattr(type(module), "_memwrap_parent"):
-            swap_class(module, _memory_attention(type(module)))
+            swap_class(module, _memory_attention(type(module)))  # type: ignore[arg-type]
     name = implementation(model.config.get_text_config(decoder=True))
     model.set_attn_implementation(PREFIX + name)
 

@@ -23,9 +23,9 @@ class LayerReader(Protocol):
 
 def swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Give one instance another class, also where accelerate's hooks stand before its forward."""
-    module.__class__ = kind  # type: ignore[assignment]
+    module.__class__ = kind
     if "_old_forward" in vars(module):
-        module._old_forward = MethodType(kind.forward, module)
+        vars(module)["_old_forward"] = MethodType(kind.forward, module)
 
 
 @cache
@@ -52,7 +52,7 @@ def attach(layers: nn.ModuleList) -> None:
     """Let every layer read and write; a layer that does already is left alone."""
     for index, layer in enumerate(layers):
         if not hasattr(type(layer), "_memwrap_parent"):
-            swap_class(layer, _memory_layer(type(layer), index))
+            swap_class(layer, _memory_layer(type(layer), index))  # type: ignore[arg-type]
 
 
 def detach(layers: nn.ModuleList) -> None:

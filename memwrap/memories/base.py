@@ -217,7 +217,7 @@ class Memory(nn.Module):
         return state
 
     def figures(self) -> dict[str, Tensor]:
-        """Learned numbers worth watching, `(layers, heads)` each: logged and plotted in training."""
+        """Learned numbers worth watching, `(layers, heads)` each: logged and plotted."""
         return {}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
