@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
@@ -222,8 +223,8 @@ class LayerAttention:
         own projections; `frozen` keeps gradients away from their weights."""
         capture = _Capture()
         keywords = {**self.seen.keywords, "memory_context": capture, "attention_mask": None}
-        for name in ("past_key_values", "position_ids"):
-            if name in keywords:
+        for name, value in keywords.items():
+            if isinstance(value, Cache) or name == "position_ids":
                 keywords[name] = None
         angles = keywords.get("position_embeddings")
         if angles is not None:

@@ -148,7 +148,7 @@ class CompressiveMemory(Memory):
         rows = [self._rows(attention, state, part) for part in reversed(PARTS)]
         counting = "usage" in state
         out, weights = attention.join(*rows, weights=counting)
-        if weights is not None:
+        if counting and weights is not None:
             state = {**state, "usage": state["usage"] + self._usage(attention, weights)}
         return out, state
 

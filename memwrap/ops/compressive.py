@@ -80,7 +80,7 @@ def most_used(usage: Tensor, evicted: Tensor, rate: int) -> tuple[Tensor, Tensor
     """
     size = usage.shape[1]
     leaving = torch.arange(size, device=usage.device) < evicted[:, None]
-    order = usage.masked_fill(~leaving, -math.inf).argsort(1, descending=True, stable=True)
+    order = (-usage.masked_fill(~leaving, -math.inf)).argsort(stable=True, dim=1)
     rank = order.argsort(1)
     keep = evicted // rate
     return earliest((rank < keep[:, None]) & leaving, size // rate), keep
