@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -88,12 +90,61 @@ def check_inputs(
     return Inputs(input_ids, inputs_embeds, real, starts.tolist(), lengths.tolist())
 
 
-def as_batch(text: Tensor | list, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Ids `(B, T)` and their mask; lists are padded on the right."""
+def check_fit(inputs: Inputs, vocab_size: int, width: int) -> None:
+    """Check that ids are in the vocabulary, or that embeddings have the backbone's width.
+
+    Raises:
+        ValueError: names the id or the width.
+    """
+    if inputs.embeds is not None:
+        if inputs.embeds.shape[2] != width:
+            raise ValueError(
+                f"`inputs_embeds` has width {inputs.embeds.shape[2]}; the backbone's is {width}."
+            )
+        return
+    ids: Tensor = inputs.ids  # type: ignore[assignment]
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"`input_ids` are {ids.dtype}; they must be integers.")
+    least, most = (int(x) for x in ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(
+            f"`input_ids` holds {least if least < 0 else most}; the vocabulary has ids from 0 to "
+            f"{vocab_size - 1}. Is it another model's tokenizer?"
+        )
+
+
+def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
+    """Refuse keywords that cannot be given or look like a misspelt one of `forward`; other ones
+    of transformers' callers have no effect here."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name):
+            raise ValueError(
+                f"`{name}` is not collected across segments; model.base_model(...) gives the last "
+                "hidden states, model.backbone(...) everything of one window."
+            )
+    own = [*inspect.signature(forward).parameters, "shift_labels"]
+    for name in kwargs:
+        near = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
+        if near:
+            raise ValueError(f"`{name}` is no argument of the model; did you mean `{near[0]}`?")
+
+
+def as_batch(
+    text: Tensor | str | list, mask: Tensor | None, tokenizer: Any = None
+) -> tuple[Tensor, Tensor | None]:
+    """Ids `(B, T)` and their mask; lists are padded on the right, strings tokenized first.
+
+    Raises:
+        ValueError: for nothing to read, or strings without a tokenizer.
+    """
     if isinstance(text, Tensor):
         return (text[None] if text.dim() == 1 else text), mask
-    if text and isinstance(text[0], int):
+    if isinstance(text, str) or (text and isinstance(text[0], int)):
         text = [text]
+    if text and isinstance(text[0], str):
+        if tokenizer is None:
+            raise ValueError("`text` is a string; give a `tokenizer` too, or ids.")
+        text = tokenizer(text, verbose=False)["input_ids"]
     rows = [torch.as_tensor(row, dtype=torch.long) for row in text]
     if not rows:
         raise ValueError("`text` is empty; give at least one row of ids.")

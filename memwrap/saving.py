@@ -208,6 +208,7 @@ class SavingMixin:
                 f"{sorted(set(kwargs) - _IGNORED_KEYS)} go to the loading of the base, but a base "
                 "was given; leave them out."
             )
+        _check_shape(own, base, folder)
         known = not own.base_included and own.base_fingerprint
         asked = {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys()
         if known and not asked and backbone_fingerprint(base) != own.base_fingerprint:
@@ -222,6 +223,20 @@ class SavingMixin:
             model.add_lora(PeftConfig.from_peft_type(**values), name)
         _load_weights(model, folder)
         return model.eval()  # type: ignore[attr-defined]
+
+
+def _check_shape(config: Any, base: PreTrainedModel, folder: Path) -> None:
+    """Refuse a base of another shape than the one that was saved with the memory."""
+    if not isinstance(base, PreTrainedModel):
+        return  # the backbone room says what is wrong with it
+    want, have = (c.get_text_config(decoder=True) for c in (config.backbone, base.config))
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        needed, got = getattr(want, name, None), getattr(have, name, None)
+        if needed != got:
+            raise ValueError(
+                f"The memory in {folder.name} belongs to a base with {name} {needed!r}; the given "
+                f"one has {got!r}. Give the base it was trained on."
+            )
 
 
 _IGNORED_KEYS = {

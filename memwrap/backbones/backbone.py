@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from memwrap.backbones import attention as attention_place
 from memwrap.backbones import layers as layer_place
-from memwrap.backbones.attention import AttentionSizes
 from memwrap.backbones.masks import build_masks, layer_kinds
+from memwrap.backbones.probing import AttentionSizes, probe
 from memwrap.backbones.rotary import Rotary
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
@@ -142,8 +143,23 @@ class Backbone:
         if not self.attached:
             return
         layer_place.detach(self.layers)
-        if str(self.config._attn_implementation).startswith(attention_place.PREFIX):
+        if self._attending:
             attention_place.detach(self.model, self.layers)
+
+    @property
+    def _attending(self) -> bool:
+        return str(self.config._attn_implementation).startswith(attention_place.PREFIX)
+
+    @contextmanager
+    def attention_lent(self) -> Iterator[None]:
+        """Let the attention meet a memory inside the block, whoever holds the backbone."""
+        before = self._attending
+        self.attach(("attention",))
+        try:
+            yield
+        finally:
+            if not before:
+                attention_place.detach(self.model, self.layers)
 
     @torch.no_grad()
     def attention_sizes(self) -> list[AttentionSizes]:
@@ -161,12 +177,11 @@ class Backbone:
 
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
-        self.attach(("attention",))
         try:
-            name = type(self.model).__name__
-            return attention_place.probe(run, len(self.layers), self.rotary, name)
+            with self.attention_lent():
+                name = type(self.model).__name__
+                return probe(run, len(self.layers), self.rotary, name)
         finally:
-            attention_place.detach(self.model, self.layers)
             for module, training in modes:
                 module.training = training
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memwrap.backbones.attention import AttentionSizes, LayerAttention
+from memwrap.backbones.attention import LayerAttention
+from memwrap.backbones.probing import AttentionSizes
 from memwrap.trees import Tree
 
 ALIGNMENTS = ("left", "right", "center")

@@ -295,11 +295,12 @@ class CompressiveMemory(Memory):
         else:
             found = []
             for rows in (constant, again):
-                keys, values = rows.get("key"), rows.get("value")
-                if keys is None:
+                if config.store == "kv":
+                    found.append((rows["key"], rows["value"]))
+                else:
                     hidden = rows["hidden"].squeeze(1).to(attention.value.dtype)
                     keys, values = attention.project(hidden, frozen=True)
-                found.append((keys.to(wide), values.to(wide)))
+                    found.append((keys.to(wide), values.to(wide)))
             made = there[:, rate - 1 :: rate]
             loss = ops.reconstruction(
                 attention.query.to(wide), (*found[0], there), (*found[1], made),
