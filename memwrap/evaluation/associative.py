@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
+from memwrap.evaluation.perplexity import MEMORY, OFF, SHUFFLED, TRUNCATED, lora_disabled
 from memwrap.files import write_text
 from memwrap.model import MemoryModelForCausalLM
 
@@ -267,7 +268,7 @@ def evaluate_recall(
     pairs: int | None = None,
     samples: int = 256,
     batch_size: int = 64,
-    controls: tuple[str, ...] = ("off", "shuffled"),
+    controls: tuple[str, ...] = (OFF, SHUFFLED, TRUNCATED),
     seed: int = 0,
     progress: bool = True,
 ) -> RecallResult:
@@ -283,7 +284,8 @@ def evaluate_recall(
         pairs: pairs stored; None: as many as the distance, so that the first is asked for.
         samples: rows at each distance.
         batch_size: rows at once.
-        controls: read controls beside the memory.
+        controls: curves beside the memory: "memory off", "memory shuffled", and "base, truncated":
+            the backbone without adapters, which sees the whole text as far as its window reaches.
         seed: of the samples.
         progress: show a bar.
 
@@ -297,7 +299,7 @@ def evaluate_recall(
         )
     was_training = model.training
     model.eval()
-    accuracy: dict[str, list[float]] = {"memory": [], **{f"memory {c}": [] for c in controls}}
+    accuracy: dict[str, list[float]] = {name: [] for name in (MEMORY, *controls)}
     for distance in tqdm(distances, desc="recall", disable=not progress):
         right = dict.fromkeys(accuracy, 0)
         generator = torch.Generator().manual_seed(seed * 1000 + distance)
@@ -307,8 +309,7 @@ def evaluate_recall(
                 rows, generator, num_pairs=pairs or distance, distance=distance
             )
             for name in accuracy:
-                control = None if name == "memory" else name.removeprefix("memory ")
-                right[name] += int(_right(model, task, ids, labels, control).sum())
+                right[name] += int(_right(model, task, ids, labels, name).sum())
         for name, count in right.items():
             accuracy[name].append(count / samples)
     model.train(was_training)
@@ -317,19 +318,19 @@ def evaluate_recall(
 
 
 def _right(
-    model: MemoryModelForCausalLM,
-    task: AssociativeTask,
-    ids: Tensor,
-    labels: Tensor,
-    control: str | None,
+    model: MemoryModelForCausalLM, task: AssociativeTask, ids: Tensor, labels: Tensor, curve: str
 ) -> Tensor:
     """`(B,)` bool: the whole answer is what the model holds likeliest."""
     keep = task.value_size + 2
-    out = model(
-        input_ids=ids.to(model.device),
-        logits_to_keep=keep,
-        use_cache=False,
-        memory_control=control,
-    )
-    predicted = out.logits[:, : task.value_size].argmax(-1).cpu()
+    ids = ids.to(model.device)
+    if curve == TRUNCATED:
+        window = min(model.parts.config.max_position_embeddings, ids.shape[1])
+        with lora_disabled(model.backbone):
+            logits = model.backbone(input_ids=ids[:, -window:], use_cache=False).logits[:, -keep:]
+    else:
+        control = None if curve == MEMORY else curve.removeprefix("memory ")
+        logits = model(
+            input_ids=ids, logits_to_keep=keep, use_cache=False, memory_control=control
+        ).logits
+    predicted = logits[:, : task.value_size].argmax(-1).cpu()
     return (predicted == labels[:, -keep + 1 : -1]).all(1)

@@ -140,7 +140,13 @@ def test_recall_counts_what_greedy_generation_answers(tmp_path: Path) -> None:
     task = AssociativeTask(key_size=1, value_size=1)
     model = wrapped("armt", segment_size=task.segment_size)
     result = evaluate_recall(
-        model, task, distances=(1, 3), samples=40, batch_size=16, controls=("off",), progress=False
+        model,
+        task,
+        distances=(1, 3),
+        samples=40,
+        batch_size=16,
+        controls=("memory off",),
+        progress=False,
     )
     right = 0
     generator = torch.Generator().manual_seed(3)
