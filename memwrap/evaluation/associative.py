@@ -267,7 +267,7 @@ def evaluate_recall(
     distances: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
     pairs: int | None = None,
     samples: int = 256,
-    batch_size: int = 64,
+    batch_size: int = 128,
     controls: tuple[str, ...] = (OFF, SHUFFLED, TRUNCATED),
     seed: int = 0,
     progress: bool = True,
@@ -308,8 +308,9 @@ def evaluate_recall(
             ids, labels = task.sample(
                 rows, generator, num_pairs=pairs or distance, distance=distance
             )
-            for name in accuracy:
-                right[name] += int(_right(model, task, ids, labels, name).sum())
+            for name, answers in _answers(model, task, ids, list(accuracy)).items():
+                wanted = labels[:, -task.value_size - 1 : -1]
+                right[name] += int((answers == wanted).all(1).sum())
         for name, count in right.items():
             accuracy[name].append(count / samples)
     model.train(was_training)
@@ -317,20 +318,28 @@ def evaluate_recall(
     return RecallResult(settings, pairs, list(distances), samples, task.chance, accuracy)
 
 
-def _right(
-    model: MemoryModelForCausalLM, task: AssociativeTask, ids: Tensor, labels: Tensor, curve: str
-) -> Tensor:
-    """`(B,)` bool: the whole answer is what the model holds likeliest."""
-    keep = task.value_size + 2
-    ids = ids.to(model.device)
-    if curve == TRUNCATED:
-        window = min(model.parts.config.max_position_embeddings, ids.shape[1])
-        with lora_disabled(model.backbone):
-            logits = model.backbone(input_ids=ids[:, -window:], use_cache=False).logits[:, -keep:]
-    else:
-        control = None if curve == MEMORY else curve.removeprefix("memory ")
-        logits = model(
-            input_ids=ids, logits_to_keep=keep, use_cache=False, memory_control=control
-        ).logits
-    predicted = logits[:, : task.value_size].argmax(-1).cpu()
-    return (predicted == labels[:, -keep + 1 : -1]).all(1)
+def _answers(
+    model: MemoryModelForCausalLM, task: AssociativeTask, ids: Tensor, curves: list[str]
+) -> dict[str, Tensor]:
+    """What each curve holds likeliest as the values asked for, `(B, value_size)`.
+
+    The pairs are read once; the memory and its read controls answer from the same state.
+    """
+    ids, first = ids.to(model.device), ids.shape[1] - task.segment_size
+    state = model.read(ids[:, :first])
+    answers = {}
+    for name in curves:
+        if name == TRUNCATED:
+            window = min(model.parts.config.max_position_embeddings, ids.shape[1])
+            with lora_disabled(model.backbone):
+                logits = model.backbone(input_ids=ids[:, -window:], use_cache=False).logits
+        else:
+            control = None if name == MEMORY else name.removeprefix("memory ")
+            logits = model(
+                input_ids=ids[:, first:],
+                past_key_values=state.clone(),
+                memory_control=control,
+            ).logits
+        keep = task.value_size + 2
+        answers[name] = logits[:, -keep : -keep + task.value_size].argmax(-1).cpu()
+    return answers

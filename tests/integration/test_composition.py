@@ -1,0 +1,47 @@
+"""Several memories on one backbone, at places of their own."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from support import MEMORIES, assert_close, assert_same_states, ids, padded, randomise, tiny
+
+import memwrap
+
+
+def fit(*names: str) -> bool:
+    places = [memwrap.config_class(n).places for n in names]
+    return not frozenset.intersection(*places)
+
+
+PAIRS = [p for p in combinations(MEMORIES, 2) if fit(*p)]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_two_memories(first: str, second: str, tmp_path: Path) -> None:
+    base = build("llama")
+    text = ids(1, 30)
+    with torch.no_grad():
+        before = base(text).logits
+        model = randomise(memwrap.wrap(base, tiny(first), tiny(second)))
+        want = model(text, use_cache=True)
+        state = model.new_state(1)
+        pieces = [model(p, past_key_values=state).logits for p in text.split(3, 1)]
+        assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
+        assert_same_states(state, want.past_key_values)
+        both, mask = padded([text[0], ids(19, seed=4)], "left")
+        assert_close(model(both, attention_mask=mask).logits[0], want.logits[0], what="padding")
+        model.save_pretrained(tmp_path)
+        base = memwrap.unwrap(model)
+        assert torch.equal(base(text).logits, before)
+        assert torch.equal(memwrap.load(tmp_path, base)(text).logits, want.logits)
+
+
+def test_some_memories_fit() -> None:
+    assert ("armt", "infini") in PAIRS and ("infini", "rmt") in PAIRS
+    with pytest.raises(ValueError, match="both attach at the attention place"):
+        memwrap.wrap(build("llama"), tiny("infini"), tiny("window"))
