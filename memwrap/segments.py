@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memwrap.backbones import Backbone
-from memwrap.memories.base import Memory, MemoryConfig
+from memwrap.memories.base import Memory, MemoryConfig, SegmentTokens
 from memwrap.state import cache_of, tree_of
 from memwrap.trees import Tree, tree_map, where_rows
 
@@ -69,9 +70,18 @@ class Step:
 
 
 def _row_pieces(
-    start: int, length: int, fill: int, config: MemoryConfig, hold_open: bool
+    start: int,
+    length: int,
+    fill: int,
+    config: MemoryConfig,
+    hold_open: bool,
+    drawn: dict[int, list[int] | None] | None = None,
 ) -> Iterator[tuple[int, int, int, bool]]:
-    """`(first column, tokens, offset in the segment, closes)` of one row."""
+    """`(first column, tokens, offset in the segment, closes)` of one row.
+
+    `drawn` takes up what training drew by number of tokens, so that rows of one length are cut
+    alike.
+    """
     size = config.segment_size
     if hold_open and fill >= size:
         if length:
@@ -82,15 +92,24 @@ def _row_pieces(
         start, length = start + taken, length - taken
         closes = fill + taken >= size and not (hold_open and length == 0)
         yield start - taken, taken, fill, closes
-    lengths = segment_lengths(length, size, config.alignment)
+    own = None
+    if drawn is not None:
+        own = drawn[length] = drawn.get(length) or config.draw_lengths(length)
+    lengths = own or segment_lengths(length, size, config.alignment)
     for index, taken in enumerate(lengths):
-        closes = index < len(lengths) - 1 or (taken == size and not hold_open)
+        full = taken == size or (own is not None and length % size == 0)
+        closes = index < len(lengths) - 1 or (full and not hold_open)
         yield start, taken, 0, closes
         start += taken
 
 
 def plan(
-    starts: list[int], lengths: list[int], fill: Tensor, config: MemoryConfig, hold_open: bool
+    starts: list[int],
+    lengths: list[int],
+    fill: Tensor,
+    config: MemoryConfig,
+    hold_open: bool,
+    training: bool = False,
 ) -> list[Step]:
     """Cut a call into steps.
 
@@ -100,9 +119,11 @@ def plan(
         fill: `(B,)` tokens in the rows' open segments.
         config: gives segment size and alignment.
         hold_open: the last segment of the call stays open, however long it grows.
+        training: segment lengths may be drawn (`MemoryConfig.draw_lengths`).
     """
+    drawn: dict[int, list[int] | None] | None = {} if training else None
     rows = [
-        list(_row_pieces(s, n, int(f), config, hold_open))
+        list(_row_pieces(s, n, int(f), config, hold_open, drawn))
         for s, n, f in zip(starts, lengths, fill.tolist(), strict=True)
     ]
     steps = []
@@ -139,7 +160,8 @@ def plan_columns(real: Tensor, config: MemoryConfig, hold_open: bool) -> list[St
 
 @dataclass
 class Local:
-    """The open segments: keys and values, with the positions and validity of their columns."""
+    """The open segments: keys and values, and what memories look at of the tokens, with the
+    places (order in the segment) and validity of their columns."""
 
     tree: Tree
     positions: Tensor
@@ -176,6 +198,27 @@ class LayerContext:
             self.written[name] = memory.after_layer(layer, suffix, state)
 
 
+@dataclass
+class Layout:
+    """The input of one step.
+
+    Attributes:
+        x: `(B, N', D)`: prefix, tokens, suffix, each if any row has it now.
+        valid: `(B, N')` bool.
+        places: `(B, N')` order inside the segment: what masks are made of.
+        position_ids: `(B, N')` where the backbone is told other positions, else None.
+        first: columns of the prefix.
+        base: `(B,)` rows of the prefix in front of each row's tokens.
+    """
+
+    x: Tensor
+    valid: Tensor
+    places: Tensor
+    position_ids: Tensor | None
+    first: int
+    base: Tensor
+
+
 class SegmentReader:
     """Runs steps: the backbone and its memories, without any state of its own."""
 
@@ -184,8 +227,16 @@ class SegmentReader:
         self.memories = memories
         self.tokens = {n: m for n, m in memories.items() if "tokens" in m.config.places}
         self.layers = {n: m for n, m in memories.items() if "layer" in m.config.places}
-        self.num_prefix = sum(m.num_prefix for m in self.tokens.values())
         self.num_suffix = sum(m.num_suffix for m in self.tokens.values())
+        self.looks_at = sorted({kind for m in memories.values() for kind in m.looks_at})
+        self.count_padding = any(m.config.count_padding for m in memories.values())
+        zero = any(m.zero_positions for m in self.tokens.values())
+        self.zero_positions = zero and backbone.max_positions is not None
+
+    @property
+    def prefix_positions(self) -> int:
+        """Most positions that the prefix takes in front of a segment's tokens."""
+        return 0 if self.zero_positions else sum(m.num_prefix for m in self.tokens.values())
 
     def run(
         self, embeds: Tensor, step: Step, states: dict[str, Tree], local: Local, keep: bool
@@ -202,23 +253,64 @@ class SegmentReader:
         Returns:
             The tokens' last hidden states `(B, N, D)`, the new trees, the new open segments.
         """
-        blocks, valid, positions = self._blocks(embeds, step, states)
-        x = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
+        if bool(step.opens.any()):
+            states = self._open(embeds, step, states)
+        layout = self._layout(embeds, step, states)
         cache = None
         if keep or not local.empty:
             cache = cache_of(local.tree)
-        plain = local.empty and bool(valid.all()) and self._contiguous(positions)
         closing = bool(step.closes.any())
         context = None
         if self.layers:
             context = LayerContext(self.layers, states, self.num_suffix, closing)
-        all_positions = torch.cat([local.positions, positions], 1)
-        all_valid = torch.cat([local.valid, valid], 1)
+        places = torch.cat([local.positions, layout.places], 1)
+        valid = torch.cat([local.valid, layout.valid], 1)
+        hidden = self._hidden(layout, places, valid, local, cache, context)
+        tokens = hidden[:, layout.first : layout.first + step.columns.shape[1]]
+        seen = self._seen(layout.x, hidden, local)
+        if closing:
+            written = context.written if context is not None else {}
+            inside = places >= layout.base[:, None]
+            states = self._close(step, states, written, hidden, seen, valid, inside)
+        kept = Local({}, places[:, :0], valid[:, :0])
+        if keep and cache is not None:
+            tree = tree_of(cache) | ({"tokens": seen} if seen else {})
+            kept = _still_open(tree, places, valid, step.closes)
+        return tokens, states, kept
+
+    def alone(self, embeds: Tensor, visible: Tensor, counted: Tensor) -> Tensor:
+        """Last hidden states of embeddings `(B, K, D)` without memories, positions from 0; see
+        `SegmentTokens.run`."""
+        visible, counted = visible.cpu(), counted.cpu()
+        places = (counted.long().cumsum(1) - 1).clamp(min=0)
+        plain = bool(visible.all()) and bool(counted.all())
+        return self.backbone.run(
+            embeds,
+            places,
+            key_positions=None if plain else places,
+            key_valid=None if plain else visible,
+        )
+
+    def _hidden(
+        self,
+        layout: Layout,
+        places: Tensor,
+        valid: Tensor,
+        local: Local,
+        cache: Any,
+        context: LayerContext | None,
+    ) -> Tensor:
+        """Last hidden states `(B, N', D)` of a step's input."""
+        if layout.x.shape[1] == 0:  # a segment closes on request and its memory has no suffix
+            return layout.x
+        plain = local.empty and bool(layout.valid.all()) and self._contiguous(layout.places)
+        plain = plain and layout.position_ids is None
         hidden = self.backbone.run(
-            x,
-            positions,
-            key_positions=None if plain else all_positions,
-            key_valid=None if plain else all_valid,
+            layout.x,
+            layout.places,
+            key_positions=None if plain else places,
+            key_valid=None if plain else valid,
+            position_ids=layout.position_ids,
             cache=cache,
             context=context,
         )
@@ -227,50 +319,107 @@ class SegmentReader:
                 f"{type(self.backbone.model).__name__} does not hand keyword arguments down to its "
                 "decoder layers, which layer-level memories need; use a token-level one (rmt)."
             )
-        first = self.num_prefix if bool(step.opens.any()) else 0
-        tokens = hidden[:, first : first + step.columns.shape[1]]
-        if closing:
-            written = context.written if context is not None else {}
-            states = self._close(step, states, written, hidden)
-        kept = Local({}, all_positions[:, :0], all_valid[:, :0])
-        if keep and cache is not None:
-            kept = _still_open(tree_of(cache), all_positions, all_valid, step.closes)
-        return tokens, states, kept
+        return hidden
 
-    def _blocks(
-        self, embeds: Tensor, step: Step, states: dict[str, Tree]
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The parts of a step's input, with validity `(B, N')` and positions `(B, N')`."""
+    def _layout(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> Layout:
+        """What the backbone is given, and where it stands."""
         batch, real = embeds.shape[0], step.columns >= 0
-        blocks, valid, positions = [embeds], [real], [step.offsets + self.num_prefix]
-        if self.num_prefix and bool(step.opens.any()):
+        masks = [self._prefix_mask(m, states[n], batch) for n, m in self.tokens.items()]
+        mask = torch.cat([torch.zeros(batch, 0, dtype=torch.bool), *masks], 1)
+        base = mask.sum(1)
+        blocks, valid, places = [embeds], [real], [step.offsets + base[:, None]]
+        there = mask & step.opens[:, None]
+        used = there.any(0)
+        first = int(used.sum())
+        if first:
             parts = [m.prefix(states[n]) for n, m in self.tokens.items() if m.num_prefix]
-            blocks.insert(0, torch.cat(parts, 1).to(embeds.dtype))
-            valid.insert(0, step.opens[:, None].expand(-1, self.num_prefix))
-            positions.insert(0, torch.arange(self.num_prefix).expand(batch, -1))
+            prefix = torch.cat(parts, 1).to(embeds.dtype)
+            if first < prefix.shape[1]:  # columns that no row needs
+                prefix = prefix[:, used.nonzero().squeeze(1).to(prefix.device)]
+            blocks.insert(0, prefix)
+            valid.insert(0, there[:, used])
+            places.insert(0, (mask.long().cumsum(1) - 1).clamp(min=0)[:, used])
         if self.num_suffix and bool(step.closes.any()):
             parts = [m.suffix(states[n]) for n, m in self.tokens.items() if m.num_suffix]
             blocks.append(torch.cat(parts, 1).to(embeds.dtype))
             valid.append(step.closes[:, None].expand(-1, self.num_suffix))
-            after = step.ends + self.num_prefix
-            positions.append(after[:, None] + torch.arange(self.num_suffix))
-        return blocks, torch.cat(valid, 1), torch.cat(positions, 1)
+            places.append((step.ends + base)[:, None] + torch.arange(self.num_suffix))
+        ids = None
+        if self.zero_positions:
+            own = 1 if first else 0  # which block holds the tokens
+            vector = self.backbone.first_position().to(embeds.dtype)
+            blocks = [b if i == own else b - vector for i, b in enumerate(blocks)]
+            other = [torch.zeros_like(p) for p in places]
+            ids = torch.cat([step.offsets if i == own else p for i, p in enumerate(other)], 1)
+        x = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
+        return Layout(x, torch.cat(valid, 1), torch.cat(places, 1), ids, first, base)
+
+    @staticmethod
+    def _prefix_mask(memory: Memory, state: Tree, batch: int) -> Tensor:
+        mask = memory.prefix_mask(state) if memory.num_prefix else None
+        if mask is None:
+            return torch.ones(batch, memory.num_prefix, dtype=torch.bool)
+        return mask.cpu()
 
     @staticmethod
     def _contiguous(positions: Tensor) -> bool:
         return bool((positions == torch.arange(positions.shape[1])).all())
 
+    def _open(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> dict[str, Tree]:
+        """The memories as segments open, where one looks at the first tokens."""
+        real = step.columns >= 0
+        counted = torch.ones_like(real) if self.count_padding else real
+        tokens = SegmentTokens(embeds, None, real, counted, self.alone)
+        result = dict(states)
+        for name, memory in self.tokens.items():
+            new = memory.opened(states[name], tokens)
+            if new is not states[name]:
+                every = bool(step.opens.all())
+                result[name] = new if every else where_rows(step.opens, new, states[name])
+        return result
+
+    def _seen(self, x: Tensor, hidden: Tensor, local: Local) -> Tree:
+        """What memories look at, `(B, 1, K, D)` as keys are laid out, open columns first."""
+        now = {"embeds": x, "hidden": hidden}
+        before = local.tree.get("tokens", {})
+        return {
+            kind: torch.cat([*([before[kind]] if kind in before else []), now[kind][:, None]], 2)
+            for kind in self.looks_at
+        }
+
     def _close(
-        self, step: Step, states: dict[str, Tree], written: dict[str, Tree], hidden: Tensor
+        self,
+        step: Step,
+        states: dict[str, Tree],
+        written: dict[str, Tree],
+        hidden: Tensor,
+        seen: Tree,
+        valid: Tensor,
+        inside: Tensor,
     ) -> dict[str, Tree]:
-        """The memories after a step in which some rows' segments closed."""
+        """The memories after a step in which some rows' segments closed.
+
+        Args:
+            step, states, written, hidden: as in `run`; `written` by the layers.
+            seen: what memories look at, of the columns before the step and of the step.
+            valid, inside: `(B, K)` of those columns: there; behind the prefix.
+        """
         result = {}
         place = hidden.shape[1] - self.num_suffix
+        end = valid.shape[1] - self.num_suffix
+        looked = {kind: value[:, 0, :end] for kind, value in seen.items()}
+        mask = (valid & inside)[:, :end]
+        counted = inside[:, :end] if self.count_padding else mask
+        tokens = SegmentTokens(
+            looked.get("embeds"), looked.get("hidden"), mask, counted, self.alone
+        )
         for name, memory in self.memories.items():
             new = written.get(name, states[name])
             if name in self.tokens:
                 new = memory.write(new, hidden[:, place : place + memory.num_suffix])
                 place += memory.num_suffix
+            if memory.looks_at:
+                new = memory.closed(new, tokens)
             every = bool(step.closes.all())
             result[name] = new if every else where_rows(step.closes, new, states[name])
         return result
