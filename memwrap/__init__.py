@@ -2,7 +2,10 @@
 
 from memwrap.configuration import MemoryModelConfig
 from memwrap.memories.armt import ARMTConfig
+from memwrap.memories.autocompressor import AutoCompressorConfig
 from memwrap.memories.base import MemoryConfig
+from memwrap.memories.hmt import HMTConfig
+from memwrap.memories.memoryprompt import MemoryPromptConfig
 from memwrap.memories.rmt import RMTConfig
 from memwrap.model import MemoryModelForCausalLM
 from memwrap.registry import available, config_class
@@ -12,9 +15,12 @@ from memwrap.wrapping import load, unwrap, wrap
 
 __all__ = [
     "ARMTConfig",
+    "AutoCompressorConfig",
+    "HMTConfig",
     "MemoryConfig",
     "MemoryModelConfig",
     "MemoryModelForCausalLM",
+    "MemoryPromptConfig",
     "MemoryState",
     "RMTConfig",
     "__version__",

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memwrap.memories.base import MemoryConfig
-from memwrap.segments import Local, SegmentReader, Step, plan, plan_columns
+from memwrap.planning import Step, plan, plan_columns
+from memwrap.segments import Local, SegmentReader
 from memwrap.state import MemoryState
 from memwrap.trees import Tree, tree_map
 

@@ -25,7 +25,7 @@ FLOORS = (
     {"assets", "files", "fingerprints", "ops", "trees"},
     {"backbones", "stores"},
     {"configuration", "memories", "registry", "state"},
-    {"generation", "model", "reading", "saving", "segments", "wrapping"},
+    {"generation", "model", "planning", "reading", "saving", "segments", "wrapping"},
     {"memwrap"},
     {"evaluation", "linearize", "training"},
     {"__main__", "chat", "cli", "demo", "doctor"},

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memwrap
-from memwrap.segments import segment_lengths
+from memwrap.planning import segment_lengths
 
 FOLDER = Path(os.environ.get("MEMWRAP_CONFORMANCE_DIR") or Path(__file__).parent / "data")
 BACKBONE = (
