@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -98,7 +99,7 @@ class AutoCompressorConfig(MemoryConfig):
         surplus = total - count * least
         cuts = torch.randint(surplus + 1, (count - 1,)).sort().values.tolist()
         edges = [0, *cuts, surplus]
-        return [least + b - a for a, b in zip(edges, edges[1:], strict=False)]
+        return [least + b - a for a, b in pairwise(edges)]
 
 
 @register(AutoCompressorConfig)

@@ -168,8 +168,8 @@ class HMTMemory(Memory):
         """
         batch = embeds.shape[0]
         summary = self.summary.expand(batch, -1, -1).to(embeds.dtype)
-        end = self.tokens if self.config.write_token == "learned" else self.summary
-        end = end.expand(batch, -1, -1).to(embeds.dtype)
+        last = self.tokens if self.config.write_token == "learned" else self.summary
+        end = last.expand(batch, -1, -1).to(embeds.dtype)
         edge = visible.new_ones(batch, 1)
         visible = torch.cat([edge, visible, edge], 1)
         counted = torch.cat([edge, counted, edge], 1)
