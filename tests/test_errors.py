@@ -272,7 +272,7 @@ def test_states_that_do_not_fit(model: Any) -> None:
     with refused("dict", "MemoryState"):
         model(ids(1, 3), past_key_values={})
     before = state.clone()
-    for settings in ({"segment_size": 9}, {"num_memory_tokens": 4}, {"loss_on": "last"}):
+    for settings in ({"segment_size": 9}, {"bptt_segments": 4}, {"loss_on": "last"}):
         other = wrapped(memory, **settings)
         name = next(iter(settings))
         with refused("another model", name, str(settings[name])):
