@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -80,7 +79,8 @@ class AutoCompressorConfig(MemoryConfig):
         return longer + kept + self.num_memory_tokens
 
     def draw_lengths(self, total: int) -> list[int] | None:
-        """Each window of `bptt_segments` segments is cut anew into as many (appendix A)."""
+        """Each window of `bptt_segments` segments is cut anew into as many. For two, the
+        published default, this is the published rule: one cut, uniform between the bounds."""
         whole, rest = divmod(total, self.segment_size)
         if not self.length_spread or whole < 2:
             return None
@@ -91,15 +91,13 @@ class AutoCompressorConfig(MemoryConfig):
         return [*lengths, rest] if rest else lengths
 
     def _draw(self, count: int) -> list[int]:
-        """`count` lengths with the mean `segment_size`, none above `longest`."""
-        if count == 1:
-            return [self.segment_size]
-        total = count * self.segment_size
-        least = max(-((self.longest - total) // (count - 1)), min(2, self.segment_size))
-        surplus = total - count * least
-        cuts = torch.randint(surplus + 1, (count - 1,)).sort().values.tolist()
-        edges = [0, *cuts, surplus]
-        return [least + b - a for a, b in pairwise(edges)]
+        """`count` lengths with the mean `segment_size`: what one of a pair has more the other has
+        less, in any order."""
+        size = self.segment_size
+        most = min(self.longest - size, size - min(2, size))
+        more = torch.randint(-most, most + 1, (count // 2,)).tolist()
+        lengths = [size + m for m in more] + [size - m for m in more] + [size] * (count % 2)
+        return [lengths[i] for i in torch.randperm(count).tolist()]
 
 
 @register(AutoCompressorConfig)

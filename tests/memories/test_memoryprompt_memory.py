@@ -68,8 +68,9 @@ def test_a_first_prompt_has_the_scale_of_embeddings() -> None:
     base = wrapped(NAME).backbone
     model = memwrap.wrap(base, "memoryprompt", segment_size=8)
     state = model.read(TEXT)
-    prompt = model.memories[NAME].prefix(state.memories[NAME])
-    scale = float(prompt.std() / model.get_input_embeddings().weight.std())
+    with torch.no_grad():
+        prompt = model.memories[NAME].prefix(state.memories[NAME])
+        scale = float(prompt.std() / model.get_input_embeddings().weight.std())
     assert prompt.shape == (2, 5, 32) and 0.3 < scale < 5
 
 
