@@ -214,7 +214,8 @@ class Loop:
         if not self.config.count_padding:
             if self._planned is None or self._planned[0] is not inputs:
                 starts, lengths, config = inputs.starts, inputs.lengths, self.config
-                steps = plan(starts, lengths, state.fill, config, state.hold_open, self.training)
+                drawing = self.training and torch.is_grad_enabled()  # reading never draws
+                steps = plan(starts, lengths, state.fill, config, state.hold_open, drawing)
                 self._planned = inputs, steps
             return self._planned[1]
         if bool(state.fill.any()):

@@ -29,7 +29,7 @@ class AutoCompressorConfig(MemoryConfig):
             RMT baseline).
         length_spread: in training, the segments of a window of `bptt_segments` get random
             lengths of the same sum, each at most so much longer than `segment_size` (1/3: up
-            to 4/3 of it). 0: never.
+            to 4/3 of it; never with `count_padding`). 0: never.
         zero_positions: on a backbone with a table of learned positions, summaries get a zero
             vector instead of one from the table and tokens count from 0. No effect on others.
         bptt_segments: gradients are stopped between windows of so many segments.

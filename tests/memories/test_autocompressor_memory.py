@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from support import SEGMENT, assert_close, error_of, ids, padded, shifted, wrapped
+from support import (
+    SEGMENT,
+    assert_close,
+    assert_same_states,
+    error_of,
+    ids,
+    padded,
+    shifted,
+    wrapped,
+)
 
 import memwrap
 from memwrap.memories.autocompressor import AutoCompressorConfig
@@ -76,6 +85,8 @@ def test_training_draws_and_evaluation_does_not() -> None:
         assert torch.equal(torch.get_rng_state(), state), "evaluation drew a number"
         want = wrapped(NAME)(TEXT).logits
     assert_close(got, want, 1e-6)
+    read = model.train().read(TEXT)  # nor does reading, whatever the mode
+    assert_same_states(read, wrapped(NAME).read(TEXT), 1e-6)
 
 
 def test_what_training_draws_is_what_it_computes() -> None:
