@@ -149,17 +149,17 @@ class HMTMemory(Memory):
         if not config.recall or config.query != "previous":
             return state
         # A part of the segment as long as it was, and at least one token.
-        lengths = tokens.counted.sum(1)
+        lengths = tokens.valid.sum(1)
         part = torch.round(lengths.double() * config.summary_fraction).long().clamp(min=1)
-        end, count = rows.take_last(embeds, tokens.counted, part, int(part.max()))
+        end, count = rows.take_last(embeds, tokens.valid, part, int(part.max()))
         there = rows.filled(count, end.shape[1])
         return self._recalled(state, self.topic(end, there, there, tokens))
 
     def topic(
         self, embeds: Tensor, visible: Tensor, counted: Tensor, tokens: SegmentTokens
     ) -> Tensor:
-        """Topic query S `(B, D)` of some tokens (section 3.2): the last hidden state behind
-        `[T | tokens | T]`, read by the backbone alone.
+        """Topic query S `(B, D)` of some tokens: the last hidden state behind `[T | tokens | T]`,
+        read by the backbone alone.
 
         Args:
             embeds: `(B, J, D)`.
@@ -185,7 +185,7 @@ class HMTMemory(Memory):
 
     def recall_weights(self, state: Tree) -> list[Tensor]:
         """For each row the weights `(n,)` with which its n cached memory embeddings, oldest
-        first, make up the vector that opens its next (query "previous") or opened its last
-        (query "segment") segment."""
+        first, make up the vector that opens its next segment. With query "segment" they are
+        those that opened its last one, over the cache as it was then. Zeros without recall."""
         pairs = zip(state["weights"], state["count"].tolist(), strict=True)
         return [weights[:count] for weights, count in pairs]

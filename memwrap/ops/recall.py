@@ -1,4 +1,4 @@
-"""Recall of past memory embeddings by cross attention (HMT, section 3.3)."""
+"""Recall of past memory embeddings by cross attention (HMT)."""
 
 from __future__ import annotations
 

@@ -241,6 +241,15 @@ def model_logits(family: str, text: torch.Tensor) -> torch.Tensor:
     return wrapped(NAME, family)(text).logits
 
 
+def test_positions_added_behind_a_projection_are_refused() -> None:
+    base = build("opt", word_embed_proj_dim=16)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="`zero_positions` must be false"):
+            wrapped(NAME, base=base)(ids(1, 2 * SEGMENT))
+        plain = wrapped(NAME, base=base, zero_positions=False)
+        assert bool(plain(ids(1, 2 * SEGMENT)).logits.isfinite().all())
+
+
 def test_a_table_limits_tokens_not_summaries() -> None:
     model = wrapped(NAME, "gpt2", memory_size=200, segment_size=64)
     with torch.no_grad():

@@ -101,6 +101,18 @@ def test_sensory_tokens_are_the_last_ones_read_however_few() -> None:
             assert bool((tree["sensory"][index, count:] == 0).all())
 
 
+@pytest.mark.parametrize("query", ["previous", "segment"])
+def test_padding_that_counts_hides_from_the_topic(query: str) -> None:
+    """With `count_padding` rows are cut by columns; what stands at padding changes nothing."""
+    model = wrapped("hmt", count_padding=True, num_sensory=0, query=query)
+    text, mask = padded([TEXT[0], TEXT[0, 5:]], "left")
+    with torch.no_grad():
+        want = model(text, attention_mask=mask).logits
+        got = model(text.masked_fill(mask == 0, 77), attention_mask=mask).logits
+    assert_close(got, want, 1e-6)
+    assert_close(got[0], model(TEXT).logits[0].detach())
+
+
 @pytest.mark.parametrize("settings", [{"num_sensory": 0}, {"recall": False}, {"cache_size": 1}])
 def test_smaller_variants_read_in_pieces(settings: dict[str, Any]) -> None:
     model = wrapped("hmt", **settings)
