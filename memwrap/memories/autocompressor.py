@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, memory_tokens
-from memwrap.ops import rows
+from memwrap.ops import ragged
 from memwrap.ops.associative import accumulation_dtype
 from memwrap.registry import register
 from memwrap.state import MemoryState
@@ -126,14 +126,14 @@ class AutoCompressorMemory(Memory):
         return state["summaries"]
 
     def prefix_mask(self, state: Tree) -> Tensor:
-        return rows.filled(state["count"], self.num_prefix)
+        return ragged.filled(state["count"], self.num_prefix)
 
     def suffix(self, state: Tree) -> Tensor:
         return self.tokens.expand(state["count"].shape[0], -1, -1)
 
     def write(self, state: Tree, hidden: Tensor) -> Tree:
         before = state["count"] if self.config.accumulate else torch.zeros_like(state["count"])
-        summaries, count = rows.append(state["summaries"], before, hidden)
+        summaries, count = ragged.append(state["summaries"], before, hidden)
         return {"summaries": summaries, "count": count}
 
     # Summaries as soft prompts that are made once and used often
@@ -157,7 +157,7 @@ class AutoCompressorMemory(Memory):
                 f"The summaries have shape {tuple(vectors.shape)}; they must be (batch, at most "
                 f"{places} (memory_size), {width})."
             )
-        summaries, count = rows.append(empty["summaries"], empty["count"], vectors)
+        summaries, count = ragged.append(empty["summaries"], empty["count"], vectors)
         return {"summaries": summaries, "count": count}
 
     def combine(self, states: list[MemoryState]) -> MemoryState:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.memories.base import Memory, MemoryConfig, SegmentTokens, Sizes, memory_tokens
-from memwrap.ops import rows
+from memwrap.ops import ragged
 from memwrap.registry import register
 from memwrap.trees import Tree
 
@@ -99,7 +99,7 @@ class MemoryPromptMemory(Memory):
             return state
         valid = tokens.valid.to(tokens.hidden.device)
         if self.config.pooling == "last":
-            told = rows.take_last(tokens.hidden, valid, 1, 1)[0][:, 0]
+            told = ragged.take_last(tokens.hidden, valid, 1, 1)[0][:, 0]
         else:
             told = (tokens.hidden * valid[..., None]).sum(1) / valid.sum(1).clamp(min=1)[:, None]
         with torch.autocast(told.device.type, enabled=False):

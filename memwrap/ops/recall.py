@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memwrap.ops.associative import accumulation_dtype
-from memwrap.ops.rows import filled
+from memwrap.ops.ragged import filled
 
 
 def recall(
