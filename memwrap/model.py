@@ -10,55 +10,31 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memwrap.backbones import Backbone
 from memwrap.backbones.backbone import memory_dtype
 from memwrap.configuration import MemoryModelConfig
+from memwrap.decoder import MemoryModules, SegmentDecoder
 from memwrap.fingerprints import fingerprint
 from memwrap.generation import MemoryGenerationMixin
 from memwrap.memories.base import Memory, Sizes
-from memwrap.reading import IGNORED, Inputs, Loop, as_batch, check_inputs, shift_targets
+from memwrap.reading import (
+    IGNORED,
+    Inputs,
+    Loop,
+    as_batch,
+    check_fit,
+    check_inputs,
+    refuse_unknown,
+    shift_targets,
+)
 from memwrap.registry import config_class, memory_class
 from memwrap.saving import SavingMixin, plain_name
 from memwrap.segments import SegmentReader
 from memwrap.state import MemoryState, check_shapes, signature_difference
 
 MEMORY_CHILD = "memory_modules"
-
-
-class MemoryModules(nn.Module):
-    """Holds every memory parameter: the one child that PEFT trains and saves whole."""
-
-    def __init__(self, memories: dict[str, Memory]) -> None:
-        super().__init__()
-        for name, memory in memories.items():
-            self.add_module(name, memory)
-
-    def by_name(self) -> dict[str, Memory]:
-        return dict(self.named_children())  # type: ignore[arg-type]
-
-
-class SegmentDecoder:
-    """What tools that look for a `base_model` get: last hidden states of a text of any length."""
-
-    def __init__(self, model: MemoryModelForCausalLM) -> None:
-        self._model = model
-
-    def __call__(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
-        state = self._model.new_state(inputs.shape[0])
-        reading = self._model.loop()(inputs, state, hidden_from=0, keep_open=False)
-        return BaseModelOutputWithPast(last_hidden_state=reading.hidden)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_model"].backbone.base_model, name)
 
 
 class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel):  # type: ignore[misc]
@@ -88,8 +64,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         self.memory_modules = MemoryModules(memories)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
-        if any("layer" in c.places for c in self.memory_configs):
-            self.parts.attach_layers()
+        self.parts.attach({place for c in self.memory_configs for place in c.places})
         self.gradient_checkpointing = _take_over_checkpointing(backbone)
         self.generation_config = copy.deepcopy(backbone.generation_config)
         self.post_init()
@@ -108,17 +83,29 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 taken[place] = config.name
         if len({c.segment_size for c in self.memory_configs}) > 1:
             raise ValueError("The memories have different `segment_size`s; give them one.")
-        parts = self.parts
-        layered = any("layer" in c.places for c in self.memory_configs)
-        sizes = Sizes(
-            hidden_size=parts.config.hidden_size,
-            embedding_size=parts.embedding_size,
-            num_layers=len(parts.layers) if layered else parts.config.num_hidden_layers,
-            embedding_std=parts.embedding_std(),
-            dtype=memory_dtype(parts.model),
-            device=parts.embedding_weight.device,
+        sizes = self.sizes(
+            layers=bool({"layer", "attention"} & taken.keys()), attention="attention" in taken
         )
         return {c.name: memory_class(c.name)(c, sizes) for c in self.memory_configs}
+
+    def sizes(self, *, layers: bool = True, attention: bool = False) -> Sizes:
+        """What a memory is told of the backbone.
+
+        Args:
+            layers: count the decoder layers themselves, not the config's number.
+            attention: look at every layer's attention too (runs one token).
+        """
+        parts = self.parts
+        return Sizes(
+            hidden_size=parts.config.hidden_size,
+            embedding_size=parts.embedding_size,
+            num_layers=len(parts.layers) if layers else parts.config.num_hidden_layers,
+            embedding_std=parts.embedding_std(),
+            dtype=memory_dtype(parts.model),
+            backbone_dtype=parts.embedding_weight.dtype,
+            device=parts.embedding_weight.device,
+            attention=parts.attention_sizes() if attention else [],
+        )
 
     def _check_positions(self) -> None:
         limit = self.parts.max_positions
@@ -288,8 +275,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             ValueError: for misshapen inputs, a mask with a hole, or a state of another model.
         """
         shift_labels = kwargs.pop("shift_labels", None)
-        _refuse(kwargs)
-        inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
+        refuse_unknown(kwargs, type(self).forward)
+        inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
         targets = self._targets(inputs, labels, shift_labels)
         if use_cache is None:
             use_cache = targets is None or not self.training
@@ -325,6 +312,11 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             result = self._advanced(past_key_values or state, reading.state)
         out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=result)
         return out.to_tuple() if return_dict is False else out
+
+    def _inputs(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> Inputs:
+        inputs = check_inputs(ids, embeds, mask)
+        check_fit(inputs, *self.parts.embedding_weight.shape)
+        return inputs
 
     def _state_of(self, given: MemoryState | None, inputs: Inputs) -> MemoryState:
         if given is None:
@@ -380,25 +372,32 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     @torch.no_grad()
     def read(
         self,
-        text: Tensor | list,
+        text: Tensor | str | list,
         attention_mask: Tensor | None = None,
         *,
+        tokenizer: Any = None,
         state: MemoryState | None = None,
         progress: bool = False,
     ) -> MemoryState:
         """Read without computing logits, in space that does not grow with the text.
 
         Args:
-            text: `(B, T)` or `(T,)` ids, or a list of id lists or tensors of any lengths.
+            text: `(B, T)` or `(T,)` ids, a list of id lists or tensors of any lengths, a string,
+                or a list of strings.
             attention_mask: `(B, T)`, for padded tensors.
+            tokenizer: turns strings into ids.
             state: continue this one; it stays as it is.
             progress: show a bar over segments.
 
         Returns:
             The state after the text.
+
+        Raises:
+            ValueError: for nothing to read, ids outside the vocabulary, or strings without a
+                tokenizer.
         """
-        ids, mask = as_batch(text, attention_mask)
-        inputs = check_inputs(ids.to(self.device), None, mask)
+        ids, mask = as_batch(text, attention_mask, tokenizer)
+        inputs = self._inputs(ids.to(self.device), None, mask)
         old = self._state_of(state, inputs).clone()
         old.hold_open = False
 
@@ -418,15 +417,6 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         self.check_state(state)
         new = self.loop().close(state)
         return self._advanced(state.clone(), new)
-
-
-def _refuse(kwargs: dict[str, Any]) -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.get(name):
-            raise ValueError(
-                f"`{name}` is not collected across segments; model.base_model(...) gives the last "
-                "hidden states, model.backbone(...) everything of one window."
-            )
 
 
 def _first_column(keep: int | Tensor, inputs: Inputs) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from memwrap.context import Local
 from memwrap.memories.base import MemoryConfig
 from memwrap.planning import Step, plan, plan_columns
-from memwrap.segments import Local, SegmentReader
+from memwrap.segments import Outcome, SegmentReader
 from memwrap.state import MemoryState
 from memwrap.trees import Tree, tree_map
 
@@ -88,12 +91,61 @@ def check_inputs(
     return Inputs(input_ids, inputs_embeds, real, starts.tolist(), lengths.tolist())
 
 
-def as_batch(text: Tensor | list, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Ids `(B, T)` and their mask; lists are padded on the right."""
+def check_fit(inputs: Inputs, vocab_size: int, width: int) -> None:
+    """Check that ids are in the vocabulary, or that embeddings have the backbone's width.
+
+    Raises:
+        ValueError: names the id or the width.
+    """
+    if inputs.embeds is not None:
+        if inputs.embeds.shape[2] != width:
+            raise ValueError(
+                f"`inputs_embeds` has width {inputs.embeds.shape[2]}; the backbone's is {width}."
+            )
+        return
+    ids: Tensor = inputs.ids  # type: ignore[assignment]
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"`input_ids` are {ids.dtype}; they must be integers.")
+    least, most = (int(x) for x in ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(
+            f"`input_ids` holds {least if least < 0 else most}; the vocabulary has ids from 0 to "
+            f"{vocab_size - 1}. Is it another model's tokenizer?"
+        )
+
+
+def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
+    """Refuse keywords that cannot be given or look like a misspelt one of `forward`; other ones
+    of transformers' callers have no effect here."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name):
+            raise ValueError(
+                f"`{name}` is not collected across segments; model.base_model(...) gives the last "
+                "hidden states, model.backbone(...) everything of one window."
+            )
+    own = [*inspect.signature(forward).parameters, "shift_labels"]
+    for name in kwargs:
+        near = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
+        if near:
+            raise ValueError(f"`{name}` is no argument of the model; did you mean `{near[0]}`?")
+
+
+def as_batch(
+    text: Tensor | str | list, mask: Tensor | None, tokenizer: Any = None
+) -> tuple[Tensor, Tensor | None]:
+    """Ids `(B, T)` and their mask; lists are padded on the right, strings tokenized first.
+
+    Raises:
+        ValueError: for nothing to read, or strings without a tokenizer.
+    """
     if isinstance(text, Tensor):
         return (text[None] if text.dim() == 1 else text), mask
-    if text and isinstance(text[0], int):
+    if isinstance(text, str) or (text and isinstance(text[0], int)):
         text = [text]
+    if text and isinstance(text[0], str):
+        if tokenizer is None:
+            raise ValueError("`text` is a string; give a `tokenizer` too, or ids.")
+        text = tokenizer(text, verbose=False)["input_ids"]
     rows = [torch.as_tensor(row, dtype=torch.long) for row in text]
     if not rows:
         raise ValueError("`text` is empty; give at least one row of ids.")
@@ -204,7 +256,8 @@ class Loop:
         embeds = self.reader.backbone.embed(nothing.to(device))
         local = Local(state.open, state.open_positions, state.open_valid)
         new = state.clone()
-        _, new.memories, local = self.reader.run(embeds, step, state.memories, local, True)
+        after = self.reader.run(embeds, step, state.memories, local, True)
+        new.memories, local = after.states, after.local
         new.open, new.open_positions, new.open_valid = local.tree, local.positions, local.valid
         new.segments = state.segments + closes.long()
         new.fill = torch.zeros_like(state.fill)
@@ -249,10 +302,10 @@ class Loop:
         def function(states: dict[str, Tree], tree: Tree) -> tuple[Tensor, dict[str, Tree], Local]:
             embeds = self._embeds(inputs, step)
             before = Local(tree, local.positions, local.valid)
-            hidden, states, after = self.reader.run(embeds, step, states, before, keep)
+            out = self.reader.run(embeds, step, states, before, keep)
             if wanted is None:
-                return hidden, states, after
-            return self._loss(hidden, wanted), states, after
+                return out.hidden, out.states, out.local
+            return self._loss(out, wanted), out.states, out.local
 
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(function, states, local.tree, use_reentrant=False)
@@ -288,7 +341,15 @@ class Loop:
             piece = source[rows, index]  # type: ignore[index]
         return self.reader.backbone.embed(piece) if inputs.ids is not None else piece
 
-    def _loss(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+    def _loss(self, out: Outcome, wanted: Tensor) -> Tensor:
+        """Summed cross entropy, and the memories' own losses once for each target."""
+        loss = self._cross_entropy(out.hidden, wanted)
+        if out.auxiliary is None:
+            return loss
+        count = (wanted != IGNORED).sum(1).to(out.auxiliary)
+        return loss + (out.auxiliary * count).sum()
+
+    def _cross_entropy(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         """Summed cross entropy; logits exist for a part of the positions at a time."""
         wanted = wanted.to(hidden.device)
         chosen = wanted != IGNORED

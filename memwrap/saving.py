@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -140,7 +140,10 @@ class SavingMixin:
             tensors = self.weights_to_save(include_base)
             names = {id(v): k for k, v in reversed(tensors.items())}
             unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
-            huggingface_hub.save_torch_state_dict(_untied(unique), scratch, metadata=None)
+            if unique:
+                huggingface_hub.save_torch_state_dict(_untied(unique), scratch, metadata=None)
+            else:  # a memory without parameters
+                save_file({}, scratch / WEIGHTS, metadata={"format": "pt"})
             config.save_pretrained(scratch)
             self.generation_config.save_pretrained(scratch)  # type: ignore[attr-defined]
             for old in folder.glob("model*.safetensors*"):
@@ -209,6 +212,7 @@ class SavingMixin:
                 f"{path} holds the memories {named}, this model {list(self.memories)}; a stage "
                 "hands over to one with the same."
             )
+        _check_shape(theirs, self.backbone, path)
         _warn_of_another_base(theirs, self.backbone, path)
         tensors = _read_weights(path)
         foreign = sorted(tensors.keys() - self.state_dict().keys())  # type: ignore[attr-defined]
@@ -238,6 +242,7 @@ class SavingMixin:
                 f"{sorted(set(kwargs) - _IGNORED_KEYS)} go to the loading of the base, but a base "
                 "was given; leave them out."
             )
+        _check_shape(own, base, folder)
         if not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
             _warn_of_another_base(own, base, folder)
         own.backbone = copy.deepcopy(base.config)
@@ -246,6 +251,20 @@ class SavingMixin:
             model.add_lora(PeftConfig.from_peft_type(**values), name)
         _load_weights(model, folder)
         return model.eval()  # type: ignore[attr-defined]
+
+
+def _check_shape(config: Any, base: PreTrainedModel, folder: Path) -> None:
+    """Refuse a base of another shape than the one that was saved with the memory."""
+    if not isinstance(base, PreTrainedModel):
+        return  # the backbone room says what is wrong with it
+    want, have = (c.get_text_config(decoder=True) for c in (config.backbone, base.config))
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        needed, got = getattr(want, name, None), getattr(have, name, None)
+        if needed != got:
+            raise ValueError(
+                f"The memory in {folder.name} belongs to a base with {name} {needed!r}; the given "
+                f"one has {got!r}. Give the base it was trained on."
+            )
 
 
 _IGNORED_KEYS = {

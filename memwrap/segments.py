@@ -8,13 +8,15 @@ checkpointing a whole segment is one call.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memwrap.backbones import Backbone
+from memwrap.backbones import Backbone, Places
+from memwrap.backbones.attention import attention_modules
+from memwrap.context import LayerContext, Local
 from memwrap.memories.base import Memory, SegmentTokens
 from memwrap.planning import Step
 from memwrap.state import cache_of, tree_of
@@ -22,43 +24,20 @@ from memwrap.trees import Tree, tree_map, where_rows
 
 
 @dataclass
-class Local:
-    """The open segments: keys and values, and what memories look at of the tokens, with the
-    places (order in the segment) and validity of their columns."""
+class Outcome:
+    """What a step gives.
 
-    tree: Tree
-    positions: Tensor
-    valid: Tensor
+    Attributes:
+        hidden: the tokens' last hidden states `(B, N, D)`.
+        states: the memories' trees after it.
+        local: the open segments after it.
+        auxiliary: the memories' own losses `(B,)`, means per token, or None.
+    """
 
-    @property
-    def empty(self) -> bool:
-        return self.valid.shape[1] == 0
-
-
-@dataclass
-class LayerContext:
-    """The keyword that the layers are handed: reads before, notes new states after."""
-
-    memories: dict[str, Memory]
+    hidden: Tensor
     states: dict[str, Tree]
-    num_suffix: int
-    closing: bool
-    seen: set[int] = field(default_factory=set)
-    written: dict[str, Tree] = field(default_factory=dict)
-
-    def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
-        self.seen.add(layer)
-        for name, memory in self.memories.items():
-            hidden = memory.before_layer(layer, hidden, self.states[name])
-        return hidden
-
-    def after_layer(self, layer: int, hidden: Tensor) -> None:
-        if not self.closing:
-            return
-        suffix = hidden[:, hidden.shape[1] - self.num_suffix :]
-        for name, memory in self.memories.items():
-            state = self.written.get(name, self.states[name])
-            self.written[name] = memory.after_layer(layer, suffix, state)
+    local: Local
+    auxiliary: Tensor | None = None
 
 
 @dataclass
@@ -90,6 +69,7 @@ class SegmentReader:
         self.memories = memories
         self.tokens = {n: m for n, m in memories.items() if "tokens" in m.config.places}
         self.layers = {n: m for n, m in memories.items() if "layer" in m.config.places}
+        self.attending = {n: m for n, m in memories.items() if "attention" in m.config.places}
         self.num_suffix = sum(m.num_suffix for m in self.tokens.values())
         self.looks_at = sorted({kind for m in memories.values() for kind in m.looks_at})
         self.count_padding = any(m.config.count_padding for m in memories.values())
@@ -103,7 +83,7 @@ class SegmentReader:
 
     def run(
         self, embeds: Tensor, step: Step, states: dict[str, Tree], local: Local, keep: bool
-    ) -> tuple[Tensor, dict[str, Tree], Local]:
+    ) -> Outcome:
         """Read one step.
 
         Args:
@@ -112,34 +92,29 @@ class SegmentReader:
             states: the memories' trees.
             local: the open segments before the step.
             keep: whether the open segments are wanted after it.
-
-        Returns:
-            The tokens' last hidden states `(B, N, D)`, the new trees, the new open segments.
         """
         if bool(step.opens.any()):
             states = self._open(embeds, step, states)
         layout = self._layout(embeds, step, states)
-        cache = None
-        if keep or not local.empty:
-            cache = cache_of(local.tree)
-        closing = bool(step.closes.any())
-        context = None
-        if self.layers:
-            context = LayerContext(self.layers, states, self.num_suffix, closing)
-        places = torch.cat([local.positions, layout.places], 1)
+        order = torch.cat([local.positions, layout.places], 1)
         valid = torch.cat([local.valid, layout.valid], 1)
-        hidden = self._hidden(layout, places, valid, local, cache, context)
+        places = Places(layout.places, order, layout.valid, valid)
+        context = self._context(step, states, local, places)
+        cache = cache_of(local.tree) if keep or not local.empty else None
+        hidden = self._hidden(layout, places, local, cache, context)
         tokens = hidden[:, layout.first : layout.first + step.columns.shape[1]]
+        states = context.changed(step.closes)
         seen = self._seen(layout.x, hidden, local)
-        if closing:
-            written = context.written if context is not None else {}
-            inside = places >= layout.base[:, None]
-            states = self._close(step, states, written, hidden, seen, valid, inside)
-        kept = Local({}, places[:, :0], valid[:, :0])
+        if bool(step.closes.any()):
+            inside = order >= layout.base[:, None]
+            states = self._write(step, states, hidden, seen, valid, inside)
+        kept = Local({}, order[:, :0], valid[:, :0])
         if keep and cache is not None:
-            tree = tree_of(cache) | ({"tokens": seen} if seen else {})
-            kept = _still_open(tree, places, valid, step.closes)
-        return tokens, states, kept
+            noted = {"hidden": context.hidden, "tokens": seen}
+            tree = tree_of(cache) | {name: part for name, part in noted.items() if part}
+            kept = _still_open(tree, order, valid, step.closes)
+        auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
+        return Outcome(tokens, states, kept, auxiliary)
 
     def alone(self, embeds: Tensor, visible: Tensor, counted: Tensor) -> Tensor:
         """Last hidden states of embeddings `(B, K, D)` without memories, positions from 0; see
@@ -155,34 +130,60 @@ class SegmentReader:
         )
 
     def _hidden(
-        self,
-        layout: Layout,
-        places: Tensor,
-        valid: Tensor,
-        local: Local,
-        cache: Any,
-        context: LayerContext | None,
+        self, layout: Layout, places: Places, local: Local, cache: Any, context: LayerContext
     ) -> Tensor:
         """Last hidden states `(B, N', D)` of a step's input."""
-        if layout.x.shape[1] == 0:  # a segment closes on request and its memory has no suffix
+        if layout.x.shape[1] == 0:  # a segment that closes without tokens or suffix
+            self._close_cached(context)
             return layout.x
         plain = local.empty and bool(layout.valid.all()) and self._contiguous(layout.places)
         plain = plain and layout.position_ids is None
         hidden = self.backbone.run(
             layout.x,
             layout.places,
-            key_positions=None if plain else places,
-            key_valid=None if plain else valid,
+            key_positions=None if plain else places.keys,
+            key_valid=None if plain else places.key_valid,
             position_ids=layout.position_ids,
             cache=cache,
-            context=context,
+            context=context if self.layers or self.attending else None,
         )
-        if context is not None and len(context.seen) != len(self.backbone.layers):
-            raise ValueError(
-                f"{type(self.backbone.model).__name__} does not hand keyword arguments down to its "
-                "decoder layers, which layer-level memories need; use a token-level one (rmt)."
-            )
+        self._check_met(context)
         return hidden
+
+    def _context(
+        self, step: Step, states: dict[str, Tree], local: Local, places: Places
+    ) -> LayerContext:
+        return LayerContext(
+            layered=self.layers,
+            attending=self.attending,
+            states=states,
+            num_suffix=self.num_suffix,
+            closing=bool(step.closes.any()),
+            places=places,
+            local=local,
+            rotary=self.backbone.rotary,
+        )
+
+    def _close_cached(self, context: LayerContext) -> None:
+        if self.attending and context.closing and not context.local.empty:
+            for layer, module in enumerate(attention_modules(self.backbone.layers)):
+                context.close_attention(layer, module)
+
+    def _check_met(self, context: LayerContext) -> None:
+        """Every layer must have met its memories: a model that drops keywords is refused."""
+        name = type(self.backbone.model).__name__
+        count = len(self.backbone.layers) if self.layers or self.attending else 0
+        if self.layers and len(context.seen) != count:
+            raise ValueError(
+                f"{name} does not hand keyword arguments down to its decoder layers, which "
+                "layer-level memories need; use a token-level one (rmt)."
+            )
+        if self.attending and len(context.attended) != count:
+            raise ValueError(
+                f"{name}'s attention no longer meets the memory: its attention implementation "
+                f"was changed to {self.backbone.config._attn_implementation!r} after wrapping. "
+                "Unwrap, change it, and wrap again."
+            )
 
     def _layout(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> Layout:
         """What the backbone is given, and where it stands."""
@@ -250,24 +251,24 @@ class SegmentReader:
             for kind in self.looks_at
         }
 
-    def _close(
+    def _write(
         self,
         step: Step,
         states: dict[str, Tree],
-        written: dict[str, Tree],
         hidden: Tensor,
         seen: Tree,
         valid: Tensor,
         inside: Tensor,
     ) -> dict[str, Tree]:
-        """The memories after a step in which some rows' segments closed.
+        """The memories' trees after the suffix and the tokens of the rows that closed.
 
         Args:
-            step, states, written, hidden: as in `run`; `written` by the layers.
+            step, hidden: as in `run`.
+            states: what the layers made of the trees.
             seen: what memories look at, of the columns before the step and of the step.
             valid, inside: `(B, K)` of those columns: there; behind the prefix.
         """
-        result = {}
+        result = dict(states)
         place = hidden.shape[1] - self.num_suffix
         end = valid.shape[1] - self.num_suffix
         looked = {kind: value[:, 0, :end] for kind, value in seen.items()}
@@ -277,14 +278,15 @@ class SegmentReader:
             looked.get("embeds"), looked.get("hidden"), mask, counted, self.alone
         )
         for name, memory in self.memories.items():
-            new = written.get(name, states[name])
+            new = states[name]
             if name in self.tokens:
                 new = memory.write(new, hidden[:, place : place + memory.num_suffix])
                 place += memory.num_suffix
             if memory.looks_at:
                 new = memory.closed(new, tokens)
-            every = bool(step.closes.all())
-            result[name] = new if every else where_rows(step.closes, new, states[name])
+            if new is not states[name]:
+                every = bool(step.closes.all())
+                result[name] = new if every else where_rows(step.closes, new, states[name])
         return result
 
 

@@ -46,7 +46,11 @@ def wrap(
         )
     if isinstance(model, PeftModel):
         model = _inside_peft(model)
-    Backbone(model)  # says what a model lacks before anything is built
+    if Backbone(model).attached:  # says what a model lacks before anything is built
+        raise ValueError(
+            f"This {type(model).__name__} is inside another memory model already; memwrap.unwrap "
+            "that one first, or load the backbone again."
+        )
     configs = [_config(m, settings) for m in memories]
     if settings and not any(isinstance(m, str) for m in memories):
         raise ValueError(
@@ -98,8 +102,7 @@ def unwrap(model: MemoryModelForCausalLM) -> PreTrainedModel:
         raise ValueError("The memory model is inside a PeftModel; unwrap(model.get_base_model()).")
     if not isinstance(model, MemoryModelForCausalLM):
         raise ValueError(f"unwrap got a {type(model).__name__}; it needs a memwrap model.")
-    if any("layer" in c.places for c in model.memory_configs):
-        model.parts.detach_layers()
+    model.parts.detach()
     return model.backbone
 
 

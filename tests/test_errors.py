@@ -224,6 +224,27 @@ def test_missing_double_and_empty_inputs(model: Any) -> None:
             model.read(text)
 
 
+def test_ids_and_embeddings_of_another_model(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"holds 128; the vocabulary has ids from 0 to 127"):
+        model(torch.tensor([[3, 128]]))
+    with pytest.raises(ValueError, match="holds -1"):
+        model.read(torch.tensor([[3, -1]]))
+    with pytest.raises(ValueError, match=r"torch.float32; they must be integers"):
+        model(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="width 7; the backbone's is 32"):
+        model(inputs_embeds=torch.ones(1, 3, 7))
+    with pytest.raises(ValueError, match="give a `tokenizer`"):
+        model.read("some text")
+
+
+def test_misspelt_arguments(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"`label` is no argument.*`labels`"):
+        model(torch.tensor([[3, 4]]), label=torch.tensor([[3, 4]]))
+    with pytest.raises(ValueError, match=r"`atention_mask`.*`attention_mask`"):
+        model(torch.tensor([[3, 4]]), atention_mask=torch.ones(1, 2))
+    model(torch.tensor([[3, 4]]), output_router_logits=False)
+
+
 def test_labels_of_another_shape(model: Any) -> None:
     for name in ("labels", "shift_labels"):
         with refused("labels", r"\(1, 4\)", r"\(1, 5\)"):
@@ -272,7 +293,7 @@ def test_states_that_do_not_fit(model: Any) -> None:
     with refused("dict", "MemoryState"):
         model(ids(1, 3), past_key_values={})
     before = state.clone()
-    for settings in ({"segment_size": 9}, {"bptt_segments": 4}, {"loss_on": "last"}):
+    for settings in ({"segment_size": 9}, {"bptt_segments": 3}, {"loss_on": "last"}):
         other = wrapped(memory, **settings)
         name = next(iter(settings))
         with refused("another model", name, str(settings[name])):
@@ -317,10 +338,11 @@ def state_file(model: Any, tmp_path: Path) -> Path:
 def test_a_state_of_other_weights(model: Any, state_file: Path) -> None:
     memory = model.memory_configs[0].name
     other = randomise(wrapped(memory), seed=99)
-    for check in (
+    checks = (
         lambda: memwrap.MemoryState.load(state_file, other),
         lambda: other(ids(1, 3), past_key_values=memwrap.MemoryState.load(state_file)),
-    ):
+    )
+    for check in checks if list(other.memory_parameters()) else ():
         with refused("other weights", "memories", "read the text again"):
             check()
     with refused("other weights", "backbone"):
@@ -415,7 +437,7 @@ def test_damaged_and_foreign_model_folders(folder: Path) -> None:
     (folder.parent / "empty").mkdir()
     with refused("config.json", "empty"):
         memwrap.load(folder.parent / "empty")
-    for data in (b"", b"garbage" * 30, whole[:100], whole[: len(whole) // 2], whole[:-1]):
+    for data in (b"", b"garbage" * 30, whole[:9], whole[: len(whole) // 2], whole[:-1]):
         weights.write_bytes(data)
         with refused("model.safetensors", "damaged"):
             memwrap.load(folder, build("llama"))
@@ -424,16 +446,16 @@ def test_damaged_and_foreign_model_folders(folder: Path) -> None:
         memwrap.load(folder, build("llama"))
     weights.write_bytes(whole)
     tensors = load_file(weights)
-    name = next(iter(tensors))
-    save_file({k: v for k, v in tensors.items() if k != name}, weights)
-    with refused("model.safetensors", re.escape(name)):
-        memwrap.load(folder, build("llama"))
     save_file({**tensors, "strange": torch.ones(1)}, weights)
     with refused("model.safetensors", "strange"):
         memwrap.load(folder, build("llama"))
-    save_file({**tensors, name: torch.ones(3)}, weights)
-    with refused("model.safetensors", re.escape(name), r"\(3,\)"):
-        memwrap.load(folder, build("llama"))
+    for name in list(tensors)[:1]:
+        save_file({k: v for k, v in tensors.items() if k != name}, weights)
+        with refused("model.safetensors", re.escape(name)):
+            memwrap.load(folder, build("llama"))
+        save_file({**tensors, name: torch.ones(3)}, weights)
+        with refused("model.safetensors", re.escape(name), r"\(3,\)"):
+            memwrap.load(folder, build("llama"))
     weights.unlink()
     with refused("model.safetensors"):
         memwrap.load(folder, build("llama"))
@@ -465,11 +487,11 @@ def test_loading_with_another_base(model: Any, folder: Path, tmp_path: Path) -> 
         memwrap.load(folder, build("llama"), dtype=torch.float32)
     with pytest.warns(UserWarning, match="not the one"):
         memwrap.load(folder, build("llama", seed=5))
-    memory = model.memory_configs[0].name
     wide = build("llama", hidden_size=64, intermediate_size=96)
-    with pytest.warns(UserWarning), refused("shape", "model.safetensors"):
+    with refused("hidden_size", "32", "64"):
         memwrap.load(folder, wide)
-    assert memory in MEMORIES
+    with refused("model_type", "llama", "gpt2"):
+        memwrap.load(folder, build("gpt2"))
     build("llama").save_pretrained(tmp_path / "plain")
     with refused("llama", "memwrap"):
         memwrap.load(tmp_path / "plain")
@@ -519,6 +541,8 @@ def test_a_failing_save_of_a_model_leaves_nothing(
     changed = randomise(wrapped(model.memory_configs[0].name), seed=42)
     with monkeypatch.context() as patch:
         patch.setattr(broken, full_disk)
+        if broken.startswith("huggingface_hub"):  # what writes where there are no parameters
+            patch.setattr("memwrap.saving.save_file", full_disk)
         for path in (folder, folder.parent / "new"):
             with pytest.raises(OSError, match="No space"):
                 changed.save_pretrained(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +14,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from memwrap.backbones import attention as attention_place
 from memwrap.backbones import layers as layer_place
-from memwrap.backbones.layers import LayerReader
 from memwrap.backbones.masks import build_masks, layer_kinds
+from memwrap.backbones.probing import AttentionSizes, probe
+from memwrap.backbones.rotary import Rotary
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 _NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
@@ -70,12 +74,13 @@ class Backbone:
                 f"The decoder of {type(model).__name__} takes no {', '.join(missing)}, which a "
                 "segment (embeddings, positions that restart) needs."
             )
-        implementation = self.config._attn_implementation
-        if implementation not in ATTENTION_IMPLEMENTATIONS:
+        name = attention_place.implementation(self.config)
+        if name not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(
-                f"The backbone's attention is {implementation!r}; segments need explicit masks: "
+                f"The backbone's attention is {name!r}; segments need explicit masks: "
                 "load it with attn_implementation='sdpa' (or 'eager')."
             )
+        self.rotary = Rotary(decoder, self.config)
         self._path = next(n for n, m in model.named_modules() if m is decoder).split(".")
 
     @property
@@ -141,11 +146,64 @@ class Backbone:
         # Rows before that of position 0 (padding) are what the table has beyond its positions.
         return table.weight[table.num_embeddings - self.config.max_position_embeddings]
 
-    def attach_layers(self) -> None:
-        layer_place.attach(self.layers)
+    @property
+    def attached(self) -> bool:
+        """Whether a memory model holds this backbone's layers or attention."""
+        return any(hasattr(type(m), "_memwrap_parent") for m in self.decoder.modules())
 
-    def detach_layers(self) -> None:
+    def attach(self, places: Collection[str]) -> None:
+        """Let the layers ("layer") and their attention ("attention") meet a memory."""
+        if "layer" in places:
+            layer_place.attach(self.layers)
+        if "attention" in places:
+            attention_place.attach(self.model, self.layers)
+
+    def detach(self) -> None:
+        """Give every layer and attention its own class and function back."""
+        if not self.attached:
+            return
         layer_place.detach(self.layers)
+        if self._attending:
+            attention_place.detach(self.model, self.layers)
+
+    @property
+    def _attending(self) -> bool:
+        return str(self.config._attn_implementation).startswith(attention_place.PREFIX)
+
+    @contextmanager
+    def attention_lent(self) -> Iterator[None]:
+        """Let the attention meet a memory inside the block, whoever holds the backbone."""
+        before = self._attending
+        self.attach(("attention",))
+        try:
+            yield
+        finally:
+            if not before:
+                attention_place.detach(self.model, self.layers)
+
+    @torch.no_grad()
+    def attention_sizes(self) -> list[AttentionSizes]:
+        """Heads and widths of every layer's attention, seen by running one token through it.
+
+        Raises:
+            ValueError: if the model does not offer what the attention place needs.
+        """
+        weight = self.embedding_weight
+        noise = torch.randn(1, 1, self.embedding_size, generator=torch.Generator().manual_seed(0))
+        token = (noise * (self.embedding_std() or 1.0)).to(weight.device, weight.dtype)
+
+        def run(positions: Tensor, context: Any) -> None:
+            self.run(token, positions, context=context)
+
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            with self.attention_lent():
+                name = type(self.model).__name__
+                return probe(run, len(self.layers), self.rotary, name)
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """`(B, T)` ids -> `(B, T, D)` embeddings."""
@@ -160,7 +218,7 @@ class Backbone:
         key_valid: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
-        context: LayerReader | None = None,
+        context: Any = None,
     ) -> Tensor:
         """Run the decoder over embeddings.
 
@@ -172,7 +230,7 @@ class Backbone:
             position_ids: `(B, T)`, where what the backbone is told differs from `positions`,
                 the order that masks are made of.
             cache: holds the keys and values of the open segment and takes up the new ones.
-            context: read and written by the layers.
+            context: read and written by the layers (`LayerReader`, `AttentionReader`).
 
         Returns:
             The last hidden states `(B, T, D)`, after the final norm.

@@ -7,6 +7,7 @@ PEFT targets, device maps and output recording stay as they are.
 from __future__ import annotations
 
 from functools import cache
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -18,6 +19,13 @@ class LayerReader(Protocol):
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor: ...
 
     def after_layer(self, layer: int, hidden: Tensor) -> None: ...
+
+
+def swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give one instance another class, also where accelerate's hooks stand before its forward."""
+    module.__class__ = kind
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = MethodType(kind.forward, module)
 
 
 @cache
@@ -44,7 +52,7 @@ def attach(layers: nn.ModuleList) -> None:
     """Let every layer read and write; a layer that does already is left alone."""
     for index, layer in enumerate(layers):
         if not hasattr(type(layer), "_memwrap_parent"):
-            layer.__class__ = _memory_layer(type(layer), index)  # type: ignore[arg-type]
+            swap_class(layer, _memory_layer(type(layer), index))  # type: ignore[arg-type]
 
 
 def detach(layers: nn.ModuleList) -> None:
@@ -52,4 +60,4 @@ def detach(layers: nn.ModuleList) -> None:
     for layer in layers:
         parent = getattr(type(layer), "_memwrap_parent", None)
         if parent is not None:
-            layer.__class__ = parent
+            swap_class(layer, parent)

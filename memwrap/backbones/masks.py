@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memwrap.backbones.attention import implementation
+
 KINDS = ("full_attention", "sliding_attention")
 
 
@@ -59,7 +61,7 @@ def build_masks(
     for kind in layer_kinds(config):
         mask = visible & (distance < config.sliding_window) if kind == KINDS[1] else visible
         mask = mask[:, None].to(device)
-        if config._attn_implementation == "eager":
+        if implementation(config) == "eager":
             zero = torch.zeros((), dtype=dtype, device=device)
             mask = torch.where(mask, zero, torch.finfo(dtype).min)
         result[kind] = mask

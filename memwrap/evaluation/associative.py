@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
+from memwrap.evaluation.perplexity import MEMORY, OFF, SHUFFLED, TRUNCATED, lora_disabled
 from memwrap.files import write_text
 from memwrap.model import MemoryModelForCausalLM
 
@@ -58,18 +59,23 @@ class AssociativeTask:
                 f"{self.num_keys}); raise `key_size`."
             )
 
+    @staticmethod
+    def last_ids(vocab_size: int) -> list[int]:
+        """The last 19 ids of a vocabulary, for symbols and marks."""
+        if vocab_size < SYMBOLS + 3:
+            raise ValueError(f"A vocabulary of {vocab_size} is too small; 19 ids are needed.")
+        return list(range(vocab_size - SYMBOLS - 3, vocab_size))
+
+    @classmethod
+    def of_ids(cls, ids: list[int], **settings: Any) -> AssociativeTask:
+        """The task over 19 ids: 16 symbols, then separator, question mark and end."""
+        sep, gen, eos = ids[SYMBOLS:]
+        return cls(symbols=ids[:SYMBOLS], sep=sep, gen=gen, eos=eos, **settings)
+
     @classmethod
     def for_vocabulary(cls, vocab_size: int, **settings: Any) -> AssociativeTask:
         """The task over the last 19 ids of a vocabulary."""
-        if vocab_size < SYMBOLS + 3:
-            raise ValueError(f"A vocabulary of {vocab_size} is too small; 19 ids are needed.")
-        first = vocab_size - SYMBOLS - 3
-        marks: dict[str, Any] = {
-            "sep": first + SYMBOLS,
-            "gen": first + SYMBOLS + 1,
-            "eos": first + SYMBOLS + 2,
-        }
-        return cls(symbols=list(range(first, first + SYMBOLS)), **marks, **settings)
+        return cls.of_ids(cls.last_ids(vocab_size), **settings)
 
     @property
     def num_keys(self) -> int:
@@ -262,7 +268,7 @@ def evaluate_recall(
     pairs: int | None = None,
     samples: int = 256,
     batch_size: int = 64,
-    controls: tuple[str, ...] = ("off", "shuffled"),
+    controls: tuple[str, ...] = (OFF, SHUFFLED, TRUNCATED),
     seed: int = 0,
     progress: bool = True,
 ) -> RecallResult:
@@ -278,7 +284,8 @@ def evaluate_recall(
         pairs: pairs stored; None: as many as the distance, so that the first is asked for.
         samples: rows at each distance.
         batch_size: rows at once.
-        controls: read controls beside the memory.
+        controls: curves beside the memory: "memory off", "memory shuffled", and "base, truncated":
+            the backbone without adapters, which sees the whole text as far as its window reaches.
         seed: of the samples.
         progress: show a bar.
 
@@ -292,7 +299,7 @@ def evaluate_recall(
         )
     was_training = model.training
     model.eval()
-    accuracy: dict[str, list[float]] = {"memory": [], **{f"memory {c}": [] for c in controls}}
+    accuracy: dict[str, list[float]] = {name: [] for name in (MEMORY, *controls)}
     for distance in tqdm(distances, desc="recall", disable=not progress):
         right = dict.fromkeys(accuracy, 0)
         generator = torch.Generator().manual_seed(seed * 1000 + distance)
@@ -302,8 +309,7 @@ def evaluate_recall(
                 rows, generator, num_pairs=pairs or distance, distance=distance
             )
             for name in accuracy:
-                control = None if name == "memory" else name.removeprefix("memory ")
-                right[name] += int(_right(model, task, ids, labels, control).sum())
+                right[name] += int(_right(model, task, ids, labels, name).sum())
         for name, count in right.items():
             accuracy[name].append(count / samples)
     model.train(was_training)
@@ -312,19 +318,19 @@ def evaluate_recall(
 
 
 def _right(
-    model: MemoryModelForCausalLM,
-    task: AssociativeTask,
-    ids: Tensor,
-    labels: Tensor,
-    control: str | None,
+    model: MemoryModelForCausalLM, task: AssociativeTask, ids: Tensor, labels: Tensor, curve: str
 ) -> Tensor:
     """`(B,)` bool: the whole answer is what the model holds likeliest."""
     keep = task.value_size + 2
-    out = model(
-        input_ids=ids.to(model.device),
-        logits_to_keep=keep,
-        use_cache=False,
-        memory_control=control,
-    )
-    predicted = out.logits[:, : task.value_size].argmax(-1).cpu()
+    ids = ids.to(model.device)
+    if curve == TRUNCATED:
+        window = min(model.parts.config.max_position_embeddings, ids.shape[1])
+        with lora_disabled(model.backbone):
+            logits = model.backbone(input_ids=ids[:, -window:], use_cache=False).logits[:, -keep:]
+    else:
+        control = None if curve == MEMORY else curve.removeprefix("memory ")
+        logits = model(
+            input_ids=ids, logits_to_keep=keep, use_cache=False, memory_control=control
+        ).logits
+    predicted = logits[:, : task.value_size].argmax(-1).cpu()
     return (predicted == labels[:, -keep + 1 : -1]).all(1)

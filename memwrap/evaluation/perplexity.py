@@ -19,11 +19,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memwrap.files import write_text
+from memwrap.memories.window import WindowConfig, WindowMemory
 from memwrap.model import MemoryModelForCausalLM
+from memwrap.reading import Loop, check_inputs
+from memwrap.segments import SegmentReader
+from memwrap.state import MemoryState
 
 MEMORY, OFF, SHUFFLED = "memory", "memory off", "memory shuffled"
-TRUNCATED, FULL = "base, truncated", "base, full context"
-CURVES = (MEMORY, OFF, SHUFFLED, TRUNCATED, FULL)
+TRUNCATED, FULL, WINDOW = "base, truncated", "base, full context", "base, window + sinks"
+CURVES = (MEMORY, OFF, SHUFFLED, TRUNCATED, FULL, WINDOW)
+SINKS = 4
 VERSION = 1
 
 
@@ -129,8 +134,8 @@ def perplexity_by_position(
         model: a memwrap model; the base controls run its backbone without adapters.
         documents: ids `(T,)`, read as rows of one batch.
         controls: which curves stand beside "memory".
-        window: tokens of a window of "base, truncated" (default: the backbone's context, at
-            most 2,048).
+        window: tokens of a window of "base, truncated", and of window and sinks together
+            (default: the backbone's context, at most 2,048).
         full_context_tokens: how far "base, full context" is followed (default: 4 windows).
         piece_tokens: tokens fed at once, rounded to whole segments; changes no result.
         progress: show a bar for each curve.
@@ -161,6 +166,7 @@ def perplexity_by_position(
         SHUFFLED: lambda: _memory(model, ids, mask, piece, "shuffled", progress),
         TRUNCATED: lambda: _windows(model, ids, mask, window, ids.shape[1], progress),
         FULL: lambda: _full(model, ids, mask, full_context_tokens or 4 * window),
+        WINDOW: lambda: _window_and_sinks(model, ids, mask, window, progress),
     }
     was_training = model.training
     model.eval()
@@ -249,6 +255,29 @@ def _full(model: MemoryModelForCausalLM, ids: Tensor, mask: Tensor, end: int) ->
     limit = model.parts.max_positions
     end = min(end, ids.shape[1], limit or end)
     return _windows(model, ids[:, :], mask, end, end, False)
+
+
+def _window_and_sinks(
+    model: MemoryModelForCausalLM, ids: Tensor, mask: Tensor, window: int, progress: bool
+) -> Tensor:
+    """The backbone alone with a sliding window and the first tokens (StreamingLLM)."""
+    nll = torch.full(ids.shape, math.nan)
+    config = WindowConfig(
+        segment_size=max(1, window // 4), window_size=max(1, window - SINKS), num_sinks=SINKS
+    )
+    piece = config.segment_size
+    with lora_disabled(model.backbone), model.parts.attention_lent():
+        memory = WindowMemory(config, model.sizes(attention=True)).to(model.device)
+        loop = Loop(SegmentReader(model.parts, {config.name: memory}), config, False)
+        state = MemoryState({config.name: memory.init_state(len(ids), model.device)}, len(ids))
+        for first in tqdm(range(0, ids.shape[1], piece), desc=WINDOW, disable=not progress):
+            columns = slice(first, first + piece)
+            inputs = check_inputs(ids[:, columns], None, mask[:, columns])
+            reading = loop(inputs, state, hidden_from=0)
+            state = reading.state
+            logits = model.parts.head(reading.hidden)  # type: ignore[arg-type]
+            _place(nll, token_nll(logits, ids, mask, first), first)
+    return nll
 
 
 def _edges(size: int, total: int) -> list[int]:

@@ -11,7 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from memwrap.evaluation.associative import RecallResult, evaluate_recall
-from memwrap.evaluation.perplexity import CURVES, SHUFFLED, PerplexityResult, perplexity_by_position
+from memwrap.evaluation.perplexity import (
+    CURVES,
+    SHUFFLED,
+    WINDOW,
+    PerplexityResult,
+    perplexity_by_position,
+)
 from memwrap.evaluation.plots import plot_perplexity, plot_recall
 from memwrap.files import write_text
 from memwrap.model import MemoryModelForCausalLM
@@ -48,8 +54,13 @@ def documents(
 
 
 def perplexity(model: MemoryModelForCausalLM, rows: list[Tensor]) -> dict[str, PerplexityResult]:
-    """Perplexity by position beside its controls (without "shuffled" for a single document)."""
+    """Perplexity by position beside its controls (without "shuffled" for a single document, and
+    without window and sinks where a model's attention cannot meet a memory)."""
     controls = [c for c in CURVES[1:] if c != SHUFFLED or len(rows) > 1]
+    try:
+        model.sizes(attention=True)
+    except ValueError:
+        controls.remove(WINDOW)
     return {"perplexity": perplexity_by_position(model, rows, controls=tuple(controls))}
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, memory_tokens
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers, memory_tokens
 from memwrap.ops import associative
 from memwrap.registry import register
 from memwrap.trees import Tree
@@ -60,12 +60,7 @@ class ARMTConfig(MemoryConfig):
             self._fail("n_heads", f"a divisor of d_mem ({self.d_mem})")
         if not self.use_denom and not self.feature_norm:
             self._fail("use_denom", "true unless `feature_norm` is true: raw features overflow")
-        if self.layers is not None:
-            listed = isinstance(self.layers, list) and self.layers
-            if not listed or any(type(i) is not int or i < 0 for i in self.layers):
-                self._fail("layers", "None or a list of layer numbers from 0")
-            if len(set(self.layers)) != len(self.layers):
-                self._fail("layers", "a list without repetitions")
+        self._layers()
 
     @classmethod
     def tiny(cls) -> ARMTConfig:
@@ -138,12 +133,7 @@ class ARMTMemory(Memory):
 
     def __init__(self, config: ARMTConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        wanted = config.layers if config.layers is not None else list(range(sizes.num_layers))
-        if max(wanted) >= sizes.num_layers:
-            raise ValueError(
-                f"ARMTConfig.layers names layer {max(wanted)}; the backbone has layers 0 to "
-                f"{sizes.num_layers - 1}."
-            )
+        wanted = chosen_layers(config, sizes)
         if sizes.hidden_size % config.n_heads:
             raise ValueError(
                 f"ARMTConfig.n_heads is {config.n_heads}; it must divide the backbone's hidden "
@@ -174,16 +164,9 @@ class ARMTMemory(Memory):
         return self.tokens.expand(first["written"].shape[0], -1, -1)
 
     def before_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
-        name = str(layer)
-        if name not in self.layers:
-            return hidden
-        own: Tree = state["layers"][name]
-        return hidden + self.layers[name].read(hidden, own["A"], own.get("z"))  # type: ignore[operator]
+        own: Any = self.layers[str(layer)]
+        return hidden + own.read(hidden, state["A"], state.get("z"))
 
     def after_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
-        name = str(layer)
-        if name not in self.layers:
-            return state
-        layers: Tree = state["layers"]
-        written = self.layers[name].write(hidden, layers[name])  # type: ignore[operator]
-        return {"layers": {**layers, name: written}}
+        own: Any = self.layers[str(layer)]
+        return own.write(hidden, state)

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from memwrap.backbones.attention import LayerAttention
+from memwrap.backbones.probing import AttentionSizes
 from memwrap.trees import Tree
 
 ALIGNMENTS = ("left", "right", "center")
@@ -102,6 +104,19 @@ class MemoryConfig:
             f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {allowed}."
         )
 
+    def _layers(self, name: str = "layers") -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if (
+            not isinstance(value, list)
+            or not value
+            or any(type(i) is not int or i < 0 for i in value)
+        ):
+            self._fail(name, "None or a list of layer numbers from 0")
+        if len(set(value)) != len(value):
+            self._fail(name, "a list without repetitions")
+
     def _positive(self, name: str, *, optional: bool = False, zero: bool = False) -> None:
         value = getattr(self, name)
         if optional and value is None:
@@ -109,6 +124,16 @@ class MemoryConfig:
         least = 0 if zero else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             self._fail(name, f"an integer of at least {least}" + (" or None" if optional else ""))
+
+    def _number(self, name: str, least: float, most: float = math.inf) -> None:
+        value = getattr(self, name)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not least <= value <= most
+        ):
+            limits = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
+            self._fail(name, f"a number {limits}")
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
@@ -125,7 +150,9 @@ class Sizes:
         num_layers: decoder layers.
         embedding_std: standard deviation of the input embedding weights.
         dtype: dtype of the memory's parameters.
+        backbone_dtype: dtype of the backbone, in which it keeps keys and values.
         device: device of the memory's parameters.
+        attention: heads and widths of each layer's attention, for memories at that place.
     """
 
     hidden_size: int
@@ -133,7 +160,9 @@ class Sizes:
     num_layers: int
     embedding_std: float
     dtype: torch.dtype = torch.float32
+    backbone_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    attention: list[AttentionSizes] = field(default_factory=list)
 
 
 @dataclass
@@ -169,10 +198,12 @@ class Memory(nn.Module):
             kept beside the keys and values of an open segment.
         zero_positions: on a backbone with a table of learned positions, prefix and suffix get
             a zero vector and the tokens count from 0.
+        needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
     """
 
     looks_at: frozenset[str] = frozenset()
     zero_positions: bool = False
+    needs_hidden: bool = False
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -213,18 +244,54 @@ class Memory(nn.Module):
         fed. Called if the memory `looks_at` them."""
         return state
 
+    # Layers and attention. A memory that keeps something for single layers has them in its state
+    # as `{"layers": {"3": tree, ...}}`; it is called for these layers, with the layer's tree.
+
     def before_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
         """What decoder layer `layer` is given instead of `hidden` `(B, T, D)`."""
         return hidden
 
     def after_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
-        """The state after layer `layer` gave `hidden` `(B, num_suffix, D)` at the suffix of a
+        """The layer's state after `layer` gave `hidden` `(B, num_suffix, D)` at the suffix of a
         closing segment."""
         return state
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        """The attention's output `(B, T, H, Dv)` and the layer's state after the T tokens.
+
+        Called for every step, also in the middle of a segment: what is counted there must not
+        depend on how a segment is fed.
+        """
+        return attention.local(), state
+
+    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        """The layer's state after a segment closed; `attention` has all its keys and values
+        (T may be 0). Rows whose segment stays open keep the state of `attend`."""
+        return state
+
+    def figures(self) -> dict[str, Tensor]:
+        """Learned numbers worth watching, `(layers, heads)` each: logged and plotted."""
+        return {}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Parameter groups with settings of their own; parameters not named get the default."""
         return []
+
+
+def chosen_layers(config: Any, sizes: Sizes) -> list[int]:
+    """The layers that `config.layers` names; all of them for None.
+
+    Raises:
+        ValueError: for a layer that the backbone does not have.
+    """
+    if config.layers is None:
+        return list(range(sizes.num_layers))
+    if max(config.layers) >= sizes.num_layers:
+        raise ValueError(
+            f"{type(config).__name__}.layers names layer {max(config.layers)}; the backbone has "
+            f"layers 0 to {sizes.num_layers - 1}."
+        )
+    return sorted(config.layers)
 
 
 def memory_tokens(count: int, sizes: Sizes) -> nn.Parameter:

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+from torch import Tensor
+
 BACKENDS = ("auto", "naive", "torch", "triton")
 _choice: ContextVar[str] = ContextVar("memwrap_ops_backend", default="auto")
 
@@ -35,3 +38,8 @@ def backend(name: str) -> Iterator[None]:
 def current_backend() -> str:
     """The implementation that an op called now will use: `"naive"` or `"torch"`."""
     return "naive" if _choice.get() == "naive" else "torch"
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 tensor: the dtype in which sums are kept."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -13,14 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memwrap.ops import current_backend
+from memwrap.ops import accumulation_dtype, current_backend
 
 EPS = 1e-5
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, or float64 for a float64 tensor: the dtype in which sums are kept."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+__all__ = ["EPS", "accumulation_dtype", "dpfp", "features", "read", "write"]
 
 
 def dpfp(x: Tensor, nu: int) -> Tensor:

@@ -10,10 +10,19 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from memwrap.evaluation.plots import plot_figures
 from memwrap.files import write_text
 
 LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
 """What a row of the log holds beside `step` and `seconds`."""
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of a log up to a step: those of the run that is resumed."""
+    if not step or not path.is_file():
+        return []
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row["step"] <= step]
 
 
 class TimeLimit(TrainerCallback):
@@ -52,10 +61,7 @@ class LossLog(TrainerCallback):
 
     def __init__(self, path: Path, keep_until: int = 0) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if keep_until and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            self.rows = [r for r in map(json.loads, lines) if r["step"] <= keep_until]
+        self.rows = _rows_until(path, keep_until)
         self._start = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0.0)
 
     def on_log(
@@ -71,6 +77,42 @@ class LossLog(TrainerCallback):
     def last(self, name: str) -> float | None:
         """The latest value of `loss` or `eval_loss`."""
         return next((row[name] for row in reversed(self.rows) if name in row), None)
+
+
+class FigureLog(TrainerCallback):
+    """Write what memories show of themselves (`Memory.figures`, such as Infini's gates) to a file
+    of JSON lines, one value a layer and head, and plot it when the training ends.
+
+    Args:
+        path: the file; the plot gets its name with `.png`. Nothing is written for memories
+            without figures.
+        keep_until: as in `LossLog`.
+    """
+
+    def __init__(self, path: Path, keep_until: int = 0) -> None:
+        self.path = path
+        self.rows = _rows_until(path, keep_until)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Note the figures of now."""
+        memories: dict[str, Any] = next(
+            (m.memories for m in model.modules() if hasattr(m, "memories")), {}
+        )
+        values = {
+            f"{name}.{figure}": [[round(float(v), 5) for v in row] for row in value]
+            for name, memory in memories.items()
+            for figure, value in memory.figures().items()
+        }
+        if not values or not state.is_world_process_zero:
+            return
+        if self.rows and self.rows[-1]["step"] == state.global_step:
+            return
+        self.rows.append({"step": state.global_step, **values})
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.rows and state.is_world_process_zero:
+            plot_figures(self.rows, self.path.with_suffix(".png"))
 
 
 class Bar(ProgressCallback):

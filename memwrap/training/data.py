@@ -132,12 +132,17 @@ def _from_folder(folder: Path, split: str | None) -> list[Document]:
     divided = split is not None and (folder / split).is_dir()
     root = folder / split if split is not None and divided else folder
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    # A folder of its own holds a whole split: its files belong to no other, and what a hash
+    # would put into it is for training.
+    own_folder = [s for s in SPLITS if (folder / s).is_dir()] if split and not divided else []
+    paths = [p for p in paths if p.relative_to(root).parts[0] not in own_folder]
     if not paths:
         raise ValueError(f"The folder {root} holds no {', '.join(SUFFIXES)} files.")
     documents = []
     for path in paths:
         name = path.relative_to(root).as_posix()
         own = split if split is not None and divided else split_of(name)
+        own = "train" if own in own_folder else own
         if split is not None and own != split:
             continue
         text = _read(path)

@@ -35,7 +35,7 @@ import memwrap
 from memwrap.assets import asset
 from memwrap.files import write_text
 from memwrap.training.arguments import MemoryTrainingArguments
-from memwrap.training.callbacks import Bar, LossLog, TimeLimit
+from memwrap.training.callbacks import Bar, FigureLog, LossLog, TimeLimit
 from memwrap.training.data import (
     DocumentCollator,
     DocumentDataset,
@@ -49,6 +49,7 @@ from memwrap.training.trainer import MemoryTrainer
 
 CHECKPOINTS = "checkpoints"
 LOG, RECIPE, RUN = "train_log.jsonl", "recipe.yaml", "run.json"
+FIGURES = "figures.jsonl"
 _PACKAGES = ("memwrap", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -56,7 +57,8 @@ def run_recipe(recipe: Recipe) -> Path:
     """Do what a recipe says.
 
     Into `recipe.output` go the model (memory, LoRA, a changed backbone) and its tokenizer,
-    `train_log.jsonl` (the loss curve), `recipe.yaml` (resolved) and `run.json` (command,
+    `train_log.jsonl` (the loss curve), `figures.jsonl` and `.png` (what the memory shows of itself,
+    if it does), `recipe.yaml` (resolved) and `run.json` (command,
     versions, sizes, times).
 
     Returns:
@@ -317,7 +319,7 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        callbacks=[log, limit],
+        callbacks=[log, FigureLog(output / FIGURES, keep_until=done), limit],
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Bar)

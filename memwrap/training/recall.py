@@ -11,10 +11,17 @@ from memwrap.training.recipe import Recipe
 
 
 def recall_tasks(section: Any, vocab_size: int) -> list[AssociativeTask]:
-    """The tasks of a recipe's `recall` section over the last ids of a vocabulary."""
+    """The tasks of a recipe's `recall` section.
+
+    Raises:
+        ValueError: for ids that the vocabulary does not have.
+    """
+    ids = section.ids or AssociativeTask.last_ids(vocab_size)
+    if max(ids) >= vocab_size:
+        raise ValueError(f"`recall.ids` has {max(ids)}; the vocabulary ends at {vocab_size - 1}.")
     return [
-        AssociativeTask.for_vocabulary(
-            vocab_size,
+        AssociativeTask.of_ids(
+            ids,
             key_size=section.key_size,
             value_size=section.value_size,
             num_pairs=section.num_pairs,

@@ -134,6 +134,8 @@ class RecallSection:
         min_pairs: fewest pairs a sample.
         num_queries: questions a sample; each is a segment.
         curriculum: most pairs by batch, as in `0:4,200:8`; capped by `num_pairs`.
+        ids: 19 token ids: the 16 symbols, then what stands for separator, question and end.
+            Default: the last of the vocabulary.
     """
 
     tasks: list[str] = field(default_factory=lambda: ["remember", "rewrite"])
@@ -143,6 +145,7 @@ class RecallSection:
     min_pairs: int = 2
     num_queries: int = 4
     curriculum: str | None = None
+    ids: list[int] | None = None
 
     def __post_init__(self) -> None:
         good = bool(self.tasks) and set(self.tasks) <= {"remember", "rewrite"}
@@ -156,6 +159,9 @@ class RecallSection:
             need(pairs <= most, "recall.num_pairs", pairs, f"at most {most}, the number of keys")
         if self.curriculum is not None:
             _parse("recall.curriculum", self.curriculum)
+        if self.ids is not None:
+            good = len(set(self.ids)) == len(self.ids) == SYMBOLS + 3 and min(self.ids) >= 0
+            need(good, "recall.ids", self.ids, f"{SYMBOLS + 3} different token ids")
 
     @property
     def segment_size(self) -> int:

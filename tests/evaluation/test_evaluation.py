@@ -79,6 +79,23 @@ def test_base_controls_run_without_lora(documents) -> None:
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
 
 
+def test_window_and_sinks_run_the_base_alone() -> None:
+    """As wide as the documents it is the base with full context; the model is left as it was."""
+    model = wrapped("armt")
+    model.add_lora(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    text = ids(2, 60, seed=3)
+    before = model.backbone.config._attn_implementation
+    with torch.no_grad():
+        logits = model(text).logits
+        curves = measured(model, list(text), window=64).curves
+        assert torch.equal(model(text).logits, logits)
+    wide = curves["base, window + sinks"].overall
+    assert wide == pytest.approx(curves["base, full context"].overall, rel=1e-5)
+    assert model.backbone.config._attn_implementation == before
+    narrow = measured(model, list(text), window=16).curves["base, window + sinks"].overall
+    assert abs(narrow - wide) > 1e-3
+
+
 def test_results_are_files_and_tables(documents, tmp_path: Path) -> None:
     result = measured(wrapped("armt"), documents)
     again = PerplexityResult.from_dict(result.to_dict())
@@ -123,7 +140,13 @@ def test_recall_counts_what_greedy_generation_answers(tmp_path: Path) -> None:
     task = AssociativeTask(key_size=1, value_size=1)
     model = wrapped("armt", segment_size=task.segment_size)
     result = evaluate_recall(
-        model, task, distances=(1, 3), samples=40, batch_size=16, controls=("off",), progress=False
+        model,
+        task,
+        distances=(1, 3),
+        samples=40,
+        batch_size=16,
+        controls=("memory off",),
+        progress=False,
     )
     right = 0
     generator = torch.Generator().manual_seed(3)

@@ -271,13 +271,14 @@ def test_fingerprints_follow_the_weights(memory: str) -> None:
     model = wrapped(memory)
     seen = [model.fingerprint()]
     assert wrapped(memory).fingerprint() == seen[0]
-    own, base = next(model.memory_parameters()), next(model.backbone.parameters())
-    with torch.no_grad():
-        own.add_(1.0)
-    seen.append(model.fingerprint())
-    own.data += 1.0  # as some optimizers and PEFT's merging do: no version is counted
-    seen.append(model.fingerprint())
-    assert len({f["memories"] for f in seen}) == 3, "the memory changed, its fingerprint did not"
+    own, base = next(model.memory_parameters(), None), next(model.backbone.parameters())
+    if own is not None:
+        with torch.no_grad():
+            own.add_(1.0)
+        seen.append(model.fingerprint())
+        own.data += 1.0  # as some optimizers and PEFT's merging do: no version is counted
+        seen.append(model.fingerprint())
+        assert len({f["memories"] for f in seen}) == 3, "the memory changed, not its fingerprint"
     assert len({f["backbone"] for f in seen}) == 1
     base.data += 1.0
     assert model.fingerprint()["backbone"] != seen[0]["backbone"]

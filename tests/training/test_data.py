@@ -315,3 +315,16 @@ def test_last_segment_only_counts_from_each_rows_end() -> None:
     assert (columns == -100).all()
     given = {**batch, "shift_labels": shifted_labels(batch)}
     assert torch.equal(last_segment_only(given, 4)["shift_labels"], last)
+
+
+def test_a_splits_own_folder_is_not_trained_on(tmp_path: Path) -> None:
+    """`validation/` without `train/`: its files stay out of training, all others are in."""
+    (tmp_path / "validation").mkdir()
+    for index in range(40):
+        (tmp_path / f"text{index}.md").write_text(f"Text {index}.")
+    (tmp_path / "validation" / "held_out.md").write_text("Held out.")
+    train = {d.name for d in load_documents(tmp_path, "train")}
+    test = {d.name for d in load_documents(tmp_path, "test")}
+    held = {d.name for d in load_documents(tmp_path, "validation")}
+    assert held == {"held_out.md"} and not train & test
+    assert train | test == {f"text{index}.md" for index in range(40)}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import memwrap
 from memwrap.assets import asset
@@ -23,7 +23,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REAL = [r for r in RECIPES if re.search(r"^  name: \S+/\S+$", r.read_text(), re.MULTILINE)]
 # Any recipe, brought down to a run of seconds.
 SMALL = [
-    "memory.segment_size=16", "memory.num_memory_tokens=2", "data.max_tokens=64",
+    "memory.segment_size=16", "data.max_tokens=64",
     "data.min_tokens=8", "trainer.steps=2", "trainer.log_every=1", "trainer.device=cpu",
     "trainer.accumulation=1", "trainer.save_every=null", "lora.r=2",
 ]  # fmt: skip
@@ -171,7 +171,10 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
 
 def small(recipe: str, base: Path, documents: Path, output: Path, *more: str) -> Recipe:
     own = [f"model.name={base}", f"data.source={documents}", f"output={output}"]
-    return load_recipe(ROOT / "recipes" / f"{recipe}.yaml", [*own, *SMALL, *more])
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    sizes = ("num_memory_tokens", "memory_size", "compressed_size")
+    memory = [f"memory.{n}=2" for n in sizes if f"  {n}:" in path.read_text()]
+    return load_recipe(path, [*own, *SMALL, *memory, *more])
 
 
 @pytest.mark.parametrize("recipe", [r.stem for r in REAL])
@@ -196,6 +199,20 @@ def test_a_real_models_recipe_runs(
         same = kept.get(name, kept.get(name.replace(".weight", ".base_layer.weight")))
         assert torch.equal(same, value), f"{name} of a frozen backbone changed"
     AutoTokenizer.from_pretrained(output)
+
+
+def test_gates_are_logged_and_plotted(base: Path, documents: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    recipe = small("infini_lora", base, documents, output, "trainer.learning_rate=0.0")
+    run_recipe(recipe)
+    rows = [json.loads(line) for line in (output / "figures.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    gates = [torch.tensor(row["infini.gate"]) for row in rows]
+    layers, heads = AutoConfig.from_pretrained(base).num_hidden_layers, 4
+    assert gates[0].shape == (layers, heads)
+    # The gates' own rate moves them though everything else stands still.
+    assert float((gates[1] - gates[0]).abs().max()) > 0
+    assert (output / "figures.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("recipe", [r.stem for r in RECIPES if "recall" in r.stem])

@@ -1,0 +1,391 @@
+"""The attention place: what one layer's attention offers a memory, without touching projections.
+
+An attention function registered under memwrap's own name receives queries, keys and values
+after the layer's projections, norms and rotation, whatever the family, and hands them to the
+memory together with the model's own attention as a function. The attention module's dynamic
+subclass only notes what it was given.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+from memwrap.backbones.layers import swap_class
+from memwrap.backbones.rotary import Angles, Rotary, rotate, unrotate
+
+PREFIX = "memwrap_"
+Call = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+class AttentionReader(Protocol):
+    """What the attention function finds in the keyword `memory_context`."""
+
+    def attention(self, seen: SeenAttention) -> Tensor: ...
+
+
+@dataclass
+class SeenAttention:
+    """What a layer's attention function was given.
+
+    Attributes:
+        module: the attention module; `hidden` `(B, T, D)` and `keywords` are what it was called
+            with.
+        query: `(B, H, T, Dk)`, rotated. key, value: `(B, Hkv, K, ...)`, the cached ones first.
+        mask: as the backbone's attention takes it, or None for plain causal attention.
+        scaling: of the scores; some families scale their queries before.
+        window: tokens that the layer's own sliding window lets a query see, or None.
+        call: the model's own attention: `(query, key, value, mask)` to `(B, T, H, Dv)` and, from
+            eager attention, weights.
+    """
+
+    module: Any
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    window: int | None
+    call: Call
+    eager: Call
+    hidden: Tensor
+    keywords: dict[str, Any]
+
+    @property
+    def layer(self) -> int:
+        return self.module.layer_idx
+
+
+@dataclass
+class Places:
+    """Where the queries and keys of a step stand in their segments.
+
+    Attributes:
+        queries, keys: positions `(B, T)` and `(B, K)`; a segment starts at 0.
+        query_valid, key_valid: `(B, T)` and `(B, K)` bool; False is padding.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    query_valid: Tensor
+    key_valid: Tensor
+
+    def to(self, device: torch.device) -> Places:
+        return Places(*(t.to(device) for t in vars(self).values()))
+
+
+@dataclass
+class Rows:
+    """Keys and values that a memory puts in front of a segment's own.
+
+    Attributes:
+        keys, values: `(B, Hkv, M, Dk)` un-rotated and `(B, Hkv, M, Dv)`.
+        positions: `(B, M)`, where 0 is the segment's first place: negative for the past.
+        visible: `(B, M)` or, different for each query, `(B, T, M)` bool.
+        query_positions: `(B, T)`, where the queries stand as these rows see them; None: where
+            they stand in the segment.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    visible: Tensor
+    query_positions: Tensor | None = None
+
+
+@dataclass
+class LayerAttention:
+    """One layer's attention in one step, as a memory sees it.
+
+    Attributes:
+        layer: its number.
+        places: positions and validity of queries and keys.
+        value: `(B, Hkv, K, Dv)`; the open segment's columns first, the step's T last.
+        hidden: `(B, K, D)`, the attention's input at the K columns, for a memory whose
+            `needs_hidden` is set.
+        losses: auxiliary losses `(B,)`, means per token; appended to by the memory in training.
+    """
+
+    seen: SeenAttention
+    places: Places
+    rotary: Rotary
+    hidden: Tensor | None = None
+    losses: list[Tensor] = field(default_factory=list)
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> int:
+        return self.seen.layer
+
+    @property
+    def value(self) -> Tensor:
+        return self.seen.value
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the layer's own sliding window lets a query see (itself among them)."""
+        return self.seen.window
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a KV head; query head h belongs to KV head h // groups."""
+        return self.seen.query.shape[1] // self.seen.key.shape[1]
+
+    @property
+    def scaling(self) -> float:
+        """What the scores of plain queries are multiplied with."""
+        return getattr(self.seen.module, "scaling", None) or self.seen.scaling
+
+    @cached_property
+    def query(self) -> Tensor:
+        """The queries `(B, H, T, Dk)` without rotation and without scaling."""
+        plain = unrotate(self.seen.query, self._angles(self.places.queries, "queries"))
+        before = self.seen.scaling / self.scaling
+        return plain if before == 1 else plain * before
+
+    @cached_property
+    def key(self) -> Tensor:
+        """The keys `(B, Hkv, K, Dk)` without rotation."""
+        return unrotate(self.seen.key, self._angles(self.places.keys, "keys"))
+
+    def local(self) -> Tensor:
+        """The model's own attention inside the segment, `(B, T, H, Dv)`."""
+        seen = self.seen
+        return seen.call(seen.query, seen.key, seen.value, seen.mask)[0]
+
+    def join(
+        self, *rows: Rows, local: Tensor | None = None, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """One softmax over the given rows and the segment's own keys.
+
+        Args:
+            rows: what stands before the segment, in this order.
+            local: `(B, T, K)` bool, further limits who sees whom inside the segment.
+            weights: also return the attention weights.
+
+        Returns:
+            The output `(B, T, H, Dv)` and the weights `(B, H, T, M + K)` or None.
+        """
+        seen = self.seen
+        queries, keys = seen.query, seen.key
+        visible = self._visible() if local is None else self._visible() & local[:, None]
+        own = [r for r in rows if r.query_positions is not None]
+        if own:  # rows that see the queries elsewhere get channels of their own
+            turned = [self._turned(r) for r in own]
+            queries = torch.cat([queries, *turned], -1)
+            keys = torch.cat([keys, *[torch.zeros_like(keys) for _ in own]], -1)
+        before = []
+        for r in rows:
+            key = rotate(r.keys.to(keys.dtype), self._angles(r.positions))
+            empty = torch.zeros_like(key)
+            parts = [key if r.query_positions is None else empty]
+            before.append(torch.cat([*parts, *[key if o is r else empty for o in own]], -1))
+        keys = torch.cat([*before, keys], 2)
+        values = torch.cat([*[r.values.to(seen.value.dtype) for r in rows], seen.value], 2)
+        length = queries.shape[2]
+        seen_rows = [
+            (r.visible if r.visible.dim() == 3 else r.visible[:, None].expand(-1, length, -1))[
+                :, None
+            ]
+            for r in rows
+        ]
+        mask: Tensor = torch.cat([*seen_rows, visible], -1)
+        if weights or not _is_sdpa(seen):
+            mask = torch.where(
+                mask, torch.zeros((), dtype=queries.dtype, device=mask.device),
+                torch.finfo(queries.dtype).min,
+            )  # fmt: skip
+        return (seen.eager if weights else seen.call)(queries, keys, values, mask)
+
+    def project(self, rows: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
+        """Keys (un-rotated) and values of stored attention inputs `(B, M, D)`, by the layer's
+        own projections; `frozen` keeps gradients away from their weights."""
+        capture = _Capture()
+        keywords = {**self.seen.keywords, "memory_context": capture, "attention_mask": None}
+        for name, value in keywords.items():
+            if isinstance(value, Cache) or name == "position_ids":
+                keywords[name] = None
+        angles = keywords.get("position_embeddings")
+        if angles is not None:
+            shape = (rows.shape[0], rows.shape[1], angles[0].shape[-1])
+            still = (angles[0].new_ones(shape), angles[0].new_zeros(shape))
+            keywords["position_embeddings"] = still
+        module = self.seen.module
+        if frozen:
+            weights = {name: p.detach() for name, p in module.named_parameters()}
+            torch.func.functional_call(module, weights, (rows,), keywords)
+        else:
+            module(rows, **keywords)
+        return capture.key, capture.value
+
+    def _visible(self) -> Tensor:
+        """Who sees whom inside the segment, `(B, 1, T, K)` bool."""
+        mask = self.seen.mask
+        if mask is None:
+            batch, length, total = self.seen.key.shape[0], *self._lengths
+            plain = torch.ones(length, total, dtype=torch.bool, device=self.seen.key.device)
+            return plain.tril(total - length).expand(batch, 1, length, total)
+        mask = mask[..., : self.seen.key.shape[2]]
+        return mask if mask.dtype == torch.bool else mask >= 0
+
+    @property
+    def _lengths(self) -> tuple[int, int]:
+        return self.seen.query.shape[2], self.seen.key.shape[2]
+
+    def _turned(self, rows: Rows) -> Tensor:
+        """The queries rotated to where `rows` see them (scaled as the model scales them)."""
+        plain = unrotate(self.seen.query, self._angles(self.places.queries, "queries"))
+        return rotate(plain, self._angles(rows.query_positions))  # type: ignore[arg-type]
+
+    def _angles(self, positions: Tensor, name: str | None = None) -> Angles | None:
+        """Angles at positions; those of the step's own are computed once for all layers."""
+        kind = self.rotary.kind(self.layer)
+        if not kind:
+            return None
+        if name is None:
+            return self.rotary.angles(positions, self.layer, self.seen.key)
+        if (name, kind) not in self.shared:
+            self.shared[name, kind] = self.rotary.angles(positions, self.layer, self.seen.key)
+        return self.shared[name, kind]
+
+
+class _Capture:
+    """Takes keys and values out of an attention module."""
+
+    key: Tensor
+    value: Tensor
+
+    def attention(self, seen: SeenAttention) -> Tensor:
+        self.key, self.value = seen.key, seen.value
+        batch, heads, length, _ = seen.query.shape
+        return seen.value.new_zeros(batch, length, heads, seen.value.shape[-1])
+
+
+def _is_sdpa(seen: SeenAttention) -> bool:
+    return implementation(seen.module.config) == "sdpa"
+
+
+def implementation(config: Any) -> str:
+    """The backbone's own attention implementation, also while memwrap's stands before it."""
+    return str(config._attn_implementation).removeprefix(PREFIX)
+
+
+def _eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    for parent in type(module).__mro__:
+        found = getattr(sys.modules.get(parent.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise ValueError(f"{type(module).__name__} offers no eager attention; use sdpa.")
+
+
+def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        memory_context: AttentionReader | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+        def through(function: Callable[..., Any]) -> Call:
+            return lambda q, k, v, mask: function(
+                module, q, k, v, mask, dropout=dropout, scaling=scale, **kwargs
+            )
+
+        own = through(sdpa_attention_forward if name == "sdpa" else _eager_of(module))
+        if memory_context is None:
+            return own(query, key, value, attention_mask)
+        noted, module._memwrap_noted = module._memwrap_noted, None  # type: ignore[assignment]
+        hidden, keywords = noted  # type: ignore[misc]
+        seen = SeenAttention(
+            module, query, key, value, attention_mask, scale,
+            kwargs.get("sliding_window"), own,
+            through(_eager_of(module)), hidden, keywords,
+        )  # fmt: skip
+        return memory_context.attention(seen), None
+
+    return forward
+
+
+for _name, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+    AttentionInterface.register(PREFIX + _name, _attention_function(_name))
+    AttentionMaskInterface.register(PREFIX + _name, _mask)
+
+
+def cached_attention(module: Any, key: Tensor, value: Tensor) -> SeenAttention:
+    """The attention of a layer that is given no queries, over cached keys and values."""
+    nothing = key[:, :, :0]
+
+    def refuse(*args: Any) -> tuple[Tensor, Tensor | None]:
+        raise RuntimeError("A segment that closes without queries has no attention output.")
+
+    hidden = value.new_zeros(value.shape[0], 0, 0)
+    return SeenAttention(module, nothing, key, value, None, 1.0, None, refuse, refuse, hidden, {})
+
+
+@cache
+def _memory_attention(parent: type[nn.Module]) -> type[nn.Module]:
+    names = [p for p in inspect.signature(parent.forward).parameters if p != "self"]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(names, args, strict=False))
+        if kwargs.get("memory_context") is not None:
+            rest = {k: v for k, v in kwargs.items() if k not in (names[0], "memory_context")}
+            self._memwrap_noted = (kwargs[names[0]], rest)
+        return parent.forward(self, **kwargs)
+
+    members = {"forward": forward, "_memwrap_parent": parent, "__doc__": parent.__doc__}
+    return type(f"Memory{parent.__name__}", (parent,), members)
+
+
+def attention_modules(layers: nn.ModuleList) -> list[nn.Module]:
+    """The attention module of every decoder layer.
+
+    Raises:
+        ValueError: if a layer has none, or several.
+    """
+    found = []
+    for index, layer in enumerate(layers):
+        own = [m for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+        if len(own) != 1 or own[0].layer_idx != index:
+            raise ValueError(
+                f"Layer {index} ({type(layer).__name__}) has {len(own)} attention modules with a "
+                "layer number; memories at the attention place need exactly one a layer."
+            )
+        found.append(own[0])
+    return found
+
+
+def attach(model: Any, layers: nn.ModuleList) -> None:
+    """Let every layer's attention meet a memory."""
+    for module in attention_modules(layers):
+        if not hasattr(type(module), "_memwrap_parent"):
+            swap_class(module, _memory_attention(type(module)))  # type: ignore[arg-type]
+    name = implementation(model.config.get_text_config(decoder=True))
+    model.set_attn_implementation(PREFIX + name)
+
+
+def detach(model: Any, layers: nn.ModuleList) -> None:
+    """Give every attention its own class and function back."""
+    for module in attention_modules(layers):
+        parent = getattr(type(module), "_memwrap_parent", None)
+        if parent is not None:
+            swap_class(module, parent)
+            vars(module).pop("_memwrap_noted", None)
+    model.set_attn_implementation(implementation(model.config.get_text_config(decoder=True)))

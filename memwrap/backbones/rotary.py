@@ -1,0 +1,75 @@
+"""Rotary positions as the backbone computes them: rotate, and take the rotation back exactly."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Angles = tuple[Tensor, Tensor]
+
+
+def rotate(x: Tensor, angles: Angles | None) -> Tensor:
+    """Rotate the rotary part of `x` `(B, H, T, D)` by `(cos, sin)`, each `(B, T, R)`, R <= D."""
+    if angles is None:
+        return x
+    cos, sin = (a[:, None].to(x.dtype) for a in angles)
+    part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    return torch.cat([part * cos + _half(part) * sin, rest], -1)
+
+
+def unrotate(x: Tensor, angles: Angles | None) -> Tensor:
+    """The inverse of `rotate`: by `(cos, -sin)`, divided by `cos^2 + sin^2`, since some rotary
+    embeddings scale what they rotate. Computed in float32 (float64 for float64)."""
+    if angles is None:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (a[:, None].to(wide) for a in angles)
+    part, rest = x[..., : cos.shape[-1]].to(wide), x[..., cos.shape[-1] :]
+    back = (part * cos - _half(part) * sin) / (cos * cos + sin * sin)
+    return torch.cat([back.to(x.dtype), rest], -1)
+
+
+def _half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+class Rotary:
+    """A backbone's own rotary module; absent where positions are learned.
+
+    Args:
+        decoder: looked through for the module.
+        config: its `layer_types` choose the angles where they differ by layer.
+    """
+
+    def __init__(self, decoder: nn.Module, config: Any) -> None:
+        found = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+        self._module = found[0] if found else None
+        self._types = getattr(config, "layer_types", None)
+        self._by_type = (
+            bool(found) and "layer_type" in inspect.signature(type(found[0]).forward).parameters
+        )
+        self.rotated: list[bool] | None = None  # which layers rotate, once that is known
+
+    @property
+    def present(self) -> bool:
+        return self._module is not None
+
+    def kind(self, layer: int) -> str:
+        """Layers of one kind share their angles; "" for a layer that does not rotate."""
+        if self._module is None or (self.rotated is not None and not self.rotated[layer]):
+            return ""
+        return self._types[layer] if self._by_type else "all"  # type: ignore[index]
+
+    def angles(self, positions: Tensor, layer: int, like: Tensor) -> Angles | None:
+        """`(cos, sin)`, each `(B, T, R)`, at `positions` `(B, T)` (negative and fractional ones
+        too) for a layer; None where it does not rotate. `like` gives dtype and device."""
+        kind = self.kind(layer)
+        if not kind:
+            return None
+        module: Any = self._module
+        extra = {"layer_type": kind} if self._by_type else {}
+        return module(like, positions.to(like.device), **extra)

@@ -1,0 +1,309 @@
+"""Compressive memory: recent rows, then compressed older ones (Rae et al. 2019), retrofitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memwrap.backbones import LayerAttention, Rows
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.ops import compressive as ops
+from memwrap.ops.rows import earliest, latest, right_valid, take
+from memwrap.registry import register
+from memwrap.trees import Tree
+
+PARTS = ("memory", "compressed")
+
+
+@dataclass(kw_only=True)
+class CompressiveConfig(MemoryConfig):
+    """The last `memory_size` rows of every layer stay as they are; older ones are compressed
+    `compression_rate` to one and the last `compressed_size` of those kept.
+
+    Attributes:
+        memory_size: n_m, uncompressed rows.
+        compressed_size: n_cm, compressed rows.
+        compression_rate: c.
+        compression: `"mean"` or `"max"` pooling and `"most_used"` (the rows that got the most
+            attention stay) need no training; `"conv"` and `"dilated_conv"` are learned and start
+            as mean pooling.
+        store: `"kv"`, un-rotated keys and values, or `"hidden"`, the attention's inputs, which
+            are projected again at every read (they follow a W_k and W_v in training).
+        positions: a row's place: `"index"`, one place a row, which stays in the trained range, or
+            `"timeline"`, the mean place of what it was made of.
+        loss: what teaches a convolution: `"attention"` reconstruction or `"autoencoding"`.
+        loss_weight: of that loss, a mean per token, beside the language model's.
+        bptt_segments: 1 by default, as published: the memory is a constant for gradients.
+        layers: decoder layers that have a memory (`None`: all).
+    """
+
+    name: ClassVar[str] = "compressive"
+    places: ClassVar[frozenset[str]] = frozenset({"attention"})
+    neutral_start: ClassVar[bool] = True
+
+    memory_size: int = 512
+    compressed_size: int = 512
+    compression_rate: int = 4
+    compression: str = "mean"
+    store: str = "kv"
+    positions: str = "index"
+    loss: str = "attention"
+    loss_weight: float = 1.0
+    bptt_segments: int | None = 1
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("memory_size", "compressed_size", "compression_rate"):
+            self._positive(name)
+        self._one_of("compression", ops.COMPRESSIONS)
+        self._one_of("store", ("kv", "hidden"))
+        self._one_of("positions", ("index", "timeline"))
+        self._one_of("loss", ("attention", "autoencoding"))
+        self._number("loss_weight", 0)
+        self._layers()
+
+    @property
+    def learned(self) -> bool:
+        """Whether the compression has parameters."""
+        return self.compression in ("conv", "dilated_conv")
+
+    @classmethod
+    def tiny(cls) -> CompressiveConfig:
+        return cls(
+            segment_size=8, memory_size=6, compressed_size=5, compression_rate=2, bptt_segments=None
+        )
+
+
+class Compressor(nn.Module):
+    """A convolution over time for one kind of rows, and the autoencoder's decoder if wanted."""
+
+    def __init__(self, config: CompressiveConfig, heads: int, width: int, sizes: Sizes) -> None:
+        super().__init__()
+        shape = (heads, width, width, config.compression_rate)
+        make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
+        mean = torch.eye(width, **make)[None, :, :, None] / config.compression_rate
+        self.weight = nn.Parameter(mean.expand(shape).clone())
+        self.bias = nn.Parameter(torch.zeros(heads, width, **make))
+        if config.loss == "autoencoding":
+            copies = torch.eye(width, **make)[None, :, :, None].expand(shape)
+            self.decoder_weight = nn.Parameter(copies.clone())
+            self.decoder_bias = nn.Parameter(torch.zeros(heads, width, **make))
+
+
+@register(CompressiveConfig)
+class CompressiveMemory(Memory):
+    """Per layer two row buffers, filled from the right: `memory` and `compressed`.
+
+    A segment attends to `[compressed; memory; segment]` in one softmax. When it closes, the
+    oldest rows of `[memory; segment]` beyond n_m leave in blocks of c and are compressed.
+    """
+
+    config: CompressiveConfig
+
+    def __init__(self, config: CompressiveConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.needs_hidden = config.store == "hidden"
+        # Rows that do not fill a block of c wait uncompressed.
+        self.capacity = config.memory_size + config.compression_rate - 1
+        self.chosen = chosen_layers(config, sizes)
+        self.compressors = nn.ModuleDict()
+        if config.learned:
+            for layer in self.chosen:
+                own = {n: Compressor(config, h, d, sizes) for n, h, d in self._kinds(layer)}
+                self.compressors[str(layer)] = nn.ModuleDict(own)
+
+    def _kinds(self, layer: int) -> list[tuple[str, int, int]]:
+        """`(name, heads, width)` of what is stored for a row."""
+        own = self.sizes.attention[layer]
+        if self.config.store == "hidden":
+            return [("hidden", 1, self.sizes.hidden_size)]
+        heads = own.num_kv_heads
+        return [("key", heads, own.key_dim), ("value", heads, own.value_dim)]
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        layers: Tree = {}
+        for layer in self.chosen:
+            tree: Tree = {}
+            for part, size in zip(PARTS, (self.capacity, self.config.compressed_size), strict=True):
+                tree[part] = {
+                    name: torch.zeros(
+                        batch_size, heads, size, width,
+                        dtype=self.sizes.backbone_dtype, device=device,
+                    )
+                    for name, heads, width in self._kinds(layer)
+                }  # fmt: skip
+                tree[part]["place"] = torch.zeros(batch_size, size, 1, device=device)
+                tree[part]["count"] = torch.zeros(batch_size, dtype=torch.long, device=device)
+            if self.config.compression == "most_used":
+                size = self.capacity + self.config.segment_size
+                tree["usage"] = torch.zeros(batch_size, size, device=device)
+            layers[str(layer)] = tree
+        return {"layers": layers}
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        rows = [self._rows(attention, state, part) for part in reversed(PARTS)]
+        counting = "usage" in state
+        out, weights = attention.join(*rows, weights=counting)
+        if counting and weights is not None:
+            state = {**state, "usage": state["usage"] + self._usage(attention, weights)}
+        return out, state
+
+    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        memory, config = state["memory"], self.config
+        new = self._segment(attention)
+        valid = torch.cat(
+            [right_valid(memory["count"], self.capacity), attention.places.key_valid], 1
+        )
+        pool = {n: torch.cat([memory[n], x.to(memory[n].dtype)], -2) for n, x in new.items()}
+        order = earliest(valid, valid.shape[1])
+        pool = {n: take(x, order) for n, x in pool.items()}
+        total = valid.sum(1)
+        rate = config.compression_rate
+        evicted = (total - config.memory_size).clamp_min(0) // rate * rate
+        most = valid.shape[1] // rate * rate  # a row of the batch can let go of so many
+        old = {n: x[..., :most, :] for n, x in pool.items()}
+        fresh, made = self._compress(layer, old, evicted, state, order, attention.places.keys)
+        if self.training and config.learned and attention.query.shape[2]:
+            self._teach(layer, attention, old, fresh, evicted)
+        result: Tree = {
+            "compressed": self._pushed(state["compressed"], fresh, made, config.compressed_size),
+            "memory": self._left(pool, evicted, total),
+        }
+        # From here on places are counted from the next segment's start.
+        length = attention.places.key_valid.sum(1)
+        for part in PARTS:
+            count, place = result[part]["count"], result[part]["place"]
+            there = right_valid(count, place.shape[1])[..., None]
+            result[part]["place"] = (place - length[:, None, None]) * there
+        if "usage" in state:
+            result["usage"] = torch.zeros_like(state["usage"])
+        return result
+
+    def _rows(self, attention: LayerAttention, state: Tree, part: str) -> Rows:
+        own = state[part]
+        visible = right_valid(own["count"], own["place"].shape[1])
+        if self.config.positions == "timeline":
+            positions = own["place"].squeeze(-1)
+        else:
+            size = own["place"].shape[1]
+            positions = torch.arange(-size, 0, device=visible.device).expand(visible.shape)
+            if part == "compressed":
+                positions = positions - state["memory"]["count"][:, None]
+        keys, values = own.get("key"), own.get("value")
+        if keys is None:
+            keys, values = attention.project(own["hidden"].squeeze(1))
+        return Rows(keys, values, positions, visible)
+
+    def _segment(self, attention: LayerAttention) -> Tree:
+        """The segment's rows as they are stored, and their places `(B, K, 1)`."""
+        place = attention.places.keys[..., None].float()
+        if attention.hidden is not None:
+            return {"hidden": attention.hidden[:, None], "place": place}
+        return {"key": attention.key, "value": attention.value, "place": place}
+
+    def _compress(
+        self, layer: int, old: Tree, evicted: Tensor, state: Tree, order: Tensor, places: Tensor
+    ) -> tuple[Tree, Tensor]:
+        """The compressed rows, from the left, and how many of each batch row count."""
+        config = self.config
+        rate, kind = config.compression_rate, config.compression
+        if kind == "most_used":
+            size = old["place"].shape[1]
+            usage = self._usage_of_pool(state["usage"], places).gather(1, order)
+            index, keep = ops.most_used(usage[:, :size], evicted, rate)
+            return {n: take(x, index) for n, x in old.items()}, keep
+        fresh: Tree = {"place": ops.compress(old["place"][:, None], rate, "mean")[:, 0]}
+        for name in old.keys() - fresh.keys():
+            weights: dict[str, Tensor] = {}
+            if config.learned:
+                own: Any = self.compressors[str(layer)][name]  # type: ignore[index]
+                dtype = old[name].dtype
+                weights = {"weight": own.weight.to(dtype), "bias": own.bias.to(dtype)}
+            fresh[name] = ops.compress(old[name], rate, kind, **weights)
+        return fresh, evicted // rate
+
+    def _pushed(self, own: Tree, fresh: Tree, made: Tensor, size: int) -> Tree:
+        """A buffer with rows appended and the oldest dropped."""
+        count = next(iter(fresh.values())).shape[-2]
+        there = torch.arange(count, device=made.device) < made[:, None]
+        index = latest(torch.cat([right_valid(own["count"], size), there], 1), size)
+        total = (own["count"] + made).clamp_max(size)
+        valid = right_valid(total, size)
+        new = {
+            n: take(torch.cat([own[n], x.to(own[n].dtype)], -2), index, valid)
+            for n, x in fresh.items()
+        }
+        return {**new, "count": total}
+
+    def _left(self, pool: Tree, evicted: Tensor, total: Tensor) -> Tree:
+        """The uncompressed memory: what of the pool was not evicted."""
+        place = torch.arange(pool["place"].shape[1], device=total.device)
+        stays = (place >= evicted[:, None]) & (place < total[:, None])
+        index = latest(stays, self.capacity)
+        count = total - evicted
+        valid = right_valid(count, self.capacity)
+        return {**{n: take(x, index, valid) for n, x in pool.items()}, "count": count}
+
+    def _usage(self, attention: LayerAttention, weights: Tensor) -> Tensor:
+        """Attention that memory rows and the segment's own rows received, `(B, slots)`."""
+        valid = attention.places.query_valid[:, None, :, None]
+        received = (weights.detach().float() * valid).sum((1, 2))[:, self.config.compressed_size :]
+        memory, own = received[:, : self.capacity], received[:, self.capacity :]
+        places, size = attention.places.keys, self.config.segment_size
+        inside = (places < size) & attention.places.key_valid
+        segment = memory.new_zeros(len(memory), size)
+        segment = segment.scatter_add(1, places.clamp(0, size - 1), own * inside)
+        return torch.cat([memory, segment], 1)
+
+    def _usage_of_pool(self, usage: Tensor, places: Tensor) -> Tensor:
+        """The attention that the columns of `[memory; segment]` received: `(B, slots)`, where the
+        segment's are by place, to `(B, capacity + K)`."""
+        memory, segment = usage[:, : self.capacity], usage[:, self.capacity :]
+        own = segment.gather(1, places.clamp(0, segment.shape[1] - 1))
+        return torch.cat([memory, own * (places < segment.shape[1])], 1)
+
+    def _teach(
+        self, layer: int, attention: LayerAttention, old: Tree, fresh: Tree, evicted: Tensor
+    ) -> None:
+        """Add the compressor's own loss for rows in which something was compressed."""
+        config, rate = self.config, self.config.compression_rate
+        count = old["place"].shape[1]
+        there = torch.arange(count, device=evicted.device) < evicted[:, None]
+        wide = torch.promote_types(attention.value.dtype, torch.float32)
+        constant = {n: x.detach().to(wide) for n, x in old.items()}
+        own: Any = self.compressors[str(layer)]
+        again = {
+            n: ops.compress(
+                constant[n], rate, config.compression, c.weight.to(wide), c.bias.to(wide)
+            )
+            for n, c in own.items()
+        }
+        if config.loss == "autoencoding":
+            losses = [
+                ops.autoencoding(
+                    constant[n],
+                    ops.decompress(x, own[n].decoder_weight.to(wide), own[n].decoder_bias.to(wide)),
+                    there,
+                )
+                for n, x in again.items()
+            ]
+            loss = torch.stack(losses).mean(0)
+        else:
+            found = []
+            for rows in (constant, again):
+                if config.store == "kv":
+                    found.append((rows["key"], rows["value"]))
+                else:
+                    hidden = rows["hidden"].squeeze(1).to(attention.value.dtype)
+                    keys, values = attention.project(hidden, frozen=True)
+                    found.append((keys.to(wide), values.to(wide)))
+            made = there[:, rate - 1 :: rate]
+            loss = ops.reconstruction(
+                attention.query.to(wide), (*found[0], there), (*found[1], made),
+                scaling=attention.scaling, query_valid=attention.places.query_valid,
+            )  # fmt: skip
+        attention.losses.append(loss * (evicted > 0) * config.loss_weight / len(self.chosen))

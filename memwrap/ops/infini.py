@@ -1,0 +1,272 @@
+"""The compressive memory of Infini-attention: features, reading, writing, whole sequences.
+
+Munkhdalai et al., "Leave No Context Behind" (2024), section 2.1. One matrix M maps key
+features to values, z normalises it. Shapes: B batch, H query heads, Hkv key-value heads
+(query head h uses memory `h // (H / Hkv)`), T tokens, Dk and Dv channels of a head.
+M is `(B, Hkv, Dk, Dv)`, z is `(B, Hkv, Dk)`.
+
+The sums are kept in float32 (float64 for float64 inputs) whatever the inputs' dtype. Queries
+and keys come un-rotated and unscaled: the memory knows no positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memwrap.ops import accumulation_dtype, current_backend
+
+EPS = 1e-10
+UPDATES = ("linear", "delta")
+
+
+def phi(x: Tensor) -> Tensor:
+    """ELU(x) + 1 in the accumulation dtype: `x + 1` above 0, `exp(x)` below.
+
+    Written without `expm1(x) + 1`, which is 0 below -17 in float32: features stay positive.
+    """
+    x = x.to(accumulation_dtype(x))
+    return F.relu(x) + x.clamp_max(0).exp_()
+
+
+def read(q: Tensor, M: Tensor, z: Tensor, *, eps: float = EPS) -> Tensor:
+    """Read the memory: `phi(q) M / (phi(q) z)`, and 0 where it is empty (eq. 3).
+
+    Args:
+        q: raw queries `(B, H, T, Dk)`.
+        M: `(B, Hkv, Dk, Dv)`.
+        z: `(B, Hkv, Dk)`.
+        eps: the denominator is at least this.
+
+    Returns:
+        `(B, H, T, Dv)` in M's dtype.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+    _check(q, None, None, M, z, None)
+    return (_read_naive if current_backend() == "naive" else _read_chunked)(q, M, z, eps)
+
+
+def write(
+    k: Tensor,
+    v: Tensor,
+    M: Tensor,
+    z: Tensor,
+    *,
+    update: str = "linear",
+    mask: Tensor | None = None,
+    eps: float = EPS,
+) -> tuple[Tensor, Tensor]:
+    """Write the tokens of one segment at once, each against the memory as it was before.
+
+    `M += phi(k)^T (v - v_prev)` and `z += sum_t phi(k_t)`; `v_prev` is 0 for the linear update
+    (eq. 4) and what the memory returns for `k` for the delta rule (eq. 5).
+
+    Args:
+        k: raw keys `(B, Hkv, T, Dk)`.
+        v: values `(B, Hkv, T, Dv)`.
+        M, z: the memory.
+        update: `"linear"` or `"delta"`.
+        mask: `(B, T)` bool, true for real tokens; others write nothing.
+        eps: the denominator of `v_prev` is at least this.
+
+    Returns:
+        The new `(M, z)`; the old ones are left as they are.
+
+    Raises:
+        ValueError: for shapes that do not fit or an unknown update.
+    """
+    _check(None, k, v, M, z, mask)
+    _check_update(update)
+    function = _write_naive if current_backend() == "naive" else _write_chunked
+    return function(k, v, M, z, update == "delta", mask, eps)
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    M: Tensor,
+    z: Tensor,
+    segment_size: int,
+    *,
+    update: str = "linear",
+    mask: Tensor | None = None,
+    eps: float = EPS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All segments of a sequence: each is read with the memory before it, then written.
+
+    Args:
+        q: raw queries `(B, H, T, Dk)`.
+        k: raw keys `(B, Hkv, T, Dk)`.
+        v: values `(B, Hkv, T, Dv)`.
+        M, z: the memory before the first segment.
+        segment_size: tokens a segment; the last may be shorter and is written too.
+        update, mask, eps: as in `write`.
+
+    Returns:
+        What each token read, `(B, H, T, Dv)` in M's dtype, and the memory `(M, z)` after the
+        last segment. All of it is differentiable, the first memory and the last too.
+
+    Raises:
+        ValueError: for shapes that do not fit, an unknown update or a segment size below 1.
+    """
+    _check(q, k, v, M, z, mask)
+    _check_update(update)
+    if segment_size < 1:
+        raise ValueError(f"segment_size is {segment_size}; it must be at least 1.")
+    function = _scan_naive if current_backend() == "naive" else _scan_chunked
+    return function(q, k, v, M, z, segment_size, update == "delta", mask, eps)
+
+
+def _check_update(update: str) -> None:
+    if update not in UPDATES:
+        raise ValueError(f"update is {update!r}; allowed: {', '.join(UPDATES)}.")
+
+
+def _check(
+    q: Tensor | None, k: Tensor | None, v: Tensor | None, M: Tensor, z: Tensor,
+    mask: Tensor | None,
+) -> None:  # fmt: skip
+    """Shapes must fit the memory's; query heads are a multiple of its heads."""
+    if M.dim() != 4 or z.shape != M.shape[:3]:
+        raise ValueError(
+            f"The memory has M {list(M.shape)} and z {list(z.shape)}; they must be "
+            "(B, Hkv, Dk, Dv) and (B, Hkv, Dk)."
+        )
+    batch, heads, keys, values = M.shape
+    if q is not None and (
+        q.dim() != 4 or q.shape[0] != batch or q.shape[1] % heads or q.shape[3] != keys
+    ):
+        raise ValueError(
+            f"q is {list(q.shape)}; for this memory it must be ({batch}, a multiple of {heads}, "
+            f"T, {keys})."
+        )
+    if k is None or v is None:
+        return
+    tokens = k.shape[2] if k.dim() == 4 else -1
+    if k.shape != (batch, heads, tokens, keys) or v.shape != (batch, heads, tokens, values):
+        raise ValueError(
+            f"k is {list(k.shape)} and v is {list(v.shape)}; for this memory they must be "
+            f"({batch}, {heads}, T, {keys}) and ({batch}, {heads}, T, {values})."
+        )
+    if q is not None and q.shape[2] != tokens:
+        raise ValueError(f"q has {q.shape[2]} tokens and k has {tokens}; they must agree.")
+    if mask is not None and (mask.shape != (batch, tokens) or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask is {list(mask.shape)} of {mask.dtype}; it must be ({batch}, {tokens}) of "
+            "torch.bool."
+        )
+
+
+# Fast torch
+
+
+def _lookup(features: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
+    """`features M / (features z)`, 0 where the denominator is 0: `(..., T, Dv)`.
+
+    An empty memory gives 0 with zero gradients, not 0 times 1/eps.
+    """
+    both = features @ torch.cat([M, z.unsqueeze(-1)], dim=-1)
+    denominator = both[..., -1:]
+    inverse = denominator.clamp_min(eps).reciprocal().masked_fill(denominator == 0, 0.0)
+    return both[..., :-1] * inverse
+
+
+def _masked(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys whose features are exactly 0 and values 0 where the mask is false."""
+    if mask is None:
+        return k, v
+    hidden = ~mask[:, None, :, None]
+    return k.masked_fill(hidden, float("-inf")), v.masked_fill(hidden, 0.0)
+
+
+def _read_chunked(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
+    grouped = q.unflatten(1, (M.shape[1], -1)).flatten(2, 3)  # (B, Hkv, G * T, Dk)
+    return _lookup(phi(grouped).to(M.dtype), M, z, eps).view(*q.shape[:3], M.shape[-1])
+
+
+def _write_chunked(
+    k: Tensor, v: Tensor, M: Tensor, z: Tensor, delta: bool, mask: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    k, v = _masked(k, v, mask)
+    features, v = phi(k).to(M.dtype), v.to(M.dtype)
+    if delta:
+        v = v - _lookup(features, M, z, eps)
+    return M + features.transpose(-1, -2) @ v, z + features.sum(-2)
+
+
+def _scan_chunked(
+    q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
+    mask: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out = []
+    for start in range(0, q.shape[2], segment_size):
+        part = slice(start, start + segment_size)
+        out.append(_read_chunked(q[:, :, part], M, z, eps))
+        own = None if mask is None else mask[:, part]
+        M, z = _write_chunked(k[:, :, part], v[:, :, part], M, z, delta, own, eps)
+    if not out:
+        return _read_chunked(q, M, z, eps), M, z
+    return torch.cat(out, dim=2), M, z
+
+
+# The specification
+
+
+def _look_up_one(features: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
+    """One token, one head: features `(Dk,)`, M `(Dk, Dv)`, z `(Dk,)` -> `(Dv,)`."""
+    denominator = (features * z).sum()
+    if float(denominator.detach()) == 0.0:
+        return torch.zeros_like(M[0])
+    return (features[:, None] * M).sum(0) / denominator.clamp_min(eps)
+
+
+def _read_naive(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
+    group = q.shape[1] // M.shape[1]
+    rows = []
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for t in range(q.shape[2]):
+                features = phi(q[b, h, t]).to(M.dtype)
+                rows.append(_look_up_one(features, M[b, h // group], z[b, h // group], eps))
+    if not rows:
+        return M.new_zeros(*q.shape[:3], M.shape[-1])
+    return torch.stack(rows).view(*q.shape[:3], M.shape[-1])
+
+
+def _write_naive(
+    k: Tensor, v: Tensor, M: Tensor, z: Tensor, delta: bool, mask: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    rows_M, rows_z = [], []
+    for b in range(k.shape[0]):
+        for h in range(k.shape[1]):
+            new_M, new_z = M[b, h], z[b, h]
+            for t in range(k.shape[2]):
+                if mask is not None and not bool(mask[b, t]):
+                    continue
+                features, value = phi(k[b, h, t]).to(M.dtype), v[b, h, t].to(M.dtype)
+                if delta:
+                    value = value - _look_up_one(features, M[b, h], z[b, h], eps)
+                new_M = new_M + torch.outer(features, value)
+                new_z = new_z + features
+            rows_M.append(new_M)
+            rows_z.append(new_z)
+    if not rows_M:
+        return M.clone(), z.clone()
+    return torch.stack(rows_M).view_as(M), torch.stack(rows_z).view_as(z)
+
+
+def _scan_naive(
+    q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
+    mask: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out = M.new_zeros(*q.shape[:2], 0, M.shape[-1])
+    for start in range(0, q.shape[2], segment_size):
+        part = slice(start, start + segment_size)
+        out = torch.cat([out, _read_naive(q[:, :, part], M, z, eps)], dim=2)
+        own = None if mask is None else mask[:, part]
+        M, z = _write_naive(k[:, :, part], v[:, :, part], M, z, delta, own, eps)
+    return out, M, z
