@@ -2,9 +2,12 @@
 
 from memwrap.configuration import MemoryModelConfig
 from memwrap.memories.armt import ARMTConfig
+from memwrap.memories.autocompressor import AutoCompressorConfig
 from memwrap.memories.base import MemoryConfig
 from memwrap.memories.compressive import CompressiveConfig
+from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
+from memwrap.memories.memoryprompt import MemoryPromptConfig
 from memwrap.memories.rmt import RMTConfig
 from memwrap.memories.window import WindowConfig
 from memwrap.model import MemoryModelForCausalLM
@@ -15,11 +18,14 @@ from memwrap.wrapping import load, unwrap, wrap
 
 __all__ = [
     "ARMTConfig",
+    "AutoCompressorConfig",
     "CompressiveConfig",
+    "HMTConfig",
     "InfiniConfig",
     "MemoryConfig",
     "MemoryModelConfig",
     "MemoryModelForCausalLM",
+    "MemoryPromptConfig",
     "MemoryState",
     "RMTConfig",
     "WindowConfig",

@@ -249,17 +249,17 @@ def doctor(
 
     transformers_logging.disable_progress_bar()
     for name, version in room.versions().items():
-        typer.echo(f"{name:<14}{version}")
+        typer.echo(f"{name:<16}{version}")
     for line in room.devices():
-        typer.echo(f"{'device':<14}{line}")
-    typer.echo(f"{'ops':<14}{room.backends()}")
+        typer.echo(f"{'device':<16}{line}")
+    typer.echo(f"{'ops':<16}{room.backends()}")
     if model is None:
         return
     about, trials = room.try_model(model)
-    typer.echo(f"{'model':<14}{model}: {about}")
+    typer.echo(f"{'model':<16}{model}: {about}")
     for trial in trials:
         verdict = f"does not work: {trial.problem}" if trial.problem else "works"
-        typer.echo(f"{trial.memory:<14}{verdict}")
+        typer.echo(f"{trial.memory:<16}{verdict}")
     if all(trial.problem for trial in trials):
         raise ValueError(f"No memory works with {model}.")
 

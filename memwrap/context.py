@@ -16,7 +16,8 @@ from memwrap.trees import Tree, where_rows
 
 @dataclass
 class Local:
-    """The open segments: keys and values, with the positions and validity of their columns."""
+    """The open segments: keys and values, and what memories look at of the tokens, with the
+    places (order in the segment) and validity of their columns."""
 
     tree: Tree
     positions: Tensor

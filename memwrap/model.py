@@ -219,7 +219,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         """The segment loop over this model's backbone and memories."""
         checkpointing = self.gradient_checkpointing and self.training
         reader = SegmentReader(self.parts, self.memories)
-        return Loop(reader, self.memory_configs[0], checkpointing)
+        return Loop(reader, self.memory_configs[0], checkpointing, self.training)
 
     def _advanced(self, state: MemoryState, new: MemoryState) -> MemoryState:
         """Move `state` on to `new`, all at once; a first reading notes the weights."""
@@ -286,7 +286,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             state.hold_open = not remember
         self._check_control(memory_control, state, inputs)
         first = _first_column(logits_to_keep, inputs)
-        reading = self.loop()(
+        loop = self.loop()
+        reading = loop(
             inputs,
             state,
             targets=targets,
@@ -300,7 +301,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             loss = reading.loss_sum / _at_least_one(count, inputs.device)
             if return_logits or not isinstance(logits_to_keep, int) or logits_to_keep:
                 with torch.no_grad():
-                    again = self.loop()(
+                    again = loop(
                         inputs, state, hidden_from=first, keep_open=False, control=memory_control
                     )
                     logits = self._logits(again.hidden, logits_to_keep)  # type: ignore[arg-type]

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from memwrap.context import Local
 from memwrap.memories.base import MemoryConfig
-from memwrap.segments import Outcome, SegmentReader, Step, plan, plan_columns
+from memwrap.planning import Step, plan, plan_columns
+from memwrap.segments import Outcome, SegmentReader
 from memwrap.state import MemoryState
 from memwrap.trees import Tree, tree_map
 
@@ -170,12 +171,22 @@ class Loop:
         reader: the backbone and its memories.
         config: the config that decides segments, truncation and the loss.
         checkpointing: recompute each segment in the backward pass.
+        training: the memory may draw segment lengths. A second reading of the same inputs (for
+            logits beside a loss) is cut as the first.
     """
 
-    def __init__(self, reader: SegmentReader, config: MemoryConfig, checkpointing: bool) -> None:
+    def __init__(
+        self,
+        reader: SegmentReader,
+        config: MemoryConfig,
+        checkpointing: bool,
+        training: bool = False,
+    ) -> None:
         self.reader = reader
         self.config = config
         self.checkpointing = checkpointing
+        self.training = training
+        self._planned: tuple[Inputs, list[Step]] | None = None
 
     def __call__(
         self,
@@ -254,7 +265,12 @@ class Loop:
 
     def _steps(self, inputs: Inputs, state: MemoryState) -> list[Step]:
         if not self.config.count_padding:
-            return plan(inputs.starts, inputs.lengths, state.fill, self.config, state.hold_open)
+            if self._planned is None or self._planned[0] is not inputs:
+                starts, lengths, config = inputs.starts, inputs.lengths, self.config
+                drawing = self.training and torch.is_grad_enabled()  # reading never draws
+                steps = plan(starts, lengths, state.fill, config, state.hold_open, drawing)
+                self._planned = inputs, steps
+            return self._planned[1]
         if bool(state.fill.any()):
             raise ValueError(
                 "`count_padding` cuts whole documents by columns; it cannot continue an open "
@@ -264,7 +280,7 @@ class Loop:
 
     def _check_positions(self, steps: list[Step]) -> None:
         """A held segment may grow until the position table ends."""
-        limit, extra = self.reader.backbone.max_positions, self.reader.num_prefix
+        limit, extra = self.reader.backbone.max_positions, self.reader.prefix_positions
         longest = max((int(step.ends.max()) for step in steps), default=0)
         if limit is not None and longest + extra > limit:
             raise ValueError(

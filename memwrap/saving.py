@@ -187,6 +187,40 @@ class SavingMixin:
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message
             )
 
+    def take_over(self, folder: str | Path) -> list[str]:
+        """Start from what an earlier run trained: a stage of training hands over to the next.
+
+        Weights that the folder holds (memory, adapters, a changed backbone) are taken over; those
+        that only this model has, such as what a second stage adds, stay as they are.
+
+        Args:
+            folder: a saved memwrap model with the same memories and adapters.
+
+        Returns:
+            The names of the memory's and adapters' weights that stayed as they were.
+
+        Raises:
+            FileNotFoundError: if nothing is there.
+            ValueError: if the folder holds other memories, or weights that this model lacks or
+                has in another shape.
+        """
+        path = Path(folder)
+        theirs = _read_config(type(self), path)
+        named = [values["name"] for values in theirs.memories or []]
+        if named != list(self.memories):
+            raise ValueError(
+                f"{path} holds the memories {named}, this model {list(self.memories)}; a stage "
+                "hands over to one with the same."
+            )
+        _check_shape(theirs, self.backbone, path)
+        _warn_of_another_base(theirs, self.backbone, path)
+        tensors = _read_weights(path)
+        foreign = sorted(tensors.keys() - self.state_dict().keys())  # type: ignore[attr-defined]
+        if foreign:
+            raise ValueError(f"{path} holds {foreign[0]}, which this model has not.")
+        _put_weights(self, tensors, path)
+        return sorted(self.weights_to_save(False).keys() - tensors.keys())
+
     @classmethod
     def from_pretrained(
         cls,
@@ -209,14 +243,8 @@ class SavingMixin:
                 "was given; leave them out."
             )
         _check_shape(own, base, folder)
-        known = not own.base_included and own.base_fingerprint
-        asked = {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys()
-        if known and not asked and backbone_fingerprint(base) != own.base_fingerprint:
-            warnings.warn(
-                f"The base is not the one that {folder.name} was trained on (other weights or "
-                "another dtype); results will differ.",
-                stacklevel=2,
-            )
+        if not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
+            _warn_of_another_base(own, base, folder)
         own.backbone = copy.deepcopy(base.config)
         model = cls(own, base)  # type: ignore[call-arg]
         for name, values in (own.adapters or {}).items():
@@ -285,7 +313,18 @@ def _base_of(config: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
 
 
-def _load_weights(model: Any, folder: Path) -> None:
+def _warn_of_another_base(config: Any, base: PreTrainedModel, folder: Path) -> None:
+    known = not config.base_included and config.base_fingerprint
+    if known and backbone_fingerprint(base) != config.base_fingerprint:
+        warnings.warn(
+            f"The base is not the one that {folder.name} was trained on (other weights or "
+            "another dtype); results will differ.",
+            stacklevel=3,
+        )
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a saved model, by name."""
     index = folder / f"{WEIGHTS}.index.json"
     names = [WEIGHTS]
     if index.is_file():
@@ -299,6 +338,11 @@ def _load_weights(model: Any, folder: Path) -> None:
             tensors |= load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+    return tensors
+
+
+def _load_weights(model: Any, folder: Path) -> None:
+    tensors = _read_weights(folder)
     needed = {k for k in model.weights_to_save(False) if not k.startswith("backbone.")}
     needed |= {f"backbone.{k}" for k in adapter_keys(model.backbone)}
     missing = sorted(needed - tensors.keys())
@@ -306,6 +350,10 @@ def _load_weights(model: Any, folder: Path) -> None:
     if missing or foreign:
         what = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which the model has not"
         raise ValueError(f"{folder / WEIGHTS} does not fit its config: it {what}.")
+    _put_weights(model, tensors, folder)
+
+
+def _put_weights(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     for key, value in tensors.items():
         if value.shape != shapes[key]:

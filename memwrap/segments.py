@@ -1,15 +1,15 @@
-"""The segment loop: what is cut where, what is read and written when, what is detached.
+"""The steps of a call: what is read and written when.
 
-A call's tokens are cut into steps. In one step every row reads a piece of at most one segment:
-`[prefix | tokens | suffix]`, the prefix where the row's segment opens, the suffix where it
-closes. A step is a function of (tokens, parameters, state tensors), so that checkpointing a
-whole segment is one call.
+A call's tokens are cut into steps (`planning`). In one step every row reads a piece of at most
+one segment: `[prefix | tokens | suffix]`, the prefix where the row's segment opens, the suffix
+where it closes. A step is a function of (tokens, parameters, state tensors), so that
+checkpointing a whole segment is one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,126 +17,10 @@ from torch import Tensor
 from memwrap.backbones import Backbone, Places
 from memwrap.backbones.attention import attention_modules
 from memwrap.context import LayerContext, Local
-from memwrap.memories.base import Memory, MemoryConfig
+from memwrap.memories.base import Memory, SegmentTokens
+from memwrap.planning import Step
 from memwrap.state import cache_of, tree_of
 from memwrap.trees import Tree, tree_map, where_rows
-
-
-def segment_lengths(total: int, segment_size: int, alignment: str = "left") -> list[int]:
-    """Lengths of the segments that `total` tokens are cut into.
-
-    "left": the last one is the short one; "right": the first one; "center": nearly equal
-    lengths `ceil(total / ceil(total / segment_size))`.
-
-    Raises:
-        ValueError: for another alignment.
-    """
-    if alignment not in ("left", "right", "center"):
-        raise ValueError(f"`alignment` is {alignment!r}; allowed: 'left', 'right', 'center'.")
-    if total <= 0:
-        return []
-    count = -(-total // segment_size)
-    size = -(-total // count) if alignment == "center" else segment_size
-    lengths = [size] * (total // size)
-    rest = total - sum(lengths)
-    if rest:
-        lengths = [rest, *lengths] if alignment == "right" else [*lengths, rest]
-    return lengths
-
-
-@dataclass
-class Step:
-    """One pass of the backbone: which columns each row reads, and what opens and closes.
-
-    Attributes:
-        columns: `(B, N)` columns of the call, -1 where a row reads nothing.
-        offsets: `(B, N)` places inside the segment.
-        ends: `(B,)` length of the segment so far, after the step.
-        opens, closes: `(B,)` bool.
-        last: `(B,)` bool, the row reads nothing after this step.
-        uniform: every row reads the same contiguous columns.
-    """
-
-    columns: Tensor
-    offsets: Tensor
-    ends: Tensor
-    opens: Tensor
-    closes: Tensor
-    last: Tensor
-
-    @property
-    def uniform(self) -> bool:
-        same = (self.columns >= 0).all() and (self.columns == self.columns[:1]).all()
-        return self.columns.shape[1] > 0 and bool(same)
-
-
-def _row_pieces(
-    start: int, length: int, fill: int, config: MemoryConfig, hold_open: bool
-) -> Iterator[tuple[int, int, int, bool]]:
-    """`(first column, tokens, offset in the segment, closes)` of one row."""
-    size = config.segment_size
-    if hold_open and fill >= size:
-        if length:
-            yield start, length, fill, False
-        return
-    if fill and length:
-        taken = max(0, min(length, size - fill))  # none where a held segment is over-full
-        start, length = start + taken, length - taken
-        closes = fill + taken >= size and not (hold_open and length == 0)
-        yield start - taken, taken, fill, closes
-    lengths = segment_lengths(length, size, config.alignment)
-    for index, taken in enumerate(lengths):
-        closes = index < len(lengths) - 1 or (taken == size and not hold_open)
-        yield start, taken, 0, closes
-        start += taken
-
-
-def plan(
-    starts: list[int], lengths: list[int], fill: Tensor, config: MemoryConfig, hold_open: bool
-) -> list[Step]:
-    """Cut a call into steps.
-
-    Args:
-        starts: first real column of each row.
-        lengths: real tokens of each row.
-        fill: `(B,)` tokens in the rows' open segments.
-        config: gives segment size and alignment.
-        hold_open: the last segment of the call stays open, however long it grows.
-    """
-    rows = [
-        list(_row_pieces(s, n, int(f), config, hold_open))
-        for s, n, f in zip(starts, lengths, fill.tolist(), strict=True)
-    ]
-    steps = []
-    ends = fill.clone()
-    for index in range(max((len(r) for r in rows), default=0)):
-        pieces = [r[index] if index < len(r) else None for r in rows]
-        width = max(p[1] for p in pieces if p)
-        columns = torch.full((len(rows), width), -1)
-        offsets = torch.zeros(len(rows), width, dtype=torch.long)
-        opens = torch.zeros(len(rows), dtype=torch.bool)
-        closes = torch.zeros(len(rows), dtype=torch.bool)
-        for row, piece in enumerate(pieces):
-            if piece is None:
-                continue
-            start, taken, offset, closing = piece
-            columns[row, :taken] = torch.arange(start, start + taken)
-            offsets[row, :taken] = torch.arange(offset, offset + taken)
-            ends[row] = offset + taken
-            opens[row], closes[row] = offset == 0, closing
-        last = torch.tensor([len(r) == index + 1 for r in rows])
-        steps.append(Step(columns, offsets, ends.clone(), opens, closes, last))
-        ends = ends.masked_fill(closes, 0)
-    return steps
-
-
-def plan_columns(real: Tensor, config: MemoryConfig, hold_open: bool) -> list[Step]:
-    """Cut by columns, every row alike; padding takes up positions (`count_padding`)."""
-    batch, total = real.shape
-    steps = plan([0] * batch, [total] * batch, torch.zeros(batch).long(), config, hold_open)
-    return [
-        replace(s, columns=s.columns.masked_fill(~real.gather(1, s.columns), -1)) for s in steps
-    ]
 
 
 @dataclass
@@ -156,6 +40,27 @@ class Outcome:
     auxiliary: Tensor | None = None
 
 
+@dataclass
+class Layout:
+    """The input of one step.
+
+    Attributes:
+        x: `(B, N', D)`: prefix, tokens, suffix, each if any row has it now.
+        valid: `(B, N')` bool.
+        places: `(B, N')` order inside the segment: what masks are made of.
+        position_ids: `(B, N')` where the backbone is told other positions, else None.
+        first: columns of the prefix.
+        base: `(B,)` rows of the prefix in front of each row's tokens.
+    """
+
+    x: Tensor
+    valid: Tensor
+    places: Tensor
+    position_ids: Tensor | None
+    first: int
+    base: Tensor
+
+
 class SegmentReader:
     """Runs steps: the backbone and its memories, without any state of its own."""
 
@@ -165,8 +70,16 @@ class SegmentReader:
         self.tokens = {n: m for n, m in memories.items() if "tokens" in m.config.places}
         self.layers = {n: m for n, m in memories.items() if "layer" in m.config.places}
         self.attending = {n: m for n, m in memories.items() if "attention" in m.config.places}
-        self.num_prefix = sum(m.num_prefix for m in self.tokens.values())
         self.num_suffix = sum(m.num_suffix for m in self.tokens.values())
+        self.looks_at = sorted({kind for m in memories.values() for kind in m.looks_at})
+        self.count_padding = any(m.config.count_padding for m in memories.values())
+        zero = any(m.zero_positions for m in self.tokens.values())
+        self.zero_positions = zero and backbone.max_positions is not None
+
+    @property
+    def prefix_positions(self) -> int:
+        """Most positions that the prefix takes in front of a segment's tokens."""
+        return 0 if self.zero_positions else sum(m.num_prefix for m in self.tokens.values())
 
     def run(
         self, embeds: Tensor, step: Step, states: dict[str, Tree], local: Local, keep: bool
@@ -180,35 +93,62 @@ class SegmentReader:
             local: the open segments before the step.
             keep: whether the open segments are wanted after it.
         """
-        blocks, valid, positions = self._blocks(embeds, step, states)
-        x = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
-        all_positions = torch.cat([local.positions, positions], 1)
-        all_valid = torch.cat([local.valid, valid], 1)
-        places = Places(positions, all_positions, valid, all_valid)
+        if bool(step.opens.any()):
+            states = self._open(embeds, step, states)
+        layout = self._layout(embeds, step, states)
+        order = torch.cat([local.positions, layout.places], 1)
+        valid = torch.cat([local.valid, layout.valid], 1)
+        places = Places(layout.places, order, layout.valid, valid)
         context = self._context(step, states, local, places)
-        if x.shape[1] == 0:  # a segment that closes without tokens or suffix
-            self._close_cached(context)
-            return Outcome(x, context.changed(step.closes), _nothing(local))
         cache = cache_of(local.tree) if keep or not local.empty else None
-        plain = local.empty and bool(valid.all()) and self._contiguous(positions)
+        hidden = self._hidden(layout, places, local, cache, context)
+        tokens = hidden[:, layout.first : layout.first + step.columns.shape[1]]
+        states = context.changed(step.closes)
+        seen = self._seen(layout.x, hidden, local)
+        if bool(step.closes.any()):
+            inside = order >= layout.base[:, None]
+            states = self._write(step, states, hidden, seen, valid, inside)
+        kept = Local({}, order[:, :0], valid[:, :0])
+        if keep and cache is not None:
+            noted = {"hidden": context.hidden, "tokens": seen}
+            tree = tree_of(cache) | {name: part for name, part in noted.items() if part}
+            kept = _still_open(tree, order, valid, step.closes)
+        auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
+        return Outcome(tokens, states, kept, auxiliary)
+
+    def alone(self, embeds: Tensor, visible: Tensor, counted: Tensor) -> Tensor:
+        """Last hidden states of embeddings `(B, K, D)` without memories, positions from 0; see
+        `SegmentTokens.run`."""
+        visible, counted = visible.cpu(), counted.cpu()
+        places = (counted.long().cumsum(1) - 1).clamp(min=0)
+        plain = bool(visible.all()) and bool(counted.all())
+        return self.backbone.run(
+            embeds,
+            places,
+            key_positions=None if plain else places,
+            key_valid=None if plain else visible,
+        )
+
+    def _hidden(
+        self, layout: Layout, places: Places, local: Local, cache: Any, context: LayerContext
+    ) -> Tensor:
+        """Last hidden states `(B, N', D)` of a step's input."""
+        if layout.x.shape[1] == 0:  # a segment that closes without tokens or suffix
+            self._close_cached(context)
+            return layout.x
+        plain = local.empty and bool(layout.valid.all()) and self._contiguous(layout.places)
+        plain = plain and layout.position_ids is None
         hidden = self.backbone.run(
-            x,
-            positions,
-            key_positions=None if plain else all_positions,
-            key_valid=None if plain else all_valid,
+            layout.x,
+            layout.places,
+            key_positions=None if plain else places.keys,
+            key_valid=None if plain else places.key_valid,
+            position_ids=layout.position_ids,
             cache=cache,
             context=context if self.layers or self.attending else None,
         )
         self._check_met(context)
-        first = self.num_prefix if bool(step.opens.any()) else 0
-        tokens = hidden[:, first : first + step.columns.shape[1]]
-        new = self._write(step, context.changed(step.closes), hidden)
-        kept = _nothing(local)
-        if keep and cache is not None:
-            tree = tree_of(cache) | ({"hidden": context.hidden} if context.hidden else {})
-            kept = _still_open(tree, all_positions, all_valid, step.closes)
-        auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
-        return Outcome(tokens, new, kept, auxiliary)
+        return hidden
 
     def _context(
         self, step: Step, states: dict[str, Tree], local: Local, places: Places
@@ -245,44 +185,109 @@ class SegmentReader:
                 "Unwrap, change it, and wrap again."
             )
 
-    def _blocks(
-        self, embeds: Tensor, step: Step, states: dict[str, Tree]
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The parts of a step's input, with validity `(B, N')` and positions `(B, N')`."""
+    def _layout(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> Layout:
+        """What the backbone is given, and where it stands."""
         batch, real = embeds.shape[0], step.columns >= 0
-        blocks, valid, positions = [embeds], [real], [step.offsets + self.num_prefix]
-        if self.num_prefix and bool(step.opens.any()):
+        masks = [self._prefix_mask(m, states[n], batch) for n, m in self.tokens.items()]
+        mask = torch.cat([torch.zeros(batch, 0, dtype=torch.bool), *masks], 1)
+        base = mask.sum(1)
+        blocks, valid, places = [embeds], [real], [step.offsets + base[:, None]]
+        there = mask & step.opens[:, None]
+        used = there.any(0)
+        first = int(used.sum())
+        if first:
             parts = [m.prefix(states[n]) for n, m in self.tokens.items() if m.num_prefix]
-            blocks.insert(0, torch.cat(parts, 1).to(embeds.dtype))
-            valid.insert(0, step.opens[:, None].expand(-1, self.num_prefix))
-            positions.insert(0, torch.arange(self.num_prefix).expand(batch, -1))
+            prefix = torch.cat(parts, 1).to(embeds.dtype)
+            if first < prefix.shape[1]:  # columns that no row needs
+                prefix = prefix[:, used.nonzero().squeeze(1).to(prefix.device)]
+            blocks.insert(0, prefix)
+            valid.insert(0, there[:, used])
+            places.insert(0, (mask.long().cumsum(1) - 1).clamp(min=0)[:, used])
         if self.num_suffix and bool(step.closes.any()):
             parts = [m.suffix(states[n]) for n, m in self.tokens.items() if m.num_suffix]
             blocks.append(torch.cat(parts, 1).to(embeds.dtype))
             valid.append(step.closes[:, None].expand(-1, self.num_suffix))
-            after = step.ends + self.num_prefix
-            positions.append(after[:, None] + torch.arange(self.num_suffix))
-        return blocks, torch.cat(valid, 1), torch.cat(positions, 1)
+            places.append((step.ends + base)[:, None] + torch.arange(self.num_suffix))
+        ids = None
+        if self.zero_positions:
+            own = 1 if first else 0  # which block holds the tokens
+            vector = self.backbone.first_position().to(embeds.dtype)
+            blocks = [b if i == own else b - vector for i, b in enumerate(blocks)]
+            other = [torch.zeros_like(p) for p in places]
+            ids = torch.cat([step.offsets if i == own else p for i, p in enumerate(other)], 1)
+        x = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
+        return Layout(x, torch.cat(valid, 1), torch.cat(places, 1), ids, first, base)
+
+    @staticmethod
+    def _prefix_mask(memory: Memory, state: Tree, batch: int) -> Tensor:
+        mask = memory.prefix_mask(state) if memory.num_prefix else None
+        if mask is None:
+            return torch.ones(batch, memory.num_prefix, dtype=torch.bool)
+        return mask.cpu()
 
     @staticmethod
     def _contiguous(positions: Tensor) -> bool:
         return bool((positions == torch.arange(positions.shape[1])).all())
 
-    def _write(self, step: Step, states: dict[str, Tree], hidden: Tensor) -> dict[str, Tree]:
-        """The memories' trees after the suffix of the rows that closed was read."""
-        if not bool(step.closes.any()):
-            return states
-        place = hidden.shape[1] - self.num_suffix
+    def _open(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> dict[str, Tree]:
+        """The memories as segments open, where one looks at the first tokens."""
+        real = step.columns >= 0
+        counted = torch.ones_like(real) if self.count_padding else real
+        tokens = SegmentTokens(embeds, None, real, counted, self.alone)
+        result = dict(states)
         for name, memory in self.tokens.items():
-            new = memory.write(states[name], hidden[:, place : place + memory.num_suffix])
-            place += memory.num_suffix
-            every = bool(step.closes.all())
-            states = {**states, name: new if every else where_rows(step.closes, new, states[name])}
-        return states
+            new = memory.opened(states[name], tokens)
+            if new is not states[name]:
+                every = bool(step.opens.all())
+                result[name] = new if every else where_rows(step.opens, new, states[name])
+        return result
 
+    def _seen(self, x: Tensor, hidden: Tensor, local: Local) -> Tree:
+        """What memories look at, `(B, 1, K, D)` as keys are laid out, open columns first."""
+        now = {"embeds": x, "hidden": hidden}
+        before = local.tree.get("tokens", {})
+        return {
+            kind: torch.cat([*([before[kind]] if kind in before else []), now[kind][:, None]], 2)
+            for kind in self.looks_at
+        }
 
-def _nothing(local: Local) -> Local:
-    return Local({}, local.positions[:, :0], local.valid[:, :0])
+    def _write(
+        self,
+        step: Step,
+        states: dict[str, Tree],
+        hidden: Tensor,
+        seen: Tree,
+        valid: Tensor,
+        inside: Tensor,
+    ) -> dict[str, Tree]:
+        """The memories' trees after the suffix and the tokens of the rows that closed.
+
+        Args:
+            step, hidden: as in `run`.
+            states: what the layers made of the trees.
+            seen: what memories look at, of the columns before the step and of the step.
+            valid, inside: `(B, K)` of those columns: there; behind the prefix.
+        """
+        result = dict(states)
+        place = hidden.shape[1] - self.num_suffix
+        end = valid.shape[1] - self.num_suffix
+        looked = {kind: value[:, 0, :end] for kind, value in seen.items()}
+        mask = (valid & inside)[:, :end]
+        counted = inside[:, :end] if self.count_padding else mask
+        tokens = SegmentTokens(
+            looked.get("embeds"), looked.get("hidden"), mask, counted, self.alone
+        )
+        for name, memory in self.memories.items():
+            new = states[name]
+            if name in self.tokens:
+                new = memory.write(new, hidden[:, place : place + memory.num_suffix])
+                place += memory.num_suffix
+            if memory.looks_at:
+                new = memory.closed(new, tokens)
+            if new is not states[name]:
+                every = bool(step.closes.all())
+                result[name] = new if every else where_rows(step.closes, new, states[name])
+        return result
 
 
 def _still_open(tree: Tree, positions: Tensor, valid: Tensor, closes: Tensor) -> Local:

@@ -243,7 +243,9 @@ class MemoryState(Cache):
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Cloned: a file's tensors lie at odd addresses, where a matrix product may round
+                # another way, and a loaded state continues bit for bit.
+                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path} is not a memwrap state (save one with state.save).")
             if metadata.get("version") != str(VERSION):

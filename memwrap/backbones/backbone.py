@@ -119,12 +119,32 @@ class Backbone:
     @property
     def max_positions(self) -> int | None:
         """Rows of a learned position table, or None where positions have no hard end."""
+        table = self._position_table
+        return None if table is None else self.config.max_position_embeddings
+
+    @property
+    def _position_table(self) -> nn.Embedding | None:
         own = self.embeddings
         tables = [m for m in self.decoder.modules() if isinstance(m, nn.Embedding) and m is not own]
         limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is None or not any(table.num_embeddings >= limit for table in tables):
+        if limit is None:
             return None
-        return limit
+        return next((table for table in tables if table.num_embeddings >= limit), None)
+
+    def first_position(self) -> Tensor:
+        """The vector `(D,)` that a learned position table adds at position 0.
+
+        Raises:
+            ValueError: if it is not added to the input embeddings themselves.
+        """
+        table = self._position_table
+        if table is None or table.embedding_dim != self.embedding_size:
+            raise ValueError(
+                f"{type(self.model).__name__} adds positions to something other than its input "
+                "embeddings; `zero_positions` must be false here."
+            )
+        # Rows before that of position 0 (padding) are what the table has beyond its positions.
+        return table.weight[table.num_embeddings - self.config.max_position_embeddings]
 
     @property
     def attached(self) -> bool:
@@ -196,6 +216,7 @@ class Backbone:
         *,
         key_positions: Tensor | None = None,
         key_valid: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
         context: Any = None,
     ) -> Tensor:
@@ -206,6 +227,8 @@ class Backbone:
             positions: `(B, T)`.
             key_positions, key_valid: `(B, K)`, of the cached keys and the new ones; `None` means
                 plain causal attention over T contiguous positions, without a mask tensor.
+            position_ids: `(B, T)`, where what the backbone is told differs from `positions`,
+                the order that masks are made of.
             cache: holds the keys and values of the open segment and takes up the new ones.
             context: read and written by the layers (`LayerReader`, `AttentionReader`).
 
@@ -225,7 +248,7 @@ class Backbone:
         return self.decoder(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=positions.to(embeds.device),
+            position_ids=(positions if position_ids is None else position_ids).to(embeds.device),
             past_key_values=cache,
             use_cache=cache is not None,
             **extra,

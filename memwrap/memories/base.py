@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -87,8 +88,16 @@ class MemoryConfig:
 
     @property
     def extra_tokens(self) -> int:
-        """Positions that a segment takes beyond its tokens."""
+        """Positions of a learned table that a segment takes beyond its tokens."""
         return 0
+
+    def draw_lengths(self, total: int) -> list[int] | None:
+        """Segment lengths of `total` tokens in training, drawn with torch's generator.
+
+        They sum to `total`; as many tokens as fit whole segments are drawn, the rest stays last.
+        `None`: cut as in evaluation.
+        """
+        return None
 
     def _fail(self, name: str, allowed: str) -> None:
         raise ValueError(
@@ -156,17 +165,45 @@ class Sizes:
     attention: list[AttentionSizes] = field(default_factory=list)
 
 
+@dataclass
+class SegmentTokens:
+    """A segment's tokens, for memories that look at them (`Memory.looks_at`).
+
+    Attributes:
+        embeds: `(B, N, D)` input embeddings; None where the memory does not look at them.
+        hidden: `(B, N, D)` last hidden states; None as above, and where a segment opens.
+        valid: `(B, N)` bool, on the CPU: the tokens of the row's segment.
+        counted: `(B, N)` bool: columns that take up positions. `valid`, and with
+            `count_padding` the padding too.
+        run: the backbone alone, without any memory: embeddings `(B, K, D)`, which of them are
+            visible and which take up positions (both `(B, K)` bool) -> last hidden states.
+    """
+
+    embeds: Tensor | None
+    hidden: Tensor | None
+    valid: Tensor
+    counted: Tensor
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Memory(nn.Module):
     """The base of all memories. Implement the calls of the places named in the config.
 
     State is functional: every call returns new tensors and leaves those it was given alone.
 
     Attributes:
-        num_prefix, num_suffix: tokens around a segment.
+        num_prefix: most embeddings in front of a segment.
+        num_suffix: embeddings behind it.
+        looks_at: what `closed` needs of a segment's tokens, `"embeds"` or `"hidden"`; it is
+            kept beside the keys and values of an open segment.
+        zero_positions: on a backbone with a table of learned positions, prefix and suffix get
+            a zero vector and the tokens count from 0.
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
     """
 
-    needs_hidden = False
+    looks_at: frozenset[str] = frozenset()
+    zero_positions: bool = False
+    needs_hidden: bool = False
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -183,6 +220,11 @@ class Memory(nn.Module):
         """Embeddings before a segment, `(B, num_prefix, D)`."""
         raise NotImplementedError
 
+    def prefix_mask(self, state: Tree) -> Tensor | None:
+        """Which rows of the prefix are there, `(B, num_prefix)` bool; None for all. Others are
+        seen by nobody and take up no position. It must not change while a segment is open."""
+        return None
+
     def suffix(self, state: Tree) -> Tensor:
         """Embeddings after a segment, `(B, num_suffix, D)`."""
         raise NotImplementedError
@@ -190,6 +232,16 @@ class Memory(nn.Module):
     def write(self, state: Tree, hidden: Tensor) -> Tree:
         """The state after a segment closed; `hidden` `(B, num_suffix, D)` are the decoder's
         last hidden states of the suffix."""
+        return state
+
+    def opened(self, state: Tree, tokens: SegmentTokens) -> Tree:
+        """The state with which a segment opens, given those of its first tokens that are in the
+        call. What is made of them depends on how text is fed, and is seen by earlier tokens."""
+        return state
+
+    def closed(self, state: Tree, tokens: SegmentTokens) -> Tree:
+        """The state after `write`, given the tokens of the closed segment however they were
+        fed. Called if the memory `looks_at` them."""
         return state
 
     # Layers and attention. A memory that keeps something for single layers has them in its state

@@ -117,6 +117,11 @@ def preflight(recipe: Recipe) -> Path | None:
     named = asset(name) is not None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     if not named and not Path(name).is_dir():
         raise ValueError(f"`model.name` is {name!r}, and there is no such folder.")
+    if recipe.init_from is not None and not (Path(recipe.init_from) / "config.json").is_file():
+        raise ValueError(
+            f"`init_from` is {recipe.init_from!r}, which holds no saved model; give the output "
+            "folder of a run that has ended."
+        )
     source = "stdlib" if recipe.data is None else recipe.data.source
     if source != "stdlib" and not source.startswith("datasets:") and not Path(source).exists():
         raise ValueError(
@@ -170,6 +175,11 @@ def build_model(
                 task_type="CAUSAL_LM",
             )
         )
+    if recipe.init_from is not None:
+        try:
+            model.take_over(recipe.init_from)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`init_from` {recipe.init_from!r}: {error}") from error
     return model, tokenizer
 
 

@@ -41,6 +41,8 @@ class Recipe:
         model, memory, lora, data, recall, pretrain, trainer: see the sections; `memory` holds
             a memory's `name` and the fields of its config.
         train_backbone: train the backbone's own weights too (without LoRA).
+        init_from: output folder of an earlier run with the same kind of memory, whose weights
+            this run starts from: a stage of training hands over to the next.
         resume: continue from the last checkpoint in `output`.
         overwrite: write into `output` although it holds files.
     """
@@ -51,6 +53,7 @@ class Recipe:
     memory: dict[str, Any] | None = None
     lora: LoraSection | None = None
     train_backbone: bool = False
+    init_from: str | None = None
     data: DataSection | None = None
     recall: RecallSection | None = None
     pretrain: PretrainConfig | None = None
@@ -64,6 +67,9 @@ class Recipe:
         need(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
         self.output = expanded(self.output)
         need(bool(self.output), "output", self.output, "a folder, as in output=runs/first")
+        if self.init_from is not None:
+            self.init_from = expanded(self.init_from)
+            need(bool(self.init_from), "init_from", self.init_from, "a folder, or null")
         if self.task == "pretrain":
             self.pretrain = self.pretrain or PretrainConfig()
             self.pretrain.output = self.output
@@ -112,8 +118,8 @@ class Recipe:
 
 
 _SECTIONS = {
-    "finetune": ("model", "memory", "lora", "train_backbone", "data", "trainer"),
-    "recall": ("model", "memory", "lora", "train_backbone", "recall", "trainer"),
+    "finetune": ("model", "memory", "lora", "train_backbone", "init_from", "data", "trainer"),
+    "recall": ("model", "memory", "lora", "train_backbone", "init_from", "recall", "trainer"),
     "pretrain": ("pretrain",),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import memwrap
-from memwrap.segments import segment_lengths
+from memwrap.planning import segment_lengths
 
 FOLDER = Path(os.environ.get("MEMWRAP_CONFORMANCE_DIR") or Path(__file__).parent / "data")
 BACKBONE = (
@@ -33,6 +34,7 @@ class Case:
     name: str
     about: dict[str, Any]
     tensors: dict[str, Tensor]
+    outputs: frozenset[str] = frozenset()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -41,12 +43,18 @@ class Case:
     @property
     def expected(self) -> set[str]:
         """Names of the tensors that a run must reproduce."""
-        return {n for n in self.tensors if n.startswith(("out.", "grad.", "gen."))}
+        marked = {n for n in self.tensors if n.startswith(("out.", "grad.", "gen."))}
+        return marked | (self.outputs & self.tensors.keys())
 
     def known(self, *names: str) -> None:
         """Fail if a hyperparameter is there that the runner would ignore."""
         unknown = sorted(self.settings.keys() - set(names))
         assert not unknown, f"{self.name}: hyperparameters {unknown} are not understood"
+
+    def given(self, *names: str) -> None:
+        """Fail if a tensor is there that is neither expected nor among the inputs `names`."""
+        rest = {n for n in self.tensors if not n.startswith("base.")} - self.expected
+        assert rest <= set(names), f"{self.name}: tensors {sorted(rest - set(names))}"
 
 
 def names_of(method: str) -> list[str]:
@@ -56,7 +64,8 @@ def names_of(method: str) -> list[str]:
     return sorted(found) or ["no case found"]
 
 
-def read_case(method: str, name: str) -> Case:
+def read_case(method: str, name: str, outputs: Iterable[str] = ()) -> Case:
+    """Read a case; `outputs` are the results whose names do not say so themselves."""
     path = FOLDER / method / name
     assert path.with_suffix(".json").is_file(), f"{path}.json is missing"
     assert path.with_suffix(".safetensors").is_file(), f"{path}.safetensors is missing"
@@ -66,7 +75,7 @@ def read_case(method: str, name: str) -> Case:
     for key, entry in about["tensors"].items():
         assert list(tensors[key].shape) == entry["shape"], key
     assert tensors.keys() == about["tensors"].keys(), "tensors and their description disagree"
-    return Case(method, name, about, tensors)
+    return Case(method, name, about, tensors, frozenset(outputs))
 
 
 def backbone_of(case: Case) -> LlamaForCausalLM:
@@ -84,6 +93,48 @@ def backbone_of(case: Case) -> LlamaForCausalLM:
     weights = {n[len(prefix) :]: t for n, t in case.tensors.items() if n.startswith(prefix)}
     model.load_state_dict(weights, strict=True)
     return model.eval()
+
+
+def described_backbone(case: Case) -> Any:
+    """The backbone of `hyperparameters.base`: a Llama, or an OPT where positions are learned."""
+    base = dict(case.settings["base"])
+    sizes: dict[str, Any] = {
+        "vocab_size": base.pop("vocab"), "hidden_size": base.pop("hidden"),
+        "num_hidden_layers": base.pop("layers"), "num_attention_heads": base.pop("heads"),
+        "tie_word_embeddings": base.pop("tied"),
+    }  # fmt: skip
+    kv_heads, width = base.pop("kv_heads"), base.pop("intermediate")
+    epsilon = base.pop("rms_eps", None) or base.pop("norm_eps")
+    theta, limit = base.pop("rope_theta"), base.pop("max_positions", None)
+    assert not base, f"{case.name}: {sorted(base)} of the backbone is not understood"
+    if theta is None:
+        assert (epsilon, kv_heads) == (1e-5, sizes["num_attention_heads"])
+        sizes |= {"ffn_dim": width, "word_embed_proj_dim": sizes["hidden_size"]}
+        config: Any = OPTConfig(
+            **sizes, max_position_embeddings=limit, dropout=0.0, attention_dropout=0.0
+        )
+        model: Any = OPTForCausalLM._from_config(config, attn_implementation="eager")
+    else:
+        config = LlamaConfig(
+            **sizes, intermediate_size=width, num_key_value_heads=kv_heads, rms_norm_eps=epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": float(theta)},
+        )  # fmt: skip
+        model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    prefix = "base."
+    weights = {n[len(prefix) :]: t for n, t in case.tensors.items() if n.startswith(prefix)}
+    missing, foreign = model.load_state_dict(weights, strict=False)
+    tied = {"lm_head.weight"} if sizes["tie_word_embeddings"] else set()
+    assert set(missing) <= tied and not foreign, f"{case.name}: {missing}, {foreign}"
+    model.tie_weights()
+    return model.eval()
+
+
+def base_gradients(model: Any, case: Case) -> dict[str, Tensor]:
+    """Gradients of the backbone's parameters, those that the case holds."""
+    prefix = "grad.base."
+    parameters = dict(model.backbone.named_parameters())
+    names = [n for n in case.expected if n.startswith(prefix)]
+    return {n: parameters[n[len(prefix) :]].grad for n in names}
 
 
 def shift_labels_of(case: Case) -> Tensor:
@@ -109,7 +160,9 @@ def settings_of(case: Case) -> dict[str, Any]:
     }
 
 
-def compare(case: Case, got: dict[str, Tensor], tolerances: dict[str, float]) -> None:
+def compare(
+    case: Case, got: dict[str, Tensor], tolerances: dict[str, float], floor: float = 0.0
+) -> None:
     """Every expected tensor must be there and agree.
 
     Args:
@@ -117,7 +170,10 @@ def compare(case: Case, got: dict[str, Tensor], tolerances: dict[str, float]) ->
         got: results by the reference tensor's name; all of `case.expected`.
         tolerances: by the beginning of a name (the longest that fits), in units of the reference
             tensor's largest value.
+        floor: a gradient's unit is at least this part of the largest gradient's (some are zero
+            but for rounding: that of a key's bias, which moves all scores alike).
     """
+    largest = max((float(case.tensors[n].abs().max()) for n in got if n[:5] == "grad."), default=0)
     assert got.keys() == case.expected, (
         f"{case.name}: not compared {sorted(case.expected - got.keys())}, "
         f"not known {sorted(got.keys() - case.expected)}"
@@ -131,7 +187,8 @@ def compare(case: Case, got: dict[str, Tensor], tolerances: dict[str, float]) ->
             continue
         value = value.reshape(want.shape).to(want.dtype)
         match = max((p for p in tolerances if name.startswith(p)), key=len)
-        scale = float(want.abs().max().clamp_min(1e-12))
+        least = floor * largest if name.startswith("grad.") else 0.0
+        scale = max(float(want.abs().max()), least, 1e-12)
         error = float((value - want).abs().max()) / scale
         if not error <= tolerances[match]:
             wrong.append(f"{name}: {error:.2e} > {tolerances[match]:.0e}")

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 import memwrap
 from memwrap.assets import asset
 from memwrap.training.corpus import split_of
-from memwrap.training.finetune import preflight, run_recipe
+from memwrap.training.finetune import build_model, preflight, run_recipe
 from memwrap.training.recipe import Recipe, find_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,6 +250,53 @@ def test_training_changes_what_it_should(base: Path, documents: Path, tmp_path: 
         held = json.loads((folder / "config.json").read_text())["base_included"]
         assert held == whole
         memwrap.load(folder)
+
+
+def test_a_stage_hands_over_to_the_next(base: Path, documents: Path, tmp_path: Path) -> None:
+    """What stage 1 trained is where stage 2 starts; what stage 2 adds is new."""
+    own = [entry for entry in SMALL if "num_memory_tokens" not in entry]
+    own += [f"model.name={base}", f"data.source={documents}", "data.eval_split=null"]
+    path, first, second = ROOT / "recipes" / "hmt_lora.yaml", tmp_path / "1", tmp_path / "2"
+    run_recipe(load_recipe(path, [*own, "memory.recall=false", f"output={first}"]))
+    stage = load_recipe(path, [*own, f"init_from={first}", f"output={second}"])
+    trained = memwrap.load(first)
+    want, new = trained.weights_to_save(False), memwrap.wrap(trained.backbone, "hmt", d_mem=64)
+    model, _ = build_model(stage)
+    got = model.weights_to_save(False)
+    assert any("lora_" in name for name in want)
+    assert all(torch.equal(got[name].float(), value.float()) for name, value in want.items())
+    added = {f"memory_modules.hmt.{n}" for n in ("summary", "query.weight", "key.weight")}
+    assert got.keys() - want.keys() == added and added <= new.weights_to_save(False).keys()
+    run_recipe(stage)
+    assert memwrap.load(second).memory_configs[0].recall  # type: ignore[attr-defined]
+    assert load_recipe(second / "recipe.yaml").init_from == str(first)
+    # What does not fit is said, and nothing is silently lost.
+    back = load_recipe(path, [*own, "memory.recall=false", f"init_from={second}", "output=x"])
+    with pytest.raises(ValueError, match=r"`init_from` .* which this model has not"):
+        build_model(back)
+    with pytest.raises(ValueError, match="which this model has not"):
+        build_model(load_recipe(path, [*own[:-4], "lora=null", *own[-3:], f"init_from={first}"]))
+    with pytest.raises(ValueError, match=r"has shape \(2, "):
+        build_model(load_recipe(path, [*own, "lora.r=3", f"init_from={first}", "output=x"]))
+    other = small("rmt_lora_tiny", base, documents, tmp_path / "x", f"init_from={first}")
+    with pytest.raises(ValueError, match=r"the memories \['hmt'\], this model \['rmt'\]"):
+        build_model(other)
+    with pytest.raises(ValueError, match="holds no saved model"):
+        preflight(load_recipe(path, [*own, f"init_from={documents}", "output=runs/none"]))
+
+
+@pytest.mark.parametrize("recipe", ["autocompressor_lora", "memoryprompt"])
+def test_the_recipes_of_other_token_memories_run(
+    recipe: str, base: Path, documents: Path, tmp_path: Path
+) -> None:
+    own = [entry for entry in SMALL if recipe != "memoryprompt" or not entry.startswith("lora")]
+    own += [f"model.name={base}", f"data.source={documents}", f"output={tmp_path / 'run'}"]
+    folder = run_recipe(load_recipe(ROOT / "recipes" / f"{recipe}.yaml", own))
+    about = json.loads((folder / "run.json").read_text())
+    only_memory = about["trained_parameters"] == about["memory_parameters"]
+    assert only_memory == (recipe == "memoryprompt")
+    assert [row["step"] for row in log_of(folder) if "loss" in row] == [1, 2]
+    memwrap.load(folder)
 
 
 def test_resuming_gives_what_one_run_gives(base: Path, documents: Path, tmp_path: Path) -> None:

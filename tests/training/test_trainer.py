@@ -42,11 +42,18 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "armt": {"d_mem": 8, "value_init": "normal"},
+    "hmt": {"num_sensory": 2, "cache_size": 3, "d_mem": 8},
+    "autocompressor": {"memory_size": 5, "length_spread": 0.0},
+    "memoryprompt": {"memory_size": 16, "mlp_size": 12},
+}
+
+
 def wrapped(name: str = "rmt", **settings: Any) -> memwrap.MemoryModelForCausalLM:
     """A tiny model whose memory matters from the start."""
-    own: dict[str, Any] = {"num_memory_tokens": 2}
-    if name == "armt":
-        own |= {"d_mem": 8, "value_init": "normal"}
+    own: dict[str, Any] = {} if name == "hmt" else {"num_memory_tokens": 2}
+    own |= OWN.get(name, {})
     base = llama()
     torch.manual_seed(1)
     return memwrap.wrap(base, name, **{"segment_size": SEGMENT} | own | settings)
@@ -158,7 +165,7 @@ def test_varied_segments_repeat_by_seed_and_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss_on", ["all", "last"])
 @pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("name", ["rmt", "armt"])
+@pytest.mark.parametrize("name", ["rmt", "armt", "hmt", "autocompressor", "memoryprompt"])
 def test_streaming_gradients_equal_the_single_call(
     tmp_path: Path, name: str, window: int, loss_on: str
 ) -> None:
@@ -174,9 +181,10 @@ def test_streaming_gradients_equal_the_single_call(
     model.zero_grad()
     got = trainer.training_step(model, batch, items)
     assert got.item() == pytest.approx(loss.item(), rel=1e-6)
-    assert_close(gradients(model), want)
+    # Recall's gradients are small differences of vectors that are nearly equal before training.
+    assert_close(gradients(model), want, 1e-4 if name == "hmt" else 1e-5)
     # The truncation is real: the whole graph gives other gradients.
-    full = wrapped(name, loss_on=loss_on).train()
+    full = wrapped(name, loss_on=loss_on, bptt_segments=None).train()
     full(**batch, num_items_in_batch=items).loss.backward()
     other = gradients(full)["memory_modules." + name + ".tokens"]
     assert not torch.allclose(other, want["memory_modules." + name + ".tokens"], rtol=1e-2)

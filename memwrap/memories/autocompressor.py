@@ -1,0 +1,200 @@
+"""AutoCompressor: segments become summary vectors, and those a soft prompt (Chevalier et al.
+2023)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, memory_tokens
+from memwrap.ops import ragged
+from memwrap.ops.associative import accumulation_dtype
+from memwrap.registry import register
+from memwrap.state import MemoryState
+from memwrap.trees import Tree
+
+
+@dataclass(kw_only=True)
+class AutoCompressorConfig(MemoryConfig):
+    """Accumulated summary vectors: every segment adds some, all of them open the next.
+
+    Attributes:
+        num_memory_tokens: k, summary vectors a segment.
+        memory_size: summary vectors that are kept at most; the oldest go first.
+        accumulate: keep those of earlier segments. Off: only the last segment's (the paper's
+            RMT baseline).
+        length_spread: in training, the segments of a window of `bptt_segments` get random
+            lengths of the same sum, each at most so much longer than `segment_size` (1/3: up
+            to 4/3 of it; never with `count_padding`). 0: never.
+        zero_positions: on a backbone with a table of learned positions, summaries get a zero
+            vector instead of one from the table and tokens count from 0. No effect on others.
+        bptt_segments: gradients are stopped between windows of so many segments.
+    """
+
+    name: ClassVar[str] = "autocompressor"
+    places: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    neutral_start: ClassVar[bool] = True
+
+    num_memory_tokens: int = 50
+    memory_size: int = 1000
+    accumulate: bool = True
+    length_spread: float = 1 / 3
+    zero_positions: bool = True
+    bptt_segments: int | None = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("num_memory_tokens")
+        self._positive("memory_size")
+        if self.memory_size < self.num_memory_tokens:
+            self._fail("memory_size", f"at least num_memory_tokens ({self.num_memory_tokens})")
+        spread = self.length_spread
+        number = isinstance(spread, (int, float)) and not isinstance(spread, bool)
+        if not number or not 0 <= spread <= 1:
+            self._fail("length_spread", "a number from 0 to 1")
+
+    @classmethod
+    def tiny(cls) -> AutoCompressorConfig:
+        # What holds for every memory is tested without chance and through all segments.
+        return cls(
+            segment_size=8, num_memory_tokens=2, memory_size=5, length_spread=0.0,
+            bptt_segments=None,
+        )  # fmt: skip
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment that training may draw."""
+        return math.floor(self.segment_size * (1 + self.length_spread))
+
+    @property
+    def extra_tokens(self) -> int:
+        longer = self.longest - self.segment_size
+        if self.zero_positions:
+            return longer
+        kept = self.memory_size if self.accumulate else self.num_memory_tokens
+        return longer + kept + self.num_memory_tokens
+
+    def draw_lengths(self, total: int) -> list[int] | None:
+        """Each window of `bptt_segments` segments is cut anew into as many. For two, the
+        published default, this is the published rule: one cut, uniform between the bounds."""
+        whole, rest = divmod(total, self.segment_size)
+        if not self.length_spread or whole < 2:
+            return None
+        window = self.bptt_segments or whole
+        lengths: list[int] = []
+        for first in range(0, whole, window):
+            lengths += self._draw(min(window, whole - first))
+        return [*lengths, rest] if rest else lengths
+
+    def _draw(self, count: int) -> list[int]:
+        """`count` lengths with the mean `segment_size`: what one of a pair has more the other has
+        less, in any order."""
+        size = self.segment_size
+        most = min(self.longest - size, size - min(2, size))
+        more = torch.randint(-most, most + 1, (count // 2,)).tolist()
+        lengths = [size + m for m in more] + [size - m for m in more] + [size] * (count % 2)
+        return [lengths[i] for i in torch.randperm(count).tolist()]
+
+
+@register(AutoCompressorConfig)
+class AutoCompressorMemory(Memory):
+    """`[summaries | segment | summary tokens]`: the last hidden states of the summary tokens join
+    the summaries (section 3)."""
+
+    config: AutoCompressorConfig
+
+    def __init__(self, config: AutoCompressorConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.num_suffix = config.num_memory_tokens
+        self.num_prefix = config.memory_size if config.accumulate else self.num_suffix
+        self.zero_positions = config.zero_positions
+        self.tokens = memory_tokens(config.num_memory_tokens, sizes)
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        dtype = accumulation_dtype(self.tokens)
+        shape = (batch_size, self.num_prefix, self.sizes.embedding_size)
+        return {
+            "summaries": torch.zeros(shape, dtype=dtype, device=device),
+            "count": torch.zeros(batch_size, dtype=torch.long, device=device),
+        }
+
+    def prefix(self, state: Tree) -> Tensor:
+        return state["summaries"]
+
+    def prefix_mask(self, state: Tree) -> Tensor:
+        return ragged.filled(state["count"], self.num_prefix)
+
+    def suffix(self, state: Tree) -> Tensor:
+        return self.tokens.expand(state["count"].shape[0], -1, -1)
+
+    def write(self, state: Tree, hidden: Tensor) -> Tree:
+        before = state["count"] if self.config.accumulate else torch.zeros_like(state["count"])
+        summaries, count = ragged.append(state["summaries"], before, hidden)
+        return {"summaries": summaries, "count": count}
+
+    # Summaries as soft prompts that are made once and used often
+
+    def summaries(self, state: MemoryState) -> list[Tensor]:
+        """The summary vectors `(n, D)` of each row of a state, oldest first."""
+        tree = state.memories[self.config.name]
+        pairs = zip(tree["summaries"], tree["count"].tolist(), strict=True)
+        return [vectors[:count] for vectors, count in pairs]
+
+    def prompt(self, vectors: Tensor) -> Tree:
+        """The memory whose summaries are `vectors` `(B, n, D)`.
+
+        Raises:
+            ValueError: for more vectors than `memory_size`, or of another width.
+        """
+        empty = self.init_state(vectors.shape[0], vectors.device)
+        places, width = empty["summaries"].shape[1:]
+        if vectors.dim() != 3 or vectors.shape[1] > places or vectors.shape[2] != width:
+            raise ValueError(
+                f"The summaries have shape {tuple(vectors.shape)}; they must be (batch, at most "
+                f"{places} (memory_size), {width})."
+            )
+        summaries, count = ragged.append(empty["summaries"], empty["count"], vectors)
+        return {"summaries": summaries, "count": count}
+
+    def combine(self, states: list[MemoryState]) -> MemoryState:
+        """One state with the summaries of several readings, in their order.
+
+        Args:
+            states: of this model, nothing open in them (`model.close_segment`), of as many rows.
+
+        Raises:
+            ValueError: for an empty list, open segments, states that do not belong together, or
+                more summaries than `memory_size`.
+        """
+        if not states:
+            raise ValueError("combine got an empty list; it needs at least one state.")
+        first = states[0]
+        if any(s.signature != first.signature or s.weights != first.weights for s in states):
+            raise ValueError("combine got states of different models; read all with one.")
+        if any(s.batch_size != first.batch_size for s in states):
+            sizes = [s.batch_size for s in states]
+            raise ValueError(f"combine got states of {sizes} rows; they must have as many.")
+        if any(bool((s.fill > 0).any()) for s in states):
+            raise ValueError("combine got a state with an open segment; model.close_segment first.")
+        counts = torch.stack([s.memories[self.config.name]["count"] for s in states])
+        if int(counts.sum(0).max()) > self.num_prefix:
+            raise ValueError(
+                f"combine got {int(counts.sum(0).max())} summaries in a row; `memory_size` is "
+                f"{self.num_prefix}."
+            )
+        joined = [torch.cat(parts) for parts in zip(*map(self.summaries, states), strict=True)]
+        trees = [self.prompt(vectors[None]) for vectors in joined]
+        result = first.clone()
+        name = self.config.name
+        result.memories = {
+            name: {key: torch.cat([tree[key] for tree in trees]) for key in trees[0]}
+        }
+        result.segments = torch.stack([s.segments for s in states]).sum(0)
+        result.tokens_seen = torch.stack([s.tokens_seen for s in states]).sum(0)
+        result.columns = sum(s.columns for s in states)
+        result.ids_hash = None  # not the reading of any one text
+        return result

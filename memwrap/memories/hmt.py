@@ -1,0 +1,191 @@
+"""HMT: a hierarchical memory of sensory tokens, a segment's vector and a searched cache (He et
+al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memwrap.memories.base import Memory, MemoryConfig, SegmentTokens, Sizes, memory_tokens
+from memwrap.ops import ragged
+from memwrap.ops.associative import accumulation_dtype
+from memwrap.ops.recall import recall
+from memwrap.registry import register
+from memwrap.trees import Tree
+
+
+@dataclass(kw_only=True)
+class HMTConfig(MemoryConfig):
+    """Hierarchical memory: each segment leaves one vector in a cache, and what opens a segment is
+    recalled from that cache by a topic query; the last tokens of the segment before come along.
+
+    Attributes:
+        num_sensory: k, tokens of the segment before that are put in front of a segment.
+        cache_size: N, past memory embeddings that can be recalled; the oldest go first.
+        d_mem: width of recall queries and keys (`None`: that of the embeddings).
+        summary_fraction: part of a segment that the topic is extracted from.
+        recall: search the cache. Off is the method's stage 1: the last memory embedding opens the
+            next segment, without topic extraction.
+        query: `"previous"`: the topic is that of the end of the segment before. `"segment"`, as
+            published: that of the segment's own beginning, which its first tokens then depend
+            on: not causal, and different when text is fed in pieces.
+        write_token: what stands behind a segment and becomes its memory embedding: the
+            `"recalled"` vector once more (paper) or the `"learned"` initial one.
+    """
+
+    name: ClassVar[str] = "hmt"
+    places: ClassVar[frozenset[str]] = frozenset({"tokens"})
+
+    num_sensory: int = 32
+    cache_size: int = 300
+    d_mem: int | None = None
+    summary_fraction: float = 0.5
+    recall: bool = True
+    query: str = "previous"
+    write_token: str = "recalled"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("num_sensory", zero=True)
+        self._positive("cache_size")
+        self._positive("d_mem", optional=True)
+        self._one_of("query", ("previous", "segment"))
+        self._one_of("write_token", ("recalled", "learned"))
+        fraction = self.summary_fraction
+        number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        if not number or not 0 < fraction <= 1:
+            self._fail("summary_fraction", "a number above 0 and at most 1")
+
+    @classmethod
+    def tiny(cls) -> HMTConfig:
+        return cls(segment_size=8, num_sensory=3, cache_size=3, d_mem=8)
+
+    @property
+    def extra_tokens(self) -> int:
+        return 2 + self.num_sensory
+
+
+@register(HMTConfig)
+class HMTMemory(Memory):
+    """`[P | sensory tokens | segment | P]`: P is recalled from the cache of past memory
+    embeddings; the last hidden state at the end joins the cache (section 3)."""
+
+    config: HMTConfig
+    looks_at = frozenset({"embeds"})
+
+    def __init__(self, config: HMTConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.num_prefix, self.num_suffix = 1 + config.num_sensory, 1
+        self.tokens = memory_tokens(1, sizes)
+        if not config.recall:
+            return
+        width = sizes.embedding_size
+        make: dict[str, Any] = {"bias": False, "dtype": sizes.dtype, "device": sizes.device}
+        self.summary = memory_tokens(1, sizes)
+        self.query = nn.Linear(width, config.d_mem or width, **make)
+        self.key = nn.Linear(width, config.d_mem or width, **make)
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        config, width = self.config, self.sizes.embedding_size
+        make: dict[str, Any] = {"dtype": accumulation_dtype(self.tokens), "device": device}
+        nothing = torch.zeros(batch_size, dtype=torch.long, device=device)
+        state: Tree = {
+            "prompt": self.tokens.to(device).expand(batch_size, -1, -1),
+            "cache": torch.zeros(batch_size, config.cache_size, width, **make),
+            "count": nothing,
+            "weights": torch.zeros(batch_size, config.cache_size, **make),
+        }
+        if config.num_sensory:
+            state["sensory"] = torch.zeros(batch_size, config.num_sensory, width, **make)
+            state["num_sensory"] = nothing
+        return state
+
+    def prefix(self, state: Tree) -> Tensor:
+        if not self.config.num_sensory:
+            return state["prompt"]
+        return torch.cat([state["prompt"], state["sensory"]], 1)
+
+    def prefix_mask(self, state: Tree) -> Tensor | None:
+        if not self.config.num_sensory:
+            return None
+        return ragged.filled(1 + state["num_sensory"], self.num_prefix)
+
+    def suffix(self, state: Tree) -> Tensor:
+        if self.config.write_token == "recalled":
+            return state["prompt"]
+        return self.tokens.expand(state["prompt"].shape[0], -1, -1)
+
+    def write(self, state: Tree, hidden: Tensor) -> Tree:
+        cache, count = ragged.append(state["cache"], state["count"], hidden)
+        new = {**state, "cache": cache, "count": count}
+        if not self.config.recall:
+            new["prompt"] = hidden.to(self.tokens.dtype)
+        return new
+
+    def opened(self, state: Tree, tokens: SegmentTokens) -> Tree:
+        config = self.config
+        if not config.recall or config.query != "segment" or tokens.embeds is None:
+            return state
+        if not bool((state["count"] > 0).any()):
+            return state  # nothing to recall: the learned initial vector opens the segment
+        size = max(1, round(config.segment_size * config.summary_fraction))
+        first = slice(0, size)
+        seen = tokens.embeds[:, first], tokens.valid[:, first], tokens.counted[:, first]
+        return self._recalled(state, self.topic(*seen, tokens))
+
+    def closed(self, state: Tree, tokens: SegmentTokens) -> Tree:
+        config, embeds = self.config, tokens.embeds
+        if embeds is None:
+            return state
+        if config.num_sensory:
+            size = config.num_sensory
+            sensory, count = ragged.take_last(embeds, tokens.counted, size, size)
+            state = {
+                **state, "sensory": sensory.to(state["sensory"].dtype), "num_sensory": count,
+            }  # fmt: skip
+        if not config.recall or config.query != "previous":
+            return state
+        # A part of the segment as long as it was, and at least one token.
+        lengths = tokens.valid.sum(1)
+        part = torch.round(lengths.double() * config.summary_fraction).long().clamp(min=1)
+        end, count = ragged.take_last(embeds, tokens.valid, part, int(part.max()))
+        there = ragged.filled(count, end.shape[1])
+        return self._recalled(state, self.topic(end, there, there, tokens))
+
+    def topic(
+        self, embeds: Tensor, visible: Tensor, counted: Tensor, tokens: SegmentTokens
+    ) -> Tensor:
+        """Topic query S `(B, D)` of some tokens: the last hidden state behind `[T | tokens | T]`,
+        read by the backbone alone.
+
+        Args:
+            embeds: `(B, J, D)`.
+            visible, counted: `(B, J)` bool, as in `SegmentTokens.run`.
+            tokens: brings the backbone.
+        """
+        batch = embeds.shape[0]
+        summary = self.summary.expand(batch, -1, -1).to(embeds.dtype)
+        last = self.tokens if self.config.write_token == "learned" else self.summary
+        end = last.expand(batch, -1, -1).to(embeds.dtype)
+        edge = visible.new_ones(batch, 1)
+        visible = torch.cat([edge, visible, edge], 1)
+        counted = torch.cat([edge, counted, edge], 1)
+        return tokens.run(torch.cat([summary, embeds, end], 1), visible, counted)[:, -1]
+
+    def _recalled(self, state: Tree, topic: Tensor) -> Tree:
+        """The state whose next segment opens with what the topic recalls."""
+        count = state["count"]
+        found, weights = recall(topic, state["cache"], count, self.query.weight, self.key.weight)
+        prompt = torch.where((count > 0)[:, None], found, self.tokens.to(found.dtype))
+        weights = weights.detach().to(state["weights"].dtype)
+        return {**state, "prompt": prompt[:, None].to(self.tokens.dtype), "weights": weights}
+
+    def recall_weights(self, state: Tree) -> list[Tensor]:
+        """For each row the weights `(n,)` with which its n cached memory embeddings, oldest
+        first, make up the vector that opens its next segment. With query "segment" they are
+        those that opened its last one, over the cache as it was then. Zeros without recall."""
+        pairs = zip(state["weights"], state["count"].tolist(), strict=True)
+        return [weights[:count] for weights, count in pairs]
