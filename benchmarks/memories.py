@@ -3,8 +3,8 @@
     python benchmarks/memories.py [--only armt,infini] [--steps 60] [--recall-steps 240]
 
 Each memory is trained twice by a recipe: on long documents (perplexity) and on associative recall
-(keys of one symbol, up to 8 pairs a sample), with the same data, steps, seed and LoRA (memoryprompt:
-none, its language model stays as it is). A memory's result is one file in
+(keys of one symbol, up to 8 pairs a sample), with the same data, steps, seed and LoRA
+(memoryprompt: none, its language model stays as it is). A memory's result is one file in
 `results/memories`; `memories_table.py` puts them into the docs.
 """
 
