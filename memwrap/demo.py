@@ -106,7 +106,7 @@ def main(output: str = "demo-output", minutes: float = 2.0, readme: Path | None 
     _title("Perplexity by position on held-out documents, beside its controls")
     results = perplexity({"this-run": brief, "shipped": shipped}, folder)
     _title("Associative recall by distance (shipped armt-recall), beside its controls")
-    recall = run.recall(memwrap.load("armt-recall"), asset("armt-recall") or Path(), samples=128)
+    recall = run.recall(memwrap.load("armt-recall"), asset("armt-recall") or Path(), samples=64)
     print(run.table(recall))
     run.write(recall, folder)
     _title("Read once, ask later")

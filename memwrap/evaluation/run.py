@@ -81,7 +81,7 @@ def recall(
     recipe = load_recipe(path) if path.is_file() else None
     if recipe is None or recipe.recall is None:
         raise ValueError(
-            f"{folder} has no recipe.yaml of a recall recipe (armt_recall): only its models know "
+            f"{folder} has no recipe.yaml of a recall recipe (armt_recall_lora): only its models know "
             "what stands for keys and values."
         )
     results = {}
