@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memwrap_kernels import infini_kernels as kernels
 from memwrap_kernels.launch import flags, is_hip, rows
-from memwrap_kernels.tiles import Tiles, infini_tiles, precision
+from memwrap_kernels.tiles import infini_tiles, precision
 
 EPS = 1e-10
 
@@ -25,14 +25,13 @@ def _outer(
     x: Tensor, y: Tensor | None, out: Tensor, out_z: Tensor | None, segment_size: int, *,
     heads: int, slots: int, first_slot: int = 0, z: Tensor | None = None,
     weight: Tensor | None = None, mask: Tensor | None = None, eps: float = EPS,
-    exact: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Launch `outer_kernel`: sums of outer products over each segment, into `out`, `out_z`."""
     batch, readers, tokens, keys = x.shape
     x = rows(x)
     other = x if y is None else rows(y)
     values = other.shape[-1]
-    own = infini_tiles("outer", keys, values, is_hip())
+    own = infini_tiles("outer", keys, values, x.dtype, is_hip())
     segments = triton.cdiv(tokens, segment_size)
     kernels.outer_kernel[(segments * triton.cdiv(values, own.values), batch * heads)](
         x, other, flags(mask, x), x if z is None else z, x if weight is None else weight,
@@ -42,7 +41,7 @@ def _outer(
         DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
         OWN=y is None, DIVIDE=z is not None, HAS_MASK=mask is not None,
         HAS_WEIGHT=weight is not None, WANT_Z=out_z is not None,
-        PRECISION=precision(exact or x.dtype, is_hip()),
+        PRECISION=precision(x.dtype, is_hip()),
         num_warps=own.warps, num_stages=own.stages,
     )  # fmt: skip
 
@@ -63,7 +62,7 @@ def _transitions(
 
 def _recur(states: Tensor, a: Tensor | None, reverse: bool) -> None:
     batch, heads, slots, keys, values = states.shape
-    own = infini_tiles("recurrence", keys, values, is_hip())
+    own = infini_tiles("recurrence", keys, values, states.dtype, is_hip())
     kernels.recurrence_kernel[(triton.cdiv(values, own.values), batch * heads)](
         states, states if a is None else a, slots - 1,
         DK=keys, DV=values, BK=own.keys, BV=own.values, BC=min(own.keys, 32),
@@ -121,7 +120,7 @@ def states_backward(
     a = _transitions(k, mask, zs, segment_size, eps) if delta else None
     _recur(grads, a, reverse=True)
     k, v = rows(k), rows(v)
-    own = infini_tiles("write_bwd", keys, values, is_hip())
+    own = infini_tiles("write_bwd", keys, values, k.dtype, is_hip())
     tiles = triton.cdiv(segment_size, own.tokens)
     partial = torch.empty(
         batch, heads, segments, tiles if delta else 0, keys, device=k.device, dtype=torch.float32
@@ -171,11 +170,6 @@ def _grad_states(ctx: Any, d_memory: Tensor, d_zs: Tensor) -> tuple[Any, ...]:
 states.register_autograd(_grad_states, setup_context=_save_states)
 
 
-def _lookup_tiles(kernel: str, q: Tensor, memory: Tensor) -> tuple[Tiles, int]:
-    batch, heads, slots, keys, values = memory.shape
-    return infini_tiles(kernel, keys, values, is_hip()), q.shape[1] // heads
-
-
 @torch.library.custom_op("memwrap_kernels::infini_lookup", mutates_args=())
 def lookup(q: Tensor, memory: Tensor, zs: Tensor, segment_size: int, eps: float) -> Tensor:
     """Read each segment of q with its own slot: `(B, H, T, Dv)` in float32."""
@@ -185,7 +179,8 @@ def lookup(q: Tensor, memory: Tensor, zs: Tensor, segment_size: int, eps: float)
     if not out.numel() or not keys:
         return out.zero_()
     q, memory, zs = rows(q), memory.contiguous(), zs.contiguous()
-    own, group = _lookup_tiles("lookup", q, memory)
+    own = infini_tiles("lookup", keys, values, q.dtype, is_hip())
+    group = readers // heads
     span = min(4 * own.tokens, own.tokens * triton.cdiv(segment_size, own.tokens))
     spans = triton.cdiv(segment_size, span)
     parts = triton.cdiv(tokens, segment_size) * spans * triton.cdiv(values, own.values)
@@ -217,7 +212,8 @@ def lookup_backward(
         return dq.zero_(), d_memory.zero_(), d_zs.zero_()
     d_memory[:, :, segments:], d_zs[:, :, segments:] = 0.0, 0.0
     q, dout, memory, zs = rows(q), rows(dout), memory.contiguous(), zs.contiguous()
-    own, group = _lookup_tiles("lookup_bwd", q, memory)
+    own = infini_tiles("lookup_bwd", keys, values, q.dtype, is_hip())
+    group = readers // heads
     tiles = triton.cdiv(segment_size, own.tokens)
     weight = torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
     kernels.lookup_bwd_kernel[(segments * tiles, batch * readers)](

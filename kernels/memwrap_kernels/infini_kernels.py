@@ -193,15 +193,15 @@ def lookup_bwd_kernel(
     t = start + first + i_t
     real = t < tl.minimum(start + segment_size, tokens)
     valid = real[:, None] & (i_k < DK)[None, :]
-    at = q + row * q_b + reader * q_h + t[:, None] * q_t + i_k[None, :]
-    phi = tl.where(valid, _phi(tl.load(at, mask=valid, other=0.0)), 0.0)
+    at_q = q + row * q_b + reader * q_h + t[:, None] * q_t + i_k[None, :]
+    phi = tl.where(valid, _phi(tl.load(at_q, mask=valid, other=0.0)), 0.0)
     own_z = tl.load(z + slot * DK + i_k, mask=i_k < DK, other=0.0)
     inverse, denominator = _inverse(phi, own_z, eps)
     product = tl.zeros([BT, BK], tl.float32)
     for v in range(0, DV, BV):
         i_v = v + tl.arange(0, BV)
-        at = dout + row * d_b + reader * d_h + t[:, None] * d_t + i_v[None, :]
-        value = tl.load(at, mask=real[:, None] & (i_v < DV)[None, :], other=0.0).to(tl.float32)
+        at_d = dout + row * d_b + reader * d_h + t[:, None] * d_t + i_v[None, :]
+        value = tl.load(at_d, mask=real[:, None] & (i_v < DV)[None, :], other=0.0).to(tl.float32)
         own = tl.load(
             states + (slot * DK + i_k[None, :]) * DV + i_v[:, None],
             mask=(i_k < DK)[None, :] & (i_v < DV)[:, None], other=0.0,
@@ -211,9 +211,9 @@ def lookup_bwd_kernel(
     share = tl.where(denominator >= eps, share, 0.0)
     gradient = product * inverse[:, None] + share[:, None] * own_z[None, :]
     place = (row * readers + reader) * tokens + t
-    at = dq + place[:, None] * DK + i_k[None, :]
+    at_dq = dq + place[:, None] * DK + i_k[None, :]
     gradient = gradient * tl.minimum(phi, 1.0)
-    tl.store(at, gradient.to(dq.dtype.element_ty), mask=valid)
+    tl.store(at_dq, gradient.to(dq.dtype.element_ty), mask=valid)
     tl.store(weight + place, share, mask=real)
 
 
@@ -243,8 +243,8 @@ def write_bwd_kernel(
     if HAS_MASK:
         real = real & (tl.load(mask + row * tokens + t, mask=real, other=0) != 0)
     valid = real[:, None] & (i_k < DK)[None, :]
-    at = k + row * k_b + head * k_h + t[:, None] * k_t + i_k[None, :]
-    phi = tl.where(valid, _phi(tl.load(at, mask=valid, other=0.0)), 0.0)
+    at_k = k + row * k_b + head * k_h + t[:, None] * k_t + i_k[None, :]
+    phi = tl.where(valid, _phi(tl.load(at_k, mask=valid, other=0.0)), 0.0)
     own_z = tl.zeros([BK], tl.float32)
     inverse = tl.zeros([BT], tl.float32)
     denominator = inverse
@@ -264,25 +264,25 @@ def write_bwd_kernel(
             own = tl.load(states + slot * DK * DV + here, mask=within, other=0.0)
             product += tl.dot(change, tl.trans(own), input_precision=PRECISION)
         if not ONLY_Z:
-            at = v + row * v_b + head * v_h + t[:, None] * v_t + i_v[None, :]
-            value = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
+            at_v = v + row * v_b + head * v_h + t[:, None] * v_t + i_v[None, :]
+            value = tl.load(at_v, mask=chosen, other=0.0).to(tl.float32)
             if DELTA:
                 value -= tl.dot(phi, own, input_precision=PRECISION) * inverse[:, None]
             direct += tl.dot(value, tl.trans(grad), input_precision=PRECISION)
-            at = dv + ((memory * tokens + t[:, None]) * DV + i_v[None, :])
-            chosen = inside[:, None] & (i_v < DV)[None, :]  # zeros where the mask is false
-            tl.store(at, change.to(dv.dtype.element_ty), mask=chosen)
+            at_dv = dv + (memory * tokens + t[:, None]) * DV + i_v[None, :]
+            present = inside[:, None] & (i_v < DV)[None, :]  # zeros where the mask is false
+            tl.store(at_dv, change.to(dv.dtype.element_ty), mask=present)
     share = tl.sum(phi * product, 1) * inverse * inverse
     share = tl.where(denominator >= eps, share, 0.0)
     if ONLY_Z:
-        at = dz + ((memory * segments + segment) * tiles + tile) * DK + i_k
-        tl.store(at, tl.sum(share[:, None] * phi, 0), mask=i_k < DK)
+        at_dz = dz + ((memory * segments + segment) * tiles + tile) * DK + i_k
+        tl.store(at_dz, tl.sum(share[:, None] * phi, 0), mask=i_k < DK)
     else:
         after = tl.load(grads_z + (slot + 1) * DK + i_k, mask=i_k < DK, other=0.0)
         gradient = direct + after[None, :]
         if DELTA:
             gradient += share[:, None] * own_z[None, :] - product * inverse[:, None]
-        at = dk + (memory * tokens + t[:, None]) * DK + i_k[None, :]
+        at_dk = dk + (memory * tokens + t[:, None]) * DK + i_k[None, :]
         gradient = gradient * tl.minimum(phi, 1.0)  # phi is 0 where the mask is false
-        chosen = inside[:, None] & (i_k < DK)[None, :]
-        tl.store(at, gradient.to(dk.dtype.element_ty), mask=chosen)
+        shown = inside[:, None] & (i_k < DK)[None, :]
+        tl.store(at_dk, gradient.to(dk.dtype.element_ty), mask=shown)

@@ -31,24 +31,43 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def infini_tiles(kernel: str, keys: int, values: int, hip: bool) -> Tiles:
+# (values, tokens, warps) by kernel, for head dims up to 64, 128 and 256: what compiles without
+# spilled registers on sm_80, sm_90 and sm_100. float32 holds three TF32 parts of each operand.
+_INFINI = {
+    "outer": ((64, 64, 4), (64, 32, 8), (32, 32, 8)),
+    "lookup": ((64, 64, 4), (64, 64, 8), (32, 32, 8)),
+    "lookup_bwd": ((32, 32, 4), (32, 32, 8), (16, 32, 8)),
+    "write_bwd": ((32, 32, 8), (16, 16, 8), (16, 16, 8)),
+    "recurrence": ((32, 0, 4), (32, 0, 8), (16, 0, 8)),
+}
+_INFINI_FLOAT32 = _INFINI | {
+    "outer": ((64, 64, 4), (64, 16, 8), (32, 16, 8)),
+    "lookup": ((64, 64, 4), (64, 32, 8), (32, 16, 8)),
+    "write_bwd": ((32, 16, 4), (16, 16, 8), (16, 16, 8)),
+}
+
+
+def infini_tiles(kernel: str, keys: int, values: int, dtype: torch.dtype, hip: bool) -> Tiles:
     """Tiles of a kernel of the compressive memory for head dims up to 256.
 
     Args:
         kernel: "outer", "recurrence", "lookup", "lookup_bwd" or "write_bwd".
         keys, values: Dk and Dv.
+        dtype: of the queries or keys.
         hip: AMD: 64 KB of shared memory a program instead of 163 KB or more.
     """
     wide = padded(keys)
-    most = {"outer": 64, "recurrence": 32, "lookup": 64, "lookup_bwd": 32, "write_bwd": 32}[kernel]
-    if wide > 128 or hip:
-        most //= 2
-    tokens = 32 if wide > 64 or hip else 64
-    if wide > 128 and hip:
-        tokens = 16
-    return Tiles(wide, min(most, padded(values)), tokens, 8 if wide > 64 else 4, 1 if hip else 2)
+    table = _INFINI_FLOAT32 if dtype == torch.float32 else _INFINI
+    most, tokens, warps = table[kernel][0 if wide <= 64 else 1 if wide == 128 else 2]
+    if hip:
+        most, tokens = max(most // 2, 16), max(tokens // 2, 16)
+    one = hip or (kernel == "write_bwd" and wide > 128)
+    return Tiles(wide, min(most, padded(values)), tokens, warps, 1 if one else 2)
 
 
 def precision(dtype: torch.dtype, hip: bool) -> str:
-    """How `tl.dot` multiplies: float32 exactly; half types in TF32, finer than themselves."""
-    return "ieee" if dtype == torch.float32 or hip else "tf32"
+    """How `tl.dot` multiplies: half types in TF32, finer than themselves; float32 in three TF32
+    products (24 bits, as float32 itself: its plain form uses no tensor cores and spills)."""
+    if hip:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
