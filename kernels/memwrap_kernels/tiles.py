@@ -71,3 +71,25 @@ def precision(dtype: torch.dtype, hip: bool) -> str:
     if hip:
         return "ieee"
     return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+# (values, features, tokens, warps); float32 again needs smaller tiles.
+_ARMT = {
+    "read": (64, 32, 64, 4),
+    "project": (32, 64, 64, 4),
+    "write": (64, 64, 32, 4),
+    "features_bwd": (32, 64, 16, 4),
+}
+
+
+def armt_tiles(kernel: str, values: int, dtype: torch.dtype, hip: bool) -> Tiles:
+    """Tiles of a kernel of the associative memory; none depends on the number of features.
+
+    Args:
+        kernel: "read", "project", "write" or "features_bwd".
+        values: value channels (for "features_bwd", channels of the raw projection).
+        dtype: of the raw projections.
+        hip: AMD.
+    """
+    most, features, tokens, warps = _ARMT[kernel]
+    return Tiles(features, min(most, padded(values)), tokens, warps, 1 if hip else 2)
