@@ -28,17 +28,17 @@ def _read(
     batch, heads, tokens, width = x.shape
     values = A.shape[-1]
     out = _empty(x, batch, heads, tokens, values)
-    counts = [_empty(x, batch, heads, tokens) for _ in range(3 if stats else 0)] or [out] * 3
+    one, two, three = (_empty(x, batch, heads, tokens if stats else 0) for _ in range(3))
     x, A = rows(x), A.contiguous()
     own = armt_tiles("read", values, x.dtype, is_hip())
     grid = (triton.cdiv(tokens, own.tokens) * triton.cdiv(values, own.values), batch * heads)
     kernels.read_kernel[grid](
-        x, A, A if z is None else z.contiguous(), out, *counts, *x.stride()[:3], tokens, heads,
+        x, A, A if z is None else z.contiguous(), out, one, two, three, *x.stride()[:3], tokens, heads,
         eps, D=width, NU=nu, DV=values, BT=own.tokens, BF=own.keys, BV=own.values,
         HAS_Z=z is not None, NORMALIZE=normalize, STATS=stats,
         PRECISION=precision(x.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
     )  # fmt: skip
-    return out, *counts
+    return out, one, two, three
 
 
 def _project(y: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,9 +104,7 @@ def _features_backward(
 
 
 @torch.library.custom_op("memwrap_kernels::armt_read", mutates_args=())
-def read(
-    q: Tensor, A: Tensor, z: Tensor | None, nu: int, normalize: bool, eps: float
-) -> Tensor:
+def read(q: Tensor, A: Tensor, z: Tensor | None, nu: int, normalize: bool, eps: float) -> Tensor:
     """`phi(q) A / (phi(q) z + eps)`, or `phi(q) A` without z: `(B, H, T, V)` in float32."""
     if not q.numel() or not A.shape[-1]:
         return q.new_zeros((*q.shape[:3], A.shape[-1]), dtype=torch.float32)
@@ -130,8 +128,8 @@ def read_backward(
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dA, dz
     p = _project(dout, A, q.dtype)
     dq, weights, weights_z = _features_backward(q, p, z, None, nu, normalize, eps)
-    dA, dz = _write(q, dout, weights, None if z is None else weights_z, nu)
-    return dq, dA, q.new_zeros(0, dtype=torch.float32) if dz is None else dz
+    dA, own_dz = _write(q, dout, weights, None if z is None else weights_z, nu)
+    return dq, dA, q.new_zeros(0, dtype=torch.float32) if own_dz is None else own_dz
 
 
 @read_backward.register_fake

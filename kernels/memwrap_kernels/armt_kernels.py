@@ -70,10 +70,10 @@ def read_kernel(
     valid = real[:, None] & (i_v < DV)[None, :]
     tl.store(out + place[:, None] * DV + i_v[None, :], total, mask=valid)
     if STATS:
-        if block == 0:
-            tl.store(scales + place, scale, mask=real)
-            tl.store(denominators + place, denominator, mask=real)
-            tl.store(squares + place, squared * scale * scale, mask=real)
+        once = real & (block == 0)
+        tl.store(scales + place, scale, mask=once)
+        tl.store(denominators + place, denominator, mask=once)
+        tl.store(squares + place, squared * scale * scale, mask=once)
 
 
 @triton.jit
@@ -137,10 +137,10 @@ def write_kernel(
         total += tl.load(a + here, mask=valid, other=0.0)
     tl.store(out + here, total, mask=valid)
     if HAS_Z:
-        if block == 0:
-            if HAS_BASE:
-                total_z += tl.load(z + memory * K + f, mask=f < K, other=0.0)
-            tl.store(out_z + memory * K + f, total_z, mask=f < K)
+        once = (f < K) & (block == 0)
+        if HAS_BASE:
+            total_z += tl.load(z + memory * K + f, mask=once, other=0.0)
+        tl.store(out_z + memory * K + f, total_z, mask=once)
 
 
 @triton.jit

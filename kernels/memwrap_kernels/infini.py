@@ -85,9 +85,7 @@ def states(
     if not segments or not k.numel() or not v.numel():
         memory[:, :, 1:], zs[:, :, 1:] = 0.0, 0.0
         return memory, zs
-    _outer(
-        k, v, memory, zs, segment_size, heads=heads, slots=segments + 1, first_slot=1, mask=mask
-    )
+    _outer(k, v, memory, zs, segment_size, heads=heads, slots=segments + 1, first_slot=1, mask=mask)
     zs = zs.cumsum(2)
     a = _transitions(k, mask, zs, segment_size, eps) if delta else None
     _recur(memory, a, reverse=False)

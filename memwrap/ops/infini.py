@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops import accumulation_dtype, current_backend, kernels, unsupported_dtypes
 
 EPS = 1e-10
 UPDATES = ("linear", "delta")
@@ -46,7 +46,8 @@ def read(q: Tensor, M: Tensor, z: Tensor, *, eps: float = EPS) -> Tensor:
         ValueError: for shapes that do not fit.
     """
     _check(q, None, None, M, z, None)
-    return (_read_naive if current_backend() == "naive" else _read_chunked)(q, M, z, eps)
+    function = {"naive": _read_naive, "torch": _read_chunked, "triton": _read_triton}
+    return function[_implementation(M, q)](q, M, z, eps)
 
 
 def write(
@@ -80,8 +81,8 @@ def write(
     """
     _check(None, k, v, M, z, mask)
     _check_update(update)
-    function = _write_naive if current_backend() == "naive" else _write_chunked
-    return function(k, v, M, z, update == "delta", mask, eps)
+    function = {"naive": _write_naive, "torch": _write_chunked, "triton": _write_triton}
+    return function[_implementation(M, k, v)](k, v, M, z, update == "delta", mask, eps)
 
 
 def scan(
@@ -117,8 +118,16 @@ def scan(
     _check_update(update)
     if segment_size < 1:
         raise ValueError(f"segment_size is {segment_size}; it must be at least 1.")
-    function = _scan_naive if current_backend() == "naive" else _scan_chunked
-    return function(q, k, v, M, z, segment_size, update == "delta", mask, eps)
+    function = {"naive": _scan_naive, "torch": _scan_chunked, "triton": _scan_triton}
+    chosen = function[_implementation(M, q, k, v)]
+    return chosen(q, k, v, M, z, segment_size, update == "delta", mask, eps)
+
+
+def _implementation(M: Tensor, *inputs: Tensor) -> str:
+    unsupported = unsupported_dtypes(M, *inputs)
+    if max(M.shape[2:]) > 256:
+        unsupported = f"head dims {M.shape[2]} and {M.shape[3]}; they go up to 256"
+    return current_backend(inputs[0], unsupported)
 
 
 def _check_update(update: str) -> None:
@@ -202,15 +211,39 @@ def _scan_chunked(
     q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
     mask: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out = []
-    for start in range(0, q.shape[2], segment_size):
-        part = slice(start, start + segment_size)
-        out.append(_read_chunked(q[:, :, part], M, z, eps))
-        own = None if mask is None else mask[:, part]
-        M, z = _write_chunked(k[:, :, part], v[:, :, part], M, z, delta, own, eps)
-    if not out:
-        return _read_chunked(q, M, z, eps), M, z
+    out, pieces = [], [x.split(segment_size, dim=2) for x in (q, k, v)]
+    masks = [None] * len(pieces[0]) if mask is None else mask.split(segment_size, dim=1)
+    for own_q, own_k, own_v, own_mask in zip(*pieces, masks, strict=True):
+        out.append(_read_chunked(own_q, M, z, eps))
+        M, z = _write_chunked(own_k, own_v, M, z, delta, own_mask, eps)
     return torch.cat(out, dim=2), M, z
+
+
+# Kernels
+
+
+def _read_triton(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
+    length = max(q.shape[2], 1)
+    return kernels().infini.lookup(q, M.unsqueeze(2), z.unsqueeze(2), length, eps)  # type: ignore[union-attr]
+
+
+def _write_triton(
+    k: Tensor, v: Tensor, M: Tensor, z: Tensor, delta: bool, mask: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    length = max(k.shape[2], 1)
+    states, zs = kernels().infini.states(k, v, M, z, mask, length, delta, eps)  # type: ignore[union-attr]
+    return states[:, :, -1].clone(), zs[:, :, -1].clone()
+
+
+def _scan_triton(
+    q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
+    mask: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    found = kernels().infini  # type: ignore[union-attr]
+    states, zs = found.states(k, v, M, z, mask, segment_size, delta, eps)
+    out = found.lookup(q, states, zs, segment_size, eps)
+    # Copies: a view would keep the states of all segments alive.
+    return out, states[:, :, -1].clone(), zs[:, :, -1].clone()
 
 
 # The specification
