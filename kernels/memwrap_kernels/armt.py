@@ -33,7 +33,8 @@ def _read(
     own = armt_tiles("read", values, x.dtype, is_hip())
     grid = (triton.cdiv(tokens, own.tokens) * triton.cdiv(values, own.values), batch * heads)
     kernels.read_kernel[grid](
-        x, A, A if z is None else z.contiguous(), out, one, two, three, *x.stride()[:3], tokens, heads,
+        x, A, A if z is None else z.contiguous(), out, one, two, three,
+        *x.stride()[:3], tokens, heads,
         eps, D=width, NU=nu, DV=values, BT=own.tokens, BF=own.keys, BV=own.values,
         HAS_Z=z is not None, NORMALIZE=normalize, STATS=stats,
         PRECISION=precision(x.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,

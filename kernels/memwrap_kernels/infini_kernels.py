@@ -28,7 +28,8 @@ def _phi(x):
 def _inverse(phi, z, eps):
     """1 / max(phi z, eps), 0 where the memory is empty; and phi z."""
     denominator = tl.sum(phi * z[None, :], 1)
-    inverse = tl.where(denominator == 0.0, 0.0, 1.0 / tl.maximum(denominator, eps))
+    safe = tl.where(denominator == 0.0, 1.0, tl.maximum(denominator, eps))
+    inverse = tl.where(denominator == 0.0, 0.0, 1.0 / safe)
     return inverse, denominator
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,12 +21,24 @@ _choice: ContextVar[str] = ContextVar("memwrap_ops_backend", default="auto")
 
 
 @cache
-def kernels() -> ModuleType | None:
-    """The package `memwrap_kernels`, or None where it or Triton cannot be imported."""
+def _runs_on(device_type: str) -> bool | None:
     try:
-        return importlib.import_module("memwrap_kernels")
+        kernels = importlib.import_module("memwrap_kernels")
     except ImportError:
         return None
+    return kernels.runs_on(torch.device(device_type))
+
+
+@torch.compiler.assume_constant_result
+def _kernels_run_on(device_type: str) -> bool | None:
+    """Whether `memwrap_kernels` runs on a kind of device; None if it cannot be imported."""
+    return _runs_on(device_type)
+
+
+@torch.compiler.assume_constant_result
+def _chosen() -> str:
+    """What `backend` set. A function that torch.compile compiled keeps what it saw then."""
+    return _choice.get()
 
 
 @contextmanager
@@ -53,13 +64,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 def _check_triton() -> None:
-    found = kernels()
-    if found is None:
+    if _kernels_run_on("cuda") is None:
         raise ValueError(
             "The Triton kernels are not installed: `import memwrap_kernels` fails. Install triton "
             "(Linux), or use the backend 'torch'."
         )
-    if not torch.cuda.is_available() and not found.interpreted():
+    if not torch.cuda.is_available() and not _kernels_run_on("cpu"):
         raise ValueError(
             "The Triton kernels need a GPU and none was found. Use the backend 'torch', or set "
             "TRITON_INTERPRET=1 before Python starts to try them on the CPU (very slow)."
@@ -76,15 +86,14 @@ def current_backend(tensor: Tensor | None = None, unsupported: str = "") -> str:
     Raises:
         ValueError: if the kernels were asked for and cannot do it.
     """
-    choice = _choice.get()
+    choice = _chosen()
     if choice in ("naive", "torch"):
         return choice
-    device = torch.device("cpu") if tensor is None else tensor.device
+    device = "cpu" if tensor is None else tensor.device.type
     if choice == "auto":
-        on_gpu = device.type == "cuda" and not unsupported
-        return "triton" if on_gpu and kernels() is not None else "torch"
-    found = kernels()
-    if found is None or (tensor is not None and not found.runs_on(device)):
+        usable = device == "cuda" and not unsupported and _kernels_run_on(device)
+        return "triton" if usable else "torch"
+    if tensor is not None and not _kernels_run_on(device):
         raise ValueError(
             f"The Triton kernels cannot run on {device} tensors; move them to a GPU or use the "
             "backend 'torch'."

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend, kernels, unsupported_dtypes
+from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
 
 EPS = 1e-5
 __all__ = [
@@ -108,7 +108,9 @@ def read_projected(x: Tensor, A: Tensor, z: Tensor | None, *, nu: int, normalize
         `(B, H, T, V)` in A's dtype.
     """
     if _implementation(A, x) == "triton":
-        return kernels().armt.read(x, A, z, nu, normalize, EPS)  # type: ignore[union-attr]
+        from memwrap_kernels import armt as kernels
+
+        return kernels.read(x, A, z, nu, normalize, EPS)
     return read(features(x, nu, normalize), A, z)
 
 
@@ -137,7 +139,9 @@ def write_projected(
     """
     key_eps = 0.0 if normalize else EPS
     if _implementation(A, x, v, beta) == "triton":
-        new_A, new_z = kernels().armt.write(  # type: ignore[union-attr]
+        from memwrap_kernels import armt as kernels
+
+        new_A, new_z = kernels.write(
             x, v, beta, A, z, written, nu, normalize, correction, key_eps, EPS
         )
         return new_A, None if z is None else new_z

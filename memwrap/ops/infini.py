@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend, kernels, unsupported_dtypes
+from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
 
 EPS = 1e-10
 UPDATES = ("linear", "delta")
@@ -223,15 +223,17 @@ def _scan_chunked(
 
 
 def _read_triton(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
-    length = max(q.shape[2], 1)
-    return kernels().infini.lookup(q, M.unsqueeze(2), z.unsqueeze(2), length, eps)  # type: ignore[union-attr]
+    from memwrap_kernels import infini as kernels
+
+    return kernels.lookup(q, M.unsqueeze(2), z.unsqueeze(2), max(q.shape[2], 1), eps)
 
 
 def _write_triton(
     k: Tensor, v: Tensor, M: Tensor, z: Tensor, delta: bool, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    length = max(k.shape[2], 1)
-    states, zs = kernels().infini.states(k, v, M, z, mask, length, delta, eps)  # type: ignore[union-attr]
+    from memwrap_kernels import infini as kernels
+
+    states, zs = kernels.states(k, v, M, z, mask, max(k.shape[2], 1), delta, eps)
     return states[:, :, -1].clone(), zs[:, :, -1].clone()
 
 
@@ -239,9 +241,10 @@ def _scan_triton(
     q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
     mask: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    found = kernels().infini  # type: ignore[union-attr]
-    states, zs = found.states(k, v, M, z, mask, segment_size, delta, eps)
-    out = found.lookup(q, states, zs, segment_size, eps)
+    from memwrap_kernels import infini as kernels
+
+    states, zs = kernels.states(k, v, M, z, mask, segment_size, delta, eps)
+    out = kernels.lookup(q, states, zs, segment_size, eps)
     # Copies: a view would keep the states of all segments alive.
     return out, states[:, :, -1].clone(), zs[:, :, -1].clone()
 

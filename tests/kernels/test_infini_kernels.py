@@ -143,7 +143,7 @@ def test_compiled_whole(compiler: str) -> None:
     own = leaves("ragged", True, torch.float32)
 
     def run(q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor) -> Any:
-        return infini._scan_triton(q, k, v, M, z, 4, True, None, 1e-10)
+        return infini.scan(q, k, v, M, z, 4, update="delta")
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend=compiler)
