@@ -7,6 +7,6 @@ set before the first import, runs them on a CPU in Triton's interpreter (slow, f
 
 from memwrap_kernels import armt, infini
 from memwrap_kernels.launch import interpreted, runs_on
-from memwrap_kernels.tiles import DTYPES, MAX_HEAD_DIM
+from memwrap_kernels.tiles import MAX_HEAD_DIM
 
-__all__ = ["DTYPES", "MAX_HEAD_DIM", "armt", "infini", "interpreted", "runs_on"]
+__all__ = ["MAX_HEAD_DIM", "armt", "infini", "interpreted", "runs_on"]

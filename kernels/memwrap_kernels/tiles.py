@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-MAX_HEAD_DIM = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Head dims of the compressive memory; more does not fit into registers.
+MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ def padded(size: int) -> int:
 # (values, tokens, warps) by kernel, for head dims up to 64, 128 and 256: what compiles without
 # spilled registers on sm_80, sm_90 and sm_100. float32 holds three TF32 parts of each operand.
 _INFINI = {
-    "outer": ((64, 64, 4), (64, 32, 8), (32, 32, 8)),
+    "outer": ((64, 64, 4), (64, 16, 8), (32, 16, 8)),
     "lookup": ((64, 64, 4), (64, 64, 8), (32, 32, 8)),
     "lookup_bwd": ((32, 32, 4), (32, 32, 8), (16, 32, 8)),
     "write_bwd": ((32, 32, 8), (16, 16, 8), (16, 16, 8)),
     "recurrence": ((32, 0, 4), (32, 0, 8), (16, 0, 8)),
 }
 _INFINI_FLOAT32 = _INFINI | {
-    "outer": ((64, 64, 4), (64, 16, 8), (32, 16, 8)),
-    "lookup": ((64, 64, 4), (64, 32, 8), (32, 16, 8)),
-    "write_bwd": ((32, 16, 4), (16, 16, 8), (16, 16, 8)),
+    "outer": ((64, 64, 4), (32, 16, 8)),
+    "lookup": ((64, 64, 4), (64, 32, 8)),
+    "write_bwd": ((32, 16, 4), (16, 16, 8)),
 }
 
 
@@ -57,7 +57,9 @@ def infini_tiles(kernel: str, keys: int, values: int, dtype: torch.dtype, hip: b
         hip: AMD: 64 KB of shared memory a program instead of 163 KB or more.
     """
     wide = padded(keys)
-    table = _INFINI_FLOAT32 if dtype == torch.float32 else _INFINI
+    # The recurrence works on states alone, which are float32 for inputs of any dtype.
+    full = dtype == torch.float32 and kernel != "recurrence"
+    table = _INFINI_FLOAT32 if full else _INFINI
     most, tokens, warps = table[kernel][0 if wide <= 64 else 1 if wide == 128 else 2]
     if hip:
         most, tokens = max(most // 2, 16), max(tokens // 2, 16)

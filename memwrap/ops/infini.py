@@ -125,8 +125,9 @@ def scan(
 
 def _implementation(M: Tensor, *inputs: Tensor) -> str:
     unsupported = unsupported_dtypes(M, *inputs)
-    if max(M.shape[2:]) > 256:
-        unsupported = f"head dims {M.shape[2]} and {M.shape[3]}; they go up to 256"
+    limit = 128 if any(x.dtype == torch.float32 for x in inputs) else 256
+    if max(M.shape[2:]) > limit:
+        unsupported = f"head dims {list(M.shape[2:])}; with {inputs[0].dtype} they go up to {limit}"
     return current_backend(inputs[0], unsupported)
 
 

@@ -15,8 +15,8 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
 # Shared memory that one program may use, in bytes.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# Spills that are known: head dim 256 in the write's backward, which holds M and its gradient.
-KNOWN = {("write_bwd_kernel", 256): 512}
+# Spills that are known, in bytes a thread: the write's backward holds a state and its gradient.
+KNOWN = {("write_bwd_kernel", 256): 64}
 
 
 def compiled(target: str, *cases: str) -> list[dict[str, Any]]:
@@ -48,7 +48,11 @@ ARMT = {"read_kernel", "project_kernel", "write_kernel", "features_bwd_kernel"}
 
 @pytest.mark.parametrize(
     ("target", "case", "kernels"),
-    [("sm_90", "infini:bf16:128", INFINI), ("gfx942", "armt:bf16:64", ARMT)],
+    [
+        ("sm_90", "infini:bf16:128", INFINI),
+        ("gfx942", "infini:bf16:128", INFINI),
+        ("sm_80", "armt:bf16:64", ARMT),
+    ],
 )
 def test_what_is_launched_most(target: str, case: str, kernels: set[str]) -> None:
     check(target, compiled(target, case), kernels)
@@ -59,6 +63,8 @@ def test_what_is_launched_most(target: str, case: str, kernels: set[str]) -> Non
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("size", [16, 32, 64, 80, 128, 192, 256])
 def test_infini_everywhere(target: str, dtype: str, size: int) -> None:
+    if dtype == "fp32" and size > 128:
+        pytest.skip("float32 goes up to 128")
     check(target, compiled(target, f"infini:{dtype}:{size}"), INFINI)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import memwrap_kernels
 import pytest
 import torch
 from compare import DEVICE, agree, draw, results
@@ -123,9 +124,12 @@ def test_what_the_kernels_cannot_do_is_said() -> None:
             infini.scan(q, k, v, M, z, 3)
         with pytest.raises(ValueError, match="float64"):
             infini.read(q, M.float(), z.float())
-        wide = torch.zeros(1, 1, 1, 300, device=DEVICE)
-        with pytest.raises(ValueError, match="256"):
-            infini.read(wide, torch.zeros(1, 1, 300, 4, device=DEVICE), wide[:, :, 0])
+        for dtype, limit in memwrap_kernels.MAX_HEAD_DIM.items():
+            wide = torch.zeros(1, 1, 1, limit + 1, device=DEVICE, dtype=dtype)
+            own = torch.zeros(1, 1, limit + 1, 1, device=DEVICE)
+            with pytest.raises(ValueError, match=f"up to {limit}"):
+                infini.read(wide, own, own[..., 0])
+            assert infini.read(wide[..., 1:], own[:, :, 1:], own[:, :, 1:, 0]).shape[3] == 1
 
 
 def test_operators_are_registered_as_torch_wants_them() -> None:
