@@ -12,22 +12,14 @@ and keys come un-rotated and unscaled: the memory knows no positions.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
+from memwrap.ops import current_backend, unsupported_dtypes
+from memwrap.ops.infini_chunked import phi, read_chunked, scan_chunked, write_chunked
 
 EPS = 1e-10
 UPDATES = ("linear", "delta")
-
-
-def phi(x: Tensor) -> Tensor:
-    """ELU(x) + 1 in the accumulation dtype: `x + 1` above 0, `exp(x)` below.
-
-    Written without `expm1(x) + 1`, which is 0 below -17 in float32: features stay positive.
-    """
-    x = x.to(accumulation_dtype(x))
-    return F.relu(x) + x.clamp_max(0).exp_()
+__all__ = ["EPS", "UPDATES", "phi", "read", "scan", "write"]
 
 
 def read(q: Tensor, M: Tensor, z: Tensor, *, eps: float = EPS) -> Tensor:
@@ -46,7 +38,7 @@ def read(q: Tensor, M: Tensor, z: Tensor, *, eps: float = EPS) -> Tensor:
         ValueError: for shapes that do not fit.
     """
     _check(q, None, None, M, z, None)
-    function = {"naive": _read_naive, "torch": _read_chunked, "triton": _read_triton}
+    function = {"naive": _read_naive, "torch": read_chunked, "triton": _read_triton}
     return function[_implementation(M, q)](q, M, z, eps)
 
 
@@ -81,7 +73,7 @@ def write(
     """
     _check(None, k, v, M, z, mask)
     _check_update(update)
-    function = {"naive": _write_naive, "torch": _write_chunked, "triton": _write_triton}
+    function = {"naive": _write_naive, "torch": write_chunked, "triton": _write_triton}
     return function[_implementation(M, k, v)](k, v, M, z, update == "delta", mask, eps)
 
 
@@ -118,7 +110,7 @@ def scan(
     _check_update(update)
     if segment_size < 1:
         raise ValueError(f"segment_size is {segment_size}; it must be at least 1.")
-    function = {"naive": _scan_naive, "torch": _scan_chunked, "triton": _scan_triton}
+    function = {"naive": _scan_naive, "torch": scan_chunked, "triton": _scan_triton}
     chosen = function[_implementation(M, q, k, v)]
     return chosen(q, k, v, M, z, segment_size, update == "delta", mask, eps)
 
@@ -169,55 +161,6 @@ def _check(
             f"mask is {list(mask.shape)} of {mask.dtype}; it must be ({batch}, {tokens}) of "
             "torch.bool."
         )
-
-
-# Fast torch
-
-
-def _lookup(features: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
-    """`features M / (features z)`, 0 where the denominator is 0: `(..., T, Dv)`.
-
-    An empty memory gives 0 with zero gradients, not 0 times 1/eps.
-    """
-    both = features @ torch.cat([M, z.unsqueeze(-1)], dim=-1)
-    denominator = both[..., -1:]
-    inverse = denominator.clamp_min(eps).reciprocal().masked_fill(denominator == 0, 0.0)
-    return both[..., :-1] * inverse
-
-
-def _masked(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys whose features are exactly 0 and values 0 where the mask is false."""
-    if mask is None:
-        return k, v
-    hidden = ~mask[:, None, :, None]
-    return k.masked_fill(hidden, float("-inf")), v.masked_fill(hidden, 0.0)
-
-
-def _read_chunked(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
-    grouped = q.unflatten(1, (M.shape[1], -1)).flatten(2, 3)  # (B, Hkv, G * T, Dk)
-    return _lookup(phi(grouped).to(M.dtype), M, z, eps).view(*q.shape[:3], M.shape[-1])
-
-
-def _write_chunked(
-    k: Tensor, v: Tensor, M: Tensor, z: Tensor, delta: bool, mask: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    k, v = _masked(k, v, mask)
-    features, v = phi(k).to(M.dtype), v.to(M.dtype)
-    if delta:
-        v = v - _lookup(features, M, z, eps)
-    return M + features.transpose(-1, -2) @ v, z + features.sum(-2)
-
-
-def _scan_chunked(
-    q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
-    mask: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out, pieces = [], [x.split(segment_size, dim=2) for x in (q, k, v)]
-    masks = [None] * len(pieces[0]) if mask is None else mask.split(segment_size, dim=1)
-    for own_q, own_k, own_v, own_mask in zip(*pieces, masks, strict=True):
-        out.append(_read_chunked(own_q, M, z, eps))
-        M, z = _write_chunked(own_k, own_v, M, z, delta, own_mask, eps)
-    return torch.cat(out, dim=2), M, z
 
 
 # Kernels

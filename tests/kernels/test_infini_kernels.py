@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import memwrap_kernels
 import pytest
 import torch
 from compare import DEVICE, agree, draw, results
 from torch import Tensor
 
+import memwrap_kernels
 from memwrap.ops import backend, infini
 
 # Both sum in float32, in another order. On a GPU half types multiply in TF32 (11 bits).
