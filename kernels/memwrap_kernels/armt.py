@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from memwrap_kernels import armt_kernels as kernels
-from memwrap_kernels.launch import is_hip, rows
+from memwrap_kernels.launch import is_hip, on_device_of, rows
 from memwrap_kernels.tiles import armt_tiles, padded, precision
 
 
@@ -32,13 +32,14 @@ def _read(
     x, A = rows(x), A.contiguous()
     own = armt_tiles("read", values, x.dtype, is_hip())
     grid = (triton.cdiv(tokens, own.tokens) * triton.cdiv(values, own.values), batch * heads)
-    kernels.read_kernel[grid](
-        x, A, A if z is None else z.contiguous(), out, one, two, three,
-        *x.stride()[:3], tokens, heads,
-        eps, D=width, NU=nu, DV=values, BT=own.tokens, BF=own.keys, BV=own.values,
-        HAS_Z=z is not None, NORMALIZE=normalize, STATS=stats,
-        PRECISION=precision(x.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
-    )  # fmt: skip
+    with on_device_of(x):
+        kernels.read_kernel[grid](
+            x, A, A if z is None else z.contiguous(), out, one, two, three,
+            *x.stride()[:3], tokens, heads,
+            eps, D=width, NU=nu, DV=values, BT=own.tokens, BF=own.keys, BV=own.values,
+            HAS_Z=z is not None, NORMALIZE=normalize, STATS=stats,
+            PRECISION=precision(x.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
+        )  # fmt: skip
     return out, one, two, three
 
 
@@ -50,11 +51,12 @@ def _project(y: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     y, A = rows(y), A.contiguous()
     own = armt_tiles("project", values, dtype, is_hip())
     grid = (triton.cdiv(tokens, own.tokens) * triton.cdiv(keys, own.keys), batch * heads)
-    kernels.project_kernel[grid](
-        y, A, out, *y.stride()[:3], tokens, heads, K=keys, DV=values, BT=own.tokens, BF=own.keys,
-        BV=own.values, PRECISION=precision(dtype, is_hip()), num_warps=own.warps,
-        num_stages=own.stages,
-    )  # fmt: skip
+    with on_device_of(y):
+        kernels.project_kernel[grid](
+            y, A, out, *y.stride()[:3], tokens, heads, K=keys, DV=values, BT=own.tokens,
+            BF=own.keys, BV=own.values, PRECISION=precision(dtype, is_hip()), num_warps=own.warps,
+            num_stages=own.stages,
+        )  # fmt: skip
     return out
 
 
@@ -69,17 +71,18 @@ def _write(
     out_z = None if weights_z is None else _empty(x, batch, heads, keys)
     x, y = rows(x), rows(y)
     own = armt_tiles("write", values, x.dtype, is_hip())
-    kernels.write_kernel[
-        (triton.cdiv(keys, own.keys) * triton.cdiv(values, own.values), batch * heads)
-    ](
-        x, y, weights.contiguous(), weights if weights_z is None else weights_z.contiguous(),
-        out if A is None else A.contiguous(), out if z is None else z.contiguous(),
-        out, out if out_z is None else out_z,
-        *x.stride()[:3], *y.stride()[:3], tokens, heads, D=width, NU=nu, DV=values,
-        BT=own.tokens, BF=own.keys, BV=own.values, HAS_BASE=A is not None,
-        HAS_Z=weights_z is not None, PRECISION=precision(x.dtype, is_hip()),
-        num_warps=own.warps, num_stages=own.stages,
-    )  # fmt: skip
+    with on_device_of(x):
+        kernels.write_kernel[
+            (triton.cdiv(keys, own.keys) * triton.cdiv(values, own.values), batch * heads)
+        ](
+            x, y, weights.contiguous(), weights if weights_z is None else weights_z.contiguous(),
+            out if A is None else A.contiguous(), out if z is None else z.contiguous(),
+            out, out if out_z is None else out_z,
+            *x.stride()[:3], *y.stride()[:3], tokens, heads, D=width, NU=nu, DV=values,
+            BT=own.tokens, BF=own.keys, BV=own.values, HAS_BASE=A is not None,
+            HAS_Z=weights_z is not None, PRECISION=precision(x.dtype, is_hip()),
+            num_warps=own.warps, num_stages=own.stages,
+        )  # fmt: skip
     return out, out_z
 
 
@@ -93,14 +96,16 @@ def _features_backward(
     weights, weights_z = (_empty(x, batch, heads, tokens) for _ in range(2))
     x = rows(x)
     own = armt_tiles("features_bwd", width, x.dtype, is_hip())
-    kernels.features_bwd_kernel[(triton.cdiv(tokens, own.tokens), batch * heads)](
-        x, p, p if z is None else z.contiguous(), p if e is None else e.contiguous(),
-        p if shares is None else shares.contiguous(), p if gammas is None else gammas.contiguous(),
-        dx, weights, weights_z, *x.stride()[:3], tokens, heads, eps, D=width, NU=nu,
-        BT=own.tokens, BF=own.keys, BD=min(own.values, padded(width)), HAS_Z=z is not None,
-        HAS_E=e is not None, NORMALIZE=normalize, READ=shares is None,
-        num_warps=own.warps, num_stages=own.stages,
-    )  # fmt: skip
+    with on_device_of(x):
+        kernels.features_bwd_kernel[(triton.cdiv(tokens, own.tokens), batch * heads)](
+            x, p, p if z is None else z.contiguous(), p if e is None else e.contiguous(),
+            p if shares is None else shares.contiguous(),
+            p if gammas is None else gammas.contiguous(), dx, weights, weights_z,
+            *x.stride()[:3], tokens, heads, eps, D=width, NU=nu,
+            BT=own.tokens, BF=own.keys, BD=min(own.values, padded(width)), HAS_Z=z is not None,
+            HAS_E=e is not None, NORMALIZE=normalize, READ=shares is None,
+            num_warps=own.warps, num_stages=own.stages,
+        )  # fmt: skip
     return dx, weights, weights_z
 
 

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from memwrap_kernels import infini_kernels as kernels
-from memwrap_kernels.launch import flags, is_hip, rows
+from memwrap_kernels.launch import flags, is_hip, on_device_of, rows
 from memwrap_kernels.tiles import infini_tiles, precision
 
 EPS = 1e-10
@@ -33,17 +33,18 @@ def _outer(
     values = other.shape[-1]
     own = infini_tiles("outer", keys, values, x.dtype, is_hip())
     segments = triton.cdiv(tokens, segment_size)
-    kernels.outer_kernel[(segments * triton.cdiv(values, own.values), batch * heads)](
-        x, other, flags(mask, x), x if z is None else z, x if weight is None else weight,
-        out, out if out_z is None else out_z,
-        *x.stride()[:3], *other.stride()[:3], slots, first_slot,
-        tokens, segment_size, segments, heads, readers // heads, eps,
-        DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
-        OWN=y is None, DIVIDE=z is not None, HAS_MASK=mask is not None,
-        HAS_WEIGHT=weight is not None, WANT_Z=out_z is not None,
-        PRECISION=precision(x.dtype, is_hip()),
-        num_warps=own.warps, num_stages=own.stages,
-    )  # fmt: skip
+    with on_device_of(x):
+        kernels.outer_kernel[(segments * triton.cdiv(values, own.values), batch * heads)](
+            x, other, flags(mask, x), x if z is None else z, x if weight is None else weight,
+            out, out if out_z is None else out_z,
+            *x.stride()[:3], *other.stride()[:3], slots, first_slot,
+            tokens, segment_size, segments, heads, readers // heads, eps,
+            DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
+            OWN=y is None, DIVIDE=z is not None, HAS_MASK=mask is not None,
+            HAS_WEIGHT=weight is not None, WANT_Z=out_z is not None,
+            PRECISION=precision(x.dtype, is_hip()),
+            num_warps=own.warps, num_stages=own.stages,
+        )  # fmt: skip
 
 
 def _transitions(
@@ -63,11 +64,12 @@ def _transitions(
 def _recur(states: Tensor, a: Tensor | None, reverse: bool) -> None:
     batch, heads, slots, keys, values = states.shape
     own = infini_tiles("recurrence", keys, values, states.dtype, is_hip())
-    kernels.recurrence_kernel[(triton.cdiv(values, own.values), batch * heads)](
-        states, states if a is None else a, slots - 1,
-        DK=keys, DV=values, BK=own.keys, BV=own.values, BC=min(own.keys, 32),
-        REVERSE=reverse, HAS_A=a is not None, num_warps=own.warps, num_stages=own.stages,
-    )  # fmt: skip
+    with on_device_of(states):
+        kernels.recurrence_kernel[(triton.cdiv(values, own.values), batch * heads)](
+            states, states if a is None else a, slots - 1,
+            DK=keys, DV=values, BK=own.keys, BV=own.values, BC=min(own.keys, 32),
+            REVERSE=reverse, HAS_A=a is not None, num_warps=own.warps, num_stages=own.stages,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("memwrap_kernels::infini_states", mutates_args=())
@@ -126,13 +128,14 @@ def states_backward(
     grads_z = d_zs
 
     def launch(only_z: bool) -> None:
-        kernels.write_bwd_kernel[(segments * tiles, batch * heads)](
-            k, v, flags(mask, k), memory, zs, grads, grads_z, dk, dv, partial,
-            *k.stride()[:3], *v.stride()[:3], tokens, segment_size, segments, tiles, heads, eps,
-            DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens, DELTA=delta,
-            ONLY_Z=only_z, HAS_MASK=mask is not None, PRECISION=precision(k.dtype, is_hip()),
-            num_warps=own.warps, num_stages=own.stages,
-        )  # fmt: skip
+        with on_device_of(k):
+            kernels.write_bwd_kernel[(segments * tiles, batch * heads)](
+                k, v, flags(mask, k), memory, zs, grads, grads_z, dk, dv, partial,
+                *k.stride()[:3], *v.stride()[:3], tokens, segment_size, segments, tiles, heads, eps,
+                DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens, DELTA=delta,
+                ONLY_Z=only_z, HAS_MASK=mask is not None, PRECISION=precision(k.dtype, is_hip()),
+                num_warps=own.warps, num_stages=own.stages,
+            )  # fmt: skip
 
     if delta:
         launch(only_z=True)
@@ -182,11 +185,12 @@ def lookup(q: Tensor, memory: Tensor, zs: Tensor, segment_size: int, eps: float)
     span = min(4 * own.tokens, own.tokens * triton.cdiv(segment_size, own.tokens))
     spans = triton.cdiv(segment_size, span)
     parts = triton.cdiv(tokens, segment_size) * spans * triton.cdiv(values, own.values)
-    kernels.lookup_kernel[(parts, batch * readers)](
-        q, memory, zs, out, *q.stride()[:3], slots, tokens, segment_size, spans, span, heads,
-        group, eps, DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
-        PRECISION=precision(q.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
-    )  # fmt: skip
+    with on_device_of(q):
+        kernels.lookup_kernel[(parts, batch * readers)](
+            q, memory, zs, out, *q.stride()[:3], slots, tokens, segment_size, spans, span, heads,
+            group, eps, DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
+            PRECISION=precision(q.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
+        )  # fmt: skip
     return out
 
 
@@ -214,12 +218,13 @@ def lookup_backward(
     group = readers // heads
     tiles = triton.cdiv(segment_size, own.tokens)
     weight = torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
-    kernels.lookup_bwd_kernel[(segments * tiles, batch * readers)](
-        q, memory, zs, dout, dq, weight, *q.stride()[:3], *dout.stride()[:3], slots, tokens,
-        segment_size, tiles, heads, group, eps,
-        DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
-        PRECISION=precision(q.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
-    )  # fmt: skip
+    with on_device_of(q):
+        kernels.lookup_bwd_kernel[(segments * tiles, batch * readers)](
+            q, memory, zs, dout, dq, weight, *q.stride()[:3], *dout.stride()[:3], slots, tokens,
+            segment_size, tiles, heads, group, eps,
+            DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
+            PRECISION=precision(q.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
+        )  # fmt: skip
     _outer(
         q, dout, d_memory, d_zs, segment_size, heads=heads, slots=slots, z=zs, weight=weight,
         eps=eps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 from torch import Tensor
@@ -31,3 +33,8 @@ def rows(x: Tensor) -> Tensor:
 def flags(mask: Tensor | None, like: Tensor) -> Tensor:
     """A mask as bytes; any tensor in place of none (a pointer that is never read)."""
     return like if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Launches inside go to the tensor's own GPU: Triton launches on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

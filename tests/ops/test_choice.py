@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,16 @@ def test_tensors_on_the_cpu_take_torch() -> None:
     assert current_backend() == current_backend(torch.zeros(1)) == "torch"
     with pytest.raises(ValueError, match="allowed: auto, naive, torch, triton"), backend("cuda"):
         pass
+
+
+def test_tensors_on_a_gpu_take_the_kernels() -> None:
+    pytest.importorskip("triton")
+    there: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert current_backend(there) == "triton"
+    assert current_backend(there, "a reason") == "torch"
+    for name in ("naive", "torch"):
+        with backend(name):
+            assert current_backend(there) == name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels may be chosen")
