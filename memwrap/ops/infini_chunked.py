@@ -100,7 +100,8 @@ def _forward(
         both = torch.cat([M, z.unsqueeze(-1)], dim=-1)
         if states is not None:
             states.append(both)
-        features = _fast_phi(_grouped(own_q, heads).flatten(2, 3), M.dtype)
+        # Features first: they are dense, so that joining heads and tokens copies nothing.
+        features = _fast_phi(_grouped(own_q, heads), M.dtype).flatten(2, 3)
         found, inverse, _ = _divide(features @ both, eps)
         shape = _grouped(own_out, heads)
         torch.mul(found.view(shape.shape), inverse.view(*shape.shape[:4], 1), out=shape)
@@ -160,7 +161,7 @@ def _write_backward(
     dv.copy_(change)
     if not delta:
         d_features = (v @ E.transpose(-1, -2)).add_(e.unsqueeze(-2))
-        dk.copy_(d_features.mul_(features.clamp_max_(1)))
+        torch.mul(d_features, features.clamp_max_(1), out=dk)
         return E, e
     found, inverse, free = _divide(features @ both, eps)
     found = found * inverse
@@ -169,7 +170,7 @@ def _write_backward(
     d_features = ((v - found) @ E.transpose(-1, -2)).add_(e.unsqueeze(-2))
     d_features += d_both @ both.transpose(-1, -2)
     own = features.transpose(-1, -2) @ d_both
-    dk.copy_(d_features.mul_(features.clamp_max_(1)))
+    torch.mul(d_features, features.clamp_max_(1), out=dk)
     return E + own[..., :-1], e + own[..., -1]
 
 
@@ -178,16 +179,14 @@ def _read_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of one segment's queries (into dq), and of the memory that they read."""
     heads = both.shape[1]
-    features = _fast_phi(_grouped(q, heads).flatten(2, 3), both.dtype)
-    d_out = _grouped(d_out, heads).flatten(2, 3)
-    denominator = features @ both[..., -1:]
-    _, inverse, free = _divide(denominator, eps)
-    d_found = d_out * inverse
+    shape = _grouped(q, heads).shape
+    features = _fast_phi(_grouped(q, heads), both.dtype).flatten(2, 3)
+    _, inverse, free = _divide(features @ both[..., -1:], eps)
+    d_found = (_grouped(d_out, heads) * inverse.view(*shape[:4], 1)).flatten(2, 3)
     d_features = d_found @ both[..., :-1].transpose(-1, -2)
     share = (features * d_features).sum(-1, keepdim=True).mul_(inverse).mul_(free).neg_()
     own_M, own_z = features.transpose(-1, -2) @ d_found, features.transpose(-1, -2) @ share
     d_features += share * both[..., -1].unsqueeze(-2)
-    d_features *= features.clamp_max_(1)
-    dq_grouped = _grouped(dq, heads)
-    dq_grouped.copy_(d_features.view(dq_grouped.shape))
+    slope = features.clamp_max_(1).view(shape)
+    torch.mul(d_features.view(shape), slope, out=_grouped(dq, heads))
     return own_M, own_z.squeeze(-1)
