@@ -31,8 +31,9 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-# (values, tokens, warps) by kernel, for head dims up to 64, 128 and 256: what compiles without
-# spilled registers on sm_80, sm_90 and sm_100. float32 holds three TF32 parts of each operand.
+# (values, tokens, warps) by kernel, for head dims up to 64, 128 and 256: what compiles with no more
+# than a few spilled registers on sm_80, sm_90 and sm_100. float32 holds three TF32 parts of each
+# operand.
 _INFINI = {
     "outer": ((64, 64, 4), (64, 16, 8), (32, 16, 8)),
     "lookup": ((64, 64, 4), (64, 64, 8), (32, 32, 8)),
@@ -41,7 +42,7 @@ _INFINI = {
     "recurrence": ((32, 0, 4), (32, 0, 8), (16, 0, 8)),
 }
 _INFINI_FLOAT32 = _INFINI | {
-    "outer": ((32, 32, 4), (32, 16, 8)),
+    "outer": ((32, 32, 8), (32, 16, 8)),
     "lookup": ((64, 64, 4), (64, 32, 8)),
     "write_bwd": ((32, 16, 4), (16, 16, 8)),
 }
@@ -75,7 +76,7 @@ def precision(dtype: torch.dtype, hip: bool) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-# (values, features, tokens, warps); float32 again needs smaller tiles.
+# (values, features, tokens, warps); float32 again needs smaller ones.
 _ARMT = {
     "read": (64, 32, 64, 4),
     "project": (32, 64, 64, 4),
@@ -94,4 +95,6 @@ def armt_tiles(kernel: str, values: int, dtype: torch.dtype, hip: bool) -> Tiles
         hip: AMD.
     """
     most, features, tokens, warps = _ARMT[kernel]
+    if dtype == torch.float32 and kernel in ("read", "write"):
+        most = 32
     return Tiles(features, min(most, padded(values)), tokens, warps, 1 if hip else 2)

@@ -15,8 +15,8 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
 # Shared memory that one program may use, in bytes.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# Spills that are known, in bytes a thread: the write's backward holds a state and its gradient.
-KNOWN = {("write_bwd_kernel", 256): 64, ("outer_kernel", 128): 64, ("outer_kernel", 256): 64}
+# Spilled registers that a thread may have, in bytes: a handful, which stay in the L1 cache.
+SPILLED = 64
 
 
 def compiled(target: str, *cases: str) -> list[dict[str, Any]]:
@@ -35,8 +35,7 @@ def check(target: str, found: list[dict[str, Any]], kernels: set[str]) -> None:
     assert {x["kernel"] for x in found} == kernels
     for launch in found:
         assert launch["shared"] <= SHARED[target], launch
-        known = KNOWN.get((launch["kernel"], launch["constants"].get("BK", 0)), 0)
-        assert launch["spilled"] <= known, launch
+        assert launch["spilled"] <= SPILLED, launch
         if launch["kernel"] == "recurrence_kernel":
             assert launch["fences"], "a step may read the state before it is stored"
 
