@@ -70,7 +70,7 @@ def read_kernel(
     valid = real[:, None] & (i_v < DV)[None, :]
     tl.store(out + place[:, None] * DV + i_v[None, :], total, mask=valid)
     if STATS:
-        once = real & (block == 0)
+        once = t + block * tokens < tokens  # by the first of the blocks of values
         tl.store(scales + place, scale, mask=once)
         tl.store(denominators + place, denominator, mask=once)
         tl.store(squares + place, squared * scale * scale, mask=once)
@@ -137,7 +137,7 @@ def write_kernel(
         total += tl.load(a + here, mask=valid, other=0.0)
     tl.store(out + here, total, mask=valid)
     if HAS_Z:
-        once = (f < K) & (block == 0)
+        once = f + block * K < K  # by the first of the blocks of values
         if HAS_BASE:
             total_z += tl.load(z + memory * K + f, mask=once, other=0.0)
         tl.store(out_z + memory * K + f, total_z, mask=once)

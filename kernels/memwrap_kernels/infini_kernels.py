@@ -95,7 +95,7 @@ def outer_kernel(
     at = out + (slot * DK + i_k[:, None]) * DV + i_v[None, :]
     tl.store(at, total, mask=(i_k < DK)[:, None] & (i_v < DV)[None, :])
     if WANT_Z:
-        tl.store(out_z + slot * DK + i_k, total_z, mask=(i_k < DK) & (block == 0))
+        tl.store(out_z + slot * DK + i_k, total_z, mask=i_k + block * BK < DK)  # once
 
 
 @triton.jit
