@@ -16,6 +16,44 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((HERE / "results" / f"{name}.json").read_text())
 
 
+def infini_rows(infini: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The compressive memory on a CPU, both updates."""
+    rows = []
+    for update in ("linear", "delta"):
+        own = infini[update]
+        name = f"compressive memory ({update})"
+        faster = f"{own['naive']['naive_over_torch']:.0f}"
+        rows.append((f"{name}, 4,096 tokens: naive / torch", faster, ">= 5"))
+        for shape, found in own["peer"].items():
+            for kind in ("reading", "training"):
+                ratio = found[kind]["peer_over_memwrap"]
+                spread = f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f})"
+                rows.append(
+                    (
+                        f"{name}, {kind}, {shape}: infini-transformer-pytorch / memwrap",
+                        spread,
+                        ">= 2",
+                    )
+                )
+        for kind in ("reading", "training"):
+            lengths = own[f"{kind}_by_length"]
+            first, last = "16384", max(lengths, key=int)
+            for what, unit in (("microseconds_per_token", "µs"), ("bytes_per_token", "bytes")):
+                a, b = (lengths[length][what] for length in (first, last))
+                values = f"{a:,.1f} / {b:,.1f} {unit}"
+                rows.append((f"{name}, {kind}: a token of {first} / of {last}", values, "flat"))
+    return rows
+
+
+def kernels_text() -> str:
+    """Which GPUs the Triton kernels were measured on."""
+    found = sorted((HERE / "results").glob("kernels_*.json"))
+    if not found:
+        return "The Triton kernels are not yet measured on a GPU (`kernels/on_gpu.py` does it).\n"
+    names = ", ".join(f"`results/{path.name}`" for path in found)
+    return f"The Triton kernels, with the GPU named: {names}.\n"
+
+
 def main() -> None:
     overhead, reading, streaming = load("overhead"), load("reading"), load("streaming")
     rows = [("measured", "value", "goal"), ("---", "---", "---")]
@@ -38,16 +76,17 @@ def main() -> None:
         ("training step, one graph: peak memory, 64 / 8 segments",
          f"{streaming['one_graph_64_over_8']:.3f}", ""),
     ]  # fmt: skip
+    rows += infini_rows(load("infini_ops"))
     machine = reading["machine"]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     text = (
         "# Benchmarks\n\n"
         "Written by `python benchmarks/table.py` from `results/*.json`; run `benchmarks/run_all` "
-        "to measure again. ARMT on the shipped LM.\n\n" + "\n".join(lines) + "\n\n"
+        "to measure again. The first rows are ARMT on the shipped LM, the others the ops alone, on "
+        "one thread.\n\n" + "\n".join(lines) + "\n\n"
         f"Machine: {machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu']}; Python "
         f"{machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}. "
-        "Other work may have run beside; ratios are of interleaved pairs. Not measured on a GPU "
-        "yet.\n"
+        "Other work may have run beside; ratios are of interleaved pairs.\n\n" + kernels_text()
     )
     (HERE / "README.md").write_text(text)
     print(text)

@@ -93,32 +93,27 @@ class AssociativeLayer(nn.Module):
         """`(B, T, H * d)` -> `(B, H, T, d)`."""
         return x.unflatten(-1, (self.config.n_heads, -1)).transpose(1, 2)
 
-    def _features(self, x: Tensor) -> Tensor:
-        return associative.features(self._heads(x), self.config.nu, self.config.feature_norm)
-
     def _prepare(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden.to(self.query.weight.dtype))
 
     def read(self, hidden: Tensor, A: Tensor, z: Tensor | None) -> Tensor:
         """What the memory holds for each position: `(B, T, D)` -> `(B, T, D)`."""
-        q = self._features(self.query(self._prepare(hidden)))
+        q = self._heads(self.query(self._prepare(hidden)))
+        config = self.config
         with torch.autocast(hidden.device.type, enabled=False):
-            out = associative.read(q.to(A.dtype), A, z)
+            out = associative.read_projected(q, A, z, nu=config.nu, normalize=config.feature_norm)
         return out.transpose(1, 2).flatten(2).to(hidden.dtype)
 
     def write(self, hidden: Tensor, state: Tree) -> Tree:
         """Write the memory tokens' outputs `(B, m, D)` into `state`."""
         config, A, z = self.config, state["A"], state.get("z")
         x = self._prepare(hidden)
-        dtype = A.dtype
-        k = self._features(self.key(x)).to(dtype)
-        v = self._heads(self.value(x)).to(dtype)
-        beta = self._heads(torch.sigmoid(self.beta(x).to(dtype)))
+        k, v = self._heads(self.key(x)), self._heads(self.value(x))
+        beta = self._heads(torch.sigmoid(self.beta(x).to(A.dtype)))
         with torch.autocast(hidden.device.type, enabled=False):
-            new_A, new_z = associative.write(
-                k, v, beta, A, z, state["written"],
-                correction=config.correction,
-                key_eps=0.0 if config.feature_norm else associative.EPS,
+            new_A, new_z = associative.write_projected(
+                k, v, beta, A, z, state["written"], nu=config.nu,
+                normalize=config.feature_norm, correction=config.correction,
             )  # fmt: skip
         new: Tree = {"A": new_A, "written": torch.ones_like(state["written"])}
         return new if new_z is None else new | {"z": new_z}

@@ -5,6 +5,8 @@ maps key features to values, z normalises it. Shapes: B batch, H heads, T querie
 tokens, K features a key, V value channels. A is `(B, H, K, V)`, z is `(B, H, K)`.
 
 The sums are kept in float32 (float64 for float64 inputs) whatever the inputs' dtype.
+`read_projected` and `write_projected` take queries and keys before the feature map, of width D
+with `K = 2 nu D`: the kernels make the features themselves.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
 
 EPS = 1e-5
-__all__ = ["EPS", "accumulation_dtype", "dpfp", "features", "read", "write"]
+__all__ = [
+    "EPS", "accumulation_dtype", "dpfp", "features", "read", "read_projected", "write",
+    "write_projected",
+]  # fmt: skip
 
 
 def dpfp(x: Tensor, nu: int) -> Tensor:
@@ -88,6 +93,65 @@ def write(
     function = _write_naive if current_backend() == "naive" else _write_chunked
     k, v, beta = k.to(A.dtype), v.to(A.dtype), beta.to(A.dtype)
     return function(k, v, beta, A, z, written, correction, key_eps)
+
+
+def read_projected(x: Tensor, A: Tensor, z: Tensor | None, *, nu: int, normalize: bool) -> Tensor:
+    """Read the memory with raw queries: features, then `read`.
+
+    Args:
+        x: projected queries `(B, H, T, D)`.
+        A: `(B, H, K, V)`.
+        z: `(B, H, K)` or None (no denominator).
+        nu, normalize: the feature map's, as in `features`.
+
+    Returns:
+        `(B, H, T, V)` in A's dtype.
+    """
+    if _implementation(A, x) == "triton":
+        from memwrap_kernels import armt as kernels
+
+        return kernels.read(x, A, z, nu, normalize, EPS)
+    return read(features(x, nu, normalize), A, z)
+
+
+def write_projected(
+    x: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    A: Tensor,
+    z: Tensor | None,
+    written: Tensor,
+    *,
+    nu: int,
+    normalize: bool,
+    correction: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Write M tokens with raw keys: features, then `write`.
+
+    Args:
+        x: projected keys `(B, H, M, D)`.
+        v, beta, A, z, written, correction: as in `write`.
+        nu, normalize: the feature map's, as in `features`. Normalised features need no
+            `key_eps`.
+
+    Returns:
+        The new `(A, z)`; the old ones are left as they are.
+    """
+    key_eps = 0.0 if normalize else EPS
+    if _implementation(A, x, v, beta) == "triton":
+        from memwrap_kernels import armt as kernels
+
+        new_A, new_z = kernels.write(
+            x, v, beta, A, z, written, nu, normalize, correction, key_eps, EPS
+        )
+        return new_A, None if z is None else new_z
+    return write(
+        features(x, nu, normalize), v, beta, A, z, written, correction=correction, key_eps=key_eps
+    )
+
+
+def _implementation(A: Tensor, *inputs: Tensor) -> str:
+    return current_backend(inputs[0], unsupported_dtypes(A, *inputs))
 
 
 def _read_chunked(q: Tensor, A: Tensor, z: Tensor | None) -> Tensor:

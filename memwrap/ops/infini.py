@@ -12,22 +12,14 @@ and keys come un-rotated and unscaled: the memory knows no positions.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops import current_backend, unsupported_dtypes
+from memwrap.ops.infini_chunked import phi, read_chunked, scan_chunked, write_chunked
 
 EPS = 1e-10
 UPDATES = ("linear", "delta")
-
-
-def phi(x: Tensor) -> Tensor:
-    """ELU(x) + 1 in the accumulation dtype: `x + 1` above 0, `exp(x)` below.
-
-    Written without `expm1(x) + 1`, which is 0 below -17 in float32: features stay positive.
-    """
-    x = x.to(accumulation_dtype(x))
-    return F.relu(x) + x.clamp_max(0).exp_()
+__all__ = ["EPS", "UPDATES", "phi", "read", "scan", "write"]
 
 
 def read(q: Tensor, M: Tensor, z: Tensor, *, eps: float = EPS) -> Tensor:
@@ -46,7 +38,8 @@ def read(q: Tensor, M: Tensor, z: Tensor, *, eps: float = EPS) -> Tensor:
         ValueError: for shapes that do not fit.
     """
     _check(q, None, None, M, z, None)
-    return (_read_naive if current_backend() == "naive" else _read_chunked)(q, M, z, eps)
+    function = {"naive": _read_naive, "torch": read_chunked, "triton": _read_triton}
+    return function[_implementation(M, q)](q, M, z, eps)
 
 
 def write(
@@ -80,8 +73,8 @@ def write(
     """
     _check(None, k, v, M, z, mask)
     _check_update(update)
-    function = _write_naive if current_backend() == "naive" else _write_chunked
-    return function(k, v, M, z, update == "delta", mask, eps)
+    function = {"naive": _write_naive, "torch": write_chunked, "triton": _write_triton}
+    return function[_implementation(M, k, v)](k, v, M, z, update == "delta", mask, eps)
 
 
 def scan(
@@ -117,8 +110,17 @@ def scan(
     _check_update(update)
     if segment_size < 1:
         raise ValueError(f"segment_size is {segment_size}; it must be at least 1.")
-    function = _scan_naive if current_backend() == "naive" else _scan_chunked
-    return function(q, k, v, M, z, segment_size, update == "delta", mask, eps)
+    function = {"naive": _scan_naive, "torch": scan_chunked, "triton": _scan_triton}
+    chosen = function[_implementation(M, q, k, v)]
+    return chosen(q, k, v, M, z, segment_size, update == "delta", mask, eps)
+
+
+def _implementation(M: Tensor, *inputs: Tensor) -> str:
+    unsupported = unsupported_dtypes(M, *inputs)
+    limit = 128 if any(x.dtype == torch.float32 for x in inputs) else 256
+    if max(M.shape[2:]) > limit:
+        unsupported = f"head dims {list(M.shape[2:])}; with {inputs[0].dtype} they go up to {limit}"
+    return current_backend(inputs[0], unsupported)
 
 
 def _check_update(update: str) -> None:
@@ -161,56 +163,34 @@ def _check(
         )
 
 
-# Fast torch
+# Kernels
 
 
-def _lookup(features: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
-    """`features M / (features z)`, 0 where the denominator is 0: `(..., T, Dv)`.
+def _read_triton(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
+    from memwrap_kernels import infini as kernels
 
-    An empty memory gives 0 with zero gradients, not 0 times 1/eps.
-    """
-    both = features @ torch.cat([M, z.unsqueeze(-1)], dim=-1)
-    denominator = both[..., -1:]
-    inverse = denominator.clamp_min(eps).reciprocal().masked_fill(denominator == 0, 0.0)
-    return both[..., :-1] * inverse
+    return kernels.lookup(q, M.unsqueeze(2), z.unsqueeze(2), max(q.shape[2], 1), eps)
 
 
-def _masked(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys whose features are exactly 0 and values 0 where the mask is false."""
-    if mask is None:
-        return k, v
-    hidden = ~mask[:, None, :, None]
-    return k.masked_fill(hidden, float("-inf")), v.masked_fill(hidden, 0.0)
-
-
-def _read_chunked(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
-    grouped = q.unflatten(1, (M.shape[1], -1)).flatten(2, 3)  # (B, Hkv, G * T, Dk)
-    return _lookup(phi(grouped).to(M.dtype), M, z, eps).view(*q.shape[:3], M.shape[-1])
-
-
-def _write_chunked(
+def _write_triton(
     k: Tensor, v: Tensor, M: Tensor, z: Tensor, delta: bool, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    k, v = _masked(k, v, mask)
-    features, v = phi(k).to(M.dtype), v.to(M.dtype)
-    if delta:
-        v = v - _lookup(features, M, z, eps)
-    return M + features.transpose(-1, -2) @ v, z + features.sum(-2)
+    from memwrap_kernels import infini as kernels
+
+    states, zs = kernels.states(k, v, M, z, mask, max(k.shape[2], 1), delta, eps)
+    return states[:, :, -1].clone(), zs[:, :, -1].clone()
 
 
-def _scan_chunked(
+def _scan_triton(
     q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
     mask: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out = []
-    for start in range(0, q.shape[2], segment_size):
-        part = slice(start, start + segment_size)
-        out.append(_read_chunked(q[:, :, part], M, z, eps))
-        own = None if mask is None else mask[:, part]
-        M, z = _write_chunked(k[:, :, part], v[:, :, part], M, z, delta, own, eps)
-    if not out:
-        return _read_chunked(q, M, z, eps), M, z
-    return torch.cat(out, dim=2), M, z
+    from memwrap_kernels import infini as kernels
+
+    states, zs = kernels.states(k, v, M, z, mask, segment_size, delta, eps)
+    out = kernels.lookup(q, states, zs, segment_size, eps)
+    # Copies: a view would keep the states of all segments alive.
+    return out, states[:, :, -1].clone(), zs[:, :, -1].clone()
 
 
 # The specification

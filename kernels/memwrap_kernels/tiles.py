@@ -1,0 +1,100 @@
+"""Tile sizes: a fixed table, so that every configuration that may run is compiled by the tests.
+
+No autotuner: its choices differ from machine to machine, and it does not run in Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+# Head dims of the compressive memory; more does not fit into registers.
+MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of one launch: channels, values and tokens of a tile, and how it runs."""
+
+    keys: int
+    values: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+def padded(size: int) -> int:
+    """The tile that holds `size` channels: a power of two, at least 16 (what `tl.dot` takes)."""
+    return max(16, triton.next_power_of_2(size))
+
+
+# (values, tokens, warps) by kernel, for head dims up to 64, 128 and 256: what compiles with no more
+# than a few spilled registers on sm_80, sm_90 and sm_100. float32 holds three TF32 parts of each
+# operand.
+_INFINI = {
+    "outer": ((64, 64, 4), (64, 16, 8), (32, 16, 8)),
+    "lookup": ((64, 64, 4), (64, 64, 8), (32, 32, 8)),
+    "lookup_bwd": ((32, 32, 4), (32, 32, 8), (16, 32, 8)),
+    "write_bwd": ((32, 32, 8), (16, 16, 8), (16, 16, 8)),
+    "recurrence": ((32, 0, 4), (32, 0, 8), (16, 0, 8)),
+}
+_INFINI_FLOAT32 = _INFINI | {
+    "outer": ((32, 32, 8), (32, 16, 8)),
+    "lookup": ((64, 64, 4), (64, 32, 8)),
+    "write_bwd": ((32, 16, 4), (16, 16, 8)),
+}
+
+
+def infini_tiles(kernel: str, keys: int, values: int, dtype: torch.dtype, hip: bool) -> Tiles:
+    """Tiles of a kernel of the compressive memory for head dims up to 256.
+
+    Args:
+        kernel: "outer", "recurrence", "lookup", "lookup_bwd" or "write_bwd".
+        keys, values: Dk and Dv.
+        dtype: of the queries or keys.
+        hip: AMD: 64 KB of shared memory a program instead of 163 KB or more.
+    """
+    wide = padded(keys)
+    # The recurrence works on states alone, which are float32 for inputs of any dtype.
+    full = dtype == torch.float32 and kernel != "recurrence"
+    table = _INFINI_FLOAT32 if full else _INFINI
+    most, tokens, warps = table[kernel][0 if wide <= 64 else 1 if wide == 128 else 2]
+    if hip:
+        most, tokens = max(most // 2, 16), max(tokens // 2, 16)
+    one = hip or (kernel == "write_bwd" and wide > 128)
+    return Tiles(wide, min(most, padded(values)), tokens, warps, 1 if one else 2)
+
+
+def precision(dtype: torch.dtype, hip: bool) -> str:
+    """How `tl.dot` multiplies: half types in TF32, finer than themselves; float32 in three TF32
+    products (24 bits, as float32 itself: its plain form uses no tensor cores and spills)."""
+    if hip:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+# (values, features, tokens, warps); float32 again needs smaller ones.
+_ARMT = {
+    "read": (64, 32, 64, 4),
+    "project": (32, 64, 64, 4),
+    "write": (64, 64, 32, 4),
+    "features_bwd": (32, 64, 16, 4),
+}
+
+
+def armt_tiles(kernel: str, values: int, dtype: torch.dtype, hip: bool) -> Tiles:
+    """Tiles of a kernel of the associative memory; none depends on the number of features.
+
+    Args:
+        kernel: "read", "project", "write" or "features_bwd".
+        values: value channels (for "features_bwd", channels of the raw projection).
+        dtype: of the raw projections.
+        hip: AMD.
+    """
+    most, features, tokens, warps = _ARMT[kernel]
+    if dtype == torch.float32 and kernel in ("read", "write"):
+        most = 32
+    return Tiles(features, min(most, padded(values)), tokens, warps, 1 if hip else 2)

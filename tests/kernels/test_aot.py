@@ -1,0 +1,74 @@
+"""Kernels are compiled for GPUs that are not there: what cannot be launched never lands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parents[1] / "kernels"
+# Shared memory that one program may use, in bytes.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Spilled registers that a thread may have, in bytes: a handful, which stay in the L1 cache.
+SPILLED = 64
+
+
+def compiled(target: str, *cases: str) -> list[dict[str, Any]]:
+    """Every launch of the cases, compiled in a process of its own, without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, [str(KERNELS), environment.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, HERE / "aot.py", target, *cases], capture_output=True, text=True,
+        env=environment | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(target: str, found: list[dict[str, Any]], kernels: set[str]) -> None:
+    assert {x["kernel"] for x in found} == kernels
+    for launch in found:
+        assert launch["shared"] <= SHARED[target], launch
+        assert launch["spilled"] <= SPILLED, launch
+        if launch["kernel"] == "recurrence_kernel":
+            assert launch["fences"], "a step may read the state before it is stored"
+
+
+INFINI = {"outer_kernel", "recurrence_kernel", "lookup_kernel", "lookup_bwd_kernel",
+          "write_bwd_kernel"}  # fmt: skip
+ARMT = {"read_kernel", "project_kernel", "write_kernel", "features_bwd_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("target", "case", "kernels"),
+    [
+        ("sm_90", "infini:bf16:128", INFINI),
+        ("gfx942", "infini:bf16:128", INFINI),
+        ("sm_80", "armt:bf16:64", ARMT),
+    ],
+)
+def test_what_is_launched_most(target: str, case: str, kernels: set[str]) -> None:
+    check(target, compiled(target, case), kernels)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("size", [16, 32, 64, 80, 128, 192, 256])
+def test_infini_everywhere(target: str, dtype: str, size: int) -> None:
+    if dtype == "fp32" and size > 128:
+        pytest.skip("float32 goes up to 128")
+    check(target, compiled(target, f"infini:{dtype}:{size}"), INFINI)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_armt_everywhere(target: str, dtype: str) -> None:
+    check(target, compiled(target, *(f"armt:{dtype}:{size}" for size in (16, 64, 128))), ARMT)
