@@ -81,8 +81,8 @@ def recall(
     recipe = load_recipe(path) if path.is_file() else None
     if recipe is None or recipe.recall is None:
         raise ValueError(
-            f"{folder} has no recipe.yaml of a recall recipe (armt_recall_lora): only its models know "
-            "what stands for keys and values."
+            f"{folder} has no recipe.yaml of a recall recipe (armt_recall_lora): only its models "
+            "know what stands for keys and values."
         )
     results = {}
     for task in recall_tasks(recipe.recall, model.config.vocab_size):
