@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
-from memwrap.ops import infini
+from memwrap.ops import accumulation_dtype, infini
 from memwrap.registry import register
 from memwrap.trees import Tree
 
@@ -70,7 +70,7 @@ class InfiniMemory(Memory):
             self.gates[str(layer)] = nn.Parameter(beta.to(sizes.device, sizes.dtype))
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
-        make: dict[str, Any] = {"device": device, "dtype": infini.accumulation_dtype(self._any)}
+        make: dict[str, Any] = {"device": device, "dtype": accumulation_dtype(self._any)}
         layers: Tree = {}
         for name in self.gates:
             own = self.sizes.attention[int(name)]
