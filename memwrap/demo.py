@@ -48,9 +48,10 @@ def perplexity(models: dict[str, Any], output: Path) -> dict[str, PerplexityResu
     tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
     rows = run.documents("stdlib", "test", tokenizer, DOCUMENT_TOKENS, DOCUMENTS)
     results = {}
+    base: dict[str, Any] = {}  # the same for all models
     for name, model in models.items():
         print(f"\n--- {name}: nats per token by segment of {model.segment_size} tokens\n")
-        measured = run.perplexity(model, rows)
+        measured = run.perplexity(model, rows, base)
         results[name] = measured["perplexity"]
         print(results[name].table())
         run.write(measured, output / name)

@@ -126,6 +126,7 @@ def perplexity_by_position(
     window: int | None = None,
     full_context_tokens: int | None = None,
     piece_tokens: int = 1024,
+    base: dict[str, tuple[Tensor, float]] | None = None,
     progress: bool = True,
 ) -> PerplexityResult:
     """Negative log-likelihood (nats) of long documents by position, in bounded memory.
@@ -138,6 +139,8 @@ def perplexity_by_position(
             (default: the backbone's context, at most 2,048).
         full_context_tokens: how far "base, full context" is followed (default: 4 windows).
         piece_tokens: tokens fed at once, rounded to whole segments; changes no result.
+        base: an empty dict takes up what the base alone gave on these documents, a filled one
+            gives it back: several memories on one base need it only once.
         progress: show a bar for each curve.
 
     Returns:
@@ -176,8 +179,11 @@ def perplexity_by_position(
         with torch.no_grad():
             for name in (MEMORY, *controls):
                 start = time.perf_counter()
-                nll[name] = readers[name]()
-                seconds[name] = time.perf_counter() - start
+                known = (base or {}).get(name)
+                nll[name] = readers[name]() if known is None else known[0]
+                seconds[name] = time.perf_counter() - start if known is None else known[1]
+                if base is not None and name in (TRUNCATED, FULL, WINDOW):
+                    base[name] = (nll[name], seconds[name])
     finally:
         model.train(was_training)
     result = PerplexityResult(_edges(size, ids.shape[1]), size, window, len(rows))

@@ -53,15 +53,19 @@ def documents(
     return [torch.tensor(ids[:tokens]) for ids in encoded]
 
 
-def perplexity(model: MemoryModelForCausalLM, rows: list[Tensor]) -> dict[str, PerplexityResult]:
+def perplexity(
+    model: MemoryModelForCausalLM, rows: list[Tensor], base: dict | None = None
+) -> dict[str, PerplexityResult]:
     """Perplexity by position beside its controls (without "shuffled" for a single document, and
-    without window and sinks where a model's attention cannot meet a memory)."""
+    without window and sinks where a model's attention cannot meet a memory).
+
+    `base` is as in `perplexity_by_position`."""
     controls = [c for c in CURVES[1:] if c != SHUFFLED or len(rows) > 1]
     try:
         model.sizes(attention=True)
     except ValueError:
         controls.remove(WINDOW)
-    return {"perplexity": perplexity_by_position(model, rows, controls=tuple(controls))}
+    return {"perplexity": perplexity_by_position(model, rows, controls=tuple(controls), base=base)}
 
 
 def recall(

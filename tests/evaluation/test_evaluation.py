@@ -96,6 +96,16 @@ def test_window_and_sinks_run_the_base_alone() -> None:
     assert abs(narrow - wide) > 1e-3
 
 
+def test_the_base_is_read_once(documents, monkeypatch) -> None:
+    base: dict = {}
+    first = measured(wrapped("armt"), documents, base=base)
+    assert set(base) == {"base, truncated", "base, full context", "base, window + sinks"}
+    monkeypatch.setattr("memwrap.evaluation.perplexity._windows", None)  # not called again
+    monkeypatch.setattr("memwrap.evaluation.perplexity._window_and_sinks", None)
+    again = measured(wrapped("armt"), documents, base=base)
+    assert again.table() == first.table()
+
+
 def test_results_are_files_and_tables(documents, tmp_path: Path) -> None:
     result = measured(wrapped("armt"), documents)
     again = PerplexityResult.from_dict(result.to_dict())
