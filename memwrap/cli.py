@@ -119,14 +119,19 @@ def train(
 @_plain_errors
 def evaluate(
     model_dir: Annotated[str, typer.Argument(help="A saved model: folder, shipped name or repo.")],
-    task: Annotated[str, typer.Option(help="perplexity or recall.")] = "perplexity",
+    task: Annotated[
+        str, typer.Option(help="perplexity, recall, or tasks of the suite: passkey,vt,...")
+    ] = "perplexity",
     documents: Annotated[
         str, typer.Option(help="stdlib, a folder, a file, or datasets:NAME.")
     ] = "stdlib",
     split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
     tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 8192,
     count: Annotated[int, typer.Option(help="Documents.")] = 3,
-    samples: Annotated[int, typer.Option(help="Recall: rows at each distance.")] = 256,
+    samples: Annotated[
+        int | None, typer.Option(help="Recall: rows at each distance (256). Tasks: texts (20).")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tasks: tokens of the texts.")] = "1024,4096",
     output: Annotated[
         Path | None, typer.Option("-o", help="Folder for JSON and plot (default: MODEL_DIR/eval).")
     ] = None,
@@ -135,8 +140,7 @@ def evaluate(
     """Measure a model beside its controls; prints a table, writes JSON and a plot."""
     from memwrap.evaluation import run
 
-    if task not in run.TASKS:
-        raise ValueError(f"`--task` is {task!r}; allowed: {', '.join(run.TASKS)}.")
+    suite = run.suite_tasks(task)
     model = _load(model_dir, dtype)
     folder = asset(model_dir) or Path(model_dir)
     results: run.Results
@@ -144,13 +148,33 @@ def evaluate(
         part = None if split == "all" else split
         rows = run.documents(documents, part, _tokenizer(model_dir, model), tokens, count)
         results = run.perplexity(model, rows)
+    elif task == "recall":
+        results = run.recall(model, folder, samples or 256)
     else:
-        results = run.recall(model, folder, samples)
+        tokenizer = _tokenizer(model_dir, model)
+        results = run.tasks(model, tokenizer, suite, lengths, samples or 20, model_dir)
     typer.echo(run.table(results))
     if output is None:
         output = folder / "eval" if folder.is_dir() and asset(model_dir) is None else Path("eval")
     for path in run.write(results, output):
         typer.echo(f"wrote {path}")
+
+
+@app.command()
+@_plain_errors
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="JSON files that `memwrap eval` wrote.")],
+    output: Annotated[Path | None, typer.Option("-o", help="HTML file to write.")] = None,
+) -> None:
+    """Put several results side by side."""
+    from memwrap.evaluation import report
+
+    names = [str(path) for path in results]
+    lines = report.rows({n: report.load_result(p) for n, p in zip(names, results, strict=True)})
+    typer.echo(report.markdown(lines))
+    if output is not None:
+        report.write_comparison(lines, output)
+        typer.echo(f"wrote {output}")
 
 
 @app.command()

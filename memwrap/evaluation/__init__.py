@@ -6,21 +6,21 @@ from memwrap.evaluation.associative import (
     RecallResult,
     evaluate_recall,
 )
-from memwrap.evaluation.perplexity import (
-    Curve,
-    PerplexityResult,
-    lora_disabled,
-    perplexity_by_position,
-)
+from memwrap.evaluation.controls import lora_disabled
+from memwrap.evaluation.perplexity import Curve, PerplexityResult, perplexity_by_position
 from memwrap.evaluation.plots import plot_perplexity, plot_recall
+from memwrap.evaluation.suite import Cell, SuiteResult, evaluate_tasks
 
 __all__ = [
     "AssociativeDataset",
     "AssociativeTask",
+    "Cell",
     "Curve",
     "PerplexityResult",
     "RecallResult",
+    "SuiteResult",
     "evaluate_recall",
+    "evaluate_tasks",
     "lora_disabled",
     "perplexity_by_position",
     "plot_perplexity",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
-from memwrap.evaluation.perplexity import MEMORY, OFF, SHUFFLED, TRUNCATED, lora_disabled
+from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED, TRUNCATED, lora_disabled
 from memwrap.files import write_text
 from memwrap.model import MemoryModelForCausalLM
 

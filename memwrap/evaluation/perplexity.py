@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,39 +12,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memwrap.evaluation.controls import (
+    CURVES,
+    FULL,
+    MEMORY,
+    OFF,
+    SHUFFLED,
+    TRUNCATED,
+    WINDOW,
+    lora_disabled,
+    windowed,
+)
 from memwrap.files import write_text
-from memwrap.memories.window import WindowConfig, WindowMemory
 from memwrap.model import MemoryModelForCausalLM
-from memwrap.reading import Loop, check_inputs
-from memwrap.segments import SegmentReader
-from memwrap.state import MemoryState
 
-MEMORY, OFF, SHUFFLED = "memory", "memory off", "memory shuffled"
-TRUNCATED, FULL, WINDOW = "base, truncated", "base, full context", "base, window + sinks"
-CURVES = (MEMORY, OFF, SHUFFLED, TRUNCATED, FULL, WINDOW)
-SINKS = 4
 VERSION = 1
-
-
-@contextmanager
-def lora_disabled(model: torch.nn.Module) -> Iterator[None]:
-    """Run the block with the adapters of the backbone switched off."""
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    on = [layer for layer in layers if not layer.disable_adapters]
-    trained = [p for layer in on for p in layer.parameters() if p.requires_grad]
-    for layer in on:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in on:
-            layer.enable_adapters(True)
-        for parameter in trained:  # switching adapters also switches what is trained
-            parameter.requires_grad_(True)
 
 
 @dataclass
@@ -268,20 +251,10 @@ def _window_and_sinks(
 ) -> Tensor:
     """The backbone alone with a sliding window and the first tokens (StreamingLLM)."""
     nll = torch.full(ids.shape, math.nan)
-    config = WindowConfig(
-        segment_size=max(1, window // 4), window_size=max(1, window - SINKS), num_sinks=SINKS
-    )
-    piece = config.segment_size
-    with lora_disabled(model.backbone), model.parts.attention_lent():
-        memory = WindowMemory(config, model.sizes(attention=True)).to(model.device)
-        loop = Loop(SegmentReader(model.parts, {config.name: memory}), config, False)
-        state = MemoryState({config.name: memory.init_state(len(ids), model.device)}, len(ids))
+    with windowed(model, window, len(ids)) as (feed, piece):
         for first in tqdm(range(0, ids.shape[1], piece), desc=WINDOW, disable=not progress):
             columns = slice(first, first + piece)
-            inputs = check_inputs(ids[:, columns], None, mask[:, columns])
-            reading = loop(inputs, state, hidden_from=0)
-            state = reading.state
-            logits = model.parts.head(reading.hidden)  # type: ignore[arg-type]
+            logits = feed(ids[:, columns], mask[:, columns])
             _place(nll, token_nll(logits, ids, mask, first), first)
     return nll
 

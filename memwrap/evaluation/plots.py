@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from memwrap.evaluation.associative import RecallResult
-from memwrap.evaluation.perplexity import MEMORY, OFF, PerplexityResult
+from memwrap.evaluation.controls import MEMORY, OFF
+from memwrap.evaluation.perplexity import PerplexityResult
 from memwrap.files import replacing
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
@@ -104,4 +105,52 @@ def plot_figures(rows: list[dict[str, Any]], path: str | Path) -> None:
         panel.set_xlabel("step")
         if len(rows[-1][name]) <= 16:
             panel.legend(fontsize=7, ncols=4)
+    _save(figure, path)
+
+
+def plot_lengths(cells: list[Any], path: str | Path) -> None:
+    """Accuracy of one task by length, a line a curve; `cells` as in `suite.SuiteResult`."""
+    figure, (axis,) = _figure(1)
+    for index, curve in enumerate(dict.fromkeys(cell.curve for cell in cells)):
+        own = [cell for cell in cells if cell.curve == curve]
+        spread = [[c.accuracy - c.low for c in own], [c.high - c.accuracy for c in own]]
+        axis.errorbar(
+            [c.length for c in own],
+            [c.accuracy for c in own],
+            yerr=[[max(0.0, value) for value in side] for side in spread],
+            label=curve,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            capsize=2,
+        )
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_ylabel("accuracy")
+    axis.set_xlabel("tokens")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_depths(cells: list[Any], path: str | Path) -> None:
+    """Accuracy of one task by depth of the fact (down) and length (across), a panel a curve."""
+    curves = list(dict.fromkeys(cell.curve for cell in cells))
+    lengths = sorted({cell.length for cell in cells})
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = (2.2 * len(curves) + 1.2, 3.0)
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for curve, panel in zip(curves, panels, strict=True):
+        found = {cell.length: cell.depth for cell in cells if cell.curve == curve}
+        parts = len(next(iter(found.values())))
+        grid = [[found.get(n, [math.nan] * parts)[d] for n in lengths] for d in range(parts)]
+        image = panel.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        panel.set_title(curve, fontsize=8)
+        panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7, rotation=60)
+        panel.set_yticks(range(parts), [f"{(d + 0.5) / parts:.0%}" for d in range(parts)])
+    panels[0].set_ylabel("depth")
+    figure.colorbar(image, ax=list(panels), label="accuracy")
     _save(figure, path)

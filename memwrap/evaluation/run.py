@@ -11,14 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from memwrap.evaluation.associative import RecallResult, evaluate_recall
-from memwrap.evaluation.perplexity import (
-    CURVES,
-    SHUFFLED,
-    WINDOW,
-    PerplexityResult,
-    perplexity_by_position,
-)
+from memwrap.evaluation.controls import CURVES, SHUFFLED, WINDOW
+from memwrap.evaluation.perplexity import PerplexityResult, perplexity_by_position
 from memwrap.evaluation.plots import plot_perplexity, plot_recall
+from memwrap.evaluation.report import write_report
+from memwrap.evaluation.suite import SuiteResult, evaluate_tasks
+from memwrap.evaluation.tasks import available
 from memwrap.files import write_text
 from memwrap.model import MemoryModelForCausalLM
 from memwrap.training.data import load_documents, long_documents
@@ -26,7 +24,57 @@ from memwrap.training.recall import recall_tasks
 from memwrap.training.recipe import load_recipe
 
 TASKS = ("perplexity", "recall")
-Results = dict[str, PerplexityResult] | dict[str, RecallResult]
+Results = dict[str, PerplexityResult] | dict[str, RecallResult] | dict[str, SuiteResult]
+
+
+def suite_tasks(names: str) -> list[str]:
+    """Tasks of the suite in a comma-separated list; none for the names in `TASKS`.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if names in TASKS:
+        return []
+    found = [name.strip() for name in names.split(",")]
+    unknown = [name for name in found if name not in available()]
+    if unknown:
+        known = ", ".join([*TASKS, *available()])
+        raise ValueError(f"There is no task {unknown[0]!r}. Known: {known}.")
+    return found
+
+
+def tasks(
+    model: MemoryModelForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    names: list[str],
+    lengths: str,
+    samples: int,
+    name: str,
+) -> dict[str, SuiteResult]:
+    """Tasks of the suite at lengths given as "1024,4096", beside their controls.
+
+    Raises:
+        ValueError: for a length that is no number, or that a task does not fit in.
+    """
+    try:
+        numbers = [int(part) for part in lengths.split(",")]
+    except ValueError:
+        raise ValueError(f"`lengths` is {lengths!r}; give numbers, as in 1024,4096.") from None
+    controls = tuple(c for c in CURVES[1:] if c != WINDOW or _windowed(model))
+    return {
+        "tasks": evaluate_tasks(
+            model, tokenizer, names, numbers, samples=samples, controls=controls, name=name
+        )
+    }
+
+
+def _windowed(model: MemoryModelForCausalLM) -> bool:
+    """Whether the backbone's attention can meet a memory."""
+    try:
+        model.sizes(attention=True)
+    except ValueError:
+        return False
+    return True
 
 
 def documents(
@@ -61,9 +109,7 @@ def perplexity(
 
     `base` is as in `perplexity_by_position`."""
     controls = [c for c in CURVES[1:] if c != SHUFFLED or len(rows) > 1]
-    try:
-        model.sizes(attention=True)
-    except ValueError:
+    if not _windowed(model):
         controls.remove(WINDOW)
     return {"perplexity": perplexity_by_position(model, rows, controls=tuple(controls), base=base)}
 
@@ -101,23 +147,29 @@ def table(results: Results) -> str:
     """The tables of all results."""
     parts = []
     for name, result in results.items():
-        parts.append(result.table() if name == "perplexity" else f"{name}\n\n{result.table()}")
+        plain = name in ("perplexity", "tasks")
+        parts.append(result.table() if plain else f"{name}\n\n{result.table()}")
     return "\n\n".join(parts)
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write `TASK.json` and `TASK.png` into `folder`; returns their paths."""
-    task = "perplexity" if "perplexity" in results else "recall"
+    """Write `KIND.json` and a plot (of tasks: a report) into `folder`; returns their paths."""
+    kind = next((k for k in ("perplexity", "tasks") if k in results), "recall")
     values: Any = {name: result.to_dict() for name, result in results.items()}
-    paths = [folder / f"{task}.json", folder / f"{task}.png"]
-    write_text(paths[0], json.dumps(values.get(task, values), indent=2) + "\n")
+    paths = [folder / f"{kind}.json", folder / f"{kind}.png"]
+    write_text(paths[0], json.dumps(values.get(kind, values), indent=2) + "\n")
     recalls = {n: r for n, r in results.items() if isinstance(r, RecallResult)}
     if recalls:
         plot_recall(recalls, paths[1])
     for result in results.values():
         if isinstance(result, PerplexityResult):
             plot_perplexity(result, paths[1])
+        elif isinstance(result, SuiteResult):
+            paths[1] = folder / "tasks.html"
+            write_report(result, paths[1])
     return paths
 
 
-__all__ = ["TASKS", "documents", "perplexity", "recall", "table", "write"]
+__all__ = [
+    "TASKS", "documents", "perplexity", "recall", "suite_tasks", "table", "tasks", "write",
+]  # fmt: skip

@@ -23,7 +23,7 @@ from memwrap.evaluation import (
     plot_perplexity,
     plot_recall,
 )
-from memwrap.evaluation.perplexity import CURVES
+from memwrap.evaluation.controls import CURVES
 
 
 def measured(model, documents, **settings):

@@ -1,0 +1,79 @@
+"""What a memory is measured beside: read controls, and the backbone without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from memwrap.memories.window import WindowConfig, WindowMemory
+from memwrap.model import MemoryModelForCausalLM
+from memwrap.reading import Loop, check_inputs
+from memwrap.segments import SegmentReader
+from memwrap.state import MemoryState
+
+MEMORY, OFF, SHUFFLED = "memory", "memory off", "memory shuffled"
+TRUNCATED, FULL, WINDOW = "base, truncated", "base, full context", "base, window + sinks"
+CURVES = (MEMORY, OFF, SHUFFLED, TRUNCATED, FULL, WINDOW)
+SINKS = 4
+
+
+@contextmanager
+def lora_disabled(model: torch.nn.Module) -> Iterator[None]:
+    """Run the block with the adapters of the backbone switched off."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    on = [layer for layer in layers if not layer.disable_adapters]
+    trained = [p for layer in on for p in layer.parameters() if p.requires_grad]
+    for layer in on:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in on:
+            layer.enable_adapters(True)
+        for parameter in trained:  # switching adapters also switches what is trained
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def windowed(
+    model: MemoryModelForCausalLM, window: int, batch: int
+) -> Iterator[tuple[Callable[[Tensor, Tensor | None], Tensor], int]]:
+    """The backbone alone, seeing a sliding window and the first tokens (StreamingLLM).
+
+    Args:
+        model: whose backbone reads, without its adapters and memories.
+        window: tokens that are seen, sinks among them.
+        batch: rows.
+
+    Yields:
+        A function from ids and mask `(batch, T)`, fed one after another, to logits
+        `(batch, T, V)`; and how many tokens are best fed at once.
+
+    Raises:
+        ValueError: where the backbone's attention cannot meet a memory.
+    """
+    config = WindowConfig(
+        segment_size=max(1, window // 4), window_size=max(1, window - SINKS), num_sinks=SINKS
+    )
+    with lora_disabled(model.backbone), model.parts.attention_lent():
+        memory = WindowMemory(config, model.sizes(attention=True)).to(model.device)
+        loop = Loop(SegmentReader(model.parts, {config.name: memory}), config, False)
+        state = MemoryState({config.name: memory.init_state(batch, model.device)}, batch)
+
+        def feed(ids: Tensor, mask: Tensor | None = None) -> Tensor:
+            nonlocal state
+            reading = loop(check_inputs(ids, None, mask), state, hidden_from=0)
+            state = reading.state
+            return model.parts.head(reading.hidden)  # type: ignore[arg-type]
+
+        yield feed, config.segment_size
+
+
+__all__ = [
+    "CURVES", "FULL", "MEMORY", "OFF", "SHUFFLED", "SINKS", "TRUNCATED", "WINDOW",
+    "lora_disabled", "windowed",
+]  # fmt: skip

@@ -1,0 +1,349 @@
+"""Tasks scored by depth and length, for the memory and its controls."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from memwrap.evaluation.controls import (
+    CURVES,
+    FULL,
+    MEMORY,
+    OFF,
+    SHUFFLED,
+    TRUNCATED,
+    WINDOW,
+    lora_disabled,
+    windowed,
+)
+from memwrap.evaluation.measure import peak_memory
+from memwrap.evaluation.tasks import Sample, task
+from memwrap.files import write_text
+from memwrap.model import MemoryModelForCausalLM
+from memwrap.state import MemoryState
+
+DEPTHS = 5
+PIECE = 1024
+VERSION = 1
+FORMAT = "memwrap-suite"
+Feed = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Cell:
+    """One task at one length, read in one way.
+
+    Attributes:
+        task, length, curve: what was read, and how.
+        samples, answers: texts, and what they asked in all.
+        accuracy: mean over samples of the share that was right.
+        low, high: 95 % interval (Wilson's, by samples).
+        depth: accuracy by depth of the fact asked for, in equal parts from start to end; NaN
+            where no fact lay.
+        seconds: for all samples, reading included.
+        peak_bytes: most memory of the process (CPU) or tensors (GPU) in that time, if known.
+    """
+
+    task: str
+    length: int
+    curve: str
+    samples: int
+    answers: int
+    accuracy: float
+    low: float
+    high: float
+    depth: list[float]
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass
+class SuiteResult:
+    """All cells, and what they were measured with."""
+
+    model: str
+    seed: int
+    window: int
+    segment_size: int
+    cells: list[Cell] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SuiteResult:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for another kind of dict or another version.
+        """
+        if values.get("format") != FORMAT or values.get("version") != VERSION:
+            raise ValueError("This is no task result of this version of memwrap.")
+        own = {k: v for k, v in values.items() if k not in ("format", "version")}
+        own["cells"] = [Cell(**cell) for cell in own["cells"]]
+        return cls(**own)
+
+    def save(self, path: str | Path) -> None:
+        """Write the result as JSON."""
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order they ran."""
+        return list(dict.fromkeys(cell.task for cell in self.cells))
+
+    def table(self) -> str:
+        """A Markdown table: accuracy by length, one line a task and curve."""
+        lengths = sorted({cell.length for cell in self.cells})
+        rows = [["task", "curve", *[f"{n:,}" for n in lengths]]]
+        found = {(c.task, c.curve, c.length): c for c in self.cells}
+        for name, curve in dict.fromkeys((c.task, c.curve) for c in self.cells):
+            cells = [found.get((name, curve, n)) for n in lengths]
+            texts = [f"{c.accuracy:.2f} ({c.low:.2f}-{c.high:.2f})" if c else "-" for c in cells]
+            rows.append([name, curve, *texts])
+        rows.insert(1, ["---"] * len(rows[0]))
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+@torch.no_grad()
+def evaluate_tasks(
+    model: MemoryModelForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    lengths: list[int],
+    *,
+    samples: int = 20,
+    controls: tuple[str, ...] = CURVES[1:],
+    window: int | None = None,
+    seed: int = 0,
+    name: str = "",
+    progress: bool = True,
+) -> SuiteResult:
+    """Accuracy of tasks at lengths, for the memory and its controls, one text after another.
+
+    Answers inside the text count as right if all their ids are the likeliest ones; answers
+    behind it are generated greedily and scored as the task says. Depths of the facts are spread
+    evenly over the samples.
+
+    Args:
+        model: a memwrap model.
+        tokenizer: of its backbone.
+        tasks: names from `memwrap.evaluation.tasks.available()`.
+        lengths: tokens of prompt and answer.
+        samples: texts of each task and length.
+        controls: "memory off" (the question and what stands in its segment, an empty memory),
+            "memory shuffled" (another text's memory), and the backbone without adapters on the
+            last window of the text, on all of it as far as 4 windows and its positions reach, and
+            with window and sinks.
+        window: of the base (default: the backbone's context, at most 2,048).
+        seed: of the samples.
+        name: of the model, for reports.
+        progress: show a bar.
+
+    Raises:
+        ValueError: for an unknown task or control, or a length that a task does not fit in.
+    """
+    unknown = sorted(set(controls) - set(CURVES[1:]))
+    if unknown:
+        raise ValueError(f"Unknown controls {unknown}; allowed: {', '.join(CURVES[1:])}.")
+    if samples < 1:
+        raise ValueError(f"`samples` is {samples}; at least 1.")
+    window = window or min(model.parts.config.max_position_embeddings, 2048)
+    result = SuiteResult(name, seed, window, model.segment_size)
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=len(tasks) * len(lengths) * (samples + 1), disable=not progress)
+    try:
+        for task_name in tasks:
+            for length in lengths:
+                bar.set_description(f"{task_name} {length:,}")
+                scores = _Scores(model, tokenizer, task_name, length, window)
+                scores.run(samples, (MEMORY, *controls), seed, bar)
+                result.cells += scores.cells(samples)
+    finally:
+        bar.close()
+        model.train(was_training)
+    return result
+
+
+class _Scores:
+    """Scores of one task at one length."""
+
+    def __init__(
+        self, model: MemoryModelForCausalLM, tokenizer: Any, name: str, length: int, window: int
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.task, self.length, self.window = task(name), length, window
+        self.of_samples: dict[str, list[float]] = {}
+        self.of_depth: dict[str, list[list[float]]] = {}
+        self.answers = 0
+        self.seconds: dict[str, float] = {}
+        self.peak: dict[str, int] = {}
+
+    def run(self, samples: int, curves: tuple[str, ...], seed: int, bar: Any) -> None:
+        donor: MemoryState | None = None
+        for index in range(-1, samples):  # the first text only lends its memory
+            depth = (index % DEPTHS + 0.5) / DEPTHS
+            own_seed = seed * 1_000_003 + self.length * 1_009 + index + 1
+            sample = self.task.sample(self.tokenizer, self.length, own_seed, depth=depth)
+            ids = torch.tensor([sample.ids], device=self.model.device)
+            first = min((a for a, _ in sample.answers), default=sample.ask + 1)
+            boundary = (min(first - 1, sample.ask)) // self.model.segment_size
+            boundary *= self.model.segment_size
+            start = time.perf_counter()
+            with peak_memory(self.model.device) as peak:
+                state = self.model.new_state(1)
+                if boundary:
+                    state = self.model.read(ids[:, :boundary], state=state)
+            if index >= 0:
+                self._add(MEMORY, time.perf_counter() - start, peak.bytes)
+                self._sample(sample, ids, boundary, {MEMORY: state, SHUFFLED: donor}, curves)
+            donor = state
+            bar.update()
+
+    def _add(self, curve: str, seconds: float, peak: int | None) -> None:
+        self.seconds[curve] = self.seconds.get(curve, 0.0) + seconds
+        if peak is not None:
+            self.peak[curve] = max(self.peak.get(curve, 0), peak)
+
+    def _sample(
+        self,
+        sample: Sample,
+        ids: Tensor,
+        boundary: int,
+        states: dict[str, MemoryState | None],
+        curves: tuple[str, ...],
+    ) -> None:
+        self.answers += max(1, len(sample.answers))
+        for curve in curves:
+            if curve == FULL and not self._reaches():
+                continue
+            start = time.perf_counter()
+            with (
+                peak_memory(self.model.device) as peak,
+                _reader(self.model, curve, states.get(curve), boundary, self.window) as feed,
+            ):
+                from_column = boundary if curve in (MEMORY, OFF, SHUFFLED) else 0
+                right = self._right(sample, ids, from_column, curve, feed)
+            self._add(curve, time.perf_counter() - start, peak.bytes)
+            self.of_samples.setdefault(curve, []).append(sum(right) / len(right))
+            parts = self.of_depth.setdefault(curve, [[] for _ in range(DEPTHS)])
+            for facts, value in zip(sample.facts, right, strict=True):
+                depth = facts[0][0] / max(1, sample.ask)
+                parts[min(DEPTHS - 1, int(depth * DEPTHS))].append(value)
+
+    def _reaches(self) -> bool:
+        """Whether the base can read the whole text at once."""
+        limit = self.model.parts.max_positions
+        return self.length <= min(4 * self.window, limit or self.length)
+
+    def _right(
+        self, sample: Sample, ids: Tensor, first: int, curve: str, feed: Feed
+    ) -> list[float]:
+        if sample.labels is None:
+            most = self.task.max_new_tokens
+            if curve == TRUNCATED:
+                first = max(0, ids.shape[1] - self.window + most)
+            tokens = _greedy(feed, ids[:, first:], most, self.tokenizer.eos_token_id)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            return [self.task.score(text, sample.references)]
+        if curve == TRUNCATED:
+            first_answer = min(a for a, _ in sample.answers)
+            likeliest, first = _sliding(self.model, ids, first_answer, self.window)
+        else:
+            parts = [feed(part).argmax(-1)[0] for part in ids[:, first:].split(PIECE, 1)]
+            likeliest = torch.cat(parts)
+        found = likeliest.tolist()
+        return [
+            float(all(found[c - 1 - first] == sample.labels[c] for c in range(a, b)))
+            for a, b in sample.answers
+        ]
+
+    def cells(self, samples: int) -> list[Cell]:
+        found = []
+        for curve, scores in self.of_samples.items():
+            accuracy = sum(scores) / len(scores)
+            low, high = wilson(accuracy, samples)
+            cell = Cell(
+                self.task.name,
+                self.length,
+                curve,
+                samples,
+                self.answers,
+                accuracy,
+                low,
+                high,
+                depth=[sum(p) / len(p) if p else math.nan for p in self.of_depth[curve]],
+                seconds=round(self.seconds[curve], 3),
+                peak_bytes=self.peak.get(curve),
+            )
+            found.append(cell)
+        return found
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` trials."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    half = z * spread / (1 + z * z / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@contextmanager
+def _reader(
+    model: MemoryModelForCausalLM,
+    curve: str,
+    state: MemoryState | None,
+    boundary: int,
+    window: int,
+) -> Iterator[Feed]:
+    """A function from the next ids `(1, T)` of a text to their logits `(1, T, V)`."""
+    if curve in (MEMORY, OFF, SHUFFLED):
+        own = model.new_state(1) if state is None or not boundary else state.clone()
+        yield lambda ids: model(input_ids=ids, past_key_values=own).logits
+        return
+    if curve == WINDOW:
+        with windowed(model, window, 1) as (feed, _):
+            yield lambda ids: feed(ids, None)
+        return
+    cache = DynamicCache(config=model.parts.config)
+    with lora_disabled(model.backbone):
+        yield lambda ids: model.backbone(input_ids=ids, past_key_values=cache).logits
+
+
+def _greedy(feed: Feed, ids: Tensor, most: int, end: int | None) -> list[int]:
+    for part in ids.split(PIECE, 1):
+        logits = feed(part)
+    tokens = [int(logits[0, -1].argmax())]
+    while len(tokens) < most and tokens[-1] != end:
+        logits = feed(ids.new_tensor([[tokens[-1]]]))
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens
+
+
+def _sliding(
+    model: MemoryModelForCausalLM, ids: Tensor, first: int, window: int
+) -> tuple[Tensor, int]:
+    """The backbone's likeliest next ids from column `first - 1` on, with at least half a window
+    before each (as far as the text has it), and the column of the first of them."""
+    column, found = first - 1, []
+    half = max(1, window // 2)
+    with lora_disabled(model.backbone):
+        while column < ids.shape[1]:
+            end = min(column + half, ids.shape[1])
+            start = max(0, end - window)
+            logits = model.backbone(input_ids=ids[:, start:end], use_cache=False).logits
+            found.append(logits[0, column - start :].argmax(-1))
+            column = end
+    return torch.cat(found), first - 1
