@@ -192,9 +192,20 @@ def test_eval_perplexity(trained: tuple[Path, str], tmp_path: Path) -> None:
     assert "shuffled" not in output and (tmp_path / "one" / "perplexity.json").is_file()
     result = run("eval", trained[0], "--documents", tmp_path, "--split", "all", expect=2)
     assert "fewer than 8192 tokens" in result.stderr
-    assert "allowed: perplexity, recall" in run("eval", trained[0], "--task", "x", expect=2).stderr
+    assert "Known: perplexity, recall" in run("eval", trained[0], "--task", "x", expect=2).stderr
     result = run("eval", trained[0], "--task", "recall", expect=2)
     assert "recall recipe" in result.stderr
+
+
+def test_eval_tasks_and_compare(trained: tuple[Path, str], tmp_path: Path) -> None:
+    words = ("--task", "updates", "--lengths", "30,60", "--samples", "2", "-o", tmp_path)
+    printed = run("eval", trained[0], *words).output
+    assert "| updates | memory shuffled |" in printed
+    found = tmp_path / "tasks.json"
+    printed = run("compare", found, found, "-o", tmp_path / "both.html").output
+    assert printed.count("| updates, 60 tokens |") == 6
+    assert (tmp_path / "both.html").stat().st_size > 500
+    assert "perplexity.png" in run("compare", tmp_path / "perplexity.png", expect=2).stderr
 
 
 def test_eval_recall(tmp_path: Path) -> None:
