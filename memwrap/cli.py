@@ -177,6 +177,34 @@ def compare(
         typer.echo(f"wrote {output}")
 
 
+@app.command("export")
+@_plain_errors
+def export_model(
+    model_dir: Annotated[str, typer.Argument(help="A saved model: folder, shipped name or repo.")],
+    folder: Annotated[Path, typer.Argument(help="New folder to write.")],
+    push: Annotated[str | None, typer.Option(help="Then upload it to this Hub repo.")] = None,
+    licence: Annotated[str | None, typer.Option(help="For the card, as apache-2.0.")] = None,
+    check: Annotated[bool, typer.Option(help="Load it without memwrap and compare.")] = True,
+    dtype: Annotated[str | None, typer.Option(help="Of the backbone, as float32.")] = None,
+) -> None:
+    """Write a checkpoint that loads with transformers alone (merged adapters, code, card)."""
+    from memwrap import exporting
+    from memwrap.exporting.card import about_run
+
+    model = _load(model_dir, dtype)
+    about = about_run(asset(model_dir) or Path(model_dir))
+    about |= {"licence": licence} if licence else {}
+    found = exporting.export(
+        model, folder, tokenizer=_tokenizer(model_dir, model), about=about, check=check
+    )
+    if found is not None:
+        same = "the same ids" if found.generates else "other ids (rounding)"
+        typer.echo(f"loads without memwrap: logits within {found.difference:.1e}, generates {same}")
+    typer.echo(f"wrote {folder}")
+    if push:
+        typer.echo(f"pushed {exporting.push(folder, push)}")
+
+
 @app.command()
 @_plain_errors
 def read(

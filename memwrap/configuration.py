@@ -63,6 +63,3 @@ class MemoryModelConfig(PreTrainedConfig):
     def max_position_embeddings(self) -> int:
         """Text of any length is read; tools that ask for a limit get one beyond any text."""
         return 2**30
-
-
-AutoConfig.register("memwrap", MemoryModelConfig, exist_ok=True)

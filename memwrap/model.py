@@ -434,6 +434,3 @@ def _take_over_checkpointing(backbone: PreTrainedModel) -> bool:
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing, found = False, True  # type: ignore[assignment]
     return found
-
-
-AutoModelForCausalLM.register(MemoryModelConfig, MemoryModelForCausalLM, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 import tempfile
@@ -17,16 +16,22 @@ import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memwrap.assets import asset
+from memwrap.checkpoints import (
+    WEIGHTS,
+    check_shape,
+    put_weights,
+    read_config,
+    read_weights,
+    untied,
+)
 from memwrap.files import default_mode
 from memwrap.fingerprints import fingerprint
 
-WEIGHTS = "model.safetensors"
 VERSION = "0.1.0"
 
 
@@ -141,7 +146,7 @@ class SavingMixin:
             names = {id(v): k for k, v in reversed(tensors.items())}
             unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
             if unique:
-                huggingface_hub.save_torch_state_dict(_untied(unique), scratch, metadata=None)
+                huggingface_hub.save_torch_state_dict(untied(unique), scratch, metadata=None)
             else:  # a memory without parameters
                 save_file({}, scratch / WEIGHTS, metadata={"format": "pt"})
             config.save_pretrained(scratch)
@@ -205,20 +210,20 @@ class SavingMixin:
                 has in another shape.
         """
         path = Path(folder)
-        theirs = _read_config(type(self), path)
+        theirs = read_config(type(self), path)
         named = [values["name"] for values in theirs.memories or []]
         if named != list(self.memories):
             raise ValueError(
                 f"{path} holds the memories {named}, this model {list(self.memories)}; a stage "
                 "hands over to one with the same."
             )
-        _check_shape(theirs, self.backbone, path)
+        check_shape(theirs, self.backbone, path)
         _warn_of_another_base(theirs, self.backbone, path)
-        tensors = _read_weights(path)
+        tensors = read_weights(path)
         foreign = sorted(tensors.keys() - self.state_dict().keys())  # type: ignore[attr-defined]
         if foreign:
             raise ValueError(f"{path} holds {foreign[0]}, which this model has not.")
-        _put_weights(self, tensors, path)
+        put_weights(self, tensors, path)
         return sorted(self.weights_to_save(False).keys() - tensors.keys())
 
     @classmethod
@@ -234,7 +239,7 @@ class SavingMixin:
     ):
         """Load a saved model. See `memwrap.load`."""
         folder = _folder(pretrained_model_name_or_path, revision, token)
-        own = _read_config(cls, folder)
+        own = read_config(cls, folder)
         if base is None:
             base = _base_of(own, kwargs)
         elif kwargs and set(kwargs) - _IGNORED_KEYS:
@@ -242,7 +247,7 @@ class SavingMixin:
                 f"{sorted(set(kwargs) - _IGNORED_KEYS)} go to the loading of the base, but a base "
                 "was given; leave them out."
             )
-        _check_shape(own, base, folder)
+        check_shape(own, base, folder)
         if not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
             _warn_of_another_base(own, base, folder)
         own.backbone = copy.deepcopy(base.config)
@@ -251,20 +256,6 @@ class SavingMixin:
             model.add_lora(PeftConfig.from_peft_type(**values), name)
         _load_weights(model, folder)
         return model.eval()  # type: ignore[attr-defined]
-
-
-def _check_shape(config: Any, base: PreTrainedModel, folder: Path) -> None:
-    """Refuse a base of another shape than the one that was saved with the memory."""
-    if not isinstance(base, PreTrainedModel):
-        return  # the backbone room says what is wrong with it
-    want, have = (c.get_text_config(decoder=True) for c in (config.backbone, base.config))
-    for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        needed, got = getattr(want, name, None), getattr(have, name, None)
-        if needed != got:
-            raise ValueError(
-                f"The memory in {folder.name} belongs to a base with {name} {needed!r}; the given "
-                f"one has {got!r}. Give the base it was trained on."
-            )
 
 
 _IGNORED_KEYS = {
@@ -280,22 +271,6 @@ def _folder(name: str | Path, revision: str | None, token: str | None) -> Path:
     if folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
         raise FileNotFoundError(f"There is no folder {name}; save a model there first.")
     return Path(huggingface_hub.snapshot_download(str(name), revision=revision, token=token))
-
-
-def _read_config(cls: Any, folder: Path) -> Any:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; it is not a saved memwrap model.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict) or values.get("model_type") != "memwrap":
-        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-        raise ValueError(
-            f"{folder} holds a {kind!r} model, not a memwrap one; use memwrap.wrap(model, ...)."
-        )
-    return cls.config_class.from_dict(values)
 
 
 def _base_of(config: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -323,26 +298,8 @@ def _warn_of_another_base(config: Any, base: PreTrainedModel, folder: Path) -> N
         )
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a saved model, by name."""
-    index = folder / f"{WEIGHTS}.index.json"
-    names = [WEIGHTS]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}; the saved model is not whole.")
-        try:
-            tensors |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-    return tensors
-
-
 def _load_weights(model: Any, folder: Path) -> None:
-    tensors = _read_weights(folder)
+    tensors = read_weights(folder)
     needed = {k for k in model.weights_to_save(False) if not k.startswith("backbone.")}
     needed |= {f"backbone.{k}" for k in adapter_keys(model.backbone)}
     missing = sorted(needed - tensors.keys())
@@ -350,32 +307,7 @@ def _load_weights(model: Any, folder: Path) -> None:
     if missing or foreign:
         what = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which the model has not"
         raise ValueError(f"{folder / WEIGHTS} does not fit its config: it {what}.")
-    _put_weights(model, tensors, folder)
-
-
-def _put_weights(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    for key, value in tensors.items():
-        if value.shape != shapes[key]:
-            raise ValueError(
-                f"{folder / WEIGHTS}: {key} has shape {tuple(value.shape)}, the model needs "
-                f"{tuple(shapes[key])}."
-            )
-    model.load_state_dict(tensors, strict=False)
-    model.backbone.tie_weights()
-
-
-def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights once: the first name keeps the storage, `tie_weights` restores the others."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    result = {}
-    for key, value in tensors.items():
-        place = (value.data_ptr(), tuple(value.shape))
-        if value.numel() and place in seen:
-            continue
-        seen.add(place)
-        result[key] = value.detach()
-    return result
+    put_weights(model, tensors, folder)
 
 
 def _json_able(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from memwrap.assets import asset_name
 from memwrap.backbones import Backbone
@@ -125,3 +125,8 @@ def load(
         ValueError: if the files are damaged, foreign, or do not fit each other or the base.
     """
     return MemoryModelForCausalLM.from_pretrained(path, base, **kwargs)
+
+
+# Here and not beside the classes: exported copies of these must not take memwrap's own places.
+AutoConfig.register("memwrap", MemoryModelConfig, exist_ok=True)
+AutoModelForCausalLM.register(MemoryModelConfig, MemoryModelForCausalLM, exist_ok=True)

@@ -22,7 +22,7 @@ MAX_LINES = 450
 # Bottom up; "memwrap" itself is memwrap/__init__.py. A file imports from its own floor or below.
 FLOORS = (
     {"memwrap_kernels"},
-    {"assets", "files", "fingerprints", "ops", "trees"},
+    {"assets", "checkpoints", "files", "fingerprints", "ops", "trees"},
     {"backbones", "stores"},
     {"configuration", "memories", "registry", "state"},
     {
@@ -37,7 +37,7 @@ FLOORS = (
         "wrapping",
     },
     {"memwrap"},
-    {"evaluation", "linearize", "training"},
+    {"evaluation", "exporting", "linearize", "training"},
     {"__main__", "chat", "cli", "demo", "doctor"},
 )
 

@@ -1,0 +1,103 @@
+"""Stands in for `memwrap.saving` in exported code: whole checkpoints, no adapters, no bases
+elsewhere. Needs torch and transformers (with safetensors and huggingface_hub, which it brings)."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from memwrap.checkpoints import put_weights, read_config, read_weights, untied
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name; there are no adapters here."""
+    return name
+
+
+class SavingMixin:
+    """`save_pretrained` and `from_pretrained` of a self-contained checkpoint."""
+
+    # Provided by the model
+    backbone: PreTrainedModel
+    config: Any
+    generation_config: Any
+    load_state_dict: Callable[..., Any]
+    state_dict: Callable[..., Any]
+
+    @property
+    def memories(self) -> dict[str, Any]:
+        """The memory modules by name."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        config: Any = None,
+        dtype: Any = None,
+        attn_implementation: str | None = None,
+        device_map: Any = None,
+        revision: str | None = None,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load the checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or a repo id on the Hub.
+            dtype: of the backbone; default as saved.
+            attn_implementation: `"sdpa"` or `"eager"`.
+            device_map: one device for the whole model.
+            revision, token: for the Hub.
+
+        Raises:
+            FileNotFoundError: if nothing is there.
+            ValueError: for damaged files, and for a model spread over several devices.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            name = str(pretrained_model_name_or_path)
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, token=token))
+        if (isinstance(device_map, dict) and set(device_map) - {""}) or device_map == "balanced":
+            raise ValueError(
+                f"device_map={device_map!r} spreads the model over devices; give one device."
+            )
+        own = read_config(cls, folder)
+        options = (
+            {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        )
+        kind = own.backbone.dtype if dtype in (None, "auto") else dtype
+        base = AutoModelForCausalLM.from_config(copy.deepcopy(own.backbone), dtype=kind, **options)
+        own.backbone = copy.deepcopy(base.config)
+        model: Any = cls(own, base)  # type: ignore[call-arg]
+        tensors = read_weights(folder)
+        foreign = sorted(tensors.keys() - model.state_dict().keys())
+        if foreign:
+            raise ValueError(f"{folder} holds {foreign[0]}, which the model has not.")
+        put_weights(model, tensors, folder)
+        device = device_map.get("") if isinstance(device_map, dict) else device_map
+        return (model if device in (None, "auto") else model.to(device)).eval()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save weights, configs and this code into a folder.
+
+        Args:
+            save_directory: the folder.
+            kwargs: accepted for transformers' callers, without effect here.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        huggingface_hub.save_torch_state_dict(untied(self.state_dict()), folder, metadata=None)
+        config = copy.deepcopy(self.config)
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+        for file in Path(__file__).parent.glob("*.py"):
+            if not (folder / file.name).exists():
+                shutil.copy(file, folder / file.name)

@@ -1,0 +1,119 @@
+"""Exported checkpoints: code that needs no memwrap, merged adapters, files that appear whole."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from peft import LoraConfig
+
+import memwrap
+from memwrap import exporting
+from memwrap.exporting.card import about_run, card
+from memwrap.exporting.flat import flat_files, rewritten
+from memwrap.model import MemoryModelForCausalLM
+from memwrap.registry import memory_class
+
+ALLOWED = {"torch", "transformers", "safetensors", "huggingface_hub", "tqdm", "numpy"}
+
+
+def small(name: str = "infini", **settings: object) -> MemoryModelForCausalLM:
+    return memwrap.wrap(build("llama"), name, segment_size=8, **settings).eval()
+
+
+@pytest.mark.parametrize("name", memwrap.available())
+def test_the_code_of_every_memory_stands_alone(name: str) -> None:
+    files = flat_files([memory_class(name).__module__])
+    for file, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert f"{node.module}.py" in files, (file, node.module)
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                own = [node.module] if isinstance(node, ast.ImportFrom) else []
+                heads = [*own, *([] if own else [a.name for a in node.names])]
+                roots = {str(h).partition(".")[0] for h in heads}
+                assert roots <= ALLOWED | set(__import__("sys").stdlib_module_names), (file, roots)
+
+
+@pytest.mark.parametrize("name", ["armt", pytest.param("infini", marks=pytest.mark.full)])
+def test_loads_without_memwrap(name: str, tmp_path: Path) -> None:
+    """`export` itself runs the check in a fresh process; here with adapters."""
+    model = small(name)
+    model.add_lora(LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if "lora_B" in key:
+                value += 0.05 * torch.randn_like(value)
+    ids = torch.randint(0, 99, (2, 30))
+    before = model(input_ids=ids).logits
+    found = exporting.export(model, tmp_path / "out")
+    assert found is not None
+    assert found.generates
+    assert found.difference < 1e-5
+    assert torch.equal(model(input_ids=ids).logits, before)
+    again = memwrap.load(tmp_path / "out")
+    scale = before.abs().max()
+    assert (again(input_ids=ids).logits - before).abs().max() < 1e-5 * scale
+    assert not again.adapters()
+
+
+def test_merging_leaves_the_model_as_it_is() -> None:
+    model = small()
+    model.add_lora(LoraConfig(r=2, target_modules=["q_proj"]))
+    layer = model.backbone.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight += 1.0
+    weight = layer.base_layer.weight.clone()
+    merged = exporting.merged(model)["backbone.model.layers.0.self_attn.q_proj.weight"]
+    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(merged, weight + delta * layer.scaling["default"])
+    assert torch.equal(layer.base_layer.weight, weight)
+    assert not any("lora" in key for key in exporting.merged(model))
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        exporting.export(small(), tmp_path / "full")
+    monkeypatch.setattr(exporting, "flat_files", lambda memories: {"modeling_memwrap.py": "1/0"})
+    with pytest.raises(ValueError, match="does not load without memwrap"):
+        exporting.export(small(), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+def test_rewriting() -> None:
+    text = (
+        "from __future__ import annotations\n"
+        "from typing import TYPE_CHECKING\n"
+        "from memwrap.ops import infini, EPS\n"
+        "if TYPE_CHECKING:\n    from memwrap.model import Model\n"
+        "def f():\n    from memwrap_kernels import infini as kernels\n"
+    )
+    new, needed = rewritten(text)
+    assert new.splitlines()[2:] == [
+        "from .memwrap_ops_infini import THIS_MODULE as infini",
+        "from .memwrap_ops import EPS as EPS",
+        "def f():",
+        '    kernels = __import__("importlib").import_module("memwrap_kernels.infini")',
+    ]
+    assert needed == ["memwrap.ops.infini", "memwrap.ops"]
+    with pytest.raises(ValueError, match="cannot be exported"):
+        rewritten("import memwrap\n")
+
+
+def test_card(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"steps": 10, "command": "memwrap train x"}))
+    (tmp_path / "recipe.yaml").write_text(
+        "data: {source: stdlib, split: train, max_tokens: 64}\ntrainer: {batch_size: 2}\n"
+    )
+    text = card(small(), about_run(tmp_path) | {"licence": "mit"}, "mine")
+    assert "license: mit" in text
+    assert "stdlib (train), 1,280 tokens" in text
+    assert "| `infini` | `segment_size` | `8` |" in text
+    assert "Trained by `memwrap train x`." in text
+    assert "unknown data" in card(small(), {}, "mine")
