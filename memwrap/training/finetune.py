@@ -45,6 +45,7 @@ from memwrap.training.data import (
 from memwrap.training.pretrain import pretrain
 from memwrap.training.recall import recall_data
 from memwrap.training.recipe import Recipe
+from memwrap.training.tasks import tasks_data
 from memwrap.training.trainer import MemoryTrainer
 
 CHECKPOINTS = "checkpoints"
@@ -217,7 +218,7 @@ class TrainingData:
 def build_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> TrainingData:
-    """Tokenise the recipe's documents, or make its recall task.
+    """Tokenise the recipe's documents, or make its tasks.
 
     Raises:
         ValueError: as `load_documents` and `DocumentDataset`.
@@ -225,13 +226,16 @@ def build_data(
     if recipe.task == "recall":
         rows, collator = recall_data(recipe, vocab_size)
         return TrainingData(rows, None, collator, {})
+    if tokenizer is None:
+        raise ValueError(
+            f"`model.scratch` has no tokenizer; a {recipe.task!r} recipe needs `model.name`."
+        )
+    if recipe.task == "tasks":
+        made, collate = tasks_data(recipe, tokenizer)
+        return TrainingData(made, None, collate, {})
     section = recipe.data
     if section is None:
         raise ValueError("`data` is missing; a 'finetune' recipe needs documents.")
-    if tokenizer is None:
-        raise ValueError(
-            "`model.scratch` has no tokenizer; a 'finetune' recipe needs `model.name`."
-        )
 
     def pieces(split: str | None, limit: int | None) -> DocumentDataset:
         documents = load_documents(section.source, split, limit=limit, **section.options)

@@ -22,12 +22,13 @@ from memwrap.training.sections import (
     LoraSection,
     ModelSection,
     RecallSection,
+    TasksSection,
     TrainerSection,
     expanded,
     need,
 )
 
-TASKS = ("finetune", "pretrain", "recall")
+TASKS = ("finetune", "pretrain", "recall", "tasks")
 
 
 @dataclass(kw_only=True)
@@ -35,11 +36,11 @@ class Recipe:
     """What a run does. Made by `load_recipe`.
 
     Attributes:
-        task: `finetune` (documents), `recall` (associative recall) or `pretrain` (a small LM
-            from scratch).
+        task: `finetune` (documents), `recall` (associative recall), `tasks` (tasks of the
+            evaluation suite) or `pretrain` (a small LM from scratch).
         output: folder for everything the run writes.
-        model, memory, lora, data, recall, pretrain, trainer: see the sections; `memory` holds
-            a memory's `name` and the fields of its config.
+        model, memory, lora, data, recall, tasks, pretrain, trainer: see the sections; `memory`
+            holds a memory's `name` and the fields of its config.
         train_backbone: train the backbone's own weights too (without LoRA).
         init_from: output folder of an earlier run with the same kind of memory, whose weights
             this run starts from: a stage of training hands over to the next.
@@ -56,6 +57,7 @@ class Recipe:
     init_from: str | None = None
     data: DataSection | None = None
     recall: RecallSection | None = None
+    tasks: TasksSection | None = None
     pretrain: PretrainConfig | None = None
     trainer: TrainerSection = field(default_factory=TrainerSection)
     resume: bool = False
@@ -88,7 +90,10 @@ class Recipe:
                 f"{size} here: key ({self.recall.key_size}) + value ({self.recall.value_size}) + 2",
             )  # fmt: skip
         else:
-            self.data = self.data or DataSection()
+            if self.task == "tasks":
+                self.tasks = self.tasks or TasksSection()
+            else:
+                self.data = self.data or DataSection()
             if self.model.scratch is not None:
                 raise ValueError("`model.scratch` has no tokenizer for documents; give model.name.")
 
@@ -120,6 +125,7 @@ class Recipe:
 _SECTIONS = {
     "finetune": ("model", "memory", "lora", "train_backbone", "init_from", "data", "trainer"),
     "recall": ("model", "memory", "lora", "train_backbone", "init_from", "recall", "trainer"),
+    "tasks": ("model", "memory", "lora", "train_backbone", "init_from", "tasks", "trainer"),
     "pretrain": ("pretrain",),
 }
 

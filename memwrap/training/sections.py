@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memwrap.evaluation.associative import SYMBOLS
+from memwrap.evaluation.tasks import available
 from memwrap.training.arguments import parse_curriculum
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -167,6 +168,31 @@ class RecallSection:
     def segment_size(self) -> int:
         """Tokens of a pair: key, separator, value, end."""
         return self.key_size + self.value_size + 2
+
+
+@dataclass(kw_only=True)
+class TasksSection:
+    """Tasks of the evaluation suite; the loss is on their answers.
+
+    Attributes:
+        names: of the tasks; batches take turns.
+        min_tokens, max_tokens: each batch draws a length between them.
+        curriculum: most tokens by batch, as in `0:256,200:1024`; capped by `max_tokens`.
+    """
+
+    names: list[str] = field(default_factory=lambda: ["passkey"])
+    min_tokens: int = 256
+    max_tokens: int = 512
+    curriculum: str | None = None
+
+    def __post_init__(self) -> None:
+        need(bool(self.names), "tasks.names", self.names, "a list of tasks")
+        unknown = [name for name in self.names if name not in available()]
+        need(not unknown, "tasks.names", unknown, f"among {', '.join(available())}")
+        most, least = self.max_tokens, self.min_tokens
+        need(most >= least > 0, "tasks.max_tokens", most, f"at least tasks.min_tokens ({least})")
+        if self.curriculum is not None:
+            _parse("tasks.curriculum", self.curriculum)
 
 
 @dataclass(kw_only=True)
