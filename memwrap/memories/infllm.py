@@ -11,7 +11,7 @@ from torch import Tensor
 from memwrap.backbones import LayerAttention, Rows
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
 from memwrap.ops import infllm as ops
-from memwrap.ops.pages import SlotCache, append, put, take
+from memwrap.ops.pages import SlotCache, append, number_of, put, take
 from memwrap.ops.rows import earliest, latest, right_valid
 from memwrap.ops.rows import take as take_rows
 from memwrap.registry import register
@@ -20,6 +20,7 @@ from memwrap.trees import HOST, STORE, Tree
 # Queries that attend together: the units that any of them selected are laid out at once.
 QUERIES_AT_ONCE = 128
 HELD = ("key", "value")
+UNITS_A_PAGE, REPRESENTATIVES_A_PAGE = 16, 256
 
 
 @dataclass(kw_only=True)
@@ -87,8 +88,8 @@ class InfLLMConfig(MemoryConfig):
     @classmethod
     def tiny(cls) -> InfLLMConfig:
         return cls(
-            segment_size=8, window_size=10, num_sinks=2, block_size=4, top_k=2,
-            num_representatives=2, retrieval_interval=4, cache_size=3,
+            segment_size=8, window_size=16, num_sinks=2, block_size=2, top_k=2,
+            num_representatives=1, retrieval_interval=4, cache_size=3,
         )  # fmt: skip
 
 
@@ -123,6 +124,7 @@ class InfLLMMemory(Memory):
         free = [n for n, own in enumerate(sizes.attention) if own.window is None]
         chosen = free or list(range(sizes.num_layers))
         self.retrieving = set(chosen if config.layers is None else chosen_layers(config, sizes))
+        self.where = HOST if config.offload else "units"
         self.slots = {n: SlotCache(config.cache_size) for n in self.retrieving if config.offload}
         size = sizes.backbone_dtype.itemsize
         for own in (sizes.attention[n] for n in self.retrieving):
@@ -161,14 +163,13 @@ class InfLLMMemory(Memory):
         units = {name: torch.zeros(*block, width, **make) for name, width in widths.items()}
         make = {**make, "device": device}
         rep = {"rep": torch.zeros(batch, 0, own.num_heads, own.key_dim, **make)}
-        if config.offload:
-            return tree | {STORE: {"0": rep}, HOST: {STORE: {"0": units}}}
-        return tree | {STORE: {"0": units | rep}}
+        return tree | {self.where: {STORE: {"0": units}}, "index": {STORE: {"0": rep}}}
 
     # Reading
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        selection, noted = None, {}
+        selection: Selection | None = None
+        noted: Tree = {}
         if layer in self.retrieving:
             selection, noted = self._select(attention, state)
         outputs = []
@@ -202,7 +203,8 @@ class InfLLMMemory(Memory):
             means, noted["query_sum"], noted["query_count"] = ops.gather_queries(
                 attention.query, starts, valid, state["query_sum"], state["query_count"]
             )
-        number = sum(page["rep"].shape[1] for page in state[STORE].values())
+        pages = state["index"][STORE]
+        number = number_of(pages)
         carried = torch.zeros(len(rows), 1, number, dtype=torch.bool, device=valid.device)
         if not number:
             return Selection(carried, torch.zeros_like(index)), noted
@@ -214,8 +216,9 @@ class InfLLMMemory(Memory):
             (len(rows), means.shape[1]), self._reach(attention) - 1, device=index.device
         )
         query = attention.rotated(means.transpose(1, 2), place).transpose(1, 2)
-        pages = sorted(state[STORE].items(), key=lambda page: int(page[0]))
-        scores = torch.cat([ops.unit_scores(query, page["rep"]) for _, page in pages], 2)
+        scores = torch.cat(
+            [ops.unit_scores(query, pages[str(n)]["rep"]) for n in range(len(pages))], 2
+        )
         marks = torch.cat([carried, ops.select(scores, units, config.top_k)], 1)
         last = marks[rows, index.amax(1) if index.shape[1] else 0]
         most = min(config.top_k, number)
@@ -321,11 +324,12 @@ class InfLLMMemory(Memory):
         shown = shown.gather(2, units[:, None].expand(-1, index.shape[1], -1))
         rows = [row for row in range(batch) for _ in range(most)]
         numbers = units.flatten().tolist()
+        pages = state[self.where][STORE]
         if layer in self.slots:
-            pages = state[HOST][STORE]
-            found = self.slots[layer].take(pages, HELD, rows, numbers, index.device)
+            cache = self.slots[layer]
+            found = cache.take(pages, HELD, rows, numbers, UNITS_A_PAGE, index.device)
         else:
-            found = take(state[STORE], HELD, rows, numbers)
+            found = take(pages, HELD, rows, numbers, UNITS_A_PAGE)
         key, value = (
             t.unflatten(0, (batch, most)).transpose(1, 2).flatten(2, 3) if most
             else state[f"recent_{name}"][:, :, :0]
@@ -415,10 +419,11 @@ class InfLLMMemory(Memory):
         scores = blocks.pop("score").squeeze(-1)
         rep = ops.representatives(blocks["key"], scores, self.config.num_representatives)
         units = self._settled(state["tokens"])[1]
-        if not self.config.offload:
-            return {STORE: append(state[STORE], units, blocks | {"rep": rep}, more)}
-        held = append(state[HOST][STORE], units.cpu(), blocks, more.cpu())
-        return {STORE: append(state[STORE], units, {"rep": rep}, more), HOST: {STORE: held}}
+        pages, index = state[self.where][STORE], state["index"][STORE]
+        return {
+            self.where: {STORE: append(pages, units, blocks, more, UNITS_A_PAGE)},
+            "index": {STORE: append(index, units, {"rep": rep}, more, REPRESENTATIVES_A_PAGE)},
+        }
 
     # Places
 

@@ -8,6 +8,8 @@ Nothing here has a gradient: what is selected is a choice.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -117,19 +119,23 @@ def select(scores: Tensor, units: Tensor, top_k: int) -> Tensor:
         `(B, S, N)` bool.
     """
     if current_backend() == "naive":
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        for row, count in enumerate(units.tolist()):
-            for index in range(scores.shape[1]):
-                values = scores[row, index, :count].tolist()
-                best = sorted(range(count), key=lambda n: (-values[n], -n))[:top_k]
-                chosen[row, index, best] = True
-        return chosen
+        return _select_naive(scores, units, top_k)
     number = scores.shape[2]
     there = torch.arange(number, device=scores.device) < units[:, None, None]
     scores = scores.masked_fill(~there, float("-inf"))
     best = scores.flip(2).argsort(dim=2, descending=True, stable=True)[..., :top_k]
     chosen = torch.zeros_like(scores, dtype=torch.bool)
-    return chosen.scatter(2, number - 1 - best, True) & there
+    return chosen.scatter(2, best.neg() + (number - 1), True) & there
+
+
+def _select_naive(scores: Tensor, units: Tensor, top_k: int) -> Tensor:
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    for row, count in enumerate(units.tolist()):
+        for index in range(scores.shape[1]):
+            values = scores[row, index, :count].tolist()
+            best = sorted(range(count), key=lambda n: (-values[n], -n))[:top_k]
+            chosen[row, index, best] = True
+    return chosen
 
 
 def representatives(keys: Tensor, scores: Tensor, count: int) -> Tensor:
@@ -147,17 +153,21 @@ def representatives(keys: Tensor, scores: Tensor, count: int) -> Tensor:
     keys = keys.detach()
     groups = scores.shape[2] // keys.shape[2]
     if current_backend() == "naive":
-        result = keys.new_zeros(*scores.shape[:3], keys.shape[-1])
-        for place in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:3])).tolist():
-            row, unit, head = place
-            values = scores[row, unit, head].tolist()
-            best = sorted(range(len(values)), key=lambda n: -values[n])[:count]
-            result[row, unit, head] = keys[row, unit, head // groups, best].mean(0)
-        return result
+        return _representatives_naive(keys, scores, count)
     best = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
     wide = keys.repeat_interleave(groups, 2)
     picked = wide.gather(3, best[..., None].expand(*best.shape, wide.shape[-1]))
     return picked.to(accumulation_dtype(keys)).mean(3).to(keys.dtype)
+
+
+def _representatives_naive(keys: Tensor, scores: Tensor, count: int) -> Tensor:
+    groups = scores.shape[2] // keys.shape[2]
+    result = keys.new_zeros(*scores.shape[:3], keys.shape[-1])
+    for row, unit, head in itertools.product(*(range(n) for n in scores.shape[:3])):
+        values = scores[row, unit, head].tolist()
+        best = sorted(range(len(values)), key=lambda n: -values[n])[:count]
+        result[row, unit, head] = keys[row, unit, head // groups, best].mean(0)
+    return result
 
 
 def received_products(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:

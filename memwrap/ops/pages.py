@@ -1,8 +1,9 @@
 """A store in pages: entries are appended without copying those that are there.
 
 A store is a tree `{"0": page, "1": page, ...}` (`memwrap.trees`, "store"); a page is a dict of
-tensors `(B, n, ...)`, n entries of the rows from number `page * size` on. Pages are never changed:
-an append makes a new last page and shares the others, so that states stay independent.
+tensors `(B, n, ...)`, n entries of the rows from number `page * size` on, n = size but for the last
+page. Pages are never changed: an append makes a new last page and shares the others, so that
+states stay independent.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PAGE = 16
 Pages = dict[str, dict[str, Tensor]]
 
 
@@ -35,32 +35,34 @@ def put(buffer: Tensor, at: Tensor, new: Tensor, count: Tensor, dim: int) -> Ten
     return torch.where(fresh, new.to(buffer.dtype).gather(dim, index), buffer)
 
 
-def append(pages: Pages, counts: Tensor, new: dict[str, Tensor], more: Tensor) -> Pages:
+def append(pages: Pages, counts: Tensor, new: dict[str, Tensor], more: Tensor, size: int) -> Pages:
     """The store with each row's first `more` `(B,)` entries of `new` `(B, M, ...)` behind the
-    `counts` `(B,)` it has."""
+    `counts` `(B,)` it has; pages hold `size` entries."""
     if not bool((more > 0).any()):
         return pages
-    first = int(counts[more > 0].min()) // PAGE
+    first = int(counts[more > 0].min()) // size
     total = int((counts + more).max())
-    length = max(total, _length(pages))
+    length = max(total, number_of(pages))
     result = dict(pages)
-    for page in range(first, -(-total // PAGE)):
-        size = min(PAGE, length - page * PAGE)
+    for page in range(first, -(-total // size)):
+        here = min(size, length - page * size)
         result[str(page)] = {}
         for name, rows in new.items():
             old = pages["0"][name][:, :0] if str(page) not in pages else pages[str(page)][name]
-            shape = (len(old), size - old.shape[1], *old.shape[2:])
+            shape = (len(old), here - old.shape[1], *old.shape[2:])
             old = torch.cat([old, old.new_zeros(shape)], 1)
-            at, rows = (t.to(old.device) for t in (counts - page * PAGE, rows))
+            at, rows = (t.to(old.device) for t in (counts - page * size, rows))
             result[str(page)][name] = put(old, at, rows, more.to(old.device), 1)
     return result
 
 
-def take(pages: Pages, names: tuple[str, ...], rows: list[int], entries: list[int]) -> list[Tensor]:
-    """The entries of the given rows, for each name `(n, ...)`."""
+def take(
+    pages: Pages, names: tuple[str, ...], rows: list[int], entries: list[int], size: int
+) -> list[Tensor]:
+    """The entries of the given rows, for each name `(n, ...)`; pages hold `size` entries."""
     by_page: dict[int, list[int]] = {}
     for index, entry in enumerate(entries):
-        by_page.setdefault(entry // PAGE, []).append(index)
+        by_page.setdefault(entry // size, []).append(index)
     order = [index for indices in by_page.values() for index in indices]
     back = sorted(range(len(order)), key=order.__getitem__)
     result = []
@@ -68,16 +70,16 @@ def take(pages: Pages, names: tuple[str, ...], rows: list[int], entries: list[in
         parts = [pages["0"][name][:0, :0].flatten(0, 1)]
         for page, indices in by_page.items():
             tensor = pages[str(page)][name]
-            at = ([rows[i] for i in indices], [entries[i] % PAGE for i in indices])
+            at = ([rows[i] for i in indices], [entries[i] % size for i in indices])
             parts.append(tensor[tuple(torch.tensor(a, device=tensor.device) for a in at)])
         found = torch.cat(parts)
         result.append(found[torch.tensor(back, dtype=torch.long, device=found.device)])
     return result
 
 
-def _length(pages: Pages) -> int:
-    last = max(int(name) for name in pages)
-    return last * PAGE + next(iter(pages[str(last)].values())).shape[1]
+def number_of(pages: Pages) -> int:
+    """Entries of the row that has most."""
+    return sum(next(iter(page.values())).shape[1] for page in pages.values())
 
 
 class SlotCache:
@@ -110,11 +112,12 @@ class SlotCache:
         names: tuple[str, ...],
         rows: list[int],
         entries: list[int],
+        size: int,
         device: torch.device,
     ) -> list[Tensor]:
         """As `take`, on `device`."""
         if torch.is_grad_enabled():  # what is held here belongs to no graph
-            return [_moved(t, device) for t in take(pages, names, rows, entries)]
+            return [_moved(t, device) for t in take(pages, names, rows, entries, size)]
         if not self._buffers or self._buffers[0].device != device:
             self._held.clear()
             with torch.inference_mode(False):  # written in whatever mode comes later
@@ -124,8 +127,8 @@ class SlotCache:
                 ]
         keys, places, missing = [], [], []
         for index, (row, entry) in enumerate(zip(rows, entries, strict=True)):
-            tensor = pages[str(entry // PAGE)][names[0]]
-            key = (id(tensor), row, entry % PAGE)
+            tensor = pages[str(entry // size)][names[0]]
+            key = (id(tensor), row, entry % size)
             slot, owner = self._held.get(key, (-1, None))
             if owner is None or owner() is not tensor:
                 slot = -1
@@ -136,7 +139,8 @@ class SlotCache:
             places.append(slot)
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
-        fetched = take(pages, names, [rows[i] for i in missing], [entries[i] for i in missing])
+        where = [rows[i] for i in missing], [entries[i] for i in missing]
+        fetched = take(pages, names, *where, size)
         fetched = [_moved(t, device) for t in fetched]
         place = torch.tensor(places, dtype=torch.long, device=device)
         result = []

@@ -106,10 +106,10 @@ class Layer:
                 self.got[f"score.{unit}"] = score
 
     def units(self) -> int:
-        return sum(page["rep"].shape[1] for page in self.state["store"].values())
+        return sum(page["rep"].shape[1] for page in self.state["index"]["store"].values())
 
     def finish(self) -> None:
-        pages = sorted(self.state["store"].items(), key=lambda page: int(page[0]))
+        pages = sorted(self.state["index"]["store"].items(), key=lambda page: int(page[0]))
         reps = torch.cat([page["rep"] for _, page in pages], 1)
         self.got |= {f"rep.{unit}": reps[:, unit] for unit in range(reps.shape[1])}
         made = {f"score.{unit}" for unit in range(reps.shape[1])}
@@ -172,7 +172,7 @@ def run_model(case: Case, offload: bool) -> None:
             logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, 1), case.tensors["logits"], rtol=0, atol=5e-5)
     units = [
-        sum(page["rep"].shape[1] for page in tree["store"].values())
+        sum(page["rep"].shape[1] for page in tree["index"]["store"].values())
         for tree in state.memories["infllm"]["layers"].values()
     ]
     assert units == s["units_created"]
