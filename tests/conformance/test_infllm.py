@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cases import Case, names_of, read_case
+from one_layer import OneLayer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
 
 import memwrap
-from memwrap.backbones import LayerAttention, Places
-from memwrap.backbones.attention import SeenAttention
-from memwrap.backbones.probing import AttentionSizes
-from memwrap.backbones.rotary import Rotary, rotate
-from memwrap.memories.base import Sizes
-from memwrap.memories.infllm import InfLLMMemory
 
 FIELDS = {
     "n_init": "num_sinks", "n_local": "window_size", "block_size": "block_size", "topk": "top_k",
@@ -40,55 +33,23 @@ def config_of(case: Case, offload: bool) -> memwrap.InfLLMConfig:
 
 
 class Layer:
-    """One attention layer without projections, read block by block by the memory itself."""
+    """The case's attention layer, and what it records."""
 
     def __init__(self, case: Case, offload: bool) -> None:
-        settings = case.settings
+        s = case.settings
         self.tensors, self.config = case.tensors, config_of(case, offload)
-        self.heads, self.kv_heads, self.width = settings["Hq"], settings["Hkv"], settings["d"]
-        rope = {"rope_type": "default", "rope_theta": float(settings["base"])}
-        config = LlamaConfig(
-            hidden_size=self.heads * self.width, num_attention_heads=self.heads,
-            head_dim=self.width, rope_parameters=rope,
-        )  # fmt: skip
-        decoder: Any = torch.nn.Module()
-        decoder.rotary = LlamaRotaryEmbedding(config)
-        self.rotary = Rotary(decoder, config)
-        self.module = SimpleNamespace(
-            layer_idx=0, training=False, config=SimpleNamespace(_attn_implementation="eager"),
-            num_key_value_groups=self.heads // self.kv_heads, scaling=self.width**-0.5,
-        )  # fmt: skip
-        own = AttentionSizes(self.heads, self.kv_heads, self.width, self.width)
-        sizes = Sizes(hidden_size=1, embedding_size=1, num_layers=1, embedding_std=1.0)
-        sizes.attention.append(own)
-        self.memory = InfLLMMemory(self.config, sizes)
-        state = self.memory.init_state(settings["B"], torch.device("cpu"))
-        self.state = state["layers"]["0"]
+        self.layer = OneLayer(self.config, s["Hq"], s["Hkv"], s["d"], s["B"], s["base"])
         self.scores: dict[int, Tensor] = {}
         self.got: dict[str, Tensor] = {}
 
     def read(self, first: int, count: int, index: int) -> Tensor:
-        q, k, v = (self.tensors[n][:, :, first : first + count] for n in "qkv")
-        places = torch.arange(count).expand(len(q), -1)
-        angles = self.rotary.angles(places, 0, q)
-        valid = torch.ones(len(q), count, dtype=torch.bool)
-
-        def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
-            return eager_attention_forward(self.module, q, k, v, mask, scaling=self.module.scaling)  # type: ignore[arg-type]
-
-        mask = torch.full((count, count), torch.finfo(q.dtype).min).triu(1)
-        seen = SeenAttention(
-            self.module, rotate(q, angles), rotate(k, angles), v, mask.expand(len(q), 1, -1, -1),
-            self.module.scaling, None, call, call, q, {},
-        )  # fmt: skip
-        attention = LayerAttention(seen, Places(places, places, valid, valid), self.rotary)
-        out, state = self.memory.attend(0, attention, self.state)
-        chosen = [row[row >= 0] for row in state["chosen"]]
+        out = self.layer.attend(*(self.tensors[n][:, :, first : first + count] for n in "qkv"))
+        chosen = [row[row >= 0] for row in self.layer.state["chosen"]]
         if chosen[0].numel():
             self.got[f"block_topk.{index}"] = torch.stack(chosen)
-        self.note(first, count, state)
-        self.state = self.memory.close_layer(0, attention, state)
-        return out.transpose(1, 2)
+        self.note(first, count, self.layer.state)
+        self.layer.close()
+        return out
 
     def note(self, first: int, count: int, state: Any) -> None:
         """The scores of all tokens that are in no unit yet, by their number in the text."""
@@ -106,10 +67,10 @@ class Layer:
                 self.got[f"score.{unit}"] = score
 
     def units(self) -> int:
-        return sum(page["rep"].shape[1] for page in self.state["index"]["store"].values())
+        return sum(page["rep"].shape[1] for page in self.layer.state["index"]["store"].values())
 
     def finish(self) -> None:
-        pages = sorted(self.state["index"]["store"].items(), key=lambda page: int(page[0]))
+        pages = sorted(self.layer.state["index"]["store"].items(), key=lambda page: int(page[0]))
         reps = torch.cat([page["rep"] for _, page in pages], 1)
         self.got |= {f"rep.{unit}": reps[:, unit] for unit in range(reps.shape[1])}
         made = {f"score.{unit}" for unit in range(reps.shape[1])}
