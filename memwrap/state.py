@@ -329,9 +329,9 @@ def check_shapes(state: MemoryState, fresh: MemoryState) -> None:
 
 def _page_of(key: str) -> tuple[str, int, str] | None:
     """`a.store.7.key` -> `("a.store", 7, "key")`; None for what is in no store."""
-    *path, page, leaf = key.split(".")
-    if path and path[-1] == STORE and page.isdecimal():
-        return ".".join(path), int(page), leaf
+    *path, leaf = key.split(".")
+    if len(path) > 1 and path[-2] == STORE and path[-1].isdecimal():
+        return ".".join(path[:-1]), int(path[-1]), leaf
     return None
 
 

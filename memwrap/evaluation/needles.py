@@ -123,7 +123,7 @@ class NeedleTask:
 
     def _ids(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        begin = getattr(self.tokenizer, "bos_token_id", None)
+        begin: Any = getattr(self.tokenizer, "bos_token_id", None)
         marked = begin is not None and self.tokenizer("a")["input_ids"][:1] == [begin]
         return [begin, *ids] if marked else list(ids)
 
