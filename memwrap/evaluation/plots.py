@@ -9,7 +9,6 @@ from typing import Any
 
 from memwrap.evaluation.associative import RecallResult
 from memwrap.evaluation.perplexity import MEMORY, OFF, PerplexityResult
-from memwrap.evaluation.retrieval import NeedleResult
 from memwrap.files import replacing
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
@@ -81,38 +80,6 @@ def plot_recall(results: dict[str, RecallResult], path: str | Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel("segments between a pair and its query")
-    _save(figure, path)
-
-
-def plot_needles(result: NeedleResult, path: str | Path, title: str = "") -> None:
-    """Heat maps of accuracy by length and depth, one a curve; grey was not measured."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(result.accuracy))
-    rows = -(-len(result.accuracy) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.4), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    image: Any = None
-    for panel, (name, values) in zip(panels, result.accuracy.items(), strict=False):
-        cells = [[math.nan if v is None else v for v in row] for row in zip(*values, strict=True)]
-        panel.set_facecolor("#cccccc")
-        image = panel.imshow(cells, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        for row, line in enumerate(cells):
-            for column, value in enumerate(line):
-                if not math.isnan(value):
-                    colour = "white" if value < 0.6 else "black"
-                    panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
-        panel.set_xticks(range(len(result.lengths)), [f"{n:,}" for n in result.lengths])
-        panel.set_yticks(range(len(result.depths)), [f"{d:.0%}" for d in result.depths])
-        panel.set_title(name, fontsize=10)
-    for panel in panels[len(result.accuracy) :]:
-        panel.set_axis_off()
-    figure.suptitle(title or f"{result.task}: {result.samples} texts a cell")
-    figure.supxlabel("tokens of the text")
-    figure.supylabel("depth of the needle")
-    figure.colorbar(image, ax=panels.tolist(), label="accuracy")
     _save(figure, path)
 
 
