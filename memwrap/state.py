@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from memwrap.files import replacing
-from memwrap.trees import Tree, tree_build, tree_leaves, tree_map
+from memwrap.trees import STORE, Tree, aligned, tree_build, tree_leaves, tree_map, tree_to
 
 FORMAT, VERSION = "memwrap-state", 1
 _HASH_BASE = 6364136223846793005
@@ -124,8 +124,11 @@ class MemoryState(Cache):
         return self._map(Tensor.detach, lambda t: t)
 
     def to(self, device: torch.device | str) -> MemoryState:
-        """The same state on another device."""
-        return self._map(lambda t: t.to(device), lambda t: t)
+        """The same state on another device; what a memory keeps on the host stays there."""
+        new = self.clone()
+        new.memories = {name: tree_to(tree, device) for name, tree in self.memories.items()}
+        new.open = tree_to(self.open, device)
+        return new
 
     def select(self, rows: Tensor) -> MemoryState:
         """The rows of the given indices `(N,)`, in their order."""
@@ -155,7 +158,7 @@ class MemoryState(Cache):
         layers = next((s.open for s in padded if s.open), {})
         new = first.clone()
         new.memories = {
-            name: tree_map(lambda *t: torch.cat(t), *[s.memories[name] for s in states])
+            name: tree_map(lambda *t: torch.cat(t), *aligned(*[s.memories[name] for s in states]))
             for name in first.memories
         }
         if layers:
@@ -307,18 +310,44 @@ def check_shapes(state: MemoryState, fresh: MemoryState) -> None:
         ValueError: names the first tensor that is missing, foreign or misshapen.
     """
     for name, tree in fresh.memories.items():
-        needed = dict(tree_leaves(tree))
         got = dict(tree_leaves(state.memories.get(name, {})))
+        needed = _with_pages(dict(tree_leaves(tree)), got)
         for key in sorted(needed.keys() ^ got.keys()):
             what = "lacks" if key in needed else "holds the foreign tensor"
             raise ValueError(f"The state {what} {name}.{key}; its file is damaged. Read again.")
         for key, tensor in needed.items():
-            want, have = (state.batch_size, *tensor.shape[1:]), tuple(got[key].shape)
+            have = tuple(got[key].shape)
+            want = (state.batch_size, *tensor.shape[1:])
+            if _page_of(key):  # a store's second dimension grows
+                want = (*want[:1], *have[1:2], *want[2:])
             if have != want:
                 raise ValueError(
                     f"The state's {name}.{key} has shape {have}, not {want}; its file is damaged. "
                     "Read the text again."
                 )
+
+
+def _page_of(key: str) -> tuple[str, int, str] | None:
+    """`a.store.7.key` -> `("a.store", 7, "key")`; None for what is in no store."""
+    *path, leaf = key.split(".")
+    if len(path) > 1 and path[-2] == STORE and path[-1].isdecimal():
+        return ".".join(path[:-1]), int(path[-1]), leaf
+    return None
+
+
+def _with_pages(needed: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The leaves of a fresh state and, for stores, those of as many pages as `got` has."""
+    pages: dict[str, set[int]] = {}
+    for key in got:
+        if place := _page_of(key):
+            pages.setdefault(place[0], set()).add(place[1])
+    result = dict(needed)
+    for key, tensor in needed.items():
+        if place := _page_of(key):
+            store, _, leaf = place
+            count = len(pages.get(store, ()))
+            result |= {f"{store}.{page}.{leaf}": tensor for page in range(count)}
+    return result
 
 
 def signature_difference(theirs: dict[str, Any], own: dict[str, Any]) -> str:

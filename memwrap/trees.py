@@ -3,6 +3,11 @@
 A tree is a nested `dict[str, Tensor | dict]`; every tensor has the batch as its first
 dimension. All that is done to a state (selecting rows, detaching, saving) is written here
 once, for every memory.
+
+Two names have a meaning. A subtree `"store"` grows with the text: it is a dict of pages, `"0"`,
+`"1"`, ..., each a tree of tensors `(B, n, ...)` whose second dimension counts entries; every page
+but the last is full, and a row that has fewer entries than another holds zeros behind its own. A
+subtree `"host"` stays in the host's memory wherever the rest of the state goes.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+STORE, HOST = "store", "host"
 
 # Nested dicts whose leaves are tensors; a recursive type would only move the checks elsewhere.
 Tree = dict[str, Any]
@@ -27,6 +34,50 @@ def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree
         else:
             result[name] = function(node, *peers)
     return result
+
+
+def tree_to(tree: Tree, device: torch.device | str) -> Tree:
+    """The tree on another device; what belongs to the host stays there."""
+    result: Tree = {}
+    for name, node in tree.items():
+        if name == HOST:
+            result[name] = node
+        else:
+            result[name] = tree_to(node, device) if isinstance(node, dict) else node.to(device)
+    return result
+
+
+def aligned(*trees: Tree) -> list[Tree]:
+    """The same trees with stores of one length: missing entries are zero (nothing is copied where
+    nothing is missing)."""
+    results: list[Tree] = [{} for _ in trees]
+    for name, node in trees[0].items():
+        nodes = [tree[name] for tree in trees]
+        if name == STORE:
+            nodes = _same_pages(nodes)
+        elif isinstance(node, dict):
+            nodes = aligned(*nodes)
+        for result, value in zip(results, nodes, strict=True):
+            result[name] = value
+    return results
+
+
+def _same_pages(stores: list[Tree]) -> list[Tree]:
+    names = {name for store in stores for name in store}
+    results: list[Tree] = [{} for _ in stores]
+    for name in sorted(names, key=int):
+        pages = [store.get(name) for store in stores]
+        like = next(page for page in pages if page is not None)
+        for leaf in like:
+            most = max(page[leaf].shape[1] for page in pages if page is not None)
+            for page, store, result in zip(pages, stores, results, strict=True):
+                tensor = store["0"][leaf][:, :0] if page is None else page[leaf]
+                missing = most - tensor.shape[1]
+                if missing:
+                    shape = (tensor.shape[0], missing, *tensor.shape[2:])
+                    tensor = torch.cat([tensor, tensor.new_zeros(shape)], 1)
+                result.setdefault(name, {})[leaf] = tensor
+    return results
 
 
 def tree_leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -54,7 +105,9 @@ def where_rows(rows: Tensor, new: Tree, old: Tree) -> Tree:
     """Take `new` for the rows where `rows` (B,) is true, `old` elsewhere."""
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
+        if a is b:
+            return a
         mask = rows.to(a.device).view(-1, *[1] * (a.dim() - 1))
         return torch.where(mask, a, b.to(a.dtype))
 
-    return tree_map(choose, new, old)
+    return tree_map(choose, *aligned(new, old))

@@ -12,7 +12,7 @@ from families import FAMILIES, VOCABULARY, build
 from torch import Tensor
 
 import memwrap
-from memwrap.trees import tree_leaves
+from memwrap.trees import aligned, tree_leaves
 
 SEGMENT = 8
 TOLERANCE = 1e-4
@@ -81,7 +81,9 @@ def assert_same_states(got: Any, want: Any, tolerance: float = TOLERANCE) -> Non
     for name in ("tokens_seen", "fill", "segments"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     for memory, tree in want.memories.items():
-        other = dict(tree_leaves(got.memories[memory]))
+        # A row read beside longer ones has zeros behind its own entries of a store.
+        tree, other = aligned(tree, got.memories[memory])
+        other = dict(tree_leaves(other))
         for name, value in tree_leaves(tree):
             assert_close(other[name].float(), value.float(), tolerance, f"{memory}.{name}")
 

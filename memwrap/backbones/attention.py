@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Protocol
 
@@ -163,6 +163,29 @@ class LayerAttention:
         """The model's own attention inside the segment, `(B, T, H, Dv)`."""
         seen = self.seen
         return seen.call(seen.query, seen.key, seen.value, seen.mask)[0]
+
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Plain queries or keys `(B, H, N, Dk)` rotated to `positions` `(B, N)`."""
+        return rotate(x, self._angles(positions))
+
+    def part(self, start: int, stop: int) -> LayerAttention:
+        """The same attention for the queries `start` to `stop` of the step alone."""
+        seen, places = self.seen, self.places
+        kind = self.rotary.kind(self.layer)
+        mask = self._visible()[..., start:stop, :]
+        if not _is_sdpa(seen) and seen.mask is not None:
+            mask = seen.mask[..., start:stop, :]
+        query = seen.query[:, :, start:stop]
+        keys = {("keys", kind): self._angles(places.keys, "keys")} if kind else {}
+        return replace(
+            self,
+            seen=replace(seen, query=query, mask=mask),
+            places=Places(
+                places.queries[:, start:stop], places.keys,
+                places.query_valid[:, start:stop], places.key_valid,
+            ),
+            shared=keys,
+        )  # fmt: skip
 
     def join(
         self, *rows: Rows, local: Tensor | None = None, weights: bool = False

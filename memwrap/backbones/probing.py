@@ -15,12 +15,13 @@ from memwrap.backbones.rotary import Rotary, unrotate
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """Heads and widths of one layer's attention."""
+    """Heads and widths of one layer's attention, and its own sliding window if it has one."""
 
     num_heads: int
     num_kv_heads: int
     key_dim: int
     value_dim: int
+    window: int | None = None
 
 
 class _Probe:
@@ -66,7 +67,9 @@ def probe(
             "memories at the attention place need; use a token-level one (rmt)."
         )
     sizes = [
-        AttentionSizes(s.query.shape[1], s.key.shape[1], s.key.shape[-1], s.value.shape[-1])
+        AttentionSizes(
+            s.query.shape[1], s.key.shape[1], s.key.shape[-1], s.value.shape[-1], s.window
+        )
         for _, s in sorted(first.seen.items())
     ]
     if not rotary.present:

@@ -199,11 +199,14 @@ class Memory(nn.Module):
         zero_positions: on a backbone with a table of learned positions, prefix and suffix get
             a zero vector and the tokens count from 0.
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
+        bytes_per_token: at most so many bytes a token and row does the state grow by, for a
+            memory whose config is not `bounded`; its tree has them in subtrees named "store".
     """
 
     looks_at: frozenset[str] = frozenset()
     zero_positions: bool = False
     needs_hidden: bool = False
+    bytes_per_token: float = 0.0
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()

@@ -1,0 +1,446 @@
+"""InfLLM: far text in blocks that a query looks up, without training (Xiao et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from memwrap.backbones import LayerAttention, Rows
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.ops import infllm as ops
+from memwrap.ops.pages import SlotCache, append, number_of, put, take
+from memwrap.ops.rows import earliest, latest, right_valid
+from memwrap.ops.rows import take as take_rows
+from memwrap.registry import register
+from memwrap.trees import HOST, STORE, Tree
+
+# Queries that attend together: the units that any of them selected are laid out at once.
+QUERIES_AT_ONCE = 128
+HELD = ("key", "value")
+UNITS_A_PAGE, REPRESENTATIVES_A_PAGE = 16, 256
+
+
+@dataclass(kw_only=True)
+class InfLLMConfig(MemoryConfig):
+    """A token attends to the last `window_size` tokens, to the first `num_sinks` of the document
+    and to `top_k` units, blocks of `block_size` tokens of the rest, all of it kept.
+
+    Attributes:
+        segment_size: the execution block: tokens that are read at once.
+        window_size: l_L, tokens of the local window (the token itself among them).
+        num_sinks: first tokens of the document, always visible.
+        block_size: l_bs, tokens of a unit.
+        top_k: k_m, units that a token attends to.
+        num_representatives: r_k, tokens whose mean key stands for a unit, in every query head.
+        score: what makes a token a representative: `"attention"`, the attention that it received
+            while it was in the window (as the published code has it), or `"dot_product"`, its
+            inner products with the queries behind it (as the paper has it).
+        selection: `"causal"`: units are selected at every `retrieval_interval`-th token of a
+            segment, by the mean query since the last selection; or `"block"`: by the mean query
+            of all tokens of a segment that a call brings, as published. That looks ahead, and
+            its results depend on how text is fed.
+        retrieval_interval: tokens that share one selection; 1 is what the published code does
+            while it generates.
+        window_mask: `"corrected"`, or `"published"`, where the first queries of an execution block
+            see tokens at the window's edge twice.
+        offload: keep units in the host's memory.
+        cache_size: units of a layer that stay on the device beside them (least recently used).
+        layers: decoder layers that look up units (`None`: those without a sliding window of
+            their own; all where every layer has one). Others have window and sinks.
+    """
+
+    name: ClassVar[str] = "infllm"
+    places: ClassVar[frozenset[str]] = frozenset({"attention"})
+    neutral_start: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
+
+    window_size: int = 4096
+    num_sinks: int = 128
+    block_size: int = 128
+    top_k: int = 16
+    num_representatives: int = 4
+    score: str = "attention"
+    selection: str = "causal"
+    retrieval_interval: int = 8
+    window_mask: str = "corrected"
+    offload: bool = False
+    cache_size: int = 32
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("window_size", "block_size", "top_k", "retrieval_interval", "cache_size"):
+            self._positive(name)
+        self._positive("num_sinks", zero=True)
+        self._positive("num_representatives")
+        if self.num_representatives > self.block_size:
+            self._fail("num_representatives", f"at most `block_size` ({self.block_size})")
+        if self.segment_size > self.window_size:
+            self._fail("segment_size", f"at most `window_size` ({self.window_size})")
+        self._one_of("score", ("attention", "dot_product"))
+        self._one_of("selection", ("causal", "block"))
+        self._one_of("window_mask", ("corrected", "published"))
+        self._layers()
+
+    @classmethod
+    def tiny(cls) -> InfLLMConfig:
+        return cls(
+            segment_size=8, window_size=16, num_sinks=2, block_size=2, top_k=2,
+            num_representatives=1, retrieval_interval=4, cache_size=3,
+        )  # fmt: skip
+
+
+@dataclass
+class Selection:
+    """Which units the queries of a step see.
+
+    Attributes:
+        marks: `(B, 1 + S, N)` bool; the first are those that were selected before the step.
+        index: `(B, T)`, the selection under which each query stands.
+        units: the store of units and their number.
+    """
+
+    marks: Tensor
+    index: Tensor
+
+
+@register(InfLLMConfig)
+class InfLLMMemory(Memory):
+    """Per layer: the recent tokens' un-rotated keys and values, those of the sinks, and a store of
+    units with one representative vector a query head.
+
+    Recent tokens are the window and what has left it but does not fill a unit yet. Sinks, units
+    and tokens past the window stand at the constant distance l_L - 1 from every query.
+    """
+
+    config: InfLLMConfig
+
+    def __init__(self, config: InfLLMConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.kept = config.window_size + config.block_size - 1
+        free = [n for n, own in enumerate(sizes.attention) if own.window is None]
+        chosen = free or list(range(sizes.num_layers))
+        self.retrieving = set(chosen if config.layers is None else chosen_layers(config, sizes))
+        self.where = HOST if config.offload else "units"
+        self.slots = {n: SlotCache(config.cache_size) for n in self.retrieving if config.offload}
+        size = sizes.backbone_dtype.itemsize
+        for own in (sizes.attention[n] for n in self.retrieving):
+            self.bytes_per_token += own.num_kv_heads * (own.key_dim + own.value_dim) * size
+            self.bytes_per_token += own.num_heads * own.key_dim * size / config.block_size
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        return {
+            "layers": {
+                str(layer): self._empty(layer, batch_size, device)
+                for layer in range(self.sizes.num_layers)
+            }
+        }
+
+    def _empty(self, layer: int, batch: int, device: torch.device) -> Tree:
+        config, own = self.config, self.sizes.attention[layer]
+        make: dict[str, Any] = {"device": device, "dtype": self.sizes.backbone_dtype}
+        tree: Tree = {"tokens": torch.zeros(batch, dtype=torch.long, device=device)}
+        widths = {"key": own.key_dim, "value": own.value_dim}
+        for name, width in widths.items():
+            for part, count in (("recent", self.kept), ("sink", config.num_sinks)):
+                shape = (batch, own.num_kv_heads, count, width)
+                tree[f"{part}_{name}"] = torch.zeros(shape, **make)
+        if layer not in self.retrieving:
+            return tree
+        wide = torch.promote_types(self.sizes.backbone_dtype, torch.float32)
+        sums: dict[str, Any] = {"device": device, "dtype": wide}
+        tree["score"] = torch.zeros(batch, own.num_heads, self.kept, **sums)
+        tree["open_score"] = torch.zeros(batch, own.num_heads, config.window_size, **sums)
+        tree["query_sum"] = torch.zeros(batch, own.num_heads, own.key_dim, **sums)
+        tree["query_count"] = torch.zeros_like(tree["tokens"])
+        tree["chosen"] = tree["tokens"].new_full((batch, config.top_k), -1)
+        if config.offload:
+            make = {**make, "device": "cpu"}
+        block = (batch, 0, own.num_kv_heads, config.block_size)
+        units = {name: torch.zeros(*block, width, **make) for name, width in widths.items()}
+        make = {**make, "device": device}
+        rep = {"rep": torch.zeros(batch, 0, own.num_heads, own.key_dim, **make)}
+        return tree | {self.where: {STORE: {"0": units}}, "index": {STORE: {"0": rep}}}
+
+    # Reading
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        selection: Selection | None = None
+        noted: Tree = {}
+        if layer in self.retrieving:
+            selection, noted = self._select(attention, state)
+        outputs = []
+        received: Any = 0
+        length = attention.query.shape[2]
+        for start in range(0, length, QUERIES_AT_ONCE):
+            stop = min(length, start + QUERIES_AT_ONCE)
+            part = attention if stop - start == length else attention.part(start, stop)
+            out, scores = self._attend_part(layer, part, state, selection, slice(start, stop))
+            outputs.append(out)
+            received = received + scores if scores is not None else None
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        if received is not None:
+            noted |= self._scored(attention, state, received)
+        return out, {**state, **noted}
+
+    def _select(self, attention: LayerAttention, state: Tree) -> tuple[Selection, Tree]:
+        """The units that the step's queries see, and what the state notes of it."""
+        config, places = self.config, attention.places
+        valid = places.query_valid
+        rows = torch.arange(len(valid), device=valid.device)
+        _, units = self._settled(state["tokens"])
+        noted: Tree = {}
+        if config.selection == "block":
+            index = valid.long()
+            query = attention.query.detach().to(state["query_sum"].dtype) * valid[:, None, :, None]
+            means = (query.sum(2) / valid.sum(1).clamp_min(1)[:, None, None])[:, None]
+        else:
+            starts = valid & (places.queries % config.retrieval_interval == 0)
+            index = starts.long().cumsum(1)
+            means, noted["query_sum"], noted["query_count"] = ops.gather_queries(
+                attention.query, starts, valid, state["query_sum"], state["query_count"]
+            )
+        pages = state["index"][STORE]
+        number = number_of(pages)
+        carried = torch.zeros(len(rows), 1, number, dtype=torch.bool, device=valid.device)
+        if not number:
+            return Selection(carried, torch.zeros_like(index)), noted
+        chosen = state["chosen"]
+        carried = carried[:, 0].scatter(1, chosen.clamp_min(0), chosen >= 0)[:, None]
+        # Where nothing is chosen the place 0 stands for nothing.
+        carried[:, 0, 0] = (chosen == 0).any(1)
+        place = torch.full(
+            (len(rows), means.shape[1]), self._reach(attention) - 1, device=index.device
+        )
+        query = attention.rotated(means.transpose(1, 2), place).transpose(1, 2)
+        scores = torch.cat(
+            [ops.unit_scores(query, pages[str(n)]["rep"]) for n in range(len(pages))], 2
+        )
+        marks = torch.cat([carried, ops.select(scores, units, config.top_k)], 1)
+        last = marks[rows, index.amax(1) if index.shape[1] else 0]
+        most = min(config.top_k, number)
+        found = earliest(last, most)
+        found = found.masked_fill(~last.gather(1, found), -1)
+        noted["chosen"] = torch.nn.functional.pad(found, (0, config.top_k - most), value=-1)
+        return Selection(marks, index), noted
+
+    def _attend_part(
+        self,
+        layer: int,
+        attention: LayerAttention,
+        state: Tree,
+        selection: Selection | None,
+        columns: slice,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output of some queries, and the score that recent and own columns received from
+        them, `(B, H, recent + K)`."""
+        places, reach = attention.places, self._reach(attention)
+        recent, there = self._recent(state)
+        count = there.shape[1]
+        positions = torch.arange(-count, 0, device=there.device).expand(len(there), -1)
+        distance = places.queries[:, :, None] - positions[:, None]
+        near = there[:, None] & (distance < reach)
+        rows = self._far_rows(
+            layer, attention, state, selection, columns, (recent, there, distance)
+        )
+        far = sum(r.positions.shape[1] for r in rows)
+        if count:
+            rows.append(Rows(recent["key"], recent["value"], positions, near))
+        local = places.queries[:, :, None] - places.keys[:, None] < reach
+        counting = selection is not None and self.config.score == "attention"
+        out, weights = attention.join(*rows, local=local, weights=counting)
+        if selection is None:
+            return out, None
+        if weights is not None and counting:
+            seen = weights.detach()[..., far:].to(state["score"].dtype)
+            return out, (seen * places.query_valid[:, None, :, None]).sum(2)
+        keys = torch.cat([recent["key"].to(attention.key.dtype), attention.key], 2)
+        place = torch.cat([positions, places.keys], 1)
+        distance = places.queries[:, :, None] - place[:, None]
+        seen = (distance > 0) & (distance < reach) & places.query_valid[..., None]
+        seen &= torch.cat([there, places.key_valid], 1)[:, None]
+        query = attention.rotated(attention.query, places.queries)
+        return out, ops.received_products(query, attention.rotated(keys, place), seen)
+
+    def _far_rows(
+        self,
+        layer: int,
+        attention: LayerAttention,
+        state: Tree,
+        selection: Selection | None,
+        columns: slice,
+        around: tuple[Tree, Tensor, Tensor],
+    ) -> list[Rows]:
+        """What stands at the constant distance: units, sinks, and tokens past the window."""
+        config, window = self.config, self.config.window_size
+        if selection is None and attention.window is not None:
+            return []
+        recent, there, distance = around
+        batch, length = distance.shape[:2]
+        tokens, sinks = state["tokens"], self._settled(state["tokens"])[0]
+        # Only the first columns can be past the window: a place is less than K.
+        past = max(0, min(there.shape[1], there.shape[1] + attention.value.shape[2] - window))
+        gone = there[:, None, :past] & (distance[..., :past] >= window)
+        if selection is None:
+            absolute = tokens[:, None] + torch.arange(-there.shape[1], 0, device=tokens.device)
+            gone &= (absolute[:, :past] < config.num_sinks)[:, None]
+        elif config.window_mask == "published":
+            read = (attention.places.keys + 1).masked_fill(~attention.places.key_valid, 0).amax(1)
+            first = there.shape[1] - there.sum(1) + (there.sum(1) + read - window).clamp_min(0)
+            gone = there[:, :past] & (torch.arange(past, device=tokens.device) < first[:, None])
+            gone = gone[:, None].expand(-1, length, -1)
+        visible = torch.arange(config.num_sinks, device=tokens.device) < sinks[:, None]
+        keys = [state["sink_key"], recent["key"][:, :, :past]]
+        values = [state["sink_value"], recent["value"][:, :, :past]]
+        seen = [visible[:, None].expand(-1, length, -1), gone]
+        if selection is not None:
+            key, value, shown = self._units(layer, state, selection, columns)
+            keys, values, seen = [key, *keys], [value, *values], [shown, *seen]
+        mask = torch.cat(seen, 2)
+        if not mask.shape[2] or not bool(mask.any()):
+            return []
+        still = torch.zeros(batch, mask.shape[2], dtype=torch.long, device=tokens.device)
+        query_positions = attention.places.queries.new_full(
+            (batch, length), self._reach(attention) - 1
+        )
+        return [Rows(torch.cat(keys, 2), torch.cat(values, 2), still, mask, query_positions)]
+
+    def _units(
+        self, layer: int, state: Tree, selection: Selection, columns: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values `(B, Hkv, U b, D)` of the units that any of the queries selected, and
+        which query sees which token `(B, T, U b)`."""
+        block = self.config.block_size
+        index = selection.index[:, columns]
+        marks = selection.marks
+        shown = marks.gather(1, index[..., None].expand(-1, -1, marks.shape[2]))
+        used = shown.any(1)
+        most = int(used.sum(1).max()) if used.shape[1] else 0
+        units = earliest(used, most)
+        batch = len(units)
+        shown = shown.gather(2, units[:, None].expand(-1, index.shape[1], -1))
+        rows = [row for row in range(batch) for _ in range(most)]
+        numbers = units.flatten().tolist()
+        pages = state[self.where][STORE]
+        if layer in self.slots:
+            cache = self.slots[layer]
+            found = cache.take(pages, HELD, rows, numbers, UNITS_A_PAGE, index.device)
+        else:
+            found = take(pages, HELD, rows, numbers, UNITS_A_PAGE)
+        key, value = (
+            t.unflatten(0, (batch, most)).transpose(1, 2).flatten(2, 3) if most
+            else state[f"recent_{name}"][:, :, :0]
+            for name, t in zip(HELD, found, strict=True)
+        )  # fmt: skip
+        return key, value, shown.repeat_interleave(block, 2)
+
+    def _scored(self, attention: LayerAttention, state: Tree, received: Tensor) -> Tree:
+        """The scores with what recent and own columns received."""
+        places, total = attention.places, attention.value.shape[2]
+        count = received.shape[2] - total
+        recent, own = received[..., :count], received[..., count:]
+        score = state["score"]
+        score = torch.cat(
+            [score[..., : self.kept - count], score[..., self.kept - count :] + recent], 2
+        )
+        window = self.config.window_size
+        inside = (places.keys < window) & places.key_valid
+        index = places.keys.clamp(0, window - 1)[:, None].expand_as(own)
+        own = own * inside[:, None]
+        return {"score": score, "open_score": state["open_score"].scatter_add(2, index, own)}
+
+    # Writing
+
+    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        config, valid = self.config, attention.places.key_valid
+        recent, there = self._recent(state)
+        before = state["tokens"]
+        tokens = before + valid.sum(1)
+        (old_sinks, old_units), (sinks, units) = self._settled(before), self._settled(tokens)
+        order = earliest(torch.cat([there, valid], 1), there.shape[1] + valid.shape[1])
+        total = there.sum(1) + valid.sum(1)
+        own = {"key": attention.key, "value": attention.value}
+        pool = {
+            name: take_rows(torch.cat([recent[name], rows.to(recent[name].dtype)], 2), order)
+            for name, rows in own.items()
+        }
+        new: Tree = {"tokens": tokens}
+        for name, rows in pool.items():
+            buffer = state[f"sink_{name}"]
+            new[f"sink_{name}"] = put(buffer, old_sinks, rows, sinks - old_sinks, 2)
+        first = sinks - old_sinks
+        more = units - old_units
+        start = first + more * config.block_size
+        index = torch.arange(order.shape[1], device=tokens.device)
+        left = (index >= start[:, None]) & (index < total[:, None])
+        scores = None
+        if layer in self.retrieving:
+            count = there.shape[1]
+            place = attention.places.keys.clamp(0, config.window_size - 1)
+            inside = attention.places.keys < config.window_size
+            opened = state["open_score"].gather(
+                2, place[:, None].expand(-1, state["open_score"].shape[1], -1)
+            )
+            scores = torch.cat(
+                [state["score"][..., self.kept - count :], opened * inside[:, None]], 2
+            )
+            pool["score"] = take_rows(scores.transpose(1, 2), order).transpose(1, 2)[..., None]
+            new |= self._new_units(layer, state, pool, first, more)
+            new["open_score"] = torch.zeros_like(state["open_score"])
+        kept = self._kept(pool, left, total - start)
+        new |= {f"recent_{name}": kept[name] for name in HELD}
+        if scores is not None:
+            new["score"] = kept["score"].squeeze(-1)
+        return {**state, **new}
+
+    def _kept(self, pool: Tree, left: Tensor, count: Tensor) -> Tree:
+        """The rows of the pool that stay, at the right end of the buffers."""
+        missing = max(0, self.kept - left.shape[1])
+        left = torch.nn.functional.pad(left, (missing, 0))
+        index, valid = latest(left, self.kept), right_valid(count, self.kept)
+        pad = torch.nn.functional.pad
+        return {n: take_rows(pad(x, (0, 0, missing, 0)), index, valid) for n, x in pool.items()}
+
+    def _new_units(self, layer: int, state: Tree, pool: Tree, first: Tensor, more: Tensor) -> Tree:
+        """The stores with the units made of the pool's rows from `first` on."""
+        block = self.config.block_size
+        most = int(more.max())
+        if not most:
+            return {}
+        index = first[:, None] + torch.arange(most * block, device=first.device)
+        index = index.clamp_max(pool["key"].shape[2] - 1)
+        blocks = {
+            name: take_rows(rows, index).unflatten(2, (most, block)).transpose(1, 2)
+            for name, rows in pool.items()
+        }
+        scores = blocks.pop("score").squeeze(-1)
+        rep = ops.representatives(blocks["key"], scores, self.config.num_representatives)
+        units = self._settled(state["tokens"])[1]
+        pages, index = state[self.where][STORE], state["index"][STORE]
+        return {
+            self.where: {STORE: append(pages, units, blocks, more, UNITS_A_PAGE)},
+            "index": {STORE: append(index, units, {"rep": rep}, more, REPRESENTATIVES_A_PAGE)},
+        }
+
+    # Places
+
+    def _settled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return ops.settled(tokens, config.window_size, config.num_sinks, config.block_size)
+
+    def _reach(self, attention: LayerAttention) -> int:
+        """Tokens that the layer sees in order: the window, or the layer's own smaller one."""
+        return min(self.config.window_size, attention.window or self.config.window_size)
+
+    def _recent(self, state: Tree) -> tuple[Tree, Tensor]:
+        """Recent keys and values `(B, Hkv, R, D)`, at the right end, and which are there `(B, R)`;
+        columns that no row needs are left out."""
+        tokens = state["tokens"]
+        sinks, units = self._settled(tokens)
+        live = tokens - sinks - units * self.config.block_size
+        count = int(live.max()) if len(live) else 0
+        rows = {name: state[f"recent_{name}"][:, :, self.kept - count :] for name in HELD}
+        return rows, right_valid(live, count)

@@ -1,0 +1,73 @@
+"""One attention layer without projections, read segment by segment by a memory itself."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
+
+from memwrap.backbones import LayerAttention, Places
+from memwrap.backbones.attention import SeenAttention
+from memwrap.backbones.probing import AttentionSizes
+from memwrap.backbones.rotary import Rotary, rotate
+from memwrap.memories.base import MemoryConfig, Sizes
+from memwrap.registry import memory_class
+
+
+class OneLayer:
+    """A memory at the attention place, given un-rotated queries, keys and values.
+
+    Attributes:
+        memory, state: the memory and its tree for the layer.
+    """
+
+    def __init__(
+        self, config: MemoryConfig, heads: int, kv_heads: int, width: int, rows: int = 1,
+        base: float = 10000.0, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        rope = {"rope_type": "default", "rope_theta": float(base)}
+        llama = LlamaConfig(
+            hidden_size=heads * width, num_attention_heads=heads, head_dim=width,
+            rope_parameters=rope,
+        )  # fmt: skip
+        decoder: Any = torch.nn.Module()
+        decoder.rotary = LlamaRotaryEmbedding(llama)
+        self.rotary = Rotary(decoder, llama)
+        self.module = SimpleNamespace(
+            layer_idx=0, training=False, config=SimpleNamespace(_attn_implementation="eager"),
+            num_key_value_groups=heads // kv_heads, scaling=width**-0.5,
+        )  # fmt: skip
+        sizes = Sizes(
+            hidden_size=1, embedding_size=1, num_layers=1, embedding_std=1.0, dtype=dtype,
+            backbone_dtype=dtype, attention=[AttentionSizes(heads, kv_heads, width, width)],
+        )  # fmt: skip
+        self.memory = memory_class(config.name)(config, sizes)
+        self.state = self.memory.init_state(rows, torch.device("cpu"))["layers"]["0"]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Read a whole segment `(B, H, T, D)`, leaving it open: `(B, H, T, D)`."""
+        batch, _, count, _ = q.shape
+        places = torch.arange(count).expand(batch, -1)
+        angles = self.rotary.angles(places, 0, q)
+        valid = torch.ones(batch, count, dtype=torch.bool)
+        module: Any = self.module
+
+        def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
+            return eager_attention_forward(module, q, k, v, mask, scaling=module.scaling)
+
+        mask = torch.full((count, count), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+        seen = SeenAttention(
+            module, rotate(q, angles), rotate(k, angles), v, mask.expand(batch, 1, -1, -1),
+            module.scaling, None, call, call, q, {},
+        )  # fmt: skip
+        self.attention = LayerAttention(seen, Places(places, places, valid, valid), self.rotary)
+        out, self.state = self.memory.attend(0, self.attention, self.state)
+        return out.transpose(1, 2)
+
+    def close(self) -> None:
+        """Close the segment that was read."""
+        self.state = self.memory.close_layer(0, self.attention, self.state)
