@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from memwrap.files import replacing
-from memwrap.trees import Tree, tree_build, tree_leaves, tree_map
+from memwrap.trees import Tree, same_rows, tree_build, tree_leaves, tree_map
 
 FORMAT, VERSION = "memwrap-state", 1
 _HASH_BASE = 6364136223846793005
@@ -155,7 +155,7 @@ class MemoryState(Cache):
         layers = next((s.open for s in padded if s.open), {})
         new = first.clone()
         new.memories = {
-            name: tree_map(lambda *t: torch.cat(t), *[s.memories[name] for s in states])
+            name: tree_map(lambda *t: torch.cat(same_rows(*t)), *[s.memories[name] for s in states])
             for name in first.memories
         }
         if layers:
@@ -300,8 +300,11 @@ def tree_of(cache: DynamicCache) -> Tree:
     }
 
 
-def check_shapes(state: MemoryState, fresh: MemoryState) -> None:
-    """Refuse a state whose tensors are not those of its memories.
+def check_shapes(
+    state: MemoryState, fresh: MemoryState, growing: Collection[str] = ()
+) -> None:
+    """Refuse a state whose tensors are not those of its memories; those of the memories named in
+    `growing` may be longer than fresh ones (dimension 2).
 
     Raises:
         ValueError: names the first tensor that is missing, foreign or misshapen.
@@ -314,6 +317,8 @@ def check_shapes(state: MemoryState, fresh: MemoryState) -> None:
             raise ValueError(f"The state {what} {name}.{key}; its file is damaged. Read again.")
         for key, tensor in needed.items():
             want, have = (state.batch_size, *tensor.shape[1:]), tuple(got[key].shape)
+            if name in growing and len(want) == len(have) > 2 and have[2] > want[2]:
+                want = (*want[:2], have[2], *want[3:])
             if have != want:
                 raise ValueError(
                     f"The state's {name}.{key} has shape {have}, not {want}; its file is damaged. "

@@ -50,10 +50,25 @@ def tree_build(leaves: dict[str, Tensor]) -> Tree:
     return tree
 
 
+def same_rows(*tensors: Tensor) -> list[Tensor]:
+    """Tensors whose dimension 2 differs, with zeros behind the shorter ones. What a memory that
+    grows keeps lies along that dimension, from the left."""
+    sizes = [t.shape[2] if t.dim() > 2 else 0 for t in tensors]
+    if len(set(sizes)) == 1:
+        return list(tensors)
+    return [_longer(t, max(sizes)) for t in tensors]
+
+
+def _longer(tensor: Tensor, size: int) -> Tensor:
+    shape = (*tensor.shape[:2], size - tensor.shape[2], *tensor.shape[3:])
+    return torch.cat([tensor, tensor.new_zeros(shape)], 2)
+
+
 def where_rows(rows: Tensor, new: Tree, old: Tree) -> Tree:
     """Take `new` for the rows where `rows` (B,) is true, `old` elsewhere."""
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
+        a, b = same_rows(a, b)
         mask = rows.to(a.device).view(-1, *[1] * (a.dim() - 1))
         return torch.where(mask, a, b.to(a.dtype))
 

@@ -1,0 +1,307 @@
+"""Landmark attention: the grouped softmax, and the choice and reading of stored blocks.
+
+Mohtashami and Jaggi, "Landmark Attention" (2023), sections 3.1 and 3.2. A block is m tokens and one
+landmark behind them. A query weighs the tokens of its own block and the landmarks of earlier blocks in
+one softmax; what a landmark gets is shared out among its block's tokens by a softmax over these. The
+values of landmarks are never read.
+
+Shapes: B batch, H query heads, Hkv KV heads (query head h belongs to KV head `h // (H / Hkv)`, which
+is never repeated), T queries, K keys, N blocks, m tokens of a block, R blocks that a query reads.
+Scores and sums are float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops.landmark_naive import attention_naive, grouped_softmax, retrieved_naive
+
+__all__ = [
+    "attention", "block_scores", "choose", "grouped_softmax", "merge", "queries_for", "read_slots",
+    "retrieved",
+]  # fmt: skip
+
+# At most so many scores, or numbers of gathered keys, exist at once.
+AT_ONCE = 2**26
+NO_KERNEL = "landmark attention has no kernel yet"
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    *,
+    scaling: float | None = None,
+    places: Tensor | None = None,
+    landmark: Tensor | None = None,
+    valid: Tensor | None = None,
+    documents: Tensor | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention with the grouped softmax over blocks that lie one behind the other.
+
+    With section `s(j) = j // (m + 1)` of the key at place j, c that of the query, S the tokens of
+    section c that the query sees, l_s the landmark and N_s the tokens of section s < c:
+
+        Z = sum_S exp(x_j) + sum_{s < c} exp(x_{l_s})
+        p_j = exp(x_j) / Z on S,  exp(x_{l_s}) / Z * softmax(x over N_s)_j on N_s,  0 on landmarks
+
+    Args:
+        q: `(B, H, T, Dk)`; rotated. k, v: `(B, Hkv, K, Dk)` and `(B, Hkv, K, Dv)`, the key at place j
+            in row j; landmarks are the rows j with `j % (m + 1) == m`. K need not fill a block.
+        block_size: m, tokens of a block without its landmark.
+        scaling: of the scores (default `Dk ** -0.5`).
+        places: `(B, T)` of the queries; default: the last T of K.
+        landmark: `(B, T)` bool, queries that are landmarks: they do not see their own key. Default:
+            by place. One that closes a partial block has to be said.
+        valid: `(B, K)` bool; False is padding.
+        documents: `(B, N)`, the document of each block: a query sees blocks of its own one.
+        softcap: scores x become `softcap tanh(x / softcap)`.
+        window: a query sees so many of its own block's last tokens.
+
+    Returns:
+        The output `(B, H, T, Dv)` in v's dtype and the log of Z `(B, H, T)`; a query that sees nothing
+        gives 0, and its log is the smallest number.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+    _check(q, k, v, block_size, places)
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    first = None
+    if places is None:
+        first = k.shape[2] - q.shape[2]
+        places = torch.arange(first, k.shape[2], device=q.device).expand(q.shape[0], -1)
+    if landmark is None:
+        landmark = places % (block_size + 1) == block_size
+    if current_backend(q, NO_KERNEL) == "naive":
+        return attention_naive(
+            q, k, v, block_size, scaling, places, landmark, valid, documents, softcap, window
+        )
+    step = max(1, AT_ONCE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    # Without gathered places a query's keys end with its own block.
+    step = min(step, 16 * (block_size + 1)) if first is not None else step
+    parts = []
+    for start in range(0, q.shape[2], step):
+        piece = slice(start, start + step)
+        stop = k.shape[2] if first is None else min(k.shape[2], first + start + step)
+        args = (
+            q[:, :, piece], k[:, :, :stop], v[:, :, :stop], block_size, scaling, places[:, piece],
+            landmark[:, piece], None if valid is None else valid[:, :stop], documents, softcap, window,
+        )  # fmt: skip
+        parts.append(_run(_attention, q.shape[2] > step, *args))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([log for _, log in parts], 2)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, m: int, scaling: float, places: Tensor, landmark: Tensor,
+    valid: Tensor | None, documents: Tensor | None, softcap: float | None, window: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One softmax over `x_j + b_s`: with `b_s = x_{l_s} - logsumexp(x over N_s)` for an earlier
+    section and 0 for the own one, the weights are those of the grouped softmax."""
+    batch, heads, length, _ = q.shape
+    total, groups = k.shape[2], heads // k.shape[1]
+    short = -total % (m + 1)
+    count = (total + short) // (m + 1)
+    if valid is None:
+        valid = torch.ones(batch, total, dtype=torch.bool, device=q.device)
+    if short:
+        k, v = (torch.nn.functional.pad(t, (0, 0, 0, short)) for t in (k, v))
+        valid = torch.nn.functional.pad(valid, (0, short))
+    there = valid.view(batch, 1, 1, 1, count, m + 1)
+    x = q.unflatten(1, (-1, groups)).flatten(2, 3) @ k.transpose(-1, -2)
+    x = _capped(x.to(accumulation_dtype(q)) * scaling, softcap)
+    x = x.view(batch, -1, groups, length, count, m + 1)
+    tokens, gate, here = x[..., :m], x[..., m], there[..., :m]
+    section, inside = (f(places, m + 1)[:, None, None, :, None] for f in (_over, torch.remainder))
+    index = torch.arange(count, device=q.device)
+    earlier = (index < section) & there[..., m] & here.any(-1)
+    own = index == section
+    if documents is not None:
+        mine = documents.gather(1, (places // (m + 1)).clamp_max(documents.shape[1] - 1))
+        same = documents[:, None, :count] == mine[..., None]
+        earlier = earlier & same[:, None, None]
+    last = (inside - landmark[:, None, None, :, None].long())[..., None]
+    row = torch.arange(m, device=q.device)
+    seen = own[..., None] & (row <= last)
+    if window is not None:
+        seen = seen & (row > inside[..., None] - window)
+    least = torch.finfo(x.dtype).min
+    bias = gate - tokens.masked_fill(~here, least).logsumexp(-1)
+    bias = torch.where(earlier, bias, torch.zeros((), dtype=bias.dtype, device=bias.device))
+    visible = ((earlier[..., None] | seen) & here).expand(*x.shape[:-1], m)
+    y = (tokens + bias[..., None]).masked_fill(~visible, least).flatten(-2)
+    log = y.logsumexp(-1)
+    p = (y - log[..., None]).exp() * visible.flatten(-2)
+    values = v.unflatten(2, (count, m + 1))[..., :m, :].flatten(2, 3)
+    out = p.to(v.dtype).flatten(2, 3) @ values
+    return out.view(batch, heads, length, -1), log.view(batch, heads, length)
+
+
+def queries_for(block_size: int, top_k: int, places: Tensor) -> Tensor:
+    """Positions `(B, T, R + 1)` at which a query at `places` `(B, T)` sees the block that stands
+    u = 1 .. R + 1 blocks in front of the segment, where a block's rows have positions 0 .. m:
+    R + 1 slots of m + 1 positions lie directly before the segment (section 3.2)."""
+    back = torch.arange(1, top_k + 2, device=places.device)
+    return places[..., None] + back * (block_size + 1)
+
+
+def block_scores(
+    q: Tensor, landmarks: Tensor, count: Tensor, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Scores of the stored blocks by their landmarks.
+
+    The last R blocks are seen where they stand, all older ones in the one slot before these.
+
+    Args:
+        q: `(B, H, T, R + 1, Dk)`, rotated to the positions of `queries_for`.
+        landmarks: `(B, Hkv, N, Dk)`, rotated to their place in the block.
+        count: `(B,)` blocks that are there, oldest first, from the left.
+
+    Returns:
+        `(B, H, T, N)`, -inf where there is no block.
+    """
+    slots, size = q.shape[3] - 1, landmarks.shape[2]
+    q = q.unflatten(1, (landmarks.shape[1], -1))
+    x = torch.einsum("bhgtd,bhnd->bhgtn", q[..., slots, :], landmarks)
+    places = count[:, None] - torch.arange(1, slots + 1, device=count.device)
+    index = places.clamp(0, size - 1)[:, None, :, None]
+    recent = landmarks.gather(2, index.expand(-1, landmarks.shape[1], -1, landmarks.shape[3]))
+    near = torch.einsum("bhgtrd,bhrd->bhgtr", q[..., :slots, :], recent)
+    x = torch.cat([x, x[..., :1]], -1)  # a column for what is not there
+    index = torch.where(places >= 0, places, size)[:, None, None, None].expand(near.shape)
+    x = x.scatter(-1, index, near)[..., :size].flatten(1, 2)
+    x = _capped(x.to(accumulation_dtype(q)) * scaling, softcap)
+    there = torch.arange(size, device=count.device) < count[:, None]
+    return x.masked_fill(~there[:, None, None], -torch.inf)
+
+
+def choose(scores: Tensor, top_k: int) -> Tensor:
+    """The blocks with the largest scores `(..., N)`, `(..., R)` ascending; N where fewer are there.
+    Of equal scores the most recent blocks are taken."""
+    size = scores.shape[-1]
+    top_k = min(top_k, size)
+    least = scores.topk(top_k, -1).values[..., -1:]
+    more, equal = scores > least, scores == least
+    wanted = top_k - more.sum(-1, keepdim=True)
+    rank = equal.flip(-1).cumsum(-1).flip(-1)
+    chosen = (more | (equal & (rank <= wanted))) & (scores > -torch.inf)
+    index = torch.where(chosen, torch.arange(size, device=scores.device), size)
+    return index.topk(top_k, -1, largest=False, sorted=True).values
+
+
+def read_slots(ids: Tensor, count: Tensor, top_k: int) -> Tensor:
+    """How many blocks back each chosen block is read, `(B, H, T, R)`, for `choose`'s result.
+
+    The r-th of R = min(top_k, count) blocks stands at slot r of the R + 1 before the segment, and at
+    slot r + 1 if it is one of the last R.
+    """
+    count = count.view(-1, 1, 1, 1)
+    slots = count.clamp_max(top_k)
+    rank = torch.arange(ids.shape[-1], device=ids.device)
+    return (slots + 1 - rank - (ids >= count - slots).long()).clamp(1, top_k + 1)
+
+
+def retrieved(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    landmarks: Tensor,
+    valid: Tensor,
+    ids: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read chosen blocks: one softmax over their landmarks, within each one over its tokens.
+
+    Args:
+        q: `(B, H, T, R, Dk)`, the query as each of its blocks sees it.
+        keys, values: `(B, Hkv, N, m, Dk)` and `(B, Hkv, N, m, Dv)`, on any device.
+        landmarks: `(B, Hkv, N, Dk)`.
+        valid: `(B, N, m)` bool.
+        ids: `(B, H, T, R)`, or `(B, H, 1, R)` for all queries; N for none.
+
+    Returns:
+        The output `(B, H, T, Dv)` and the log of the landmarks' sum `(B, H, T)`, for `merge`.
+    """
+    if current_backend(q, NO_KERNEL) == "naive":
+        return retrieved_naive(q, keys, values, landmarks, valid, ids, scaling, softcap)
+    batch, heads, size = ids.shape[0], ids.shape[1], landmarks.shape[2]
+    there, shared = ids < size, ids.shape[2] < q.shape[2]
+    kv = torch.arange(heads, device=ids.device) // (heads // landmarks.shape[1])
+    row = torch.arange(batch, device=ids.device)[:, None] * landmarks.shape[1] + kv
+    flat = row[..., None, None] * size + ids.clamp_max(size - 1)
+    gate = (q * _rows(landmarks, flat)).sum(-1)
+    found = _rows(keys, flat, q.device)
+    if shared:
+        x = torch.einsum("bhtrd,bhrmd->bhtrm", q, found.squeeze(2))
+    else:
+        x = (found @ q[..., None]).squeeze(-1)
+    wide = accumulation_dtype(q)
+    gate, x = (_capped(t.to(wide) * scaling, softcap) for t in (gate, x))
+    here = _rows(valid[:, None].expand(-1, landmarks.shape[1], -1, -1), flat, q.device)
+    least = torch.finfo(wide).min
+    inner = x.masked_fill(~here, least).softmax(-1) * here
+    inner, rows = inner.to(values.dtype), _rows(values, flat, q.device)
+    if shared:
+        found = torch.einsum("bhtrm,bhrmd->bhtrd", inner, rows.squeeze(2))
+    else:
+        found = (inner[..., None, :] @ rows).squeeze(-2)
+    gate = gate.masked_fill(~there, least)
+    log = gate.logsumexp(-1)
+    outer = (gate - log[..., None]).exp() * there
+    return (outer.to(found.dtype)[..., None] * found).sum(-2), log
+
+
+def _rows(x: Tensor, flat: Tensor, device: torch.device | None = None) -> Tensor:
+    """Blocks of `x` `(B, Hkv, N, ...)` by their flat index. From another device each block that
+    any query needs comes over once."""
+    source = x.reshape(-1, *x.shape[3:])
+    if device is None or x.device == device:
+        return source.index_select(0, flat.flatten()).view(*flat.shape, *x.shape[3:])
+    needed, place = flat.unique(return_inverse=True)
+    moved = source.index_select(0, needed.to(x.device)).to(device)
+    return moved.index_select(0, place.flatten()).view(*flat.shape, *x.shape[3:])
+
+
+def merge(*parts: tuple[Tensor, Tensor]) -> Tensor:
+    """One attention `(B, H, T, Dv)` of several over different keys, each with the log of its sum."""
+    logs = torch.stack([log for _, log in parts])
+    weights = (logs - logs.logsumexp(0)).exp()[..., None]
+    dtype = parts[0][0].dtype
+    return sum((w * out for w, (out, _) in zip(weights, parts, strict=True))).to(dtype)  # type: ignore[union-attr]
+
+
+def _capped(x: Tensor, softcap: float | None) -> Tensor:
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def _over(places: Tensor, size: int) -> Tensor:
+    return places // size
+
+
+def _run(function, again: bool, *args):  # type: ignore[no-untyped-def]
+    """Call, and where several pieces are trained on compute each again in the backward pass."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if again and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, block_size: int, places: Tensor | None) -> None:
+    if block_size < 1:
+        raise ValueError(f"`block_size` is {block_size}; it must be at least 1.")
+    if q.dim() != 4 or k.dim() != 4 or k.shape[:3] != v.shape[:3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"Queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit: "
+            "they are (B, H, T, Dk), (B, Hkv, K, Dk), (B, Hkv, K, Dv) with H a multiple of Hkv."
+        )
+    if places is None and k.shape[2] < q.shape[2]:
+        raise ValueError(f"{q.shape[2]} queries stand behind {k.shape[2]} keys; give `places`.")
