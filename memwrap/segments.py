@@ -254,7 +254,9 @@ class SegmentReader:
 
     def _places_of(self, offsets: Tensor) -> Tensor:
         """Where tokens stand behind those inserted before them."""
-        return offsets if self.inserting is None else offsets + offsets // self.inserting.insert_every
+        return (
+            offsets if self.inserting is None else offsets + offsets // self.inserting.insert_every
+        )
 
     def _insert(
         self, embeds: Tensor, real: Tensor, among: Inserted, states: dict[str, Tree]

@@ -300,9 +300,7 @@ def tree_of(cache: DynamicCache) -> Tree:
     }
 
 
-def check_shapes(
-    state: MemoryState, fresh: MemoryState, growing: Collection[str] = ()
-) -> None:
+def check_shapes(state: MemoryState, fresh: MemoryState, growing: Collection[str] = ()) -> None:
     """Refuse a state whose tensors are not those of its memories; those of the memories named in
     `growing` may be longer than fresh ones (dimension 2).
 

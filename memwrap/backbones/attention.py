@@ -101,7 +101,7 @@ class Places:
         return cls(now[0], keys, now[1], valid, inserted, length, ordered)
 
     def to(self, device: torch.device) -> Places:
-        moved = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)}
+        moved: Any = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **moved)
 
 

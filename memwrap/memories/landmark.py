@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from memwrap.backbones import LayerAttention
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
@@ -34,8 +33,8 @@ class LandmarkConfig(MemoryConfig):
             share that a block got from it or an earlier token of its segment (`"chunk"`); all the
             tokens of a `"call"` together, as published code does with its offloaded cache: then
             results depend on how text is fed, and on later tokens of the call.
-        first_layer: layer 0 reads stored blocks too. Its landmarks know nothing of their block yet,
-            so that their scores tie and rounding would choose.
+        first_layer: layer 0 reads stored blocks too. Its landmarks know nothing of their block
+            yet: their scores tie, and of equal ones the most recent blocks are read.
         landmark_id: the landmark is this id of the vocabulary, for bases that were trained with
             one. `None`: it is a parameter of the memory, the mean embedding at first.
         landmark_in_loss: the landmark is predicted, and predicts the token behind it. Otherwise
@@ -232,27 +231,26 @@ class LandmarkMemory(Memory):
         """Ids of the blocks for each piece of the queries, and the state that knows of them."""
         retrieval = self.config.retrieval
         valid, softcap = attention.places.query_valid, attention.seen.softcap
-        best, result = state.get("best"), []
-        if retrieval == "call":
-            best = state["landmark"].new_zeros((), dtype=torch.float32)
+        result: list[Tensor] = []
+        together = retrieval == "call"
+        zero = torch.zeros((), device=valid.device)
+        best: Tensor | None = zero if together else state.get("best")
         for piece in self._pieces(attention, state):
             q = self._queries(attention, piece)
             scores = ops.block_scores(
-                q, state["landmark"], state["count"], attention.scaling, softcap
+                q, state["landmark"], state["count"], attention.scaling, softcap, tied=layer == 0
             )
             if best is None:
                 result.append(self.choose(layer, scores))
                 continue
-            there = scores > -torch.inf
-            shares = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-1) * there
-            shares = shares * valid[:, None, piece, None]
-            if retrieval == "call":
-                best = torch.maximum(best, shares.amax(2, keepdim=True))
+            shares = ops.shares(scores) * valid[:, None, piece, None]
+            if together:
+                best = torch.maximum(best.to(shares.dtype), shares.amax(2, keepdim=True))
                 continue
             shares = torch.maximum(shares.cummax(2).values, best[:, :, None].to(shares.dtype))
-            result.append(self.choose(layer, shares.masked_fill(~there, -torch.inf)))
+            result.append(self.choose(layer, shares.masked_fill(scores == -torch.inf, -torch.inf)))
             best = shares[:, :, -1].to(best.dtype)
-        if retrieval == "call":
+        if best is not None and together:
             there = _filled(state["count"], best.shape[-1])[:, None, None]
             ids = self.choose(layer, best.masked_fill(~there, -torch.inf))
             result = [ids] * len(self._pieces(attention, state))
@@ -274,11 +272,10 @@ class LandmarkMemory(Memory):
 
         tensors = state["key"], state["value"], state["landmark"]
         pieces = self._pieces(attention, state)
-        again = len(pieces) > 1 and torch.is_grad_enabled()
+        each = sum(t[0, 0, 0].numel() for t in tensors) * self.config.top_k
+        again = each * attention.seen.query[..., 0].numel() > ops.SAVED
         found = [
-            checkpoint(part, *tensors, piece, own, use_reentrant=False)
-            if again
-            else part(*tensors, piece, own)
+            ops.again_later(part, again, *tensors, piece, own)
             for piece, own in zip(pieces, ids, strict=True)
         ]
         if len(found) == 1:

@@ -1,16 +1,19 @@
 """Landmark attention: the grouped softmax, and the choice and reading of stored blocks.
 
-Mohtashami and Jaggi, "Landmark Attention" (2023), sections 3.1 and 3.2. A block is m tokens and one
-landmark behind them. A query weighs the tokens of its own block and the landmarks of earlier blocks in
-one softmax; what a landmark gets is shared out among its block's tokens by a softmax over these. The
-values of landmarks are never read.
+Mohtashami and Jaggi, "Landmark Attention" (2023), sections 3.1 and 3.2. A block is m tokens and
+one landmark behind them. A query weighs the tokens of its own block and the landmarks of earlier
+blocks in one softmax; what a landmark gets is shared out among its block's tokens by a softmax over
+these. The values of landmarks are never read.
 
-Shapes: B batch, H query heads, Hkv KV heads (query head h belongs to KV head `h // (H / Hkv)`, which
-is never repeated), T queries, K keys, N blocks, m tokens of a block, R blocks that a query reads.
-Scores and sums are float32 (float64 for float64 inputs).
+Shapes: B batch, H query heads, Hkv KV heads (query head h belongs to KV head `h // (H / Hkv)`,
+which is never repeated), T queries, K keys, N blocks, m tokens of a block, R blocks that a query
+reads. Scores and sums are float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +24,13 @@ from memwrap.ops.landmark_naive import attention_naive, grouped_softmax, retriev
 
 __all__ = [
     "attention", "block_scores", "choose", "grouped_softmax", "merge", "queries_for", "read_slots",
-    "retrieved",
+    "retrieved", "shares",
 ]  # fmt: skip
 
 # At most so many scores, or numbers of gathered keys, exist at once.
 AT_ONCE = 2**26
+# Above so many they are computed again in the backward pass, and not kept until then.
+SAVED = 2**22
 NO_KERNEL = "landmark attention has no kernel yet"
 
 
@@ -52,8 +57,9 @@ def attention(
         p_j = exp(x_j) / Z on S,  exp(x_{l_s}) / Z * softmax(x over N_s)_j on N_s,  0 on landmarks
 
     Args:
-        q: `(B, H, T, Dk)`; rotated. k, v: `(B, Hkv, K, Dk)` and `(B, Hkv, K, Dv)`, the key at place j
-            in row j; landmarks are the rows j with `j % (m + 1) == m`. K need not fill a block.
+        q: `(B, H, T, Dk)`, rotated.
+        k, v: `(B, Hkv, K, Dk)` and `(B, Hkv, K, Dv)`, the key at place j in row j; landmarks are
+            the rows j with `j % (m + 1) == m`. K need not fill a block.
         block_size: m, tokens of a block without its landmark.
         scaling: of the scores (default `Dk ** -0.5`).
         places: `(B, T)` of the queries; default: the last T of K.
@@ -65,8 +71,8 @@ def attention(
         window: a query sees so many of its own block's last tokens.
 
     Returns:
-        The output `(B, H, T, Dv)` in v's dtype and the log of Z `(B, H, T)`; a query that sees nothing
-        gives 0, and its log is the smallest number.
+        The output `(B, H, T, Dv)` in v's dtype and the log of Z `(B, H, T)`; a query that sees
+        nothing gives 0, and its log is the smallest number.
 
     Raises:
         ValueError: for shapes that do not fit.
@@ -83,18 +89,20 @@ def attention(
         return attention_naive(
             q, k, v, block_size, scaling, places, landmark, valid, documents, softcap, window
         )
-    step = max(1, AT_ONCE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-    # Without gathered places a query's keys end with its own block.
+    each = q.shape[0] * q.shape[1] * k.shape[2]
+    step = max(1, AT_ONCE // max(1, each))
+    # A query's keys end with its own place: pieces leave out what none of their queries sees.
     step = min(step, 16 * (block_size + 1)) if first is not None else step
-    parts = []
+    again, parts = each * q.shape[2] > SAVED, []
     for start in range(0, q.shape[2], step):
         piece = slice(start, start + step)
         stop = k.shape[2] if first is None else min(k.shape[2], first + start + step)
         args = (
             q[:, :, piece], k[:, :, :stop], v[:, :, :stop], block_size, scaling, places[:, piece],
-            landmark[:, piece], None if valid is None else valid[:, :stop], documents, softcap, window,
+            landmark[:, piece], None if valid is None else valid[:, :stop], documents, softcap,
+            window,
         )  # fmt: skip
-        parts.append(_run(_attention, q.shape[2] > step, *args))
+        parts.append(again_later(_attention, again, *args))
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], 2), torch.cat([log for _, log in parts], 2)
@@ -120,7 +128,7 @@ def _attention(
     x = _capped(x.to(accumulation_dtype(q)) * scaling, softcap)
     x = x.view(batch, -1, groups, length, count, m + 1)
     tokens, gate, here = x[..., :m], x[..., m], there[..., :m]
-    section, inside = (f(places, m + 1)[:, None, None, :, None] for f in (_over, torch.remainder))
+    section, inside = (p[:, None, None, :, None] for p in (places // (m + 1), places % (m + 1)))
     index = torch.arange(count, device=q.device)
     earlier = (index < section) & there[..., m] & here.any(-1)
     own = index == section
@@ -154,7 +162,13 @@ def queries_for(block_size: int, top_k: int, places: Tensor) -> Tensor:
 
 
 def block_scores(
-    q: Tensor, landmarks: Tensor, count: Tensor, scaling: float, softcap: float | None = None
+    q: Tensor,
+    landmarks: Tensor,
+    count: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    *,
+    tied: bool = False,
 ) -> Tensor:
     """Scores of the stored blocks by their landmarks.
 
@@ -164,6 +178,8 @@ def block_scores(
         q: `(B, H, T, R + 1, Dk)`, rotated to the positions of `queries_for`.
         landmarks: `(B, Hkv, N, Dk)`, rotated to their place in the block.
         count: `(B,)` blocks that are there, oldest first, from the left.
+        tied: blocks whose landmarks differ from the last one's by no more than rounding tie
+            exactly. So they do in the first layer, where a landmark knows nothing of its block.
 
     Returns:
         `(B, H, T, N)`, -inf where there is no block.
@@ -171,6 +187,13 @@ def block_scores(
     slots, size = q.shape[3] - 1, landmarks.shape[2]
     q = q.unflatten(1, (landmarks.shape[1], -1))
     x = torch.einsum("bhgtd,bhnd->bhgtn", q[..., slots, :], landmarks)
+    if tied:
+        index = (count - 1).clamp_min(0).view(-1, 1, 1, 1).expand_as(landmarks[:, :, :1])
+        last = landmarks.gather(2, index)
+        most = max(1e-3, 8 * torch.finfo(landmarks.dtype).eps) * last.abs().amax(-1)
+        same = (landmarks - last).abs().amax(-1) <= most
+        one = torch.einsum("bhgtd,bhd->bhgt", q[..., slots, :], last.squeeze(2))
+        x = torch.where(same[:, :, None, None], one[..., None], x)
     places = count[:, None] - torch.arange(1, slots + 1, device=count.device)
     index = places.clamp(0, size - 1)[:, None, :, None]
     recent = landmarks.gather(2, index.expand(-1, landmarks.shape[1], -1, landmarks.shape[3]))
@@ -181,6 +204,12 @@ def block_scores(
     x = _capped(x.to(accumulation_dtype(q)) * scaling, softcap)
     there = torch.arange(size, device=count.device) < count[:, None]
     return x.masked_fill(~there[:, None, None], -torch.inf)
+
+
+def shares(scores: Tensor) -> Tensor:
+    """What each block gets of a query by the scores `(..., N)` alone; 0 where there is none."""
+    there = scores > -torch.inf
+    return scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-1) * there
 
 
 def choose(scores: Tensor, top_k: int) -> Tensor:
@@ -200,8 +229,8 @@ def choose(scores: Tensor, top_k: int) -> Tensor:
 def read_slots(ids: Tensor, count: Tensor, top_k: int) -> Tensor:
     """How many blocks back each chosen block is read, `(B, H, T, R)`, for `choose`'s result.
 
-    The r-th of R = min(top_k, count) blocks stands at slot r of the R + 1 before the segment, and at
-    slot r + 1 if it is one of the last R.
+    The r-th of R = min(top_k, count) blocks stands at slot r of the R + 1 before the segment, and
+    at slot r + 1 if it is one of the last R.
     """
     count = count.view(-1, 1, 1, 1)
     slots = count.clamp_max(top_k)
@@ -272,23 +301,19 @@ def _rows(x: Tensor, flat: Tensor, device: torch.device | None = None) -> Tensor
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> Tensor:
-    """One attention `(B, H, T, Dv)` of several over different keys, each with the log of its sum."""
+    """One attention `(B, H, T, Dv)` of several over different keys, each with its sum's log."""
     logs = torch.stack([log for _, log in parts])
     weights = (logs - logs.logsumexp(0)).exp()[..., None]
     dtype = parts[0][0].dtype
-    return sum((w * out for w, (out, _) in zip(weights, parts, strict=True))).to(dtype)  # type: ignore[union-attr]
+    return sum((w * out for w, (out, _) in zip(weights, parts, strict=True))).to(dtype)
 
 
 def _capped(x: Tensor, softcap: float | None) -> Tensor:
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
-def _over(places: Tensor, size: int) -> Tensor:
-    return places // size
-
-
-def _run(function, again: bool, *args):  # type: ignore[no-untyped-def]
-    """Call, and where several pieces are trained on compute each again in the backward pass."""
+def again_later(function: Callable[..., Any], again: bool, *args: Any) -> Any:
+    """Call a function; with `again` what it made in between is computed anew in the backward."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if again and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return checkpoint(function, *args, use_reentrant=False)
@@ -300,7 +325,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_size: int, places: Tensor | No
         raise ValueError(f"`block_size` is {block_size}; it must be at least 1.")
     if q.dim() != 4 or k.dim() != 4 or k.shape[:3] != v.shape[:3] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"Queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit: "
+            f"Queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)} do not fit: "
             "they are (B, H, T, Dk), (B, Hkv, K, Dk), (B, Hkv, K, Dv) with H a multiple of Hkv."
         )
     if places is None and k.shape[2] < q.shape[2]:

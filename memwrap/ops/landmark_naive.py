@@ -77,12 +77,15 @@ def attention_naive(
     own = section == (places // (m + 1))[..., None]
     if window is not None:
         visible = visible & (~own | (index > places[..., None] - window))
+    marks = (index % (m + 1) == m).expand(len(q), -1)
     if valid is not None:
-        visible = visible & valid[:, None]
+        # A block of nothing but padding has no share, whatever its landmark is.
+        tokens = valid & ~marks
+        empty = torch.stack([~tokens[:, section == s].any(1) for s in section], 1)
+        visible = visible & (valid & ~(marks & empty))[:, None]
     if documents is not None:
         mine = documents.gather(1, places // (m + 1))
         visible = visible & (documents[:, section][:, None] == mine[..., None])
-    marks = (index % (m + 1) == m).expand(len(q), -1)
     weights, log = grouped_softmax(x, marks, visible, places // (m + 1))
     kv = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     return (weights @ v[:, kv].to(weights.dtype)).to(v.dtype), log
@@ -129,4 +132,6 @@ def retrieved_naive(
                 out.append(gate.softmax(0) @ torch.stack(parts))
                 logs.append(gate.logsumexp(0))
     shape = (batch, heads, length)
-    return torch.stack(out).unflatten(0, shape).to(values.dtype), torch.stack(logs).unflatten(0, shape)
+    return torch.stack(out).unflatten(0, shape).to(values.dtype), torch.stack(logs).unflatten(
+        0, shape
+    )
