@@ -314,8 +314,7 @@ def _capped(x: Tensor, softcap: float | None) -> Tensor:
 
 def again_later(function: Callable[..., Any], again: bool, *args: Any) -> Any:
     """Call a function; with `again` what it made in between is computed anew in the backward."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if again and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if again and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
 
