@@ -203,7 +203,7 @@ def insert(step: Step, every: int, counted: bool = False) -> Inserted | None:
     index = (~full).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
     followed, valid = step.offsets.gather(1, index), full.gather(1, index)
     if bool(rest.any()):
-        followed = torch.cat([followed, step.ends[:, None] - 1], 1)
+        followed = torch.cat([followed, (step.ends - 1).clamp_min(0)[:, None]], 1)
         valid = torch.cat([valid, rest[:, None]], 1)
     places = followed + inserted_before(followed + 1, every)
     token_places = step.offsets + step.offsets // every
