@@ -208,8 +208,11 @@ class LandmarkMemory(Memory):
     def _pieces(self, attention: LayerAttention, state: Tree) -> list[slice]:
         """Parts of the queries for which scores and gathered blocks may exist at once."""
         batch, heads, length, width = attention.seen.query.shape
-        each = self.config.top_k * self.config.block_size * width
-        each = max(each, state["landmark"].shape[2], (self.config.top_k + 1) * width)
+        config, own = self.config, state["landmark"]
+        each = max(own.shape[2], (config.top_k + 1) * width, config.top_k * config.block_size)
+        block = config.block_size * width
+        if own[..., 0].numel() * block > ops.AT_ONCE:  # all blocks are too many at once
+            each = max(each, config.top_k * block)
         step = max(1, ops.AT_ONCE // max(1, batch * heads * each))
         return [slice(a, a + step) for a in range(0, length, step)]
 

@@ -263,30 +263,78 @@ def retrieved(
     if current_backend(q, NO_KERNEL) == "naive":
         return retrieved_naive(q, keys, values, landmarks, valid, ids, scaling, softcap)
     batch, heads, size = ids.shape[0], ids.shape[1], landmarks.shape[2]
-    there, shared = ids < size, ids.shape[2] < q.shape[2]
+    there = ids < size
     kv = torch.arange(heads, device=ids.device) // (heads // landmarks.shape[1])
     row = torch.arange(batch, device=ids.device)[:, None] * landmarks.shape[1] + kv
     flat = row[..., None, None] * size + ids.clamp_max(size - 1)
-    gate = (q * _rows(landmarks, flat)).sum(-1)
-    found = _rows(keys, flat, q.device)
-    if shared:
-        x = torch.einsum("bhtrd,bhrmd->bhtrm", q, found.squeeze(2))
+    valid = valid[:, None].expand(-1, landmarks.shape[1], -1, -1)
+    if ids.shape[2] == 1:
+        found, gate = _read_gathered(q, keys, values, landmarks, valid, flat, scaling, softcap)
     else:
-        x = (found @ q[..., None]).squeeze(-1)
-    wide = accumulation_dtype(q)
-    gate, x = (_capped(t.to(wide) * scaling, softcap) for t in (gate, x))
-    here = _rows(valid[:, None].expand(-1, landmarks.shape[1], -1, -1), flat, q.device)
-    least = torch.finfo(wide).min
-    inner = x.masked_fill(~here, least).softmax(-1) * here
-    inner, rows = inner.to(values.dtype), _rows(values, flat, q.device)
-    if shared:
-        found = torch.einsum("bhtrm,bhrmd->bhtrd", inner, rows.squeeze(2))
-    else:
-        found = (inner[..., None, :] @ rows).squeeze(-2)
-    gate = gate.masked_fill(~there, least)
+        found, gate = _read_grouped(
+            q, keys, values, landmarks, valid, flat, there, scaling, softcap
+        )
+    gate = gate.masked_fill(~there, torch.finfo(gate.dtype).min)
     log = gate.logsumexp(-1)
     outer = (gate - log[..., None]).exp() * there
     return (outer.to(found.dtype)[..., None] * found).sum(-2), log
+
+
+def _read_gathered(
+    q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, valid: Tensor, flat: Tensor,
+    scaling: float, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What `q` `(B, H, T, R, Dk)` finds in each of its blocks, `(B, H, T, R, Dv)`, and the scores
+    of their landmarks `(B, H, T, R)`; the blocks `flat` `(B, H, 1, R)` are those of all queries."""
+    key, value, mark, here = (_rows(x, flat, q.device) for x in (keys, values, landmarks, valid))
+    gate = torch.einsum("bhtrd,bhrd->bhtr", q, mark.squeeze(2))
+    x = torch.einsum("bhtrd,bhrmd->bhtrm", q, key.squeeze(2))
+    wide = accumulation_dtype(q)
+    gate, x = (_capped(t.to(wide) * scaling, softcap) for t in (gate, x))
+    inner = x.masked_fill(~here, torch.finfo(wide).min).softmax(-1) * here
+    return torch.einsum("bhtrm,bhrmd->bhtrd", inner.to(value.dtype), value.squeeze(2)), gate
+
+
+def _read_grouped(
+    q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, valid: Tensor, flat: Tensor,
+    there: Tensor, scaling: float, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same where each query has blocks of its own, `flat` and `there` `(B, H, T, R)`.
+
+    The pairs of a query and a block are sorted by block, so that a block's keys are fetched for all
+    that read it: queries move, which are m times smaller. Pairs stand in rows of one length, near
+    the mean number of readers; a block with more readers has several rows.
+    """
+    pairs = there.flatten().nonzero().squeeze(1)
+    if not len(pairs):  # a zero that still belongs to the graph
+        nothing = q.sum(-1) * 0
+        return nothing[..., None].expand(*q.shape[:4], values.shape[-1]).to(values.dtype), nothing
+    blocks, which, readers = flat.flatten()[pairs].unique(return_inverse=True, return_counts=True)
+    width = -(-len(pairs) // len(blocks))
+    rows = (readers + width - 1) // width  # of each block
+    order = which.argsort(stable=True)
+    first = readers.cumsum(0) - readers
+    rank = torch.arange(len(pairs), device=q.device) - first[which[order]]
+    start = (rows.cumsum(0) - rows)[which[order]] * width
+    slot = start + rank
+    # Places of the rows without a pair repeat the first one: what they find is not read.
+    total = int(rows.sum()) * width
+    source = torch.zeros(total, dtype=torch.long, device=q.device).scatter(0, slot, pairs[order])
+    x = q.flatten(0, 3).index_select(0, source).view(-1, width, q.shape[-1])
+    mine = blocks.repeat_interleave(rows)
+    key, value, mark, here = (_rows(t, mine, q.device) for t in (keys, values, landmarks, valid))
+    wide = accumulation_dtype(q)
+    gate = (x @ mark[..., None]).squeeze(-1)
+    scores = x @ key.transpose(-1, -2)
+    gate, scores = (_capped(t.to(wide) * scaling, softcap) for t in (gate, scores))
+    here = here[:, None]
+    inner = scores.masked_fill(~here, torch.finfo(wide).min).softmax(-1) * here
+    found = (inner.to(value.dtype) @ value).flatten(0, 1)
+    back = torch.zeros(there.numel(), dtype=torch.long, device=q.device)
+    back = back.scatter(0, pairs[order], slot)
+    out, gate = found.index_select(0, back), gate.flatten().index_select(0, back)
+    out = out * there.flatten()[:, None]
+    return out.view(*there.shape, -1), gate.view(there.shape)
 
 
 def _rows(x: Tensor, flat: Tensor, device: torch.device | None = None) -> Tensor:

@@ -164,7 +164,7 @@ def test_buffers_grow_and_states_of_different_sizes_meet(tmp_path: Any) -> None:
     damaged = long.clone()
     damaged.memories["landmark"]["layers"]["1"]["key"] = layer(long)["key"][..., :-1]
     damaged.save(tmp_path / "bad.safetensors")
-    with pytest.raises(ValueError, match="layers.1.key has shape"):
+    with pytest.raises(ValueError, match=r"layers\.1\.key has shape"):
         type(long).load(tmp_path / "bad.safetensors", model)
 
 
@@ -232,9 +232,9 @@ def test_a_predicted_landmark_is_a_target() -> None:
 
 
 def test_wrong_settings() -> None:
-    with pytest.raises(ValueError, match="landmark_in_loss.*landmark_id"):
+    with pytest.raises(ValueError, match=r"landmark_in_loss.*landmark_id"):
         tiny("landmark", landmark_in_loss=True)
-    with pytest.raises(ValueError, match="landmark_id is 128.*127"):
+    with pytest.raises(ValueError, match=r"landmark_id is 128.*127"):
         memwrap.wrap(build("llama"), tiny("landmark", landmark_id=128))
-    with pytest.raises(ValueError, match="retrieval.*'token'"):
+    with pytest.raises(ValueError, match=r"retrieval.*token"):
         tiny("landmark", retrieval="head")
