@@ -344,7 +344,10 @@ def _rows(x: Tensor, flat: Tensor, device: torch.device | None = None) -> Tensor
     if device is None or x.device == device:
         return source.index_select(0, flat.flatten()).view(*flat.shape, *x.shape[3:])
     needed, place = flat.unique(return_inverse=True)
-    moved = source.index_select(0, needed.to(x.device)).to(device)
+    picked = source.index_select(0, needed.to(x.device))
+    if device.type == "cuda" and not picked.requires_grad:  # pinning has no gradient
+        picked = picked.pin_memory()
+    moved = picked.to(device, non_blocking=True)
     return moved.index_select(0, place.flatten()).view(*flat.shape, *x.shape[3:])
 
 

@@ -135,13 +135,18 @@ def stored(blocks: int = 5, m: int = 3) -> tuple[Tensor, ...]:
     return make(2, 2, blocks, m, 4), make(2, 2, blocks, m, 3), make(2, 2, blocks, 4), valid
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_reading_blocks(shared: bool) -> None:
+@pytest.mark.parametrize("kind", ["own", "shared", "crowded", "nothing"])
+def test_reading_blocks(kind: str) -> None:
+    """Crowded: nearly all queries read one block, the others have few readers."""
     keys, values, landmarks, valid = stored()
     g = torch.Generator().manual_seed(4)
     q = torch.randn(2, 4, 6, 2, 4, generator=g, dtype=torch.float64)
-    ids = torch.randint(0, 6, (2, 4, 1 if shared else 6, 2), generator=g)  # 5: none
+    ids = torch.randint(0, 6, (2, 4, 1 if kind == "shared" else 6, 2), generator=g)  # 5: none
+    if kind == "crowded":
+        ids[:, :, 1:] = torch.tensor([3, 5])
     ids[0, 0] = 5
+    if kind == "nothing":
+        ids[:] = 5
     args = (keys, values, landmarks, valid, ids, 0.6, 3.0)
     (out, log), (want, want_log) = both(ops.retrieved, q, *args)
     assert_close(out, want, 1e-12)
