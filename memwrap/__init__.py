@@ -8,6 +8,7 @@ from memwrap.memories.compressive import CompressiveConfig
 from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
 from memwrap.memories.infllm import InfLLMConfig
+from memwrap.memories.landmark import LandmarkConfig
 from memwrap.memories.memoryprompt import MemoryPromptConfig
 from memwrap.memories.rmt import RMTConfig
 from memwrap.memories.window import WindowConfig
@@ -24,6 +25,7 @@ __all__ = [
     "HMTConfig",
     "InfLLMConfig",
     "InfiniConfig",
+    "LandmarkConfig",
     "MemoryConfig",
     "MemoryModelConfig",
     "MemoryModelForCausalLM",

@@ -101,6 +101,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             embedding_size=parts.embedding_size,
             num_layers=len(parts.layers) if layers else parts.config.num_hidden_layers,
             embedding_std=parts.embedding_std(),
+            embedding_mean=parts.embedding_mean(),
+            vocab_size=parts.embedding_weight.shape[0],
             dtype=memory_dtype(parts.model),
             backbone_dtype=parts.embedding_weight.dtype,
             device=parts.embedding_weight.device,
@@ -205,7 +207,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 f"The state belongs to another model: {signature_difference(state.signature, own)}."
             )
         if state.unverified:
-            check_shapes(state, self.new_state(1))
+            growing = [n for n, m in self.memories.items() if m.grows]
+            check_shapes(state, self.new_state(1), growing)
             weights = self.fingerprint()
             differing = [k for k, v in (state.weights or {}).items() if weights.get(k) != v]
             if differing:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memwrap.context import Local
 from memwrap.memories.base import MemoryConfig
-from memwrap.planning import Step, plan, plan_columns
+from memwrap.planning import Step, block_ends, plan, plan_columns
 from memwrap.segments import Outcome, SegmentReader
 from memwrap.state import MemoryState
 from memwrap.trees import Tree, tree_map
@@ -218,7 +218,7 @@ class Loop:
         local = Local(state.open, state.open_positions, state.open_valid)
         pieces: list[tuple[Tensor, Tensor]] = []
         loss_sum: Tensor | None = None
-        new = state.clone()
+        new, named = state.clone(), 0
         for index, step in enumerate(progress(steps)):
             if index and torch.is_grad_enabled() and self.config.detach_before(index):
                 states = {name: tree_map(Tensor.detach, tree) for name, tree in states.items()}
@@ -231,6 +231,7 @@ class Loop:
             if control is not None:
                 result = self._controlled(inputs, step, before, control, wanted)
             if wanted is not None:
+                named += self._named(step, wanted)
                 loss_sum = result if loss_sum is None else loss_sum + result
             elif hidden_from is not None:
                 pieces += _wanted_pieces(result, step, hidden_from)
@@ -242,7 +243,7 @@ class Loop:
         hidden = None
         if hidden_from is not None:
             hidden = _assemble(pieces, inputs, hidden_from, self.reader.backbone)
-        count = 0 if targets is None else int((targets != IGNORED).sum())
+        count = 0 if targets is None else int((targets != IGNORED).sum()) + named
         return Reading(hidden, loss_sum, count, new)
 
     def close(self, state: MemoryState) -> MemoryState:
@@ -341,9 +342,22 @@ class Loop:
             piece = source[rows, index]  # type: ignore[index]
         return self.reader.backbone.embed(piece) if inputs.ids is not None else piece
 
+    def _named(self, step: Step, wanted: Tensor) -> int:
+        """How many inserted tokens are targets: those whose block's last token has one."""
+        memory = self.reader.inserting
+        if memory is None or not memory.insert_predicts:
+            return 0
+        ends = block_ends(step, memory.insert_every, self.config.count_padding)
+        return int((ends & (wanted != IGNORED).cpu()).sum())
+
     def _loss(self, out: Outcome, wanted: Tensor) -> Tensor:
         """Summed cross entropy, and the memories' own losses once for each target."""
         loss = self._cross_entropy(out.hidden, wanted)
+        if out.named is not None:
+            hidden, where = out.named
+            where = where.to(wanted.device) & (wanted != IGNORED)
+            named = torch.full_like(wanted, self.reader.inserting.insert_id)  # type: ignore
+            loss = loss + self._cross_entropy(hidden, named.masked_fill(~where, IGNORED))
         if out.auxiliary is None:
             return loss
         count = (wanted != IGNORED).sum(1).to(out.auxiliary)

@@ -18,7 +18,7 @@ from memwrap.backbones import Backbone, Places
 from memwrap.backbones.attention import attention_modules
 from memwrap.context import LayerContext, Local
 from memwrap.memories.base import Memory, SegmentTokens
-from memwrap.planning import Step
+from memwrap.planning import Inserted, Step, insert, inserted_before
 from memwrap.state import cache_of, tree_of
 from memwrap.trees import Tree, tree_map, where_rows
 
@@ -32,12 +32,15 @@ class Outcome:
         states: the memories' trees after it.
         local: the open segments after it.
         auxiliary: the memories' own losses `(B,)`, means per token, or None.
+        named: `(B, N, D)` hidden states at the tokens themselves, and `(B, N)` which of them
+            predict an inserted token; None where no such token is a target.
     """
 
     hidden: Tensor
     states: dict[str, Tree]
     local: Local
     auxiliary: Tensor | None = None
+    named: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Layout:
         position_ids: `(B, N')` where the backbone is told other positions, else None.
         first: columns of the prefix.
         base: `(B,)` rows of the prefix in front of each row's tokens.
+        marked: `(B, N')` bool, columns of inserted tokens.
+        among: where tokens and those inserted among them stand behind the prefix, if any are.
     """
 
     x: Tensor
@@ -59,6 +64,16 @@ class Layout:
     position_ids: Tensor | None
     first: int
     base: Tensor
+    marked: Tensor
+    among: Inserted | None
+
+    def tokens(self, hidden: Tensor, columns: int, predicting: bool = False) -> Tensor:
+        """The tokens' hidden states `(B, N, D)`; `predicting`: at those that predict what
+        follows, which may be an inserted token."""
+        if self.among is None:
+            return hidden[:, self.first : self.first + columns]
+        index = self.first + (self.among.after if predicting else self.among.tokens)
+        return hidden.gather(1, _wide(index, hidden))
 
 
 class SegmentReader:
@@ -72,6 +87,8 @@ class SegmentReader:
         self.attending = {n: m for n, m in memories.items() if "attention" in m.config.places}
         self.num_suffix = sum(m.num_suffix for m in self.tokens.values())
         self.looks_at = sorted({kind for m in memories.values() for kind in m.looks_at})
+        inserting = [m for m in self.tokens.values() if m.insert_every]
+        self.inserting = inserting[0] if inserting else None  # one memory at most is at a place
         self.count_padding = any(m.config.count_padding for m in memories.values())
         zero = any(m.zero_positions for m in self.tokens.values())
         self.zero_positions = zero and backbone.max_positions is not None
@@ -96,17 +113,20 @@ class SegmentReader:
         if bool(step.opens.any()):
             states = self._open(embeds, step, states)
         layout = self._layout(embeds, step, states)
-        order = torch.cat([local.positions, layout.places], 1)
-        valid = torch.cat([local.valid, layout.valid], 1)
-        places = Places(layout.places, order, layout.valid, valid)
+        places = self._places(layout, local)
+        order, valid = places.keys, places.key_valid
         context = self._context(step, states, local, places)
         cache = cache_of(local.tree) if keep or not local.empty else None
         hidden = self._hidden(layout, places, local, cache, context)
-        tokens = hidden[:, layout.first : layout.first + step.columns.shape[1]]
+        count, named = step.columns.shape[1], None
+        predicts = self.inserting is not None and self.inserting.insert_predicts
+        tokens = layout.tokens(hidden, count, predicts)
+        if predicts and layout.among is not None:
+            named = layout.tokens(hidden, count), layout.among.ends
         states = context.changed(step.closes)
         seen = self._seen(layout.x, hidden, local)
         if bool(step.closes.any()):
-            inside = order >= layout.base[:, None]
+            inside = (order >= layout.base[:, None]) & ~places.inserted
             states = self._write(step, states, hidden, seen, valid, inside)
         kept = Local({}, order[:, :0], valid[:, :0])
         if keep and cache is not None:
@@ -114,7 +134,7 @@ class SegmentReader:
             tree = tree_of(cache) | {name: part for name, part in noted.items() if part}
             kept = _still_open(tree, order, valid, step.closes)
         auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
-        return Outcome(tokens, states, kept, auxiliary)
+        return Outcome(tokens, states, kept, auxiliary, named)
 
     def alone(self, embeds: Tensor, visible: Tensor, counted: Tensor) -> Tensor:
         """Last hidden states of embeddings `(B, K, D)` without memories, positions from 0; see
@@ -191,7 +211,12 @@ class SegmentReader:
         masks = [self._prefix_mask(m, states[n], batch) for n, m in self.tokens.items()]
         mask = torch.cat([torch.zeros(batch, 0, dtype=torch.bool), *masks], 1)
         base = mask.sum(1)
-        blocks, valid, places = [embeds], [real], [step.offsets + base[:, None]]
+        among = self._among(step)
+        blocks, valid, places = [embeds], [real], [self._places_of(step.offsets) + base[:, None]]
+        marked = torch.zeros_like(real)
+        if among is not None:
+            x, there, order, marked = self._insert(embeds, real, among, states)
+            blocks, valid, places = [x], [there], [order + base[:, None]]
         there = mask & step.opens[:, None]
         used = there.any(0)
         first = int(used.sum())
@@ -207,8 +232,11 @@ class SegmentReader:
             parts = [m.suffix(states[n]) for n, m in self.tokens.items() if m.num_suffix]
             blocks.append(torch.cat(parts, 1).to(embeds.dtype))
             valid.append(step.closes[:, None].expand(-1, self.num_suffix))
-            places.append((step.ends + base)[:, None] + torch.arange(self.num_suffix))
-        ids = None
+            end = step.ends + base
+            if self.inserting is not None:
+                end = end + inserted_before(step.ends, self.inserting.insert_every)
+            places.append(end[:, None] + torch.arange(self.num_suffix))
+        ids = self._table_positions(step, among, places, first, base)
         if self.zero_positions:
             own = 1 if first else 0  # which block holds the tokens
             vector = self.backbone.first_position().to(embeds.dtype)
@@ -216,7 +244,63 @@ class SegmentReader:
             other = [torch.zeros_like(p) for p in places]
             ids = torch.cat([step.offsets if i == own else p for i, p in enumerate(other)], 1)
         x = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
-        return Layout(x, torch.cat(valid, 1), torch.cat(places, 1), ids, first, base)
+        marked = torch.nn.functional.pad(marked, (first, x.shape[1] - first - marked.shape[1]))
+        return Layout(x, torch.cat(valid, 1), torch.cat(places, 1), ids, first, base, marked, among)
+
+    def _among(self, step: Step) -> Inserted | None:
+        if self.inserting is None:
+            return None
+        return insert(step, self.inserting.insert_every, self.count_padding)
+
+    def _places_of(self, offsets: Tensor) -> Tensor:
+        """Where tokens stand behind those inserted before them."""
+        return (
+            offsets if self.inserting is None else offsets + offsets // self.inserting.insert_every
+        )
+
+    def _insert(
+        self, embeds: Tensor, real: Tensor, among: Inserted, states: dict[str, Tree]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens and inserted ones by place: embeddings, validity, places, which are inserted."""
+        memory: Memory = self.inserting  # type: ignore[assignment]
+        batch, count = among.valid.shape
+        if memory.insert_id is None:
+            own = memory.inserted(states[memory.config.name])
+        else:
+            own = self.backbone.embed(torch.full((1, 1), memory.insert_id, device=embeds.device))
+        x = torch.cat([embeds, own.to(embeds.dtype).expand(batch, count, -1)], 1)
+        x = x.gather(1, _wide(among.order, x))
+        both = (real, among.valid), (among.token_places, among.places)
+        valid, places = (torch.cat(pair, 1).gather(1, among.order) for pair in both)
+        return x, valid, places, among.order >= real.shape[1]
+
+    def _table_positions(
+        self, step: Step, among: Inserted | None, places: list[Tensor], first: int, base: Tensor
+    ) -> Tensor | None:
+        """What a table of learned positions is asked for, where that is not the order: inserted
+        tokens take up no position of it."""
+        if self.inserting is None or self.backbone.max_positions is None:
+            return None
+        offsets = step.offsets
+        if among is not None:
+            offsets = torch.cat([offsets, among.followed], 1).gather(1, among.order)
+        places = list(places)
+        places[1 if first else 0] = offsets + base[:, None]
+        if self.num_suffix and bool(step.closes.any()):
+            places[-1] = (step.ends + base)[:, None] + torch.arange(self.num_suffix)
+        return torch.cat(places, 1)
+
+    def _places(self, layout: Layout, local: Local) -> Places:
+        """Where the step's columns and those of the open segment stand."""
+        inserted = torch.zeros_like(local.valid)
+        if self.inserting is not None:
+            every = self.inserting.insert_every + 1
+            inserted = (local.positions - layout.base[:, None]) % every == every - 1
+        return Places.of(
+            (local.positions, local.valid),
+            (layout.places, layout.valid),
+            torch.cat([inserted, layout.marked], 1),
+        )
 
     @staticmethod
     def _prefix_mask(memory: Memory, state: Tree, batch: int) -> Tensor:
@@ -288,6 +372,11 @@ class SegmentReader:
                 every = bool(step.closes.all())
                 result[name] = new if every else where_rows(step.closes, new, states[name])
         return result
+
+
+def _wide(index: Tensor, like: Tensor) -> Tensor:
+    """An index `(B, N)` of the rows of `like` `(B, N', D)`, as gather wants it."""
+    return index.to(like.device)[..., None].expand(-1, -1, like.shape[-1])
 
 
 def _still_open(tree: Tree, positions: Tensor, valid: Tensor, closes: Tensor) -> Local:

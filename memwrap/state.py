@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from memwrap.files import replacing
-from memwrap.trees import STORE, Tree, aligned, tree_build, tree_leaves, tree_map, tree_to
+from memwrap.trees import STORE, Tree, aligned, alike, tree_build, tree_leaves, tree_map, tree_to
 
 FORMAT, VERSION = "memwrap-state", 1
 _HASH_BASE = 6364136223846793005
@@ -158,7 +158,9 @@ class MemoryState(Cache):
         layers = next((s.open for s in padded if s.open), {})
         new = first.clone()
         new.memories = {
-            name: tree_map(lambda *t: torch.cat(t), *aligned(*[s.memories[name] for s in states]))
+            name: tree_map(
+                lambda *t: torch.cat(alike(*t)), *aligned(*[s.memories[name] for s in states])
+            )
             for name in first.memories
         }
         if layers:
@@ -303,8 +305,9 @@ def tree_of(cache: DynamicCache) -> Tree:
     }
 
 
-def check_shapes(state: MemoryState, fresh: MemoryState) -> None:
-    """Refuse a state whose tensors are not those of its memories.
+def check_shapes(state: MemoryState, fresh: MemoryState, growing: Collection[str] = ()) -> None:
+    """Refuse a state whose tensors are not those of its memories; those of the memories named in
+    `growing` may be longer than fresh ones (dimension 2).
 
     Raises:
         ValueError: names the first tensor that is missing, foreign or misshapen.
@@ -320,6 +323,8 @@ def check_shapes(state: MemoryState, fresh: MemoryState) -> None:
             want = (state.batch_size, *tensor.shape[1:])
             if _page_of(key):  # a store's second dimension grows
                 want = (*want[:1], *have[1:2], *want[2:])
+            elif name in growing:
+                want = _grown(want, have)
             if have != want:
                 raise ValueError(
                     f"The state's {name}.{key} has shape {have}, not {want}; its file is damaged. "
@@ -366,3 +371,11 @@ def signature_difference(theirs: dict[str, Any], own: dict[str, Any]) -> str:
             if left.get(key) != right[key]:
                 return f"its {right['name']} has {key} {left.get(key)!r}, this one {right[key]!r}"
     return "its settings differ"
+
+
+def _grown(want: tuple[int, ...], have: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape there is, if it is longer than the wanted one in a single dimension."""
+    if len(want) != len(have):
+        return want
+    other = [(a, b) for a, b in zip(want, have, strict=True) if a != b]
+    return have if len(other) == 1 and other[0][0] < other[0][1] and want[0] == have[0] else want

@@ -101,12 +101,28 @@ def tree_build(leaves: dict[str, Tensor]) -> Tree:
     return tree
 
 
+def alike(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape but for their rows: where one is shorter than another, zeros stand
+    behind its own. What a memory keeps in tensors that grow lies at their beginning."""
+    shapes = {t.shape[1:] for t in tensors}
+    if len(shapes) == 1:
+        return list(tensors)
+    most = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    return [_longer(t, most) for t in tensors]
+
+
+def _longer(tensor: Tensor, sizes: list[int]) -> Tensor:
+    missing = [want - have for want, have in zip(sizes, tensor.shape[1:], strict=True)]
+    return torch.nn.functional.pad(tensor, [x for m in reversed(missing) for x in (0, m)])
+
+
 def where_rows(rows: Tensor, new: Tree, old: Tree) -> Tree:
     """Take `new` for the rows where `rows` (B,) is true, `old` elsewhere."""
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         if a is b:
             return a
+        a, b = alike(a, b)
         mask = rows.to(a.device).view(-1, *[1] * (a.dim() - 1))
         return torch.where(mask, a, b.to(a.dtype))
 

@@ -64,7 +64,11 @@ class OneLayer:
             module, rotate(q, angles), rotate(k, angles), v, mask.expand(batch, 1, -1, -1),
             module.scaling, None, call, call, q, {},
         )  # fmt: skip
-        self.attention = LayerAttention(seen, Places(places, places, valid, valid), self.rotary)
+        self.attention = LayerAttention(
+            seen,
+            Places.of((places[:, :0], valid[:, :0]), (places, valid), torch.zeros_like(valid)),
+            self.rotary,
+        )
         out, self.state = self.memory.attend(0, self.attention, self.state)
         return out.transpose(1, 2)
 

@@ -46,6 +46,7 @@ class SeenAttention:
         mask: as the backbone's attention takes it, or None for plain causal attention.
         scaling: of the scores; some families scale their queries before.
         window: tokens that the layer's own sliding window lets a query see, or None.
+        softcap: scores s become softcap tanh(s / softcap), or None.
         call: the model's own attention: `(query, key, value, mask)` to `(B, T, H, Dv)` and, from
             eager attention, weights.
     """
@@ -61,6 +62,7 @@ class SeenAttention:
     eager: Call
     hidden: Tensor
     keywords: dict[str, Any]
+    softcap: float | None = None
 
     @property
     def layer(self) -> int:
@@ -74,15 +76,33 @@ class Places:
     Attributes:
         queries, keys: positions `(B, T)` and `(B, K)`; a segment starts at 0.
         query_valid, key_valid: `(B, T)` and `(B, K)` bool; False is padding.
+        inserted: `(B, K)` bool, the keys of tokens that a memory inserted.
+        length: one more than the largest position of a key.
+        ordered: the keys of every row stand at positions 0, 1, ... without padding.
     """
 
     queries: Tensor
     keys: Tensor
     query_valid: Tensor
     key_valid: Tensor
+    inserted: Tensor
+    length: int
+    ordered: bool
+
+    @classmethod
+    def of(
+        cls, before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], inserted: Tensor
+    ) -> Places:
+        """From positions and validity of the open segment's columns and of the step's."""
+        keys, valid = (torch.cat(pair, 1) for pair in zip(before, now, strict=True))
+        total = keys.shape[1]
+        length = int(keys.max()) + 1 if keys.numel() else 0
+        ordered = bool(valid.all()) and bool((keys == torch.arange(total)).all())
+        return cls(now[0], keys, now[1], valid, inserted, length, ordered)
 
     def to(self, device: torch.device) -> Places:
-        return Places(*(t.to(device) for t in vars(self).values()))
+        moved: Any = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass
@@ -159,14 +179,15 @@ class LayerAttention:
         """The keys `(B, Hkv, K, Dk)` without rotation."""
         return unrotate(self.seen.key, self._angles(self.places.keys, "keys"))
 
+    def rotated(self, x: Tensor, positions: Tensor, name: str | None = None) -> Tensor:
+        """Un-rotated rows `(B, H, N, Dk)` as the model rotates them at `positions` `(B, N)`; a
+        `name` says that the positions are the same in every layer of the step."""
+        return rotate(x, self._angles(positions, name))
+
     def local(self) -> Tensor:
         """The model's own attention inside the segment, `(B, T, H, Dv)`."""
         seen = self.seen
         return seen.call(seen.query, seen.key, seen.value, seen.mask)[0]
-
-    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Plain queries or keys `(B, H, N, Dk)` rotated to `positions` `(B, N)`."""
-        return rotate(x, self._angles(positions))
 
     def part(self, start: int, stop: int) -> LayerAttention:
         """The same attention for the queries `start` to `stop` of the step alone."""
@@ -180,12 +201,13 @@ class LayerAttention:
         return replace(
             self,
             seen=replace(seen, query=query, mask=mask),
-            places=Places(
-                places.queries[:, start:stop], places.keys,
-                places.query_valid[:, start:stop], places.key_valid,
+            places=replace(
+                places,
+                queries=places.queries[:, start:stop],
+                query_valid=places.query_valid[:, start:stop],
             ),
             shared=keys,
-        )  # fmt: skip
+        )
 
     def join(
         self, *rows: Rows, local: Tensor | None = None, weights: bool = False
@@ -339,7 +361,7 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
         seen = SeenAttention(
             module, query, key, value, attention_mask, scale,
             kwargs.get("sliding_window"), own,
-            through(_eager_of(module)), hidden, keywords,
+            through(_eager_of(module)), hidden, keywords, kwargs.get("softcap"),
         )  # fmt: skip
         return memory_context.attention(seen), None
 

@@ -273,6 +273,13 @@ class Backbone:
         """Standard deviation of the input embedding weights."""
         return float(self.embedding_weight.detach().float().std())
 
+    @torch.no_grad()
+    def embedding_mean(self) -> Tensor:
+        """The mean `(D,)` of the embeddings of all ids, in float32."""
+        weight = self.embedding_weight
+        ids = torch.arange(weight.shape[0], device=weight.device)
+        return sum(self.embed(part).float().sum(0) for part in ids.split(8192)) / len(ids)  # type: ignore[return-value]
+
 
 def memory_dtype(model: PreTrainedModel) -> torch.dtype:
     """float32 for memory parameters, whatever the backbone's dtype (float64 for float64)."""

@@ -151,6 +151,8 @@ class Sizes:
         embedding_std: standard deviation of the input embedding weights.
         dtype: dtype of the memory's parameters.
         backbone_dtype: dtype of the backbone, in which it keeps keys and values.
+        embedding_mean: mean `(D,)` of all ids' embeddings, as the backbone embeds them.
+        vocab_size: rows of the input embeddings.
         device: device of the memory's parameters.
         attention: heads and widths of each layer's attention, for memories at that place.
     """
@@ -161,6 +163,8 @@ class Sizes:
     embedding_std: float
     dtype: torch.dtype = torch.float32
     backbone_dtype: torch.dtype = torch.float32
+    embedding_mean: Tensor | None = None
+    vocab_size: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     attention: list[AttentionSizes] = field(default_factory=list)
 
@@ -200,13 +204,21 @@ class Memory(nn.Module):
             a zero vector and the tokens count from 0.
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
         bytes_per_token: at most so many bytes a token and row does the state grow by, for a
-            memory whose config is not `bounded`; its tree has them in subtrees named "store".
+            memory whose config is not `bounded`.
+        insert_every: a token is inserted after so many of a segment, and after the rest of them
+            where it closes (0: none). It takes up a position, except on a backbone with a table
+            of learned ones, where it has that of the token it follows.
+        insert_id: the vocabulary's id of that token; None: its embedding is `inserted(state)`.
+        insert_predicts: the inserted token predicts what follows it, and is a target of the token
+            before it (needs an `insert_id`). Otherwise it is outside the loss.
+        grows: the state's tensors may become longer in one dimension, filled from its beginning.
     """
 
     looks_at: frozenset[str] = frozenset()
     zero_positions: bool = False
     needs_hidden: bool = False
     bytes_per_token: float = 0.0
+    grows: bool = False
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -214,6 +226,9 @@ class Memory(nn.Module):
         self.sizes = sizes
         self.num_prefix = 0
         self.num_suffix = 0
+        self.insert_every = 0
+        self.insert_id: int | None = None
+        self.insert_predicts = False
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         """The state of rows that have read nothing: a tree of tensors, batch first."""
@@ -230,6 +245,10 @@ class Memory(nn.Module):
 
     def suffix(self, state: Tree) -> Tensor:
         """Embeddings after a segment, `(B, num_suffix, D)`."""
+        raise NotImplementedError
+
+    def inserted(self, state: Tree) -> Tensor:
+        """The embedding of the tokens inserted in a segment, `(B, 1, D)`."""
         raise NotImplementedError
 
     def write(self, state: Tree, hidden: Tensor) -> Tree:

@@ -1,0 +1,315 @@
+"""Landmark attention: blocks of the past, found by their landmarks (Mohtashami, Jaggi 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memwrap.backbones import LayerAttention
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.ops import landmark as ops
+from memwrap.ops.rows import take
+from memwrap.registry import register
+from memwrap.trees import Tree
+
+# Buffers grow by so many blocks, so that a short text does not take the room of a long one.
+GROWTH = 16
+
+
+@dataclass(kw_only=True)
+class LandmarkConfig(MemoryConfig):
+    """A landmark follows every `block_size` tokens. Inside a segment attention goes through the
+    grouped softmax; blocks of closed segments are kept, and each query reads `top_k` of them.
+
+    Attributes:
+        block_size: m, tokens of a block. Blocks begin with the segment; one that is not full when
+            the segment closes gets its landmark then.
+        top_k: stored blocks that are read.
+        cache_size: blocks that are kept, the last ones (`None`: all).
+        retrieval: who chooses: every `"token"` (and head) for itself; every token by the largest
+            share that a block got from it or an earlier token of its segment (`"chunk"`); all the
+            tokens of a `"call"` together, as published code does with its offloaded cache: then
+            results depend on how text is fed, and on later tokens of the call.
+        first_layer: layer 0 reads stored blocks too. Its landmarks know nothing of their block
+            yet: their scores tie, and of equal ones the most recent blocks are read.
+        landmark_id: the landmark is this id of the vocabulary, for bases that were trained with
+            one. `None`: it is a parameter of the memory, the mean embedding at first.
+        landmark_in_loss: the landmark is predicted, and predicts the token behind it. Otherwise
+            it is outside the loss, as in the published code's fused training. Needs
+            `landmark_id`.
+        offload: keys and values of stored blocks lie in the CPU's memory; landmarks do not.
+        layers: decoder layers with landmark attention (`None`: all). The others attend to the
+            segment alone, landmarks included.
+    """
+
+    name: ClassVar[str] = "landmark"
+    places: ClassVar[frozenset[str]] = frozenset({"tokens", "attention"})
+
+    block_size: int = 64
+    top_k: int = 4
+    cache_size: int | None = 4096
+    retrieval: str = "token"
+    first_layer: bool = False
+    landmark_id: int | None = None
+    landmark_in_loss: bool = False
+    offload: bool = False
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("block_size", "top_k"):
+            self._positive(name)
+        for name in ("cache_size", "landmark_id"):
+            self._positive(name, optional=True)
+        self._one_of("retrieval", ("token", "chunk", "call"))
+        self._layers()
+        if self.landmark_in_loss and self.landmark_id is None:
+            self._fail("landmark_in_loss", "false without `landmark_id`: no id could be predicted")
+
+    @classmethod
+    def tiny(cls) -> LandmarkConfig:
+        return cls(segment_size=8, block_size=4, top_k=2, cache_size=6)
+
+
+@register(LandmarkConfig)
+class LandmarkMemory(Memory):
+    """Per layer the blocks of closed segments: keys rotated to their place in the block, values,
+    landmarks' keys. A block keeps no place in the text: a query sees the chosen ones in slots right
+    before its segment (section 3.2, stingy position mapping)."""
+
+    config: LandmarkConfig
+    grows = True
+
+    def __init__(self, config: LandmarkConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.insert_every = config.block_size
+        self.insert_id = config.landmark_id
+        self.insert_predicts = config.landmark_in_loss
+        self.chosen = chosen_layers(config, sizes)
+        if config.landmark_id is None:
+            mean = torch.zeros(sizes.embedding_size) if sizes.embedding_mean is None else (
+                sizes.embedding_mean
+            )  # fmt: skip
+            self.token = nn.Parameter(mean[None].to(sizes.device, sizes.dtype))
+        elif config.landmark_id >= sizes.vocab_size:
+            raise ValueError(
+                f"LandmarkConfig.landmark_id is {config.landmark_id}; the backbone has ids up to "
+                f"{sizes.vocab_size - 1}. Add a token first (resize_token_embeddings)."
+            )
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        config = self.config
+        room = GROWTH if config.cache_size is None else min(GROWTH, config.cache_size)
+        make: dict[str, Any] = {"dtype": self.sizes.backbone_dtype}
+        far = torch.device("cpu") if config.offload else device
+        layers: Tree = {}
+        for layer in self.chosen:
+            own = self.sizes.attention[layer]
+            tree: Tree = {"count": torch.zeros(batch_size, dtype=torch.long, device=device)}
+            if self.retrieves(layer):
+                shape = (batch_size, own.num_kv_heads, room)
+                block = (*shape, config.block_size)
+                tree["key"] = torch.zeros(*block, own.key_dim, device=far, **make)
+                tree["value"] = torch.zeros(*block, own.value_dim, device=far, **make)
+                tree["landmark"] = torch.zeros(*shape, own.key_dim, device=device, **make)
+                tree["valid"] = torch.zeros(
+                    batch_size, 1, room, config.block_size, dtype=torch.bool, device=device
+                )
+                if config.retrieval == "chunk":
+                    tree["best"] = torch.zeros(batch_size, own.num_heads, room, device=device)
+            layers[str(layer)] = tree
+        return {"layers": layers}
+
+    def inserted(self, state: Tree) -> Tensor:
+        return self.token[None]
+
+    def retrieves(self, layer: int) -> bool:
+        """Whether a layer keeps and reads blocks."""
+        return self.config.first_layer or layer > 0
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        seen, places = attention.seen, attention.places
+        length = seen.query.shape[2]
+        marks = places.inserted[:, places.inserted.shape[1] - length :]
+        if places.ordered:
+            k, v, valid, where = seen.key, seen.value, None, None
+        else:
+            index, valid = self._by_place(attention)
+            k, v, where = take(seen.key, index), take(seen.value, index), places.queries
+        found = ops.attention(
+            seen.query, k, v, self.config.block_size,
+            scaling=seen.scaling, places=where, landmark=marks, valid=valid,
+            softcap=seen.softcap, window=attention.window,
+        )  # fmt: skip
+        if self.retrieves(layer) and self._any(attention, state):
+            ids, state = self._chosen(layer, attention, state)
+            past = self._past(attention, state, ids)
+            out = ops.merge(found, past)
+        else:
+            out = found[0]
+        return out.transpose(1, 2).to(seen.value.dtype).contiguous(), state
+
+    def choose(self, layer: int, scores: Tensor) -> Tensor:
+        """The blocks `(B, H, T, R)` that are read, ascending, by scores `(B, H, T, N)`."""
+        return ops.choose(scores, self.config.top_k)
+
+    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        if not self.retrieves(layer):
+            return state
+        new, there = self._blocks(attention, state)
+        size = state["landmark"].shape[2]
+        both = torch.cat([_filled(state["count"], size), there], 1)
+        rank = both.flip(1).cumsum(1).flip(1)
+        limit = self.config.cache_size
+        kept = both if limit is None else both & (rank <= limit)
+        count = kept.sum(1)
+        room = max(size, -(-int(count.max()) // GROWTH) * GROWTH)
+        room = room if limit is None else min(room, limit)
+        order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :room]
+        filled = _filled(count, order.shape[1])
+        result: Tree = {"count": count}
+        for name, rows in new.items():
+            old = state[name]
+            rows = torch.cat([old, rows.to(old.device, old.dtype)], 2)
+            picked = take(rows.flatten(3), order.to(old.device), filled.to(old.device))
+            picked = picked.to(old.dtype).unflatten(3, old.shape[3:])
+            short = room - picked.shape[2]
+            if short > 0:
+                empty = picked.new_zeros(*picked.shape[:2], short, *picked.shape[3:])
+                picked = torch.cat([picked, empty], 2)
+            result[name] = picked
+        if "best" in state:
+            best = state["best"]
+            result["best"] = best.new_zeros(*best.shape[:2], room)
+        return result
+
+    def _any(self, attention: LayerAttention, state: Tree) -> bool:
+        """Whether any row has stored blocks; asked once a step."""
+        if "landmark_any" not in attention.shared:
+            attention.shared["landmark_any"] = bool((state["count"] > 0).any())
+        return attention.shared["landmark_any"]
+
+    def _by_place(self, attention: LayerAttention) -> tuple[Tensor, Tensor]:
+        """Which column holds the key of each place, `(B, P)`, and whether there is one."""
+        if "landmark_places" not in attention.shared:
+            places = attention.places
+            spare = places.length
+            target = torch.where(places.key_valid, places.keys, spare)
+            columns = torch.arange(target.shape[1], device=target.device).expand_as(target)
+            empty = torch.zeros(len(target), spare + 1, dtype=torch.long, device=target.device)
+            index = empty.scatter(1, target, columns)[:, :spare]
+            there = empty.bool().scatter(1, target, True)[:, :spare]
+            attention.shared["landmark_places"] = index, there
+        return attention.shared["landmark_places"]
+
+    def _pieces(self, attention: LayerAttention, state: Tree) -> list[slice]:
+        """Parts of the queries for which scores and gathered blocks may exist at once."""
+        batch, heads, length, width = attention.seen.query.shape
+        config, own = self.config, state["landmark"]
+        each = max(own.shape[2], (config.top_k + 1) * width, config.top_k * config.block_size)
+        block = config.block_size * width
+        if own[..., 0].numel() * block > ops.AT_ONCE:  # all blocks are too many at once
+            each = max(each, config.top_k * block)
+        step = max(1, ops.AT_ONCE // max(1, batch * heads * each))
+        return [slice(a, a + step) for a in range(0, length, step)]
+
+    def _queries(self, attention: LayerAttention, piece: slice) -> Tensor:
+        """Queries `(B, H, T, R + 1, Dk)` as blocks 1 to R + 1 back see them."""
+        config, query = self.config, attention.query[:, :, piece]
+        positions = ops.queries_for(
+            config.block_size, config.top_k, attention.places.queries[:, piece]
+        )
+        many = query[:, :, :, None].expand(-1, -1, -1, config.top_k + 1, -1)
+        name = f"landmark_{piece.start}"
+        turned = attention.rotated(many.flatten(2, 3), positions.flatten(1), name)
+        return turned.unflatten(2, (-1, config.top_k + 1))
+
+    @torch.no_grad()
+    def _chosen(
+        self, layer: int, attention: LayerAttention, state: Tree
+    ) -> tuple[list[Tensor], Tree]:
+        """Ids of the blocks for each piece of the queries, and the state that knows of them."""
+        retrieval = self.config.retrieval
+        valid, softcap = attention.places.query_valid, attention.seen.softcap
+        result: list[Tensor] = []
+        together = retrieval == "call"
+        zero = torch.zeros((), device=valid.device)
+        best: Tensor | None = zero if together else state.get("best")
+        for piece in self._pieces(attention, state):
+            q = self._queries(attention, piece)
+            scores = ops.block_scores(
+                q, state["landmark"], state["count"], attention.scaling, softcap, tied=layer == 0
+            )
+            if best is None:
+                result.append(self.choose(layer, scores))
+                continue
+            shares = ops.shares(scores) * valid[:, None, piece, None]
+            if together:
+                best = torch.maximum(best.to(shares.dtype), shares.amax(2, keepdim=True))
+                continue
+            shares = torch.maximum(shares.cummax(2).values, best[:, :, None].to(shares.dtype))
+            result.append(self.choose(layer, shares.masked_fill(scores == -torch.inf, -torch.inf)))
+            best = shares[:, :, -1].to(best.dtype)
+        if best is not None and together:
+            there = _filled(state["count"], best.shape[-1])[:, None, None]
+            ids = self.choose(layer, best.masked_fill(~there, -torch.inf))
+            result = [ids] * len(self._pieces(attention, state))
+        return result, state if retrieval != "chunk" else {**state, "best": best}
+
+    def _past(
+        self, attention: LayerAttention, state: Tree, ids: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What the queries read in their blocks, for `merge`."""
+
+        def part(keys: Tensor, values: Tensor, landmarks: Tensor, piece: slice, own: Tensor) -> Any:
+            q = self._queries(attention, piece)
+            back = ops.read_slots(own, state["count"], self.config.top_k) - 1
+            index = back[..., None].expand(*q.shape[:3], -1, q.shape[-1])
+            return ops.retrieved(
+                q.gather(3, index), keys, values, landmarks, state["valid"].squeeze(1), own,
+                attention.scaling, attention.seen.softcap,
+            )  # fmt: skip
+
+        tensors = state["key"], state["value"], state["landmark"]
+        pieces = self._pieces(attention, state)
+        each = sum(t[0, 0, 0].numel() for t in tensors) * self.config.top_k
+        again = each * attention.seen.query[..., 0].numel() > ops.SAVED
+        found = [
+            ops.again_later(part, again, *tensors, piece, own)
+            for piece, own in zip(pieces, ids, strict=True)
+        ]
+        if len(found) == 1:
+            return found[0]
+        return torch.cat([out for out, _ in found], 2), torch.cat([log for _, log in found], 2)
+
+    def _blocks(self, attention: LayerAttention, state: Tree) -> tuple[Tree, Tensor]:
+        """The segment's blocks as they are stored, `(B, Hkv, S, ...)`, and which are there."""
+        places, size = attention.places, self.config.block_size + 1
+        index, there = self._by_place(attention)
+        short = -index.shape[1] % size
+        index, there = (torch.nn.functional.pad(t, (0, short)) for t in (index, there))
+        marks = places.inserted.gather(1, index) & there
+        inside = places.keys % size
+        key = take(attention.rotated(attention.key, inside, "landmark_inside"), index)
+        key, value = (x.unflatten(2, (-1, size)) for x in (key, take(attention.value, index)))
+        there, marks = (t.unflatten(1, (-1, size)) for t in (there, marks))
+        tokens = (there & ~marks)[..., :-1]
+        # The landmark of a partial block stands right behind its tokens.
+        last = marks.to(torch.int8).argmax(-1)[:, None, :, None, None]
+        landmark = key.gather(3, last.expand(*key.shape[:3], 1, key.shape[-1])).squeeze(3)
+        kept = tokens[:, None, ..., None]
+        new = {
+            "key": key[:, :, :, :-1] * kept,
+            "value": value[:, :, :, :-1] * kept,
+            "landmark": landmark,
+            "valid": tokens[:, None],
+        }
+        return new, tokens.any(-1) & marks.any(-1)
+
+
+def _filled(count: Tensor, size: int) -> Tensor:
+    """`(B, size)` bool, the first `count` `(B,)` places."""
+    return torch.arange(size, device=count.device) < count[:, None]
