@@ -1,12 +1,15 @@
 """memwrap attaches memory to language models that already exist."""
 
 from memwrap.configuration import MemoryModelConfig
+from memwrap.library import Library
 from memwrap.memories.armt import ARMTConfig
 from memwrap.memories.autocompressor import AutoCompressorConfig
 from memwrap.memories.base import MemoryConfig
 from memwrap.memories.compressive import CompressiveConfig
+from memwrap.memories.extended_mind import ExtendedMindConfig
 from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
+from memwrap.memories.memorizing import MemorizingConfig
 from memwrap.memories.memoryprompt import MemoryPromptConfig
 from memwrap.memories.rmt import RMTConfig
 from memwrap.memories.window import WindowConfig
@@ -20,8 +23,11 @@ __all__ = [
     "ARMTConfig",
     "AutoCompressorConfig",
     "CompressiveConfig",
+    "ExtendedMindConfig",
     "HMTConfig",
     "InfiniConfig",
+    "Library",
+    "MemorizingConfig",
     "MemoryConfig",
     "MemoryModelConfig",
     "MemoryModelForCausalLM",

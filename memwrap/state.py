@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from memwrap.files import replacing
-from memwrap.trees import Tree, tree_build, tree_leaves, tree_map
+from memwrap.trees import Tree, alike, tree_build, tree_leaves, tree_map
 
 FORMAT, VERSION = "memwrap-state", 1
 _HASH_BASE = 6364136223846793005
@@ -155,7 +155,7 @@ class MemoryState(Cache):
         layers = next((s.open for s in padded if s.open), {})
         new = first.clone()
         new.memories = {
-            name: tree_map(lambda *t: torch.cat(t), *[s.memories[name] for s in states])
+            name: tree_map(lambda *t: torch.cat(alike(*t)), *[s.memories[name] for s in states])
             for name in first.memories
         }
         if layers:
@@ -314,6 +314,8 @@ def check_shapes(state: MemoryState, fresh: MemoryState) -> None:
             raise ValueError(f"The state {what} {name}.{key}; its file is damaged. Read again.")
         for key, tensor in needed.items():
             want, have = (state.batch_size, *tensor.shape[1:]), tuple(got[key].shape)
+            if tensor.dim() > 2 and tensor.shape[-2] == 0 and len(have) == len(want):
+                want = (*want[:-2], have[-2], want[-1])  # a buffer that grows
             if have != want:
                 raise ValueError(
                     f"The state's {name}.{key} has shape {have}, not {want}; its file is damaged. "

@@ -54,7 +54,19 @@ def where_rows(rows: Tensor, new: Tree, old: Tree) -> Tree:
     """Take `new` for the rows where `rows` (B,) is true, `old` elsewhere."""
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
+        a, b = alike(a, b)
         mask = rows.to(a.device).view(-1, *[1] * (a.dim() - 1))
         return torch.where(mask, a, b.to(a.dtype))
 
     return tree_map(choose, new, old)
+
+
+def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors with as many places: shorter buffers are padded with zeros."""
+    if tensors[0].dim() < 3:
+        return tensors
+    most = max(t.shape[-2] for t in tensors)
+    pad = torch.nn.functional.pad
+    return tuple(
+        t if t.shape[-2] == most else pad(t, (0, 0, 0, most - t.shape[-2])) for t in tensors
+    )

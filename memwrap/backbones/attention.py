@@ -48,6 +48,7 @@ class SeenAttention:
         window: tokens that the layer's own sliding window lets a query see, or None.
         call: the model's own attention: `(query, key, value, mask)` to `(B, T, H, Dv)` and, from
             eager attention, weights.
+        softcap: scores s become `softcap * tanh(s / softcap)`, if the model does so.
     """
 
     module: Any
@@ -61,6 +62,7 @@ class SeenAttention:
     eager: Call
     hidden: Tensor
     keywords: dict[str, Any]
+    softcap: float | None = None
 
     @property
     def layer(self) -> int:
@@ -179,7 +181,7 @@ class LayerAttention:
         """
         seen = self.seen
         queries, keys = seen.query, seen.key
-        visible = self._visible() if local is None else self._visible() & local[:, None]
+        visible = self.visible() if local is None else self.visible() & local[:, None]
         own = [r for r in rows if r.query_positions is not None]
         if own:  # rows that see the queries elsewhere get channels of their own
             turned = [self._turned(r) for r in own]
@@ -201,12 +203,16 @@ class LayerAttention:
             for r in rows
         ]
         mask: Tensor = torch.cat([*seen_rows, visible], -1)
-        if weights or not _is_sdpa(seen):
+        if weights or not is_sdpa(seen):
             mask = torch.where(
                 mask, torch.zeros((), dtype=queries.dtype, device=mask.device),
                 torch.finfo(queries.dtype).min,
             )  # fmt: skip
         return (seen.eager if weights else seen.call)(queries, keys, values, mask)
+
+    def rotated(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Un-rotated rows `(B, H, M, Dk)` as they look at `positions` `(B, M)`."""
+        return rotate(rows, self._angles(positions))
 
     def project(self, rows: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
         """Keys (un-rotated) and values of stored attention inputs `(B, M, D)`, by the layer's
@@ -229,7 +235,7 @@ class LayerAttention:
             module(rows, **keywords)
         return capture.key, capture.value
 
-    def _visible(self) -> Tensor:
+    def visible(self) -> Tensor:
         """Who sees whom inside the segment, `(B, 1, T, K)` bool."""
         mask = self.seen.mask
         if mask is None:
@@ -272,7 +278,7 @@ class _Capture:
         return seen.value.new_zeros(batch, length, heads, seen.value.shape[-1])
 
 
-def _is_sdpa(seen: SeenAttention) -> bool:
+def is_sdpa(seen: SeenAttention) -> bool:
     return implementation(seen.module.config) == "sdpa"
 
 
@@ -316,7 +322,7 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
         seen = SeenAttention(
             module, query, key, value, attention_mask, scale,
             kwargs.get("sliding_window"), own,
-            through(_eager_of(module)), hidden, keywords,
+            through(_eager_of(module)), hidden, keywords, kwargs.get("softcap"),
         )  # fmt: skip
         return memory_context.attention(seen), None
 

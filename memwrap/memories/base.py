@@ -199,11 +199,14 @@ class Memory(nn.Module):
         zero_positions: on a backbone with a table of learned positions, prefix and suffix get
             a zero vector and the tokens count from 0.
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
+        bytes_per_token: by how much the state of one row may grow with every token read; 0 where
+            the config's `bounded` is true.
     """
 
     looks_at: frozenset[str] = frozenset()
     zero_positions: bool = False
     needs_hidden: bool = False
+    bytes_per_token: int = 0
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -292,6 +295,11 @@ def chosen_layers(config: Any, sizes: Sizes) -> list[int]:
             f"layers 0 to {sizes.num_layers - 1}."
         )
     return sorted(config.layers)
+
+
+def three_quarters(sizes: Sizes) -> int:
+    """The layer at three quarters of the depth, where methods with one memory layer have it."""
+    return 3 * sizes.num_layers // 4
 
 
 def memory_tokens(count: int, sizes: Sizes) -> nn.Parameter:
