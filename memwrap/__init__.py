@@ -11,6 +11,7 @@ from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
 from memwrap.memories.memorizing import MemorizingConfig
 from memwrap.memories.memoryprompt import MemoryPromptConfig
+from memwrap.memories.neurocache import NeurocacheConfig
 from memwrap.memories.rmt import RMTConfig
 from memwrap.memories.window import WindowConfig
 from memwrap.model import MemoryModelForCausalLM
@@ -33,6 +34,7 @@ __all__ = [
     "MemoryModelForCausalLM",
     "MemoryPromptConfig",
     "MemoryState",
+    "NeurocacheConfig",
     "RMTConfig",
     "WindowConfig",
     "__version__",

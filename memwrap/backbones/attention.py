@@ -49,6 +49,7 @@ class SeenAttention:
         call: the model's own attention: `(query, key, value, mask)` to `(B, T, H, Dv)` and, from
             eager attention, weights.
         softcap: scores s become `softcap * tanh(s / softcap)`, if the model does so.
+        added: `(B, T, D)`, added to the module's output.
     """
 
     module: Any
@@ -63,6 +64,7 @@ class SeenAttention:
     hidden: Tensor
     keywords: dict[str, Any]
     softcap: float | None = None
+    added: Tensor | None = None
 
     @property
     def layer(self) -> int:
@@ -210,6 +212,11 @@ class LayerAttention:
             )  # fmt: skip
         return (seen.eager if weights else seen.call)(queries, keys, values, mask)
 
+    def add(self, output: Tensor) -> None:
+        """Add `(B, T, D)` to what the attention module gives, behind its output projection."""
+        added = self.seen.added
+        self.seen.added = output if added is None else added + output
+
     def rotated(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Un-rotated rows `(B, H, M, Dk)` as they look at `positions` `(B, M)`."""
         return rotate(rows, self._angles(positions))
@@ -324,7 +331,9 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
             kwargs.get("sliding_window"), own,
             through(_eager_of(module)), hidden, keywords, kwargs.get("softcap"),
         )  # fmt: skip
-        return memory_context.attention(seen), None
+        out = memory_context.attention(seen)
+        module._memwrap_added = seen.added  # type: ignore[assignment]
+        return out, None
 
     return forward
 
@@ -354,7 +363,13 @@ def _memory_attention(parent: type[nn.Module]) -> type[nn.Module]:
         if kwargs.get("memory_context") is not None:
             rest = {k: v for k, v in kwargs.items() if k not in (names[0], "memory_context")}
             self._memwrap_noted = (kwargs[names[0]], rest)
-        return parent.forward(self, **kwargs)
+        out = parent.forward(self, **kwargs)
+        added = vars(self).pop("_memwrap_added", None)
+        if added is None:
+            return out
+        if isinstance(out, tuple):
+            return (out[0] + added.to(out[0].dtype), *out[1:])
+        return out + added.to(out.dtype)
 
     members = {"forward": forward, "_memwrap_parent": parent, "__doc__": parent.__doc__}
     return type(f"Memory{parent.__name__}", (parent,), members)
