@@ -11,8 +11,10 @@ import torch
 from families import build
 from support import SEGMENT, assert_close, assert_same_states, error_of, ids, padded, wrapped
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
+from memwrap.assets import asset
 from memwrap.library import CONVERSATION
 from memwrap.memories.extended_mind import retrieved
 
@@ -202,6 +204,23 @@ def test_a_report_and_data() -> None:
     quoted = " ".join(map(str, BOOKS[best.document][best.start : best.end].tolist()))
     assert lines[0].startswith("answer: ") and quoted in lines[3] and best.document in lines[3]
     assert len(lines) == 3 + 2 + 2 + len(found.ids)
+
+
+def test_text_goes_in_and_out() -> None:
+    base = AutoModelForCausalLM.from_pretrained(asset("tiny-lm"), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+    model = memwrap.wrap(base, "extended_mind", segment_size=32, top_k=4)
+    text = "def area(width, height):\n    return width * height\n" * 3
+    books = memwrap.Library.encode(model, {"area.py": text}, tokenizer=tokenizer)
+    ids_of = tokenizer(text)["input_ids"]
+    kept = [n for n, i in enumerate(ids_of) if i not in tokenizer.all_special_ids]
+    assert books.entries[:, 1].tolist() == kept
+    found = books.ask(
+        "def area(", tokenizer=tokenizer, do_sample=False, max_new_tokens=4, pad_token_id=0
+    )
+    report = books.report(found, tokenizer)
+    assert "area.py [" in report and len(found.tokens) == len(found.ids) <= 4
+    assert report.splitlines()[0] == "answer: " + " ".join(tokenizer.decode(found.ids).split())
 
 
 def test_a_library_comes_back(tmp_path: Path) -> None:
