@@ -194,9 +194,7 @@ class Library:
         answer = self.model.generate(ids[None], past_key_values=self.state, **settings)
         if len(answer) != 1:
             raise ValueError("Citations are made for one answer: leave num_return_sequences at 1.")
-        # What generate gives begins with the prompt unless the state had been read from ids.
-        new = answer[0, len(ids) :] if torch.equal(answer[0, : len(ids)], ids) else answer[0]
-        return self.cite(ids, new)
+        return self.cite(ids, answer[0, len(ids) :])
 
     @torch.no_grad()
     def cite(

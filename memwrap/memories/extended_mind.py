@@ -128,6 +128,8 @@ class ExtendedMindMemory(Memory):
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         config, seen = self.config, attention.seen
+        if state["key"].shape[2] == 0:
+            return attention.local(), state
         if config.positions == "zero":
             query, scale = seen.query, seen.scaling
         else:
@@ -139,8 +141,7 @@ class ExtendedMindMemory(Memory):
                 scale=scale, similarity="cosine", threshold=config.similarity_threshold,
                 softcap=seen.softcap,
             )  # fmt: skip
-        most = max(1, read.index.shape[-1])
-        out, share = join_summary(attention, read.out, read.logsumexp, most)
+        out, share = join_summary(attention, read.out, read.logsumexp, read.index.shape[-1])
         notes = _notes.get()
         if notes is not None:
             number = rings.entries(state["count"], state["key"].shape[2], config.cache_size)
