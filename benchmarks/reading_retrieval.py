@@ -22,7 +22,7 @@ import memwrap
 PIECE = 8192
 
 
-def main(cache_size: int = 16_384, tokens: int = 262_144) -> None:
+def main(cache_size: int = 8192, tokens: int = 262_144) -> None:
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
