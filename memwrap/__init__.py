@@ -1,15 +1,19 @@
 """memwrap attaches memory to language models that already exist."""
 
 from memwrap.configuration import MemoryModelConfig
+from memwrap.library import Library
 from memwrap.memories.armt import ARMTConfig
 from memwrap.memories.autocompressor import AutoCompressorConfig
 from memwrap.memories.base import MemoryConfig
 from memwrap.memories.compressive import CompressiveConfig
+from memwrap.memories.extended_mind import ExtendedMindConfig
 from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
 from memwrap.memories.infllm import InfLLMConfig
 from memwrap.memories.landmark import LandmarkConfig
+from memwrap.memories.memorizing import MemorizingConfig
 from memwrap.memories.memoryprompt import MemoryPromptConfig
+from memwrap.memories.neurocache import NeurocacheConfig
 from memwrap.memories.rmt import RMTConfig
 from memwrap.memories.window import WindowConfig
 from memwrap.model import MemoryModelForCausalLM
@@ -22,15 +26,19 @@ __all__ = [
     "ARMTConfig",
     "AutoCompressorConfig",
     "CompressiveConfig",
+    "ExtendedMindConfig",
     "HMTConfig",
     "InfLLMConfig",
     "InfiniConfig",
     "LandmarkConfig",
+    "Library",
+    "MemorizingConfig",
     "MemoryConfig",
     "MemoryModelConfig",
     "MemoryModelForCausalLM",
     "MemoryPromptConfig",
     "MemoryState",
+    "NeurocacheConfig",
     "RMTConfig",
     "WindowConfig",
     "__version__",

@@ -128,7 +128,9 @@ class LayerContext:
         if memory.needs_hidden:
             hidden, key = seen.hidden, str(seen.layer)
             if not self.local.empty:
-                hidden = torch.cat([self.local.tree["hidden"][key].squeeze(1), hidden], 1)
+                before = self.local.tree["hidden"][key].squeeze(1)
+                # A segment that closes without new tokens has no inputs, of no width.
+                hidden = torch.cat([before, hidden], 1) if hidden.shape[1] else before
             self.hidden[key] = hidden[:, None]
         return LayerAttention(
             seen, self._shared["places"], self.rotary, hidden, self.losses, self._shared

@@ -29,6 +29,7 @@ FLOORS = (
         "context",
         "decoder",
         "generation",
+        "library",
         "model",
         "planning",
         "reading",

@@ -1,8 +1,9 @@
 """How a Hugging Face model's parts are found and met: one way for all families."""
 
-from memwrap.backbones.attention import LayerAttention, Places, Rows
+from memwrap.backbones.attention import LayerAttention
 from memwrap.backbones.backbone import Backbone
 from memwrap.backbones.layers import LayerReader
+from memwrap.backbones.places import Places, Rows
 from memwrap.backbones.probing import AttentionSizes
 
 __all__ = ["AttentionSizes", "Backbone", "LayerAttention", "LayerReader", "Places", "Rows"]

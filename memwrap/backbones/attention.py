@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from memwrap.backbones.layers import swap_class
+from memwrap.backbones.places import Places, Rows
 from memwrap.backbones.rotary import Angles, Rotary, rotate, unrotate
 
 PREFIX = "memwrap_"
@@ -46,9 +47,10 @@ class SeenAttention:
         mask: as the backbone's attention takes it, or None for plain causal attention.
         scaling: of the scores; some families scale their queries before.
         window: tokens that the layer's own sliding window lets a query see, or None.
-        softcap: scores s become softcap tanh(s / softcap), or None.
         call: the model's own attention: `(query, key, value, mask)` to `(B, T, H, Dv)` and, from
             eager attention, weights.
+        softcap: scores s become `softcap * tanh(s / softcap)`, if the model does so.
+        added: `(B, T, D)`, added to the module's output.
     """
 
     module: Any
@@ -63,65 +65,11 @@ class SeenAttention:
     hidden: Tensor
     keywords: dict[str, Any]
     softcap: float | None = None
+    added: Tensor | None = None
 
     @property
     def layer(self) -> int:
         return self.module.layer_idx
-
-
-@dataclass
-class Places:
-    """Where the queries and keys of a step stand in their segments.
-
-    Attributes:
-        queries, keys: positions `(B, T)` and `(B, K)`; a segment starts at 0.
-        query_valid, key_valid: `(B, T)` and `(B, K)` bool; False is padding.
-        inserted: `(B, K)` bool, the keys of tokens that a memory inserted.
-        length: one more than the largest position of a key.
-        ordered: the keys of every row stand at positions 0, 1, ... without padding.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    query_valid: Tensor
-    key_valid: Tensor
-    inserted: Tensor
-    length: int
-    ordered: bool
-
-    @classmethod
-    def of(
-        cls, before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], inserted: Tensor
-    ) -> Places:
-        """From positions and validity of the open segment's columns and of the step's."""
-        keys, valid = (torch.cat(pair, 1) for pair in zip(before, now, strict=True))
-        total = keys.shape[1]
-        length = int(keys.max()) + 1 if keys.numel() else 0
-        ordered = bool(valid.all()) and bool((keys == torch.arange(total)).all())
-        return cls(now[0], keys, now[1], valid, inserted, length, ordered)
-
-    def to(self, device: torch.device) -> Places:
-        moved: Any = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)}
-        return replace(self, **moved)
-
-
-@dataclass
-class Rows:
-    """Keys and values that a memory puts in front of a segment's own.
-
-    Attributes:
-        keys, values: `(B, Hkv, M, Dk)` un-rotated and `(B, Hkv, M, Dv)`.
-        positions: `(B, M)`, where 0 is the segment's first place: negative for the past.
-        visible: `(B, M)` or, different for each query, `(B, T, M)` bool.
-        query_positions: `(B, T)`, where the queries stand as these rows see them; None: where
-            they stand in the segment.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    visible: Tensor
-    query_positions: Tensor | None = None
 
 
 @dataclass
@@ -193,8 +141,8 @@ class LayerAttention:
         """The same attention for the queries `start` to `stop` of the step alone."""
         seen, places = self.seen, self.places
         kind = self.rotary.kind(self.layer)
-        mask = self._visible()[..., start:stop, :]
-        if not _is_sdpa(seen) and seen.mask is not None:
+        mask = self.visible()[..., start:stop, :]
+        if not is_sdpa(seen) and seen.mask is not None:
             mask = seen.mask[..., start:stop, :]
         query = seen.query[:, :, start:stop]
         keys = {("keys", kind): self._angles(places.keys, "keys")} if kind else {}
@@ -224,7 +172,7 @@ class LayerAttention:
         """
         seen = self.seen
         queries, keys = seen.query, seen.key
-        visible = self._visible() if local is None else self._visible() & local[:, None]
+        visible = self.visible() if local is None else self.visible() & local[:, None]
         own = [r for r in rows if r.query_positions is not None]
         if own:  # rows that see the queries elsewhere get channels of their own
             turned = [self._turned(r) for r in own]
@@ -246,12 +194,17 @@ class LayerAttention:
             for r in rows
         ]
         mask: Tensor = torch.cat([*seen_rows, visible], -1)
-        if weights or not _is_sdpa(seen):
+        if weights or not is_sdpa(seen):
             mask = torch.where(
                 mask, torch.zeros((), dtype=queries.dtype, device=mask.device),
                 torch.finfo(queries.dtype).min,
             )  # fmt: skip
         return (seen.eager if weights else seen.call)(queries, keys, values, mask)
+
+    def add(self, output: Tensor) -> None:
+        """Add `(B, T, D)` to what the attention module gives, behind its output projection."""
+        added = self.seen.added
+        self.seen.added = output if added is None else added + output
 
     def project(self, rows: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
         """Keys (un-rotated) and values of stored attention inputs `(B, M, D)`, by the layer's
@@ -274,7 +227,7 @@ class LayerAttention:
             module(rows, **keywords)
         return capture.key, capture.value
 
-    def _visible(self) -> Tensor:
+    def visible(self) -> Tensor:
         """Who sees whom inside the segment, `(B, 1, T, K)` bool."""
         mask = self.seen.mask
         if mask is None:
@@ -317,7 +270,7 @@ class _Capture:
         return seen.value.new_zeros(batch, length, heads, seen.value.shape[-1])
 
 
-def _is_sdpa(seen: SeenAttention) -> bool:
+def is_sdpa(seen: SeenAttention) -> bool:
     return implementation(seen.module.config) == "sdpa"
 
 
@@ -363,7 +316,9 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
             kwargs.get("sliding_window"), own,
             through(_eager_of(module)), hidden, keywords, kwargs.get("softcap"),
         )  # fmt: skip
-        return memory_context.attention(seen), None
+        out = memory_context.attention(seen)
+        module._memwrap_added = seen.added  # type: ignore[assignment]
+        return out, None
 
     return forward
 
@@ -393,7 +348,13 @@ def _memory_attention(parent: type[nn.Module]) -> type[nn.Module]:
         if kwargs.get("memory_context") is not None:
             rest = {k: v for k, v in kwargs.items() if k not in (names[0], "memory_context")}
             self._memwrap_noted = (kwargs[names[0]], rest)
-        return parent.forward(self, **kwargs)
+        out = parent.forward(self, **kwargs)
+        added = vars(self).pop("_memwrap_added", None)
+        if added is None:
+            return out
+        if isinstance(out, tuple):
+            return (out[0] + added.to(out[0].dtype), *out[1:])
+        return out + added.to(out.dtype)
 
     members = {"forward": forward, "_memwrap_parent": parent, "__doc__": parent.__doc__}
     return type(f"Memory{parent.__name__}", (parent,), members)

@@ -316,6 +316,11 @@ def chosen_layers(config: Any, sizes: Sizes) -> list[int]:
     return sorted(config.layers)
 
 
+def three_quarters(sizes: Sizes) -> int:
+    """The layer at three quarters of the depth, where methods with one memory layer have it."""
+    return 3 * sizes.num_layers // 4
+
+
 def memory_tokens(count: int, sizes: Sizes) -> nn.Parameter:
     """Learned tokens `(count, D)`, drawn at the scale of the input embeddings."""
     tokens = torch.empty(count, sizes.embedding_size, dtype=sizes.dtype, device=sizes.device)

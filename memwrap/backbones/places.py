@@ -1,0 +1,64 @@
+"""Where the queries and keys of a step stand, and rows that a memory puts in front of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Places:
+    """Where the queries and keys of a step stand in their segments.
+
+    Attributes:
+        queries, keys: positions `(B, T)` and `(B, K)`; a segment starts at 0.
+        query_valid, key_valid: `(B, T)` and `(B, K)` bool; False is padding.
+        inserted: `(B, K)` bool, the keys of tokens that a memory inserted.
+        length: one more than the largest position of a key.
+        ordered: the keys of every row stand at positions 0, 1, ... without padding.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    query_valid: Tensor
+    key_valid: Tensor
+    inserted: Tensor
+    length: int
+    ordered: bool
+
+    @classmethod
+    def of(
+        cls, before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], inserted: Tensor
+    ) -> Places:
+        """From positions and validity of the open segment's columns and of the step's."""
+        keys, valid = (torch.cat(pair, 1) for pair in zip(before, now, strict=True))
+        total = keys.shape[1]
+        length = int(keys.max()) + 1 if keys.numel() else 0
+        ordered = bool(valid.all()) and bool((keys == torch.arange(total)).all())
+        return cls(now[0], keys, now[1], valid, inserted, length, ordered)
+
+    def to(self, device: torch.device) -> Places:
+        moved: Any = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass
+class Rows:
+    """Keys and values that a memory puts in front of a segment's own.
+
+    Attributes:
+        keys, values: `(B, Hkv, M, Dk)` un-rotated and `(B, Hkv, M, Dv)`.
+        positions: `(B, M)`, where 0 is the segment's first place: negative for the past.
+        visible: `(B, M)` or, different for each query, `(B, T, M)` bool.
+        query_positions: `(B, T)`, where the queries stand as these rows see them; None: where
+            they stand in the segment.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    visible: Tensor
+    query_positions: Tensor | None = None

@@ -1,0 +1,172 @@
+"""Extended Mind: documents given to a model as keys and values that its attention looks up.
+
+Klett and Ahle 2024 (Extended Mind Transformers). Nothing is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from memwrap.backbones import LayerAttention
+from memwrap.backbones.joining import join_summary
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.ops import retrieve, rings
+from memwrap.registry import register
+from memwrap.trees import Tree
+
+_notes: ContextVar[list[Retrieved] | None] = ContextVar("memwrap_retrieved", default=None)
+
+
+@dataclass(kw_only=True)
+class ExtendedMindConfig(MemoryConfig):
+    """In every layer each query attends, in one softmax, to its own segment and to the `top_k` most
+    similar entries of what was read before.
+
+    Give it documents with `memwrap.Library.encode`, or by reading them (`model.read`).
+
+    Attributes:
+        cache_size: entries kept for each KV head; when they are full the oldest goes.
+        top_k: entries that a query attends to, per head and layer.
+        similarity_threshold: entries whose cosine similarity is no greater are left out; None for
+            no limit. 0.25 is the published value.
+        positions: `"zero"`, as published: queries rotated to their place in the segment, all
+            entries as if at its first place. `"none"`: neither is rotated, so that how far into its
+            segment a query stands does not matter.
+        layers: decoder layers that look things up (`None`: all).
+    """
+
+    name: ClassVar[str] = "extended_mind"
+    places: ClassVar[frozenset[str]] = frozenset({"attention"})
+    neutral_start: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
+
+    segment_size: int = 1024
+    cache_size: int = 100_000
+    top_k: int = 10
+    similarity_threshold: float | None = None
+    positions: str = "zero"
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("cache_size")
+        self._positive("top_k")
+        if self.similarity_threshold is not None:
+            self._number("similarity_threshold", -1, 1)
+        self._one_of("positions", ("zero", "none"))
+        self._layers()
+
+    @classmethod
+    def tiny(cls) -> ExtendedMindConfig:
+        return cls(segment_size=8, cache_size=20, top_k=3)
+
+
+@dataclass
+class Retrieved:
+    """What the queries of one step read in one layer.
+
+    Attributes:
+        layer: its number.
+        entries: `(B, H, T, k)` numbers of entries, counted from the first that was written; -1 for
+            none.
+        weights: `(B, H, T, k)` of the layer's attention; what is missing to 1 went to the segment.
+    """
+
+    layer: int
+    entries: Tensor
+    weights: Tensor
+
+
+@contextmanager
+def retrieved() -> Iterator[list[Retrieved]]:
+    """Collect what is read inside the block, in the order in which layers and steps run."""
+    notes: list[Retrieved] = []
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+@register(ExtendedMindConfig)
+class ExtendedMindMemory(Memory):
+    """Per layer a ring of keys (as at place 0) and of values for each KV head. It grows with what
+    is read until `cache_size` entries are there. There are no parameters."""
+
+    config: ExtendedMindConfig
+    grows = True
+
+    def __init__(self, config: ExtendedMindConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.chosen = chosen_layers(config, sizes)
+
+    @property
+    def bytes_per_token(self) -> float:  # type: ignore[override]
+        """What an entry takes in all layers, until the cache is full."""
+        sizes = [self.sizes.attention[layer] for layer in self.chosen]
+        numbers = sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in sizes)
+        return numbers * self.sizes.backbone_dtype.itemsize
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        make: dict[str, Any] = {"device": device, "dtype": self.sizes.backbone_dtype}
+        layers: Tree = {}
+        for layer in self.chosen:
+            own = self.sizes.attention[layer]
+            shape = (batch_size, own.num_kv_heads, 0)
+            layers[str(layer)] = {
+                "key": torch.zeros(*shape, own.key_dim, **make),
+                "value": torch.zeros(*shape, own.value_dim, **make),
+                "count": torch.zeros(batch_size, dtype=torch.long, device=device),
+            }
+        return {"layers": layers}
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        config, seen = self.config, attention.seen
+        if state["key"].shape[2] == 0:
+            return attention.local(), state
+        if config.positions == "zero":
+            query, scale = seen.query, seen.scaling
+        else:
+            query, scale = attention.query, attention.scaling
+        with torch.autocast(query.device.type, enabled=False):
+            read = retrieve.attend(
+                query, state["key"], state["value"],
+                rings.filled(state["count"], state["key"].shape[2]), config.top_k,
+                scale=scale, similarity="cosine", threshold=config.similarity_threshold,
+                softcap=seen.softcap,
+            )  # fmt: skip
+        out, share = join_summary(attention, read.out, read.logsumexp, read.index.shape[-1])
+        notes = _notes.get()
+        if notes is not None:
+            number = rings.entries(state["count"], state["key"].shape[2], config.cache_size)
+            index = read.index.clamp_min(0).flatten(1)
+            entries = number.gather(1, index).view(read.index.shape)
+            weights = read.weights * share[..., None]
+            notes.append(Retrieved(layer, entries.masked_fill(read.index < 0, -1), weights))
+        return out.to(attention.value.dtype), state
+
+    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        key, value = attention.key, attention.value
+        if self.config.positions == "zero":
+            key = attention.rotated(key, torch.zeros_like(attention.places.keys))
+        return self.add(state, key, value, attention.places.key_valid)
+
+    def add(self, state: Tree, key: Tensor, value: Tensor, valid: Tensor) -> Tree:
+        """A layer's state with entries added: keys `(B, Hkv, K, Dk)`, values `(B, Hkv, K, Dv)`,
+        those that `valid` `(B, K)` names."""
+        count, size = state["count"], self.config.cache_size
+        place = rings.places(count, valid, size)
+        total = count + valid.sum(1)
+        capacity = rings.capacity(total, state["key"].shape[2], size)
+        return {
+            "key": rings.store(state["key"], place, key, capacity),
+            "value": rings.store(state["value"], place, value, capacity),
+            "count": total,
+        }

@@ -1,0 +1,157 @@
+"""Memorizing attention: queries look up keys and values of the past (Wu et al. 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memwrap.backbones import LayerAttention
+from memwrap.backbones.joining import join_summary
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers, three_quarters
+from memwrap.ops import retrieve, rings
+from memwrap.registry import register
+from memwrap.trees import Tree
+
+SCALE = 20.0  # of cosines, where a learned scale starts
+
+
+@dataclass(kw_only=True)
+class MemorizingConfig(MemoryConfig):
+    """Memorizing attention: keys and values of closed segments are kept as they are, and every
+    query attends to its `top_k` best ones beside its own segment.
+
+    Attributes:
+        cache_size: entries that are kept for each KV head; when they are full the oldest goes.
+        top_k: entries that a query attends to.
+        combine: `"gate"`, two softmaxes mixed by a gate for each query head (section 3.2), or
+            `"joint"`, one softmax over the retrieved entries and the segment.
+        gate_init: b before training; the gate is sigmoid(b). -3 leaves a wrapped model near its
+            base; the paper's 0 halves its local attention.
+        gate_learning_rate: learning rate of gates and scales, in an optimizer group without weight
+            decay.
+        qk_norm: entries are looked up and scored by cosine, with a learned scale for each query
+            head. It bounds how far old entries fall behind weights in training (section 3.2).
+        bptt_segments: gradients reach retrieved entries of so many segments; 1 as published.
+        layers: decoder layers that have a memory (`None`: one, at three quarters of the depth).
+    """
+
+    name: ClassVar[str] = "memorizing"
+    places: ClassVar[frozenset[str]] = frozenset({"attention"})
+    neutral_start: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
+
+    cache_size: int = 8192
+    top_k: int = 32
+    combine: str = "gate"
+    gate_init: float = -3.0
+    gate_learning_rate: float = 1e-2
+    qk_norm: bool = False
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("cache_size")
+        self._positive("top_k")
+        self._one_of("combine", ("gate", "joint"))
+        self._number("gate_init", -20, 20)
+        self._number("gate_learning_rate", 0)
+        self._layers()
+
+    @classmethod
+    def tiny(cls) -> MemorizingConfig:
+        return cls(segment_size=8, cache_size=20, top_k=3, layers=[0, 1])
+
+
+@register(MemorizingConfig)
+class MemorizingMemory(Memory):
+    """Per layer a ring of un-rotated keys and of values for each KV head. It grows with what is
+    read until `cache_size` entries are there.
+
+    A segment looks things up in the cache as it was before it, and is added when it closes. Keys
+    and queries are un-rotated: what is retrieved has no place.
+    """
+
+    config: MemorizingConfig
+    grows = True
+
+    def __init__(self, config: MemorizingConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        one = config.layers is None
+        self.chosen = [three_quarters(sizes)] if one else chosen_layers(config, sizes)
+        self.gates, self.scales = nn.ParameterDict(), nn.ParameterDict()
+        make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
+        for layer in self.chosen:
+            heads = sizes.attention[layer].num_heads
+            if config.combine == "gate":
+                gate = torch.full((heads,), float(config.gate_init), **make)
+                self.gates[str(layer)] = nn.Parameter(gate)
+            if config.qk_norm:
+                self.scales[str(layer)] = nn.Parameter(torch.full((heads,), SCALE, **make).log())
+
+    @property
+    def bytes_per_token(self) -> float:  # type: ignore[override]
+        """What an entry takes in all layers, until the cache is full."""
+        sizes = [self.sizes.attention[layer] for layer in self.chosen]
+        numbers = sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in sizes)
+        return numbers * self.sizes.backbone_dtype.itemsize
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        make: dict[str, Any] = {"device": device, "dtype": self.sizes.backbone_dtype}
+        layers: Tree = {}
+        for layer in self.chosen:
+            own = self.sizes.attention[layer]
+            shape = (batch_size, own.num_kv_heads, 0)
+            layers[str(layer)] = {
+                "key": torch.zeros(*shape, own.key_dim, **make),
+                "value": torch.zeros(*shape, own.value_dim, **make),
+                "count": torch.zeros(batch_size, dtype=torch.long, device=device),
+            }
+        return {"layers": layers}
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        joint = self.config.combine == "joint"
+        query, scale, softcap = attention.query, attention.scaling, None
+        with torch.autocast(query.device.type, enabled=False):
+            if self.config.qk_norm:
+                query, scale = retrieve.normalise(query), self.scales[str(layer)].exp()
+            elif joint:
+                softcap = attention.seen.softcap
+            read = retrieve.attend(
+                query, state["key"], state["value"],
+                rings.filled(state["count"], state["key"].shape[2]), self.config.top_k,
+                scale=scale, softcap=softcap,
+            )  # fmt: skip
+        if joint:
+            most = max(1, read.index.shape[-1])
+            out = join_summary(attention, read.out, read.logsumexp, most)[0]
+            return out.to(attention.value.dtype), state
+        local = attention.local()
+        gate = torch.sigmoid(self.gates[str(layer)].to(read.out.dtype))[:, None]
+        gate = torch.where((state["count"] > 0).view(-1, 1, 1, 1), gate, 0.0)
+        mixed = gate * read.out.transpose(1, 2) + (1 - gate) * local.to(read.out.dtype)
+        return mixed.to(local.dtype), state
+
+    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        count, valid = state["count"], attention.places.key_valid
+        place = rings.places(count, valid, self.config.cache_size)
+        total = count + valid.sum(1)
+        capacity = rings.capacity(total, state["key"].shape[2], self.config.cache_size)
+        key = retrieve.normalise(attention.key) if self.config.qk_norm else attention.key
+        return {
+            "key": rings.store(state["key"], place, key, capacity),
+            "value": rings.store(state["value"], place, attention.value, capacity),
+            "count": total,
+        }
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        own = [*self.gates.parameters(), *self.scales.parameters()]
+        if not own:
+            return []
+        return [{"params": own, "lr": self.config.gate_learning_rate, "weight_decay": 0.0}]
+
+    def figures(self) -> dict[str, Tensor]:
+        gates = [g.detach().float() for g in self.gates.values()]
+        return {"gate": torch.sigmoid(torch.stack(gates))} if gates else {}

@@ -1,0 +1,271 @@
+"""Neurocache: compressed hidden states, read by small attentions (Safaya and Yuret 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memwrap.backbones import LayerAttention
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers, three_quarters
+from memwrap.ops import neurocache as ops
+from memwrap.ops import retrieve, rings
+from memwrap.registry import register
+from memwrap.trees import Tree
+
+
+@dataclass(kw_only=True)
+class NeurocacheConfig(MemoryConfig):
+    """Inputs of chosen layers' self-attention are compressed and cached; every token retrieves
+    once, and small attentions beside the model's own read what it and its last neighbours found.
+
+    Attributes:
+        cache_size: compressed states that are kept; when they are full the oldest goes.
+        compression_factor: states are so many times narrower than hidden states; 1: not compressed.
+        top_k: hits of a token.
+        neighborhood_size: states that are read for each hit, in time around it; 1 or even.
+        context_size: a token reads what so many last tokens retrieved, itself among them.
+        similarity: `"l2"` or `"dot"`.
+        layers: layers that store and retrieve (`None`: one, at three quarters of the depth).
+        attention_layers: layers with a cache attention (`None`: the first of `layers` and all
+            behind it); each reads what the last layer of `layers` before it retrieved.
+        head_layout: `"heads"`, or `"published"`, a reshape in the public code that mixes states
+            with heads; checkpoints trained with that code need it.
+        compat: the public code's other habits: empty places take part as zeros and are told by
+            their sum, neighbours do not cross the ring's seam, context before a segment repeats
+            its first token, search is approximate beyond 512 states, nothing flows back into
+            what was stored, and in training retrieved states are compressed anew.
+    """
+
+    name: ClassVar[str] = "neurocache"
+    places: ClassVar[frozenset[str]] = frozenset({"attention"})
+    neutral_start: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
+
+    cache_size: int = 16384
+    compression_factor: int = 4
+    top_k: int = 16
+    neighborhood_size: int = 2
+    context_size: int = 2
+    similarity: str = "l2"
+    layers: list[int] | None = None
+    attention_layers: list[int] | None = None
+    head_layout: str = "heads"
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = ("cache_size", "compression_factor", "top_k", "neighborhood_size", "context_size")
+        for name in sizes:
+            self._positive(name)
+        if self.neighborhood_size > 1 and self.neighborhood_size % 2:
+            self._fail("neighborhood_size", "1 or an even number")
+        self._one_of("similarity", ("l2", "dot"))
+        self._one_of("head_layout", ops.LAYOUTS)
+        self._layers()
+        self._layers("attention_layers")
+        buckets = min(max(self.top_k, 512), self.cache_size)
+        if self.compat and (self.cache_size % buckets or self.top_k > self.cache_size):
+            self._fail("cache_size", f"a multiple of {buckets} and at least top_k with compat=True")
+
+    @classmethod
+    def tiny(cls) -> NeurocacheConfig:
+        return cls(
+            segment_size=8, cache_size=20, compression_factor=2, top_k=3, layers=[0],
+            attention_layers=[0, 1],
+        )  # fmt: skip
+
+
+@dataclass
+class Found:
+    """What the tokens of a step retrieved, for all cache attentions; see `ops.attend`."""
+
+    states: Tensor
+    valid: Tensor
+    column: Tensor
+    there: Tensor
+
+
+class CacheAttention(nn.Module):
+    """The attention of one layer to retrieved states. Its output starts at zero."""
+
+    def __init__(self, heads: int, kv_heads: int, width: int, sizes: Sizes, state: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.width = heads, kv_heads, width
+        make: dict[str, Any] = {"bias": False, "dtype": sizes.dtype, "device": sizes.device}
+        self.q_proj = nn.Linear(sizes.hidden_size, heads * width, **make)
+        self.k_proj = nn.Linear(state, kv_heads * width, **make)
+        self.v_proj = nn.Linear(state, kv_heads * width, **make)
+        self.o_proj = nn.Linear(heads * width, sizes.hidden_size, **make)
+        for layer in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+        nn.init.zeros_(self.o_proj.weight)
+
+    def forward(self, hidden: Tensor, found: Found, layout: str) -> Tensor:
+        """What is added to the self-attention's output `(B, T, D)`, for its input `hidden`."""
+        dtype = self.q_proj.weight.dtype
+        query = self.q_proj(hidden.to(dtype)).unflatten(-1, (self.heads, self.width))
+        key, value = (
+            p.weight.unflatten(0, (self.kv_heads, self.width)) for p in (self.k_proj, self.v_proj)
+        )
+        out = ops.attend(
+            query * self.width**-0.5, found.states.to(dtype), found.valid, found.column,
+            found.there, key, value, layout=layout,
+        )  # fmt: skip
+        return self.o_proj(out.flatten(2))
+
+
+@register(NeurocacheConfig)
+class NeurocacheMemory(Memory):
+    """Per storing layer a ring of compressed states, which grows with what is read until
+    `cache_size` are there. A segment retrieves from the cache as it was before it, and its own
+    states are added when it closes."""
+
+    config: NeurocacheConfig
+    grows = True
+    needs_hidden = True
+
+    def __init__(self, config: NeurocacheConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        one = config.layers is None
+        self.storing = [three_quarters(sizes)] if one else chosen_layers(config, sizes)
+        reading = config.attention_layers
+        self.reading = sorted(reading or range(self.storing[0], sizes.num_layers))
+        if not self.storing[0] <= self.reading[0] <= self.reading[-1] < sizes.num_layers:
+            raise ValueError(
+                f"NeurocacheConfig.attention_layers are {self.reading}; they must be from the "
+                f"first retrieving layer {self.storing[0]} to the last, {sizes.num_layers - 1}."
+            )
+        if sizes.hidden_size % config.compression_factor:
+            raise ValueError(
+                f"NeurocacheConfig.compression_factor is {config.compression_factor}; it must "
+                f"divide the backbone's width {sizes.hidden_size}."
+            )
+        self.width = sizes.hidden_size // config.compression_factor
+        make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
+        self.h_proj: nn.Module = nn.Identity()
+        self.h_norm: nn.Module = nn.Identity()
+        if config.compression_factor > 1:
+            self.h_proj = nn.Linear(sizes.hidden_size, self.width, bias=False, **make)
+            nn.init.trunc_normal_(self.h_proj.weight, std=sizes.hidden_size**-0.5)
+            self.h_norm = nn.LayerNorm(self.width, **make)
+        self.cache_attns = nn.ModuleDict()
+        for layer in self.reading:
+            own = sizes.attention[layer]
+            self.cache_attns[str(layer)] = CacheAttention(
+                own.num_heads, own.num_kv_heads, own.key_dim, sizes, self.width
+            )
+
+    @property
+    def reencodes(self) -> bool:
+        """Whether uncompressed states are kept too."""
+        return self.config.compat and self.config.compression_factor > 1
+
+    @property
+    def bytes_per_token(self) -> float:  # type: ignore[override]
+        """What a state takes in all storing layers, until the cache is full."""
+        width = self.width + self.reencodes * self.sizes.hidden_size
+        return len(self.storing) * width * self.sizes.backbone_dtype.itemsize
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        make: dict[str, Any] = {"device": device, "dtype": self.sizes.backbone_dtype}
+        layers: Tree = {}
+        for layer in sorted({*self.storing, *self.reading}):
+            tree = {"count": torch.zeros(batch_size, dtype=torch.long, device=device)}
+            if layer in self.storing:
+                tree["states"] = torch.zeros(batch_size, 1, 0, self.width, **make)
+                if self.reencodes:
+                    tree["raw"] = torch.zeros(batch_size, 1, 0, self.sizes.hidden_size, **make)
+            layers[str(layer)] = tree
+        return {"layers": layers}
+
+    def compress(self, hidden: Tensor) -> Tensor:
+        """Compressed states `(..., d)` of hidden states `(..., D)`."""
+        if self.config.compression_factor == 1:
+            return hidden
+        projection: Any = self.h_proj
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.h_norm(projection(hidden.to(projection.weight.dtype)))
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        if "states" in state:
+            attention.shared[self.config.name] = self._retrieve(attention, state)
+        if layer in self.reading:
+            found = attention.shared[self.config.name]
+            with torch.autocast(attention.value.device.type, enabled=False):
+                own: Any = self.cache_attns[str(layer)]
+                attention.add(own(attention.seen.hidden, found, self.config.head_layout))
+        return attention.local(), state
+
+    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        count, valid, size = state["count"], attention.places.key_valid, self.config.cache_size
+        total = count + valid.sum(1)
+        if "states" not in state:
+            return {"count": total}
+        hidden: Tensor = attention.hidden  # type: ignore[assignment]
+        if self.config.compat:
+            hidden = hidden.detach()
+            with torch.no_grad():
+                new = self.compress(hidden)
+        else:
+            new = self.compress(hidden)
+        place = rings.places(count, valid, size)
+        capacity = rings.capacity(total, state["states"].shape[2], size)
+        rows = {"states": new, "raw": hidden}
+        kept = {
+            name: rings.store(state[name], place, rows[name][:, None], capacity)
+            for name in rows.keys() & state.keys()
+        }
+        return {"count": total, **kept}
+
+    def _retrieve(self, attention: LayerAttention, state: Tree) -> Found:
+        """One retrieval for every token of the step, and for those before it that it reads with."""
+        config, places = self.config, attention.places
+        column, there = ops.context(
+            places.queries, places.keys, places.key_valid, config.context_size, clamp=config.compat
+        )
+        hidden: Tensor = attention.hidden  # type: ignore[assignment]
+        needed = torch.zeros(hidden.shape[1], dtype=torch.bool, device=hidden.device)
+        needed[column.flatten()] = True
+        rank = needed.long().cumsum(0) - 1
+        with torch.no_grad():
+            query = self.compress(hidden[:, needed])
+        retrieved = self._published(query, state) if config.compat else self._found(query, state)
+        return Found(*retrieved, rank[column], there)
+
+    def _found(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor]:
+        """Retrieved states `(B, M, N, d)`, and which are there."""
+        config, count, cache = self.config, state["count"], state["states"]
+        capacity = cache.shape[2]
+        index = retrieve.search(
+            query[:, None], cache, rings.filled(count, capacity), config.top_k,
+            similarity=config.similarity,
+        )[1][:, 0]  # fmt: skip
+        if index.shape[-1] == 0:
+            shape = (*index.shape[:2], 0)
+            return query.new_zeros(*shape, self.width), index.new_zeros(shape, dtype=torch.bool)
+        numbers = rings.entries(count, capacity, config.cache_size)
+        hits = numbers.gather(1, index.clamp_min(0).flatten(1)).view(index.shape)
+        number = ops.neighbours(hits, config.neighborhood_size)
+        oldest = (count - config.cache_size).clamp_min(0)[:, None, None]
+        valid = (number >= oldest) & (number < count[:, None, None])
+        valid &= (index >= 0).repeat_interleave(config.neighborhood_size, -1)
+        place = torch.where(valid, number % config.cache_size, 0)
+        return retrieve.gather(cache, place[:, None])[:, 0], valid
+
+    def _published(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor]:
+        """The same as the public code has it: a cache of zeros, clipped at its ends."""
+        config = self.config
+        missing = config.cache_size - state["states"].shape[2]
+        cache = nn.functional.pad(state["states"], (0, 0, 0, missing))
+        index = ops.search_buckets(
+            query.to(cache.dtype), cache[:, 0], config.top_k, config.similarity
+        )
+        place = ops.neighbours(index, config.neighborhood_size).clamp(0, config.cache_size - 1)
+        found = retrieve.gather(cache, place[:, None])[:, 0]
+        if self.training and self.reencodes:
+            raw = nn.functional.pad(state["raw"], (0, 0, 0, missing))
+            found = self.compress(retrieve.gather(raw, place[:, None])[:, 0])
+        return found, torch.ones_like(place, dtype=torch.bool)
