@@ -98,3 +98,35 @@ def armt_tiles(kernel: str, values: int, dtype: torch.dtype, hip: bool) -> Tiles
     if dtype == torch.float32 and kernel in ("read", "write"):
         most = 32
     return Tiles(features, min(most, padded(values)), tokens, warps, 1 if hip else 2)
+
+
+# (queries, keys, warps, stages) by kernel, for head dims up to 64, 128 and 256.
+_LANDMARK = {
+    "forward": ((128, 64, 4, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
+    "query_bwd": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    "key_bwd": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+}
+_LANDMARK_FLOAT32 = {
+    "forward": ((32, 32, 8, 1), (32, 32, 8, 1)),
+    "query_bwd": ((32, 32, 8, 1), (32, 16, 8, 1)),
+    "key_bwd": ((32, 32, 8, 1), (16, 16, 8, 1)),
+}
+
+
+def landmark_tiles(kernel: str, width: int, block_size: int, dtype: torch.dtype, hip: bool) -> Tiles:
+    """Tiles of Landmark attention for head dims up to 256: `keys` holds the channels, `values`
+    the keys and `tokens` the queries of a tile.
+
+    Args:
+        kernel: "forward", "query_bwd" or "key_bwd".
+        width: D.
+        block_size: tokens of a section: a smaller one takes smaller tiles.
+        dtype: of q, k and v.
+        hip: AMD.
+    """
+    wide = padded(width)
+    table = _LANDMARK_FLOAT32 if dtype == torch.float32 else _LANDMARK
+    queries, most, warps, stages = table[kernel][0 if wide <= 64 else 1 if wide == 128 else 2]
+    if hip:
+        queries, most, stages = max(queries // 2, 16), max(most // 2, 16), 1
+    return Tiles(wide, min(most, padded(block_size)), queries, warps, stages)

@@ -22,7 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from memwrap_kernels import armt, armt_kernels, infini, infini_kernels
+from memwrap_kernels import (
+    armt, armt_kernels, infini, infini_kernels, landmark, landmark_kernels, launch,
+)  # fmt: skip
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -30,15 +32,20 @@ TARGETS = {
 }  # fmt: skip
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
+    torch.int32: "i32",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
+
+
+# Compiled for any strides; the others for those that are given.
+OLD = (infini_kernels, armt_kernels)
 
 
 class Recorder:
     """Stands in for a kernel: notes each launch instead of running it."""
 
-    def __init__(self, kernel: Any, launches: dict[str, tuple[Any, ...]]) -> None:
-        self.kernel, self.launches = kernel, launches
+    def __init__(self, kernel: Any, launches: dict[str, tuple[Any, ...]], aligned: bool) -> None:
+        self.kernel, self.launches, self.aligned = kernel, launches, aligned
 
     def __getitem__(self, grid: Any) -> Any:
         return self.launch
@@ -56,22 +63,28 @@ class Recorder:
                 attributes[(number,)] = [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = "fp32" if isinstance(args[number], float) else "i32"
+                # As Triton does at a launch: strides that are multiples of 16 load in wide pieces.
+                if self.aligned and isinstance(args[number], int) and args[number] % 16 == 0:
+                    attributes[(number,)] = [["tt.divisibility", 16]]
         options = {"num_warps": num_warps, "num_stages": num_stages}
         key = f"{self.kernel.__name__} {sorted(constants.items())} {signature} {options}"
         self.launches[key] = (self.kernel, signature, values, attributes, options, constants)
 
 
 def launches_of(cases: list[str], hip: bool) -> dict[str, tuple[Any, ...]]:
-    """What the cases would launch: `infini:DTYPE:HEAD_DIM` or `armt:DTYPE:WIDTH`."""
+    """What the cases would launch: `infini:DTYPE:HEAD_DIM`, `armt:DTYPE:WIDTH` or
+    `landmark:DTYPE:HEAD_DIM:BLOCK_SIZE`."""
     launches: dict[str, tuple[Any, ...]] = {}
-    for module in (infini_kernels, armt_kernels):
+    for module in (infini_kernels, armt_kernels, landmark_kernels):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            setattr(module, name, Recorder(getattr(module, name), launches))
-    for module in (infini, armt):
+            setattr(module, name, Recorder(getattr(module, name), launches, module not in OLD))
+    launch.interpreted = lambda: False  # the recorders are no kernels either
+    for module in (infini, armt, landmark):
         module.is_hip = lambda: hip
     for case in cases:
-        memory, dtype, size = case.split(":")
-        {"infini": run_infini, "armt": run_armt}[memory](DTYPES[dtype], int(size))
+        memory, dtype, *sizes = case.split(":")
+        run = {"infini": run_infini, "armt": run_armt, "landmark": run_landmark}[memory]
+        run(DTYPES[dtype], *map(int, sizes))
     return launches
 
 
@@ -95,6 +108,12 @@ def run_armt(dtype: torch.dtype, width: int) -> None:
             out = armt.read(x, A, z, nu, normalize, 1e-5)
             new_A, _ = armt.write(x, v, beta, A, z, written, nu, normalize, True, 0.0, 1e-5)
             (out.sum() + new_A.sum()).backward()
+
+
+def run_landmark(dtype: torch.dtype, size: int, block_size: int) -> None:
+    q, k, v = (torch.zeros(1, h, 3, size, dtype=dtype, requires_grad=True) for h in (2, 1, 1))
+    for starts in (None, torch.zeros(1, 3, dtype=torch.int32)):
+        landmark.attention(q, k, v, block_size, starts=starts)[0].sum().backward()
 
 
 def spilled(compiled: Any, target: GPUTarget) -> int:
