@@ -76,7 +76,7 @@ def _constants(kernel: str, q: Tensor, block_size: int, has_starts: bool) -> dic
     own = landmark_tiles(kernel, width, block_size, q.dtype, is_hip())
     return {
         "M": block_size, "D": width, "BD": own.keys, "BM": own.tokens, "BN": own.values,
-        "JOINED": block_size + 1 <= own.values, "HAS_STARTS": has_starts,
+        "JOINED": block_size % own.values != 0, "HAS_STARTS": has_starts,
         "PRECISION": rule(q.dtype, is_hip()), "num_warps": own.warps,
         "num_stages": own.stages,
     }  # fmt: skip

@@ -52,18 +52,29 @@ def _weights(x, most):
 
 
 @triton.jit
+def _mark(k, j0, end, k_t, D: tl.constexpr, BD: tl.constexpr):
+    """A landmark's key as a tile of 16 rows, the others 0: where it has no place beside others."""
+    i = tl.arange(0, 16)
+    return _tile(k, j0 + i, (i == 0) & (j0 < end), k_t, D, BD)
+
+
+@triton.jit
+def _column(x):
+    """A vector as the first of 16 columns."""
+    return tl.where((tl.arange(0, 16) == 0)[None, :], x[:, None], 0.0)
+
+
+@triton.jit
 def _landmark(
-    q, k, x, n, j0, end, p, start, k_t, scale, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    q, k, own, j0, end, p, start, k_t, scale, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     JOINED: tl.constexpr, DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the landmark of the section at j0; -inf where it is not an earlier one."""
-    if JOINED:
-        own = tl.sum(tl.where((n == M)[None, :], x, 0.0), 1)
-    else:
-        i_d = tl.arange(0, BD)
-        inside = (i_d < D) & (j0 + M < end)
-        row = tl.load(k + (j0 + M) * k_t + i_d, mask=inside, other=0.0).to(tl.float32)
-        own = tl.sum(q.to(tl.float32) * row[None, :], 1) * scale
+    """Scores of the landmark of the section at j0; -inf where it is not an earlier one. JOINED:
+    they are known."""
+    if not JOINED:
+        mark = _mark(k, j0 + M, end, k_t, D, BD)
+        own = tl.sum(dot(q, tl.trans(mark), PRECISION), 1) * scale
     if DIAGONAL:
         own = tl.where(p > j0 + M, own, -float("inf"))
     if HAS_STARTS:
@@ -75,19 +86,21 @@ def _landmark(
 def _inner(
     q, dout, k, v, j0, end, p, start, k_t, v_t, scale,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr, GRADS: tl.constexpr, PRECISION: tl.constexpr,
+    JOINED: tl.constexpr, DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr, GRADS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Over all tiles of a section: the largest score, the sum of weights and, for GRADS, the sum
-    of weights times `dout v`."""
+    """Over all tiles of a section: the largest score, the sum of weights, the score of the
+    landmark if JOINED and, for GRADS, the sum of weights times `dout v`."""
     most = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     product = tl.zeros([BM], tl.float32)
+    mark = tl.zeros([BM], tl.float32)
     for first in range(0, M, BN):
         n = first + tl.arange(0, BN)
         j = j0 + n
-        real = (n < M) & (j < end)
+        real = (n < M + JOINED) & (j < end)
         keys = _tile(k, j, real, k_t, D, BD)
-        _, x = _scores(q, keys, n, j, p, start, scale, M, DIAGONAL, HAS_STARTS, PRECISION)
+        raw, x = _scores(q, keys, n, j, p, start, scale, M, DIAGONAL, HAS_STARTS, PRECISION)
         new = tl.maximum(most, tl.max(x, 1))
         decay = tl.exp2(most - tl.where(new == -float("inf"), 0.0, new))
         weights = _weights(x, new)
@@ -96,8 +109,10 @@ def _inner(
             values = _tile(v, j, real, v_t, D, BD)
             dp = dot(dout, tl.trans(values), PRECISION)
             product = product * decay + tl.sum(weights * dp, 1)
+        if JOINED:
+            mark += tl.sum(tl.where((n == M)[None, :], raw, 0.0), 1)
         most = new
-    return most, total, product
+    return most, total, mark, product
 
 
 @triton.jit
@@ -114,16 +129,18 @@ def _forward_section(
     keys = _tile(k, j, real, k_t, D, BD)
     raw, x = _scores(q, keys, n, j, p, start, scale, M, DIAGONAL, HAS_STARTS, PRECISION)
     if M > BN:
-        most, inner, _ = _inner(
-            q, q, k, v, j0, end, p, start, k_t, v_t, scale, M, D, BD, BM, BN, DIAGONAL,
+        most, inner, value, unused = _inner(
+            q, q, k, v, j0, end, p, start, k_t, v_t, scale, M, D, BD, BM, BN, JOINED, DIAGONAL,
             HAS_STARTS, False, PRECISION,
         )  # fmt: skip
     else:
         most = tl.max(x, 1)
         inner = tl.sum(_weights(x, most), 1)
+        value = tl.sum(tl.where((n == M)[None, :], raw, 0.0), 1)
     value = _landmark(
-        q, k, raw, n, j0, end, p, start, k_t, scale, M, D, BD, JOINED, DIAGONAL, HAS_STARTS
-    )
+        q, k, value, j0, end, p, start, k_t, scale, M, D, BD, JOINED, DIAGONAL, HAS_STARTS,
+        PRECISION,
+    )  # fmt: skip
     divisor = tl.where(inner == 0.0, 1.0, inner)
     factor = 1.0 / divisor
     if DIAGONAL:
@@ -218,8 +235,8 @@ def _gradients(
     largest scores, the gradient of the landmark's scores; and `dout v` of the tile at hand."""
     dp = dot(dout, tl.trans(values), PRECISION)
     if M > BN:
-        most, inner, product = _inner(
-            q, dout, k, v, j0, end, p, start, k_t, v_t, scale, M, D, BD, BM, BN, DIAGONAL,
+        most, inner, value, product = _inner(
+            q, dout, k, v, j0, end, p, start, k_t, v_t, scale, M, D, BD, BM, BN, JOINED, DIAGONAL,
             HAS_STARTS, True, PRECISION,
         )  # fmt: skip
     else:
@@ -227,9 +244,11 @@ def _gradients(
         weights = _weights(x, most)
         inner = tl.sum(weights, 1)
         product = tl.sum(weights * dp, 1)
+        value = tl.sum(tl.where((n == M)[None, :], raw, 0.0), 1)
     value = _landmark(
-        q, k, raw, n, j0, end, p, start, k_t, scale, M, D, BD, JOINED, DIAGONAL, HAS_STARTS
-    )
+        q, k, value, j0, end, p, start, k_t, scale, M, D, BD, JOINED, DIAGONAL, HAS_STARTS,
+        PRECISION,
+    )  # fmt: skip
     constant = product / tl.where(inner == 0.0, 1.0, inner)
     if DIAGONAL:
         own = p <= j0 + M
@@ -273,19 +292,20 @@ def _query_section(
     if JOINED:
         dx = tl.where((n == M)[None, :], by_landmark[:, None], dx)
     else:
-        i_d = tl.arange(0, BD)
-        landmark = tl.load(k + (j0 + M) * k_t + i_d, mask=(i_d < D) & (j0 + M < end), other=0.0)
-        dq += by_landmark[:, None] * landmark.to(tl.float32)[None, :]
+        mark = _mark(k, j0 + M, end, k_t, D, BD)
+        dq += dot(_column(by_landmark).to(mark.dtype), mark, PRECISION)
     dq += dot(dx.to(keys.dtype), keys, PRECISION)
     for first in range(BN, M, BN):
         n = first + tl.arange(0, BN)
         j = j0 + n
-        real = (n < M) & (j < end)
+        real = (n < M + JOINED) & (j < end)
         keys = _tile(k, j, real, k_t, D, BD)
         values = _tile(v, j, real, v_t, D, BD)
         _, x = _scores(q, keys, n, j, p, start, scale, M, DIAGONAL, HAS_STARTS, PRECISION)
         dp = dot(dout, tl.trans(values), PRECISION)
         dx = _weights(x, most) * factor[:, None] * (dp - constant[:, None])
+        if JOINED:
+            dx = tl.where((n == M)[None, :], by_landmark[:, None], dx)
         dq += dot(dx.to(keys.dtype), keys, PRECISION)
     return dq
 
@@ -371,7 +391,7 @@ def _key_tile(
     if JOINED:
         dx = tl.where((n == M)[None, :], by_landmark[:, None], dx)
     else:
-        dl += tl.sum(by_landmark[:, None] * query.to(tl.float32), 0)
+        dl += dot(tl.trans(_column(by_landmark).to(query.dtype)), query, PRECISION)
     dk += dot(tl.trans(dx.to(query.dtype)), query, PRECISION)
     return dk, dv, dl
 
@@ -398,7 +418,7 @@ def key_bwd_kernel(
     values = _tile(own_v, j, real, v_t, D, BD)
     grad_k = tl.zeros([BN, BD], tl.float32)
     grad_v = tl.zeros([BN, BD], tl.float32)
-    grad_l = tl.zeros([BD], tl.float32)
+    grad_l = tl.zeros([16, BD], tl.float32)
     history = tokens - queries
     first = (tl.maximum(j0 - history, 0) // BM).to(tl.int32)
     # Tiles of queries that are all beyond this section need no causal mask.
@@ -435,7 +455,8 @@ def key_bwd_kernel(
     tl.store(dk + here, (grad_k * plain).to(dk.dtype.element_ty), mask=valid)
     tl.store(dv + here, grad_v.to(dv.dtype.element_ty), mask=valid)
     if not JOINED:
-        here = (at + j0 + M) * D + i_d
-        valid = (i_d < D) & (j0 + M < tokens) & (part == 0)
+        i = tl.arange(0, 16)[:, None]
+        here = (at + j0 + M + i) * D + i_d[None, :]
+        valid = (i == 0) & (i_d < D)[None, :] & (j0 + M < tokens) & (part == 0)
         tl.store(dk + here, (grad_l * plain).to(dk.dtype.element_ty), mask=valid)
-        tl.store(dv + here, tl.zeros([BD], tl.float32).to(dv.dtype.element_ty), mask=valid)
+        tl.store(dv + here, tl.zeros([16, BD], tl.float32).to(dv.dtype.element_ty), mask=valid)

@@ -102,9 +102,9 @@ def armt_tiles(kernel: str, values: int, dtype: torch.dtype, hip: bool) -> Tiles
 
 # (queries, keys, warps, stages) by kernel, for head dims up to 64, 128 and 256.
 _LANDMARK = {
-    "forward": ((128, 64, 4, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
-    "query_bwd": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    "key_bwd": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    "forward": ((128, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "query_bwd": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+    "key_bwd": ((32, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
 }
 _LANDMARK_FLOAT32 = {
     "forward": ((32, 32, 8, 1), (32, 32, 8, 1)),
@@ -128,5 +128,5 @@ def landmark_tiles(kernel: str, width: int, block_size: int, dtype: torch.dtype,
     table = _LANDMARK_FLOAT32 if dtype == torch.float32 else _LANDMARK
     queries, most, warps, stages = table[kernel][0 if wide <= 64 else 1 if wide == 128 else 2]
     if hip:
-        queries, most, stages = max(queries // 2, 16), max(most // 2, 16), 1
+        queries, stages = max(queries // 2, 16), 1
     return Tiles(wide, min(most, padded(block_size)), queries, warps, stages)
