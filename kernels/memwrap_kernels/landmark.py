@@ -13,91 +13,152 @@ import torch
 import triton
 from torch import Tensor
 
+from memwrap_kernels import landmark_bwd_kernels as bwd_kernels
 from memwrap_kernels import landmark_kernels as kernels
-from memwrap_kernels.launch import is_hip, on_device_of, rows, rule
+from memwrap_kernels.launch import flags, is_hip, on_device_of, rows, rule
 from memwrap_kernels.tiles import MAX_HEAD_DIM, landmark_tiles
 
 _LOG2E = 1.4426950408889634
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int, *, scale: float | None = None,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    *,
+    scaling: float | None = None,
+    places: Tensor | None = None,
+    landmark: Tensor | None = None,
+    valid: Tensor | None = None,
+    documents: Tensor | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Grouped softmax over the own section and the landmarks of earlier ones.
 
     Args:
         q, k, v: as above, landmarks included, rotated; bfloat16, float16 or float32, all of one.
         block_size: tokens of a section beside its landmark; any number from 1 on.
-        scale: of the scores; `D ** -0.5` by default.
-        starts: `(B, Tq)` integers, the first key position that each query may see: where its
-            document begins, or Tk for padding, which sees nothing and returns 0. Documents lie
-            one after the other; one that begins inside a section sees the rest of that section.
+        scaling: of the scores; `D ** -0.5` by default.
+        places: `(B, Tq)` positions of the queries among the keys; the last Tq by default.
+        landmark: `(B, Tq)` bool, queries that are landmarks and do not see their own key; by
+            place by default.
+        valid: `(B, Tk)` bool, keys that are no padding.
+        documents: `(B, N)`, the document of each section; the sections of one lie together.
+        softcap, window: must be None.
 
     Returns:
         Output `(B, H, Tq, D)` in q's dtype, and the log-sum-exp of the outer softmax `(B, H, Tq)`
-        in float32 (-inf for padding). Both are differentiable.
+        in float32. Both are differentiable. A query that sees nothing gives 0 and the smallest
+        number.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit, or a head dim that is too large.
+        ValueError: for what `unsupported` names, and shapes that do not fit.
     """
-    _check(q, k, v, block_size, starts)
-    own = q.shape[-1] ** -0.5 if scale is None else scale
-    firsts = None if starts is None else starts.to(torch.int32)
-    return forward(q, k, v, firsts, block_size, own)
+    reason = unsupported(q, k, v, softcap, window)
+    if reason:
+        raise ValueError(f"The kernels of Landmark attention cannot do this: {reason}.")
+    _check(q, k, v, block_size, places)
+    lasts = None
+    if places is not None or landmark is not None:
+        if places is None:
+            places = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+            places = places.expand(q.shape[0], -1)
+        if landmark is None:
+            landmark = places % (block_size + 1) == block_size
+        lasts, places = (places - landmark.long()).int(), places.int()
+    starts = None if documents is None else _starts(q, k, block_size, places, documents)
+    own = q.shape[-1] ** -0.5 if scaling is None else scaling
+    out, lse = forward(q, k, v, places, lasts, starts, valid, block_size, own)
+    return out, lse.clamp_min(torch.finfo(torch.float32).min)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, block_size: int, starts: Tensor | None) -> None:
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}; it must be at least 1.")
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, window: int | None = None
+) -> str:
+    """Why the kernels cannot take a call; empty if they can."""
+    if softcap is not None or window is not None:
+        return "a soft cap or a window"
     if q.dtype not in MAX_HEAD_DIM or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; they must be of one dtype, "
-            "bfloat16, float16 or float32."
+        return (
+            f"q, k and v in {q.dtype}, {k.dtype} and {v.dtype}; they take bfloat16, float16 or "
+            "float32, all of one"
         )
+    if v.shape[-1] != k.shape[-1]:
+        return f"keys and values of {k.shape[-1]} and {v.shape[-1]} channels"
+    limit = min(MAX_HEAD_DIM[q.dtype], 128) if is_hip() else MAX_HEAD_DIM[q.dtype]
+    if q.shape[-1] > limit:
+        return f"a head dim of {q.shape[-1]}; with {q.dtype} it goes up to {limit}"
+    return ""
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, block_size: int, places: Tensor | None) -> None:
+    if block_size < 1:
+        raise ValueError(f"`block_size` is {block_size}; it must be at least 1.")
     fits = q.dim() == 4 and k.dim() == 4 and v.shape == k.shape and k.shape[0] == q.shape[0]
-    if not fits or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
+    if not fits or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q, k and v are {list(q.shape)}, {list(k.shape)} and {list(v.shape)}; they must be "
-            "(B, H, Tq, D) and twice (B, Hkv, Tk, D), with H a multiple of Hkv and Tq <= Tk."
+            "(B, H, Tq, D) and twice (B, Hkv, Tk, D), with H a multiple of Hkv."
         )
-    if q.shape[3] > MAX_HEAD_DIM[q.dtype]:
-        raise ValueError(
-            f"The head dim is {q.shape[3]}; with {q.dtype} it goes up to {MAX_HEAD_DIM[q.dtype]}."
-        )
-    if starts is not None and starts.shape != (q.shape[0], q.shape[2]):
-        raise ValueError(
-            f"starts is {list(starts.shape)}; it must be {[q.shape[0], q.shape[2]]} (B, Tq)."
-        )
+    if places is None and q.shape[2] > k.shape[2]:
+        raise ValueError(f"{q.shape[2]} queries stand behind {k.shape[2]} keys; give `places`.")
 
 
-def _constants(kernel: str, q: Tensor, block_size: int, has_starts: bool) -> dict[str, Any]:
+def _starts(
+    q: Tensor, k: Tensor, block_size: int, places: Tensor | None, documents: Tensor
+) -> Tensor:
+    """Where each query's document begins, `(B, Tq)`: documents are runs of sections."""
+    index = torch.arange(1, documents.shape[1], device=documents.device)
+    begins = torch.where(documents[:, 1:] != documents[:, :-1], index, 0)
+    first = torch.nn.functional.pad(begins, (1, 0)).cummax(1).values
+    if places is None:
+        places = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        places = places.expand(q.shape[0], -1)
+    section = places.long() // (block_size + 1)
+    return (first.gather(1, section) * (block_size + 1)).int()
+
+
+def _constants(
+    kernel: str, q: Tensor, block_size: int, placed: bool, has_starts: bool,
+    has_valid: bool,
+) -> dict[str, Any]:  # fmt: skip
     width = q.shape[-1]
     own = landmark_tiles(kernel, width, block_size, q.dtype, is_hip())
     return {
         "M": block_size, "D": width, "BD": own.keys, "BM": own.tokens, "BN": own.values,
-        "JOINED": block_size % own.values != 0, "HAS_STARTS": has_starts,
+        "JOINED": block_size % own.values != 0, "PLACED": placed, "HAS_STARTS": has_starts,
+        "HAS_VALID": has_valid,
         "PRECISION": rule(q.dtype, is_hip()), "num_warps": own.warps,
         "num_stages": own.stages,
     }  # fmt: skip
 
 
+def _optional(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Dense tensors; any other in place of none (a pointer that is never read)."""
+    return [like if x is None else x.contiguous() for x in tensors]
+
+
 @torch.library.custom_op("memwrap_kernels::landmark", mutates_args=())
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`attention` with everything given."""
-    batch, readers, queries, width = q.shape
+    q: Tensor, k: Tensor, v: Tensor, places: Tensor | None, lasts: Tensor | None,
+    starts: Tensor | None, valid: Tensor | None, block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention` with everything given: `lasts` are the last positions that queries may see,
+    `starts` the first ones, all `(B, Tq)` in int32. Its log-sum-exp of nothing is -inf."""
+    batch, readers, queries, _ = q.shape
     heads, tokens = k.shape[1], k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse
     q, k, v = rows(q), rows(k), rows(v)
-    given = _constants("forward", q, block_size, starts is not None)
+    present = (places is not None, starts is not None, valid is not None)
+    given = _constants("forward", q, block_size, *present)
     with on_device_of(q):
         kernels.forward_kernel[(triton.cdiv(queries, given["BM"]), batch * readers)](
-            q, k, v, lse if starts is None else starts.contiguous(), out, lse,
+            q, k, v, *_optional(lse, places, lasts, starts), flags(valid, q), out, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], queries, tokens, heads,
             readers // heads, scale * _LOG2E, **given,
         )  # fmt: skip
@@ -106,15 +167,17 @@ def forward(
 
 @forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, places: Tensor | None, lasts: Tensor | None,
+    starts: Tensor | None, valid: Tensor | None, block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("memwrap_kernels::landmark_backward", mutates_args=())
 def backward(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None,
-    out: Tensor, lse: Tensor, block_size: int, scale: float,
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, places: Tensor | None,
+    lasts: Tensor | None, starts: Tensor | None, valid: Tensor | None, out: Tensor, lse: Tensor,
+    block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v: one pass for the queries, one for the keys and values."""
     batch, readers, queries, _ = q.shape
@@ -123,39 +186,41 @@ def backward(
     if not lse.numel() or not q.numel():
         return dq, dk.zero_(), dv.zero_()
     q, k, v, dout, dlse = rows(q), rows(k), rows(v), rows(dout), dlse.contiguous()
-    firsts = lse if starts is None else starts.contiguous()
+    where = (*_optional(lse, places, lasts, starts), flags(valid, q))
+    present = (places is not None, starts is not None, valid is not None)
     deltas = torch.empty_like(lse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     sizes = (queries, tokens, heads, readers // heads, scale * _LOG2E, scale)
     with on_device_of(q):
-        given = _constants("query_bwd", q, block_size, starts is not None)
-        kernels.query_bwd_kernel[(triton.cdiv(queries, given["BM"]), batch * readers)](
-            q, k, v, firsts, out, lse, dout, dlse, dq, deltas, *strides, *sizes, **given
+        given = _constants("query_bwd", q, block_size, *present)
+        bwd_kernels.query_bwd_kernel[(triton.cdiv(queries, given["BM"]), batch * readers)](
+            q, k, v, *where, out, lse, dout, dlse, dq, deltas, *strides, *sizes, **given
         )
-        given = _constants("key_bwd", q, block_size, starts is not None)
+        given = _constants("key_bwd", q, block_size, *present)
         sections = triton.cdiv(tokens, block_size + 1) * triton.cdiv(block_size, given["BN"])
-        kernels.key_bwd_kernel[(sections, batch * heads)](
-            q, k, v, firsts, lse, deltas, dout, dk, dv, *strides, *sizes, **given
+        bwd_kernels.key_bwd_kernel[(sections, batch * heads)](
+            q, k, v, *where, lse, deltas, dout, dk, dv, *strides, *sizes, **given
         )
     return dq, dk, dv
 
 
 @backward.register_fake
 def _(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None,
-    out: Tensor, lse: Tensor, block_size: int, scale: float,
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, places: Tensor | None,
+    lasts: Tensor | None, starts: Tensor | None, valid: Tensor | None, out: Tensor, lse: Tensor,
+    block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, starts, ctx.block_size, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, starts, *output)
+    *tensors, ctx.block_size, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _grad(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     grads = backward(dout, dlse, *ctx.saved_tensors, ctx.block_size, ctx.scale)
-    return (*grads, None, None, None)
+    return (*grads, *[None] * 6)
 
 
 forward.register_autograd(_grad, setup_context=_save)

@@ -113,7 +113,9 @@ _LANDMARK_FLOAT32 = {
 }
 
 
-def landmark_tiles(kernel: str, width: int, block_size: int, dtype: torch.dtype, hip: bool) -> Tiles:
+def landmark_tiles(
+    kernel: str, width: int, block_size: int, dtype: torch.dtype, hip: bool
+) -> Tiles:
     """Tiles of Landmark attention for head dims up to 256: `keys` holds the channels, `values`
     the keys and `tokens` the queries of a tile.
 

@@ -23,8 +23,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memwrap_kernels import (
-    armt, armt_kernels, infini, infini_kernels, landmark, landmark_kernels, launch,
-)  # fmt: skip
+    armt,
+    armt_kernels,
+    infini,
+    infini_kernels,
+    landmark,
+    landmark_bwd_kernels,
+    landmark_kernels,
+)
+from memwrap_kernels import launch as launching
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -75,10 +82,10 @@ def launches_of(cases: list[str], hip: bool) -> dict[str, tuple[Any, ...]]:
     """What the cases would launch: `infini:DTYPE:HEAD_DIM`, `armt:DTYPE:WIDTH` or
     `landmark:DTYPE:HEAD_DIM:BLOCK_SIZE`."""
     launches: dict[str, tuple[Any, ...]] = {}
-    for module in (infini_kernels, armt_kernels, landmark_kernels):
+    for module in (infini_kernels, armt_kernels, landmark_kernels, landmark_bwd_kernels):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             setattr(module, name, Recorder(getattr(module, name), launches, module not in OLD))
-    launch.interpreted = lambda: False  # the recorders are no kernels either
+    launching.interpreted = lambda: False  # the recorders are no kernels either
     for module in (infini, armt, landmark):
         module.is_hip = lambda: hip
     for case in cases:
@@ -112,8 +119,10 @@ def run_armt(dtype: torch.dtype, width: int) -> None:
 
 def run_landmark(dtype: torch.dtype, size: int, block_size: int) -> None:
     q, k, v = (torch.zeros(1, h, 3, size, dtype=dtype, requires_grad=True) for h in (2, 1, 1))
-    for starts in (None, torch.zeros(1, 3, dtype=torch.int32)):
-        landmark.attention(q, k, v, block_size, starts=starts)[0].sum().backward()
+    documents, valid = torch.zeros(1, 3, dtype=torch.int32), torch.ones(1, 3, dtype=torch.bool)
+    marks = torch.zeros(1, 3, dtype=torch.bool)
+    for more in ({}, {"documents": documents, "landmark": marks, "valid": valid}):
+        landmark.attention(q, k, v, block_size, **more)[0].sum().backward()
 
 
 def spilled(compiled: Any, target: GPUTarget) -> int:

@@ -16,98 +16,111 @@ TOLERANCE = 2e-5 if DEVICE == "cpu" else 2e-3
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, starts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, scaling: float,
+    places: Tensor | None = None, landmark: Tensor | None = None, valid: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The two softmaxes over all pairs."""
     group, (queries, tokens) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    x = q @ k.transpose(-1, -2) * scale
-    p = torch.arange(tokens - queries, tokens, device=q.device)[:, None]
-    j = torch.arange(tokens, device=q.device)
-    section, stride = j // (block_size + 1), block_size + 1
-    landmark_key = j % stride == block_size
-    first = torch.zeros_like(p) if starts is None else starts[:, None, :, None]
-    own = (section == p // stride) & (j <= p) & ~landmark_key & (j >= first)
-    earlier = (section < p // stride) & (j >= first)
-    outer = (own | (earlier & landmark_key)).expand(x.shape)
+    x = q @ k.transpose(-1, -2) * scaling
+    j, stride = torch.arange(tokens, device=q.device), block_size + 1
+    own_places = j[tokens - queries :].expand(len(q), -1)
+    p = own_places if places is None else places
+    last = p - (p % stride == block_size if landmark is None else landmark).long()
+    p, last = p[:, None, :, None], last[:, None, :, None]
+    section, marks = j // stride, j % stride == block_size
+    real = torch.ones_like(x, dtype=torch.bool) if valid is None else valid[:, None, None]
+    if documents is not None:
+        mine = documents.gather(1, (p // stride).view(len(q), -1))
+        real = real & (documents[:, section][:, None] == mine[:, :, None])[:, None]
+    own = (section == p // stride) & (j <= last) & ~marks & real
+    earlier = (section < p // stride) & real
+    outer = (own | (earlier & marks)).expand(x.shape)
     lse = x.masked_fill(~outer, -torch.inf).logsumexp(-1)
     top = (x - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp().masked_fill(~outer, 0.0)
-    weights = top.masked_fill(landmark_key, 0.0)
+    weights = top.masked_fill(marks, 0.0)
     for s in range(tokens // stride):
-        inside = earlier & (section == s) & ~landmark_key
+        inside = earlier & (section == s) & ~marks
         some = inside.any(-1, keepdim=True)
         inner = x.masked_fill(~(inside | ~some), -torch.inf).softmax(-1) * inside
         weights = weights + top[..., s * stride + block_size, None] * inner
-    return weights @ v, lse
+    return weights @ v, lse.clamp_min(torch.finfo(torch.float32).min)
 
 
 def compared(
-    function: Callable[..., tuple[Tensor, Tensor]], leaves: tuple[Tensor, ...], seen: Tensor | None
+    function: Callable[..., tuple[Tensor, Tensor]], leaves: tuple[Tensor, ...]
 ) -> list[Tensor]:
     """Output, log-sum-exp where something is seen, and the gradients of their weighted sum."""
     leaves = tuple(x.detach().clone().requires_grad_() for x in leaves)
     out, lse = function(*leaves)
-    if seen is not None:
-        lse = lse.masked_fill(~seen[:, None], 0.0)
+    lse = lse.masked_fill(lse < -1e30, 0.0)
     loss = (out * draw(*out.shape, seed=70, dtype=out.dtype)).sum()
     loss = loss + (lse * draw(*lse.shape, seed=71, dtype=lse.dtype)).sum()
     grads = torch.autograd.grad(loss, leaves)
     return [x.detach().float().cpu() for x in (out, lse, *grads)]
 
 
-def starts_of(batch: int, queries: int, tokens: int, ends: tuple[int, ...]) -> Tensor:
-    """Documents that end at `ends`; what follows the last is padding. Row 0 has no documents."""
-    starts = torch.full((batch, tokens), tokens)
-    for begin, end in zip((0, *ends), ends, strict=False):
-        starts[:, begin:end] = begin
-    starts[0] = 0
-    return starts[:, tokens - queries :].to(DEVICE)
+def more(name: str, batch: int, queries: int, tokens: int, block_size: int) -> dict[str, Tensor]:
+    """The optional arguments of a call."""
+    found: dict[str, Tensor] = {}
+    if "documents" in name:  # two sections each, in the last row
+        sections = -(-tokens // (block_size + 1))
+        documents = torch.arange(sections).expand(batch, -1) // 2 * torch.arange(batch)[:, None]
+        found["documents"] = documents.to(DEVICE)
+    if "valid" in name:
+        found["valid"] = draw(batch, tokens, seed=4) > -0.8
+    if "places" in name:  # rows that lag behind, and a landmark that closes its section early
+        places = torch.arange(tokens - queries, tokens) - 3 * torch.arange(batch)[:, None]
+        found["places"] = places.clamp_min(0).to(DEVICE)
+        marks = found["places"] % (block_size + 1) == block_size
+        marks[:, -1] = True
+        found["landmark"] = marks
+    return found
 
 
 @pytest.mark.parametrize(
-    ("sizes", "block_size", "documents", "dtype"),
+    ("sizes", "block_size", "given", "dtype"),
     [  # B, H, Hkv, Tq, Tk, D
-        ((1, 4, 2, 43, 43, 20), 4, None, torch.float32),  # many sections a tile, a partial one
-        ((2, 2, 1, 70, 70, 8), 15, (32, 61), torch.float32),  # landmark inside the tile
-        ((1, 1, 1, 81, 81, 16), 16, None, torch.bfloat16),  # landmark beside the tile
-        ((1, 2, 1, 21, 107, 8), 40, None, torch.float32),  # history; two tiles a section
-        ((2, 1, 1, 60, 140, 16), 66, (67, 134), torch.float16),  # three tiles, documents
-        ((1, 3, 1, 1, 12, 5), 3, None, torch.float32),  # one query
-        ((1, 1, 1, 9, 9, 3), 1, None, torch.float32),
+        ((1, 4, 2, 43, 43, 20), 4, "", torch.float32),  # many sections a tile, a partial one
+        ((2, 2, 1, 70, 70, 8), 15, "documents valid", torch.float32),  # landmark inside the tile
+        ((1, 1, 1, 81, 81, 16), 16, "", torch.bfloat16),  # landmark beside the tile
+        ((2, 2, 1, 21, 87, 8), 40, "places", torch.float32),  # history; two tiles a section
+        ((2, 1, 1, 60, 200, 16), 66, "documents places valid", torch.float16),
+        ((1, 3, 1, 1, 12, 5), 3, "", torch.float32),  # one query
+        ((1, 1, 1, 9, 9, 3), 1, "", torch.float32),
     ],
 )
-def test_numbers(
-    sizes: tuple[int, ...], block_size: int, documents: tuple[int, ...] | None, dtype: torch.dtype
-) -> None:
+def test_numbers(sizes: tuple[int, ...], block_size: int, given: str, dtype: torch.dtype) -> None:
     batch, heads, own, queries, tokens, width = sizes
     leaves = (
         draw(batch, heads, queries, width, seed=1, dtype=dtype),
         draw(batch, own, tokens, width, seed=2, dtype=dtype),
         draw(batch, own, tokens, width, seed=3, dtype=dtype),
     )
-    starts = None if documents is None else starts_of(batch, queries, tokens, documents)
-    seen = None if starts is None else starts < tokens
+    options = more(given, batch, queries, tokens, block_size)
 
     def run(*x: Tensor) -> tuple[Tensor, Tensor]:
-        return landmark.attention(*x, block_size, scale=0.4, starts=starts)
+        return landmark.attention(*x, block_size, scaling=0.4, **options)
 
     def naive(*x: Tensor) -> tuple[Tensor, Tensor]:
-        return reference(*x, block_size, 0.4, starts)
+        return reference(*x, block_size, 0.4, **options)
 
-    want = compared(naive, tuple(x.double() for x in leaves), seen)
+    want = compared(naive, tuple(x.double() for x in leaves))
     # Half types round the weights and their gradients before they are multiplied.
     tolerance = TOLERANCE if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
-    agree(compared(run, leaves, seen), want, tolerance, dtype)
+    agree(compared(run, leaves), want, tolerance, dtype)
 
 
-def test_padding_reads_nothing_and_reaches_nothing() -> None:
+def test_what_sees_nothing_reads_nothing() -> None:
     q, k, v = (draw(1, 2, 13, 4, seed=n).requires_grad_() for n in (1, 2, 3))
-    starts = torch.tensor([[0] * 10 + [13] * 3], device=DEVICE)
-    out, lse = landmark.attention(q, k, v, 4, starts=starts)
-    assert bool((out[:, :, 10:] == 0).all()) and bool((lse[:, :, 10:] == -torch.inf).all())
+    valid = torch.arange(13, device=DEVICE)[None] >= 6  # padding on the left
+    out, lse = landmark.attention(q, k, v, 4, valid=valid)
+    least = torch.finfo(torch.float32).min
+    assert bool((out[:, :, :5] == 0).all()) and bool((lse[:, :, :5] == least).all())
     out.sum().backward()
-    assert q.grad is not None and bool((q.grad[:, :, 10:] == 0).all())
-    assert k.grad is not None and bool((k.grad[:, :, 10:] == 0).all())
+    assert q.grad is not None and bool((q.grad[:, :, :5] == 0).all())
+    assert k.grad is not None and bool((k.grad[:, :, :6] == 0).all())
     assert bool(torch.cat([k.grad, q.grad]).isfinite().all())
 
 
@@ -128,22 +141,24 @@ def test_no_queries() -> None:
 
 def test_bad_calls_are_refused() -> None:
     q, k = draw(1, 2, 3, 4, seed=1), draw(1, 1, 3, 4, seed=2)
-    with pytest.raises(ValueError, match="block_size is 0"):
+    with pytest.raises(ValueError, match="`block_size` is 0"):
         landmark.attention(q, k, k, 0)
-    with pytest.raises(ValueError, match="one dtype"):
+    with pytest.raises(ValueError, match="all of one"):
         landmark.attention(q.double(), k, k, 2)
-    with pytest.raises(ValueError, match="multiple of Hkv"):
+    with pytest.raises(ValueError, match="give `places`"):
         landmark.attention(q, k[:, :, :2], k[:, :, :2], 2)
+    with pytest.raises(ValueError, match="multiple of Hkv"):
+        landmark.attention(q, k[..., :2], k[..., :2], 2)
     with pytest.raises(ValueError, match="goes up to 128"):
         landmark.attention(*(torch.zeros(1, 1, 1, 129) for _ in range(3)), 2)
-    with pytest.raises(ValueError, match="starts is"):
-        landmark.attention(q, k, k, 2, starts=torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="a soft cap"):
+        landmark.attention(q, k, k, 2, softcap=30.0)
 
 
 def test_operator_is_registered_as_torch_wants_it() -> None:
-    q, k, v = (draw(1, 2, 7, 4, seed=n).requires_grad_() for n in (1, 2, 3))
-    starts = torch.tensor([[0] * 4 + [4] * 3], dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(landmark.forward, (q, k, v, starts, 3, 0.5))
+    q, k, v = (draw(1, 2, 5, 4, seed=n).requires_grad_() for n in (1, 2, 3))
+    starts = torch.tensor([[0] * 4 + [4]], dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(landmark.forward, (q, k, v, None, None, starts, None, 3, 0.5))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -155,5 +170,5 @@ def test_compiled_whole(compiler: str) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend=compiler)
-    want = compared(lambda *x: reference(*x, 3, 0.5), leaves, None)
-    agree(compared(compiled, leaves, None), want, TOLERANCE, torch.float32)
+    want = compared(lambda *x: reference(*x, 3, 0.5), leaves)
+    agree(compared(compiled, leaves), want, TOLERANCE, torch.float32)
