@@ -132,3 +132,36 @@ def landmark_tiles(
     if hip:
         queries, stages = max(queries // 2, 16), 1
     return Tiles(wide, min(most, padded(block_size)), queries, warps, stages)
+
+
+def chunk_size(tokens: int) -> int:
+    """Tokens of a chunk of the recurrent kernels: a power of two from 16 to 64."""
+    return min(64, padded(tokens))
+
+
+# (key channels, value channels, warps) by kernel; head dims of any size are walked in such steps.
+_GLA = {
+    "states": (64, 64, 4),
+    "scores": (32, 64, 4),
+    "output": (32, 64, 4),
+    "values_bwd": (32, 64, 4),
+    "keys_bwd": (32, 32, 4),
+}
+
+
+def gla_tiles(
+    kernel: str, keys: int, values: int, gate: int, dtype: torch.dtype, hip: bool
+) -> Tiles:
+    """Tiles of gated linear attention.
+
+    Args:
+        kernel: "states", "scores", "output", "values_bwd" or "keys_bwd".
+        keys, values: Dk and Dv.
+        gate: 0 none, 1 a number, 2 a vector.
+        dtype: of q, k and v.
+        hip: AMD.
+    """
+    wide, most, warps = _GLA[kernel]
+    # Scores run over channels of keys, or of values for their gradients.
+    width = max(keys, values) if kernel == "scores" else keys
+    return Tiles(min(wide, padded(width)), min(most, padded(values)), 0, warps, 1 if hip else 2)
