@@ -6,8 +6,8 @@
 set before the first import, runs them on a CPU in Triton's interpreter (slow, for tests).
 """
 
-from memwrap_kernels import armt, gla, infini, landmark
+from memwrap_kernels import armt, delta, gla, infini, landmark
 from memwrap_kernels.launch import interpreted, runs_on
 from memwrap_kernels.tiles import MAX_HEAD_DIM
 
-__all__ = ["MAX_HEAD_DIM", "armt", "gla", "infini", "interpreted", "landmark", "runs_on"]
+__all__ = ["MAX_HEAD_DIM", "armt", "delta", "gla", "infini", "interpreted", "landmark", "runs_on"]

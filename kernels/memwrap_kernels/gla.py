@@ -85,8 +85,9 @@ class _Call:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor,
-        table: Tensor | None, spans: Tensor | None, scale: float,
+        table: Tensor | None, spans: Tensor | None, scale: float, dtype: torch.dtype,
     ) -> None:  # fmt: skip
+        self.dtype, self.precision = dtype, rule(dtype, is_hip())
         self.q, self.k, self.v, self.scale = rows(q), rows(k), rows(v), scale
         self.batch, self.readers, self.tokens, self.keys = q.shape
         self.heads, self.values = k.shape[1], v.shape[-1]
@@ -101,11 +102,11 @@ class _Call:
         self.gates = self.q if g is None else self.cumulated(g)
 
     def constants(self, kernel: str, *names: str) -> dict[str, Any]:
-        own = gla_tiles(kernel, self.keys, self.values, self.gate, self.q.dtype, is_hip())
+        own = gla_tiles(kernel, self.keys, self.values, self.gate, self.dtype, is_hip())
         found = {
             "DK": self.keys, "DV": self.values, "BK": own.keys, "BV": own.values, "C": self.size,
             "GATE": self.gate, "LEVELS": self.size.bit_length() - 1, "HAS_TABLE": self.has_table,
-            "PRECISION": rule(self.q.dtype, is_hip()),
+            "PRECISION": self.precision,
         }  # fmt: skip
         return {name: found[name] for name in names} | {
             "num_warps": own.warps, "num_stages": own.stages,
@@ -155,6 +156,39 @@ class _Call:
             )  # fmt: skip
         return out
 
+    def read(self, states: Tensor, scores: Tensor, values: Tensor, out: Tensor) -> None:
+        """What the tokens read, into `out`."""
+        given = self.constants(
+            "output", "DK", "DV", "BK", "BV", "C", "GATE", "HAS_TABLE", "PRECISION"
+        )
+        blocks = self.chunks * triton.cdiv(self.values, given["BV"])
+        with on_device_of(out):
+            kernels.output_kernel[(blocks, self.batch * self.readers)](
+                self.q, values, self.gates, states, scores, out, self.table, *self.q.stride()[:3],
+                *values.stride()[:3], self.tokens, self.slots, self.heads, self.group, self.scale,
+                **given,
+            )  # fmt: skip
+
+    def keys_bwd(
+        self, states: Tensor, grads: Tensor, values: Tensor, dout: Tensor, dq: Tensor, dk: Tensor
+    ) -> Tensor:
+        """Gradients of queries and keys, into `dq` and `dk`, and of the gates in float32."""
+        weights = self.scores(dout, values, gated=False)
+        given = self.constants(
+            "keys_bwd", "DK", "DV", "BK", "BV", "C", "LEVELS", "GATE", "HAS_TABLE", "PRECISION"
+        )
+        blocks, own = triton.cdiv(self.keys, given["BK"]), self.k.shape
+        shape = (blocks, *own[:3]) if self.gate == 1 else own if self.gate else (0,)
+        dg = torch.empty(shape, device=dq.device, dtype=torch.float32)
+        with on_device_of(dq):
+            bwd_kernels.keys_bwd_kernel[(self.chunks * blocks, self.batch * self.heads)](
+                self.q, self.k, values, self.gates, states, grads, weights, dout, dq, dk, dg,
+                self.table, *self.q.stride()[:3], *self.k.stride()[:3], *values.stride()[:3],
+                *dout.stride()[:3], self.tokens, self.slots, self.heads, self.group,
+                self.k[..., 0].numel(), self.scale, **given,
+            )  # fmt: skip
+        return dg.sum(0) if self.gate == 1 else dg
+
     def last(self, states: Tensor) -> Tensor:
         """The states after the last token of each sequence."""
         if not self.has_table:
@@ -178,16 +212,10 @@ def forward(
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device)
     if not q.numel() or not v.numel():
         return out.zero_(), state.clone()
-    call = _Call(q, k, v, g, state, table, spans, scale)
+    call = _Call(q, k, v, g, state, table, spans, scale, v.dtype)
     states = call.states(call.k, call.v, state, reverse=False)
     scores = call.scores(call.q, call.k)
-    given = call.constants("output", "DK", "DV", "BK", "BV", "C", "GATE", "HAS_TABLE", "PRECISION")
-    blocks = call.chunks * triton.cdiv(call.values, given["BV"])
-    with on_device_of(q):
-        kernels.output_kernel[(blocks, call.batch * call.readers)](
-            call.q, call.v, call.gates, states, scores, out, call.table, *call.q.stride()[:3],
-            *call.v.stride()[:3], call.tokens, call.slots, call.heads, call.group, scale, **given,
-        )  # fmt: skip
+    call.read(states, scores, call.v, out)
     return out, call.last(states)
 
 
@@ -209,7 +237,7 @@ def backward(
     if not q.numel() or not v.numel():
         none = q.new_empty(0) if g is None else torch.zeros_like(g)
         return dq.zero_(), dk.zero_(), dv.zero_(), none, dlast.clone()
-    call = _Call(q, k, v, g, state, table, spans, scale)
+    call = _Call(q, k, v, g, state, table, spans, scale, v.dtype)
     dout = rows(dout)
     states = call.states(call.k, call.v, state, reverse=False)
     grads = call.states(call.q, dout, dlast, reverse=True)
@@ -223,20 +251,9 @@ def backward(
             call.k, call.gates, grads, scores, dout, dv, call.table, *call.k.stride()[:3],
             *dout.stride()[:3], call.tokens, call.slots, call.heads, call.group, **given,
         )  # fmt: skip
-    weights = call.scores(dout, call.v, gated=False)
-    given = call.constants("keys_bwd", *shapes, "LEVELS")
-    blocks = triton.cdiv(call.keys, given["BK"])
-    shape = (blocks, *k.shape[:3]) if call.gate == 1 else k.shape if call.gate else (0,)
-    dg = torch.empty(shape, device=q.device, dtype=torch.float32)
-    with on_device_of(q):
-        bwd_kernels.keys_bwd_kernel[(call.chunks * blocks, call.batch * call.heads)](
-            call.q, call.k, call.v, call.gates, states, grads, weights, dout, dq, dk, dg,
-            call.table, *call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3],
-            *dout.stride()[:3], call.tokens, call.slots, call.heads, call.group,
-            k[..., 0].numel(), scale, **given,
-        )  # fmt: skip
+    dg = call.keys_bwd(states, grads, call.v, dout, dq, dk)
     if g is not None:
-        dg = (dg.sum(0) if call.gate == 1 else dg).to(g.dtype)
+        dg = dg.to(g.dtype)
     return dq, dk, dv, dg, call.first(grads)
 
 

@@ -113,9 +113,9 @@ def keys_bwd_kernel(
             diagonal = tl.sum(tl.where(i[:, None] == i[None, :], pairs, 0.0), 1)[:, None]
             grad_q += diagonal * key
             grad_k += diagonal * query
-            for level in tl.static_range(0, LEVELS):
-                later, earlier = _seam(sums, own, start, end, i_k, 2**level, C, DK)
-                same = (i // 2 ** (level + 1))[:, None] == (i // 2 ** (level + 1))[None, :]
+            for level in range(0, LEVELS):
+                later, earlier = _seam(sums, own, start, end, i_k, 1 << level, C, DK)
+                same = (i // (2 << level))[:, None] == (i // (2 << level))[None, :]
                 # `later` and `earlier` are 0 in the halves that they do not belong to.
                 part = tl.where(same, pairs, 0.0)
                 grad_q += dot(part, key * earlier, PRECISION) * later

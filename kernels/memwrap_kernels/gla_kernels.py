@@ -69,11 +69,11 @@ def _decay(x):
 
 
 @triton.jit
-def _seam(gates, own, start, end, i_k, HALF: tl.constexpr, C: tl.constexpr, DK: tl.constexpr):
+def _seam(gates, own, start, end, i_k, half, C: tl.constexpr, DK: tl.constexpr):
     """Of a level of halving: the factors of the later halves' tokens and of the earlier ones'."""
     i = tl.arange(0, C)
-    seam = start + (i // (2 * HALF)) * (2 * HALF) + HALF
-    later = ((i // HALF) % 2 == 1)[:, None]
+    seam = start + (i // (2 * half)) * (2 * half) + half
+    later = ((i // half) % 2 == 1)[:, None]
     there = _rows(gates, seam, i_k, seam < end, DK, DK)
     return tl.where(later, _decay(own - there), 0.0), tl.where(later, 0.0, _decay(there - own))
 
@@ -167,10 +167,10 @@ def scores_kernel(
         if GATE == 2:
             own = _sums(sums, t, i_k, real, DK, GATE)
             total += tl.where(i[:, None] == i[None, :], tl.sum(query * key, 1)[:, None], 0.0)
-            for level in tl.static_range(0, LEVELS):
-                later, earlier = _seam(sums, own, start, end, i_k, 2**level, C, DK)
+            for level in range(0, LEVELS):
+                later, earlier = _seam(sums, own, start, end, i_k, 1 << level, C, DK)
                 part = dot(query * later, tl.trans(key * earlier), PRECISION)
-                block = i // 2 ** (level + 1)
+                block = i // (2 << level)
                 total += tl.where(block[:, None] == block[None, :], part, 0.0)
         else:
             total += dot(query, tl.trans(key), PRECISION)

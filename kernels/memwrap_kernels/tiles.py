@@ -146,6 +146,7 @@ _GLA = {
     "output": (32, 64, 4),
     "values_bwd": (32, 64, 4),
     "keys_bwd": (32, 32, 4),
+    "readers_bwd": (64, 64, 4),
 }
 
 

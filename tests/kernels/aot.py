@@ -25,6 +25,9 @@ from triton.compiler import ASTSource
 from memwrap_kernels import (
     armt,
     armt_kernels,
+    gla,
+    gla_bwd_kernels,
+    gla_kernels,
     infini,
     infini_kernels,
     landmark,
@@ -44,6 +47,10 @@ TYPES = {
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
+MODULES = (
+    infini_kernels, armt_kernels, landmark_kernels, landmark_bwd_kernels, gla_kernels,
+    gla_bwd_kernels,
+)  # fmt: skip
 # Compiled for any strides; the others for those that are given.
 OLD = (infini_kernels, armt_kernels)
 
@@ -79,18 +86,18 @@ class Recorder:
 
 
 def launches_of(cases: list[str], hip: bool) -> dict[str, tuple[Any, ...]]:
-    """What the cases would launch: `infini:DTYPE:HEAD_DIM`, `armt:DTYPE:WIDTH` or
-    `landmark:DTYPE:HEAD_DIM:BLOCK_SIZE`."""
+    """What the cases would launch: `infini:DTYPE:HEAD_DIM`, `armt:DTYPE:WIDTH`,
+    `landmark:DTYPE:HEAD_DIM:BLOCK_SIZE` or `gla:DTYPE:KEYS:VALUES`."""
     launches: dict[str, tuple[Any, ...]] = {}
-    for module in (infini_kernels, armt_kernels, landmark_kernels, landmark_bwd_kernels):
+    for module in MODULES:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             setattr(module, name, Recorder(getattr(module, name), launches, module not in OLD))
     launching.interpreted = lambda: False  # the recorders are no kernels either
-    for module in (infini, armt, landmark):
+    for module in (infini, armt, landmark, gla):
         module.is_hip = lambda: hip
     for case in cases:
         memory, dtype, *sizes = case.split(":")
-        run = {"infini": run_infini, "armt": run_armt, "landmark": run_landmark}[memory]
+        run = {"infini": run_infini, "armt": run_armt, "landmark": run_landmark, "gla": run_gla}[memory]
         run(DTYPES[dtype], *map(int, sizes))
     return launches
 
@@ -123,6 +130,16 @@ def run_landmark(dtype: torch.dtype, size: int, block_size: int) -> None:
     marks = torch.zeros(1, 3, dtype=torch.bool)
     for more in ({}, {"documents": documents, "landmark": marks, "valid": valid}):
         landmark.attention(q, k, v, block_size, **more)[0].sum().backward()
+
+
+def run_gla(dtype: torch.dtype, keys: int, values: int) -> None:
+    tokens = 64  # a whole chunk
+    q, k = (torch.zeros(1, h, tokens, keys, dtype=dtype, requires_grad=True) for h in (2, 1))
+    v = torch.zeros(1, 1, tokens, values, dtype=dtype)
+    state, cu = torch.zeros(1, 1, keys, values), torch.tensor([0, tokens])
+    for g in (None, torch.zeros(1, 1, tokens), torch.zeros(1, 1, tokens, keys)):
+        for joined in (None, cu) if g is not None and g.dim() == 4 else (None,):
+            gla.scan(q, k, v, g, state, 1.0, joined)[0].sum().backward()
 
 
 def spilled(compiled: Any, target: GPUTarget) -> int:
