@@ -18,8 +18,8 @@ from torch import Tensor
 
 from memwrap_kernels import delta_kernels as kernels
 from memwrap_kernels import gla
-from memwrap_kernels.launch import on_device_of, rows
-from memwrap_kernels.tiles import MAX_HEAD_DIM, chunk_size, padded
+from memwrap_kernels.launch import is_hip, on_device_of, rows
+from memwrap_kernels.tiles import MAX_HEAD_DIM, chunk_size, delta_tiles, padded
 
 
 def scan(
@@ -123,11 +123,11 @@ class _Call(gla._Call):
     """Sizes and launches of the delta rule."""
 
     def tiles(self) -> dict[str, Any]:
-        wide = padded(self.keys)
+        own = delta_tiles(self.keys, self.dtype, is_hip())
         return {
-            "DK": self.keys, "DV": self.values, "BK": wide, "C": self.size, "GATE": self.gate,
-            "BV": 16 if wide > 128 else 32, "HAS_TABLE": self.has_table,
-            "PRECISION": self.precision, "num_warps": 4 if wide <= 64 else 8, "num_stages": 1,
+            "DK": self.keys, "DV": self.values, "BK": own.keys, "BV": own.values, "C": self.size,
+            "GATE": self.gate, "HAS_TABLE": self.has_table, "PRECISION": self.precision,
+            "num_warps": own.warps, "num_stages": own.stages,
         }  # fmt: skip
 
     def changes(self, u: Tensor, w: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,10 @@ import triton
 from torch import Tensor
 
 from memwrap_kernels import landmark_bwd_kernels as bwd_kernels
+from memwrap_kernels import landmark_decode_kernels as decode_kernels
 from memwrap_kernels import landmark_kernels as kernels
 from memwrap_kernels.launch import flags, is_hip, on_device_of, rows, rule
-from memwrap_kernels.tiles import MAX_HEAD_DIM, landmark_tiles
+from memwrap_kernels.tiles import MAX_HEAD_DIM, landmark_tiles, padded
 
 _LOG2E = 1.4426950408889634
 
@@ -87,7 +88,7 @@ def unsupported(
         )
     if v.shape[-1] != k.shape[-1]:
         return f"keys and values of {k.shape[-1]} and {v.shape[-1]} channels"
-    limit = min(MAX_HEAD_DIM[q.dtype], 128) if is_hip() else MAX_HEAD_DIM[q.dtype]
+    limit = 64 if is_hip() or q.dtype == torch.float32 else MAX_HEAD_DIM[q.dtype]
     if q.shape[-1] > limit:
         return f"a head dim of {q.shape[-1]}; with {q.dtype} it goes up to {limit}"
     return ""
@@ -224,3 +225,70 @@ def _grad(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
 
 
 forward.register_autograd(_grad, setup_context=_save)
+
+
+def retrieved(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    landmarks: Tensor,
+    valid: Tensor,
+    ids: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read chosen blocks without gradients: decoding. No block is gathered first.
+
+    Args:
+        q: `(B, H, T, R, Dk)`, the query as each of its blocks sees it.
+        keys, values: `(B, Hkv, N, m, Dk)` and `(B, Hkv, N, m, Dv)`, on q's device.
+        landmarks: `(B, Hkv, N, Dk)`.
+        valid: `(B, N, m)` bool.
+        ids: `(B, H, T, R)`, or `(B, H, 1, R)` for all queries; N for none.
+        scaling, softcap: of the scores.
+
+    Returns:
+        The output `(B, H, T, Dv)` in the values' dtype, and the log of the landmarks' sum
+        `(B, H, T)` in float32, the smallest number where there is no block.
+    """
+    out, lse = retrieved_op(q, keys, values, landmarks, valid, ids, scaling, softcap or 0.0)
+    return out, lse.clamp_min(torch.finfo(torch.float32).min)
+
+
+@torch.library.custom_op("memwrap_kernels::landmark_retrieved", mutates_args=())
+def retrieved_op(
+    q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, valid: Tensor, ids: Tensor,
+    scaling: float, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`retrieved`; a soft cap of 0 is none."""
+    batch, readers, queries, chosen, width = q.shape
+    heads, blocks, size, values_width = values.shape[1:]
+    out = torch.empty(
+        (batch, readers, queries, values_width), dtype=values.dtype, device=values.device
+    )
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out, lse
+    if not blocks or not chosen:
+        return out.zero_(), lse.fill_(-torch.inf)
+    q = rows(q)
+    dense = [x.contiguous() for x in (keys, values, landmarks)]
+    wide, wide_values = padded(width), padded(values_width)
+    tokens = min(padded(size), max(16, 4096 // max(wide, wide_values)))
+    with on_device_of(q):
+        decode_kernels.retrieved_kernel[(queries, batch * readers)](
+            q, *dense, flags(valid, q), ids.contiguous(), out, lse, *q.stride()[:4], queries,
+            heads, readers // heads, blocks, chosen, ids.shape[2], scaling, softcap or 1.0,
+            M=size, D=width, DV=values_width, BD=wide, BV=wide_values, BN=tokens,
+            CAPPED=softcap > 0.0, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return out, lse
+
+
+@retrieved_op.register_fake
+def _(
+    q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, valid: Tensor, ids: Tensor,
+    scaling: float, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = values.new_empty((*q.shape[:3], values.shape[-1]))
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)

@@ -145,9 +145,11 @@ _GLA = {
     "scores": (32, 64, 4),
     "output": (32, 64, 4),
     "values_bwd": (32, 64, 4),
-    "keys_bwd": (32, 32, 4),
+    "keys_bwd": (32, 32, 8),
     "readers_bwd": (64, 64, 4),
 }
+# The delta rule holds all key channels of a state: (value channels, warps) for up to 64, 128, 256.
+_DELTA = ((32, 4), (32, 8), (16, 8))
 
 
 def gla_tiles(
@@ -166,3 +168,12 @@ def gla_tiles(
     # Scores run over channels of keys, or of values for their gradients.
     width = max(keys, values) if kernel == "scores" else keys
     return Tiles(min(wide, padded(width)), min(most, padded(values)), 0, warps, 1 if hip else 2)
+
+
+def delta_tiles(keys: int, dtype: torch.dtype, hip: bool) -> Tiles:
+    """Tiles of what goes from chunk to chunk in the delta rule, for keys of up to 256 channels."""
+    wide = padded(keys)
+    values, warps = _DELTA[0 if wide <= 64 else 1 if wide == 128 else 2]
+    if hip or dtype == torch.float32:
+        values = 16
+    return Tiles(wide, values, 0, warps, 1)

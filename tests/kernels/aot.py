@@ -25,6 +25,8 @@ from triton.compiler import ASTSource
 from memwrap_kernels import (
     armt,
     armt_kernels,
+    delta,
+    delta_kernels,
     gla,
     gla_bwd_kernels,
     gla_kernels,
@@ -32,6 +34,7 @@ from memwrap_kernels import (
     infini_kernels,
     landmark,
     landmark_bwd_kernels,
+    landmark_decode_kernels,
     landmark_kernels,
 )
 from memwrap_kernels import launch as launching
@@ -42,14 +45,14 @@ TARGETS = {
 }  # fmt: skip
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
-    torch.int32: "i32",
+    torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 MODULES = (
     infini_kernels, armt_kernels, landmark_kernels, landmark_bwd_kernels, gla_kernels,
-    gla_bwd_kernels,
+    gla_bwd_kernels, delta_kernels, landmark_decode_kernels,
 )  # fmt: skip
 # Compiled for any strides; the others for those that are given.
 OLD = (infini_kernels, armt_kernels)
@@ -87,17 +90,19 @@ class Recorder:
 
 def launches_of(cases: list[str], hip: bool) -> dict[str, tuple[Any, ...]]:
     """What the cases would launch: `infini:DTYPE:HEAD_DIM`, `armt:DTYPE:WIDTH`,
-    `landmark:DTYPE:HEAD_DIM:BLOCK_SIZE` or `gla:DTYPE:KEYS:VALUES`."""
+    `landmark:DTYPE:HEAD_DIM:BLOCK_SIZE` `gla:DTYPE:KEYS:VALUES` or
+    `delta:DTYPE:KEYS:VALUES`."""
     launches: dict[str, tuple[Any, ...]] = {}
     for module in MODULES:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             setattr(module, name, Recorder(getattr(module, name), launches, module not in OLD))
     launching.interpreted = lambda: False  # the recorders are no kernels either
-    for module in (infini, armt, landmark, gla):
+    for module in (infini, armt, landmark, gla, delta):
         module.is_hip = lambda: hip
     for case in cases:
         memory, dtype, *sizes = case.split(":")
-        run = {"infini": run_infini, "armt": run_armt, "landmark": run_landmark, "gla": run_gla}[memory]
+        run = {"infini": run_infini, "armt": run_armt, "landmark": run_landmark, "gla": run_gla,
+               "delta": run_delta}[memory]  # fmt: skip
         run(DTYPES[dtype], *map(int, sizes))
     return launches
 
@@ -130,6 +135,12 @@ def run_landmark(dtype: torch.dtype, size: int, block_size: int) -> None:
     marks = torch.zeros(1, 3, dtype=torch.bool)
     for more in ({}, {"documents": documents, "landmark": marks, "valid": valid}):
         landmark.attention(q, k, v, block_size, **more)[0].sum().backward()
+    chosen, blocks = torch.zeros(1, 2, 1, 2, size, dtype=dtype), k.detach()[:, :, None].clone()
+    for softcap in (None, 30.0):
+        landmark.retrieved(
+            chosen, blocks, blocks, blocks[:, :, :, 0], valid[:, None],
+            torch.zeros(1, 2, 1, 2, dtype=torch.long), 1.0, softcap,
+        )  # fmt: skip
 
 
 def run_gla(dtype: torch.dtype, keys: int, values: int) -> None:
@@ -140,6 +151,19 @@ def run_gla(dtype: torch.dtype, keys: int, values: int) -> None:
     for g in (None, torch.zeros(1, 1, tokens), torch.zeros(1, 1, tokens, keys)):
         for joined in (None, cu) if g is not None and g.dim() == 4 else (None,):
             gla.scan(q, k, v, g, state, 1.0, joined)[0].sum().backward()
+
+
+def run_delta(dtype: torch.dtype, keys: int, values: int) -> None:
+    tokens = 64
+    q, k = (torch.zeros(1, h, tokens, keys, dtype=dtype, requires_grad=True) for h in (2, 1))
+    v, beta = torch.zeros(1, 1, tokens, values, dtype=dtype), torch.zeros(1, 1, tokens)
+    state = torch.zeros(1, 1, keys, values)
+    for g in (None, beta):
+        delta.scan(q, k, v, beta, g, state, 1.0)[0].sum().backward()
+        for strength in (None, beta, torch.zeros(v.shape)):
+            delta.step(q, k, v, g, strength, state, 1.0)
+    gates = torch.zeros(k.shape)
+    delta.step(q, k, v, gates, None, state, 1.0)
 
 
 def spilled(compiled: Any, target: GPUTarget) -> int:

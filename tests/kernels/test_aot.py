@@ -42,6 +42,11 @@ def check(target: str, found: list[dict[str, Any]], kernels: set[str]) -> None:
 
 INFINI = {"outer_kernel", "recurrence_kernel", "lookup_kernel", "lookup_bwd_kernel",
           "write_bwd_kernel"}  # fmt: skip
+LANDMARK = {"forward_kernel", "query_bwd_kernel", "key_bwd_kernel", "retrieved_kernel"}
+GLA = {"cumulate_kernel", "states_kernel", "scores_kernel", "output_kernel", "values_bwd_kernel",
+       "keys_bwd_kernel"}  # fmt: skip
+DELTA = {"cumulate_kernel", "changes_kernel", "changes_bwd_kernel", "readers_bwd_kernel",
+         "scores_kernel", "output_kernel", "keys_bwd_kernel", "step_kernel"}  # fmt: skip
 ARMT = {"read_kernel", "project_kernel", "write_kernel", "features_bwd_kernel"}
 
 
@@ -51,6 +56,8 @@ ARMT = {"read_kernel", "project_kernel", "write_kernel", "features_bwd_kernel"}
         ("sm_90", "infini:bf16:128", INFINI),
         ("gfx942", "infini:bf16:128", INFINI),
         ("sm_80", "armt:bf16:64", ARMT),
+        ("sm_90", "landmark:bf16:128:63", LANDMARK),
+        ("sm_90", "delta:bf16:128:128", DELTA),
     ],
 )
 def test_what_is_launched_most(target: str, case: str, kernels: set[str]) -> None:
@@ -72,3 +79,24 @@ def test_infini_everywhere(target: str, dtype: str, size: int) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_armt_everywhere(target: str, dtype: str) -> None:
     check(target, compiled(target, *(f"armt:{dtype}:{size}" for size in (16, 64, 128))), ARMT)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("block_size", [20, 50, 63, 64, 200])
+@pytest.mark.parametrize(
+    "case", ["bf16:64", "fp16:64", "fp32:64", "bf16:128", "fp16:128", "bf16:80", "bf16:256"]
+)
+def test_landmark_everywhere(target: str, case: str, block_size: int) -> None:
+    if target == "gfx942" and int(case.split(":")[1]) > 64:
+        pytest.skip("on AMD head dims go up to 64")
+    check(target, compiled(target, f"landmark:{case}:{block_size}"), LANDMARK)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("sizes", ["16:16", "64:64", "80:96", "128:128", "256:512"])
+def test_recurrences_everywhere(target: str, dtype: str, sizes: str) -> None:
+    check(target, compiled(target, f"gla:{dtype}:{sizes}"), GLA)
+    check(target, compiled(target, f"delta:{dtype}:{sizes}"), DELTA)

@@ -149,8 +149,8 @@ def test_bad_calls_are_refused() -> None:
         landmark.attention(q, k[:, :, :2], k[:, :, :2], 2)
     with pytest.raises(ValueError, match="multiple of Hkv"):
         landmark.attention(q, k[..., :2], k[..., :2], 2)
-    with pytest.raises(ValueError, match="goes up to 128"):
-        landmark.attention(*(torch.zeros(1, 1, 1, 129) for _ in range(3)), 2)
+    with pytest.raises(ValueError, match="goes up to 64"):
+        landmark.attention(*(torch.zeros(1, 1, 1, 65) for _ in range(3)), 2)
     with pytest.raises(ValueError, match="a soft cap"):
         landmark.attention(q, k, k, 2, softcap=30.0)
 
@@ -172,3 +172,46 @@ def test_compiled_whole(compiler: str) -> None:
     compiled = torch.compile(run, fullgraph=True, backend=compiler)
     want = compared(lambda *x: reference(*x, 3, 0.5), leaves)
     agree(compared(compiled, leaves), want, TOLERANCE, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("shared", "softcap", "dtype"),
+    [(False, None, torch.float32), (True, 2.0, torch.float32), (False, None, torch.bfloat16)],
+)
+def test_chosen_blocks(shared: bool, softcap: float | None, dtype: torch.dtype) -> None:
+    batch, heads, own, queries, chosen, blocks, size, width, values_width = 2, 4, 2, 3, 2, 5, 7, 6, 9
+    q = draw(batch, heads, queries, chosen, width, seed=1, dtype=dtype)
+    keys = draw(batch, own, blocks, size, width, seed=2, dtype=dtype)
+    values = draw(batch, own, blocks, size, values_width, seed=3, dtype=dtype)
+    marks = draw(batch, own, blocks, width, seed=4, dtype=dtype)
+    valid = draw(batch, blocks, size, seed=5) > -0.7
+    valid[0, 1] = False
+    ids = torch.argsort(draw(batch, heads, 1 if shared else queries, blocks + 1, seed=6), -1)
+    ids = ids[..., :chosen]  # N, none, is among them
+    ids[1, 0] = blocks
+    out, lse = landmark.retrieved(q, keys, values, marks, valid, ids, 0.4, softcap)
+
+    def capped(x: Tensor) -> Tensor:
+        return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+    ids = ids.expand(-1, -1, queries, -1)
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(queries):
+                gates, parts = [], []
+                for r, block in enumerate(ids[b, h, t].tolist()):
+                    if block == blocks:
+                        continue
+                    query, here = q[b, h, t, r].double(), valid[b, block]
+                    gates.append(capped(marks[b, h // 2, block].double() @ query * 0.4))
+                    x = capped(keys[b, h // 2, block][here].double() @ query * 0.4)
+                    parts.append(x.softmax(0) @ values[b, h // 2, block][here].double())
+                if not gates:
+                    assert bool((out[b, h, t] == 0).all())
+                    assert float(lse[b, h, t]) == torch.finfo(torch.float32).min
+                    continue
+                gate = torch.stack(gates)
+                want = gate.softmax(0) @ torch.stack(parts)
+                allowed = TOLERANCE + (0.0 if dtype == torch.float32 else torch.finfo(dtype).eps)
+                assert float((out[b, h, t] - want).abs().max()) < 3 * allowed
+                assert float((lse[b, h, t] - gate.logsumexp(0)).abs()) < TOLERANCE
