@@ -236,46 +236,44 @@ def key_bwd_kernel(
     grad_l = tl.zeros([16, BD], tl.float32)
     there = valid + row * tokens
     tiles = (queries + BM - 1) // BM
+    # Which tiles of queries can see this section, and from which on no causal mask is needed.
+    history = tokens - queries
+    first = (tl.maximum(j0 - history, 0) // BM).to(tl.int32)
+    after = (tl.maximum(j0 + M + 1 - history, 0) + BM - 1) // BM
+    middle, stop = tl.minimum(after, tiles).to(tl.int32), tiles
     if PLACED:
-        first, middle = tl.full([], 0, tl.int32), tiles
-    else:
-        # Tiles of queries that are all beyond this section need no causal mask.
-        history = tokens - queries
-        first = (tl.maximum(j0 - history, 0) // BM).to(tl.int32)
-        after = (tl.maximum(j0 + M + 1 - history, 0) + BM - 1) // BM
-        middle = tl.minimum(after, tiles).to(tl.int32)
+        first, middle = tiles, tiles
+        for tile in range(0, tiles):
+            t = tile * BM + tl.arange(0, BM)
+            own_p = tl.load(places + row * queries + t, mask=t < queries, other=-1)
+            first = tl.minimum(first, tl.where(tl.max(own_p, 0) >= j0, tile, tiles))
+    if HAS_STARTS:
+        stop = first
+        for tile in range(first, tiles):
+            t = tile * BM + tl.arange(0, BM)
+            start = tl.load(starts + row * queries + t, mask=t < queries, other=tokens)
+            stop = tl.maximum(stop, tl.where(tl.min(start, 0) <= j0 + M, tile + 1, 0))
+        middle = tl.minimum(middle, stop)
     for g in range(0, group):
         reader = head * group + g
         place = (row * heads * group + reader) * queries
         own_q, own_d = q + row * q_b + reader * q_h, dout + row * d_b + reader * d_h
         for tile in range(first, middle):
             t = tl.full([], 0, tl.int64) + tile * BM + tl.arange(0, BM)
-            reached = True
-            if PLACED:
-                own_p = tl.load(places + row * queries + t, mask=t < queries, other=-1)
-                reached = tl.max(own_p, 0) >= j0
-            if reached:
-                grad_k, grad_v, grad_l = _key_tile(
-                    own_q, own_d, places, lasts, starts, there, lse, deltas, own_k, own_v, keys,
-                    values, n, j, j0, real, row, place, t, queries, tokens, q_t, k_t, v_t, d_t,
-                    scale,
-                    grad_k, grad_v, grad_l,
-                    M, D, BD, BM, BN, JOINED, True, PLACED, HAS_STARTS, HAS_VALID, PRECISION,
-                )  # fmt: skip
-        for tile in range(middle, tiles):
+            grad_k, grad_v, grad_l = _key_tile(
+                own_q, own_d, places, lasts, starts, there, lse, deltas, own_k, own_v, keys,
+                values, n, j, j0, real, row, place, t, queries, tokens, q_t, k_t, v_t, d_t, scale,
+                grad_k, grad_v, grad_l, M, D, BD, BM, BN, JOINED, True, PLACED, HAS_STARTS,
+                HAS_VALID, PRECISION,
+            )  # fmt: skip
+        for tile in range(middle, stop):
             t = tl.full([], 0, tl.int64) + tile * BM + tl.arange(0, BM)
-            reached = True
-            if HAS_STARTS:
-                start = tl.load(starts + row * queries + t, mask=t < queries, other=tokens)
-                reached = tl.min(start, 0) <= j0 + M
-            if reached:
-                grad_k, grad_v, grad_l = _key_tile(
-                    own_q, own_d, places, lasts, starts, there, lse, deltas, own_k, own_v, keys,
-                    values, n, j, j0, real, row, place, t, queries, tokens, q_t, k_t, v_t, d_t,
-                    scale,
-                    grad_k, grad_v, grad_l,
-                    M, D, BD, BM, BN, JOINED, False, PLACED, HAS_STARTS, HAS_VALID, PRECISION,
-                )  # fmt: skip
+            grad_k, grad_v, grad_l = _key_tile(
+                own_q, own_d, places, lasts, starts, there, lse, deltas, own_k, own_v, keys,
+                values, n, j, j0, real, row, place, t, queries, tokens, q_t, k_t, v_t, d_t, scale,
+                grad_k, grad_v, grad_l, M, D, BD, BM, BN, JOINED, False, PLACED, HAS_STARTS,
+                HAS_VALID, PRECISION,
+            )  # fmt: skip
     i_d = tl.arange(0, BD)
     at = (row * heads + head) * tokens
     here = (at + j[:, None]) * D + i_d[None, :]

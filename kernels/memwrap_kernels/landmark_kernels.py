@@ -142,7 +142,7 @@ def _forward_section(
         PRECISION,
     )  # fmt: skip
     if M > BN:
-        most, inner, value, unused = _inner(
+        most, inner, value, _unused = _inner(
             q, q, k, v, j0, end, p, last, there, start, k_t, v_t, scale, M, D, BD, BM, BN, JOINED,
             DIAGONAL,
             HAS_STARTS, HAS_VALID, False, PRECISION,

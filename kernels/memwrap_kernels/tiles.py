@@ -104,7 +104,7 @@ def armt_tiles(kernel: str, values: int, dtype: torch.dtype, hip: bool) -> Tiles
 _LANDMARK = {
     "forward": ((128, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
     "query_bwd": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
-    "key_bwd": ((32, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)),
+    "key_bwd": ((64, 64, 8, 1), (32, 64, 8, 2), (16, 64, 8, 1)),
 }
 _LANDMARK_FLOAT32 = {
     "forward": ((32, 32, 8, 1), (32, 32, 8, 1)),
@@ -129,9 +129,12 @@ def landmark_tiles(
     wide = padded(width)
     table = _LANDMARK_FLOAT32 if dtype == torch.float32 else _LANDMARK
     queries, most, warps, stages = table[kernel][0 if wide <= 64 else 1 if wide == 128 else 2]
+    keys = min(most, padded(block_size))
     if hip:
         queries, stages = max(queries // 2, 16), 1
-    return Tiles(wide, min(most, padded(block_size)), queries, warps, stages)
+    elif block_size % keys == 0 and wide > 64:  # the landmark is a tile of its own
+        queries = max(queries // 2, 16)
+    return Tiles(wide, keys, queries, warps, stages)
 
 
 def chunk_size(tokens: int) -> int:
@@ -147,6 +150,14 @@ _GLA = {
     "values_bwd": (32, 64, 4),
     "keys_bwd": (32, 32, 8),
     "readers_bwd": (64, 64, 4),
+}
+_GLA_FLOAT32 = {
+    "states": (32, 32, 8),
+    "scores": (32, 32, 8),
+    "output": (32, 32, 8),
+    "values_bwd": (32, 32, 8),
+    "keys_bwd": (16, 16, 8),
+    "readers_bwd": (32, 32, 8),
 }
 # The delta rule holds all key channels of a state: (value channels, warps) for up to 64, 128, 256.
 _DELTA = ((32, 4), (32, 8), (16, 8))
@@ -164,7 +175,7 @@ def gla_tiles(
         dtype: of q, k and v.
         hip: AMD.
     """
-    wide, most, warps = _GLA[kernel]
+    wide, most, warps = (_GLA_FLOAT32 if dtype == torch.float32 else _GLA)[kernel]
     # Scores run over channels of keys, or of values for their gradients.
     width = max(keys, values) if kernel == "scores" else keys
     return Tiles(min(wide, padded(width)), min(most, padded(values)), 0, warps, 1 if hip else 2)

@@ -110,9 +110,9 @@ def launches_of(cases: list[str], hip: bool) -> dict[str, tuple[Any, ...]]:
 def run_infini(dtype: torch.dtype, size: int) -> None:
     q, k, v = (torch.zeros(1, h, 3, size, dtype=dtype, requires_grad=True) for h in (2, 1, 1))
     M, z = torch.zeros(1, 1, size, size), torch.zeros(1, 1, size)
-    for delta in (False, True):
+    for by_delta in (False, True):
         for mask in (None, torch.ones(1, 3, dtype=torch.bool)):
-            states, zs = infini.states(k, v, M, z, mask, 2, delta, 1e-10)
+            states, zs = infini.states(k, v, M, z, mask, 2, by_delta, 1e-10)
             infini.lookup(q, states, zs, 2, 1e-10).sum().backward()
 
 
@@ -189,7 +189,8 @@ def main() -> None:
         compiled = triton.compile(source, target=target, options=options)
         about = {
             "kernel": kernel.__name__, "constants": constants, "options": options,
-            "shared": compiled.metadata.shared, "spilled": spilled(compiled, target),
+            "shared": compiled.metadata.shared, "dtype": signature.get("q", signature.get("x", "")),
+            "spilled": spilled(compiled, target),
             "fences": barriers_wait(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else True,
         }  # fmt: skip
         print(json.dumps(about), flush=True)

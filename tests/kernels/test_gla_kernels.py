@@ -27,9 +27,7 @@ def reference(
         places = cu_seqlens.tolist()
         for n, (a, b) in enumerate(zip(places, places[1:], strict=False)):
             own = None if g is None else g[:, :, a:b]
-            part = reference(
-                q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], own, state[n : n + 1], scale
-            )
+            part = reference(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], own, state[n : n + 1], scale)
             outs.append(part[0])
             last.append(part[1])
         return torch.cat(outs, 2), torch.cat(last)

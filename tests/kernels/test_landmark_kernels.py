@@ -179,7 +179,17 @@ def test_compiled_whole(compiler: str) -> None:
     [(False, None, torch.float32), (True, 2.0, torch.float32), (False, None, torch.bfloat16)],
 )
 def test_chosen_blocks(shared: bool, softcap: float | None, dtype: torch.dtype) -> None:
-    batch, heads, own, queries, chosen, blocks, size, width, values_width = 2, 4, 2, 3, 2, 5, 7, 6, 9
+    batch, heads, own, queries, chosen, blocks, size, width, values_width = (
+        2,
+        4,
+        2,
+        3,
+        2,
+        5,
+        7,
+        6,
+        9,
+    )
     q = draw(batch, heads, queries, chosen, width, seed=1, dtype=dtype)
     keys = draw(batch, own, blocks, size, width, seed=2, dtype=dtype)
     values = draw(batch, own, blocks, size, values_width, seed=3, dtype=dtype)
