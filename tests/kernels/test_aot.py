@@ -17,8 +17,7 @@ KERNELS = HERE.parents[1] / "kernels"
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # Spilled registers that a thread may have, in bytes: a handful, which stay in the L1 cache.
 SPILLED = 64
-# The largest tiles of three kernels keep a little more there on sm_80, which has the same registers
-# and fewer instructions that read shared memory.
+# What the largest tiles of these keep there, on sm_80 above all.
 MORE_SPILLED = {"forward_kernel": 160, "query_bwd_kernel": 160, "key_bwd_kernel": 160,
                 "keys_bwd_kernel": 192}  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def reference(
     group, rows = q.shape[1] // k.shape[1], []
     places = [0, q.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
     last = []
-    for n, (a, b) in enumerate(zip(places, places[1:], strict=False)):
+    for n, (a, b) in enumerate(pairwise(places)):
         own = state if cu_seqlens is None else state[n : n + 1]
         for t in range(a, b):
             if g is not None:

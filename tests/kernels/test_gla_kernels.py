@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def reference(
     if cu_seqlens is not None:
         outs, last = [], []
         places = cu_seqlens.tolist()
-        for n, (a, b) in enumerate(zip(places, places[1:], strict=False)):
+        for n, (a, b) in enumerate(pairwise(places)):
             own = None if g is None else g[:, :, a:b]
             part = reference(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], own, state[n : n + 1], scale)
             outs.append(part[0])
