@@ -209,7 +209,8 @@ def backward(
     """Gradients of q, k, u, w, g (empty without) and the first states."""
     if not q.numel() or not u.numel():
         none = q.new_empty(0) if g is None else torch.zeros_like(g)
-        return (*(torch.zeros_like(x) for x in (q, k, u, w)), none, dlast.clone())
+        dq, dk, du, dw = (torch.zeros_like(x) for x in (q, k, u, w))
+        return dq, dk, du, dw, none, dlast.clone()
     call = _Call(q, k, u, g, state, table, spans, scale, dout.dtype)
     dout, w = rows(dout), w.contiguous()
     states, changes = call.changes(call.v.contiguous(), w, state)
@@ -228,7 +229,8 @@ def _(
     state: Tensor, table: Tensor | None, spans: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dg = q.new_empty(0, dtype=torch.float32) if g is None else g.new_empty(g.shape)
-    return (*(x.new_empty(x.shape) for x in (q, k, u, w)), dg, state.new_empty(state.shape))
+    dq, dk, du, dw = (x.new_empty(x.shape) for x in (q, k, u, w))
+    return dq, dk, du, dw, dg, state.new_empty(state.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

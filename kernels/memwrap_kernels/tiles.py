@@ -132,7 +132,7 @@ def landmark_tiles(
     keys = min(most, padded(block_size))
     if hip:
         queries, stages = max(queries // 2, 16), 1
-    elif block_size % keys == 0 and wide > 64:  # the landmark is a tile of its own
+    elif block_size % keys == 0 and wide > 64 and kernel != "forward":  # landmarks apart
         queries = max(queries // 2, 16)
     return Tiles(wide, keys, queries, warps, stages)
 
@@ -176,6 +176,8 @@ def gla_tiles(
         hip: AMD.
     """
     wide, most, warps = (_GLA_FLOAT32 if dtype == torch.float32 else _GLA)[kernel]
+    if hip and kernel == "keys_bwd":
+        wide = 16
     # Scores run over channels of keys, or of values for their gradients.
     width = max(keys, values) if kernel == "scores" else keys
     return Tiles(min(wide, padded(width)), min(most, padded(values)), 0, warps, 1 if hip else 2)

@@ -90,7 +90,7 @@ def test_numbers(sizes: tuple[int, ...], gate: str, strength: float, dtype: torc
     agree(compared(lambda *x: gla.scan(*x, 0.3), own), want, TOLERANCE, dtype)
 
 
-@pytest.mark.parametrize("gate", ["vector", "number", ""])
+@pytest.mark.parametrize("gate", ["vector", "number"])
 def test_joined_sequences(gate: str) -> None:
     """Of lengths 0, less than a chunk, one chunk and more; an empty one in between and last."""
     cu = torch.tensor([0, 5, 5, 21, 40, 40], device=DEVICE)
@@ -129,15 +129,13 @@ def test_bad_calls_are_refused() -> None:
         gla.scan(q.double(), k, v, g, state, 1.0)  # type: ignore[union-attr, arg-type]
 
 
-@pytest.mark.parametrize("gate", ["vector", "number", ""])
-def test_operator_is_registered_as_torch_wants_it(gate: str) -> None:
-    own = leaves((1, 2, 1, 4, 3, 2), gate, torch.float32)
+def test_operator_is_registered_as_torch_wants_it() -> None:
+    own = leaves((1, 2, 1, 4, 3, 2), "vector", torch.float32)
     given = [None if x is None else x.requires_grad_() for x in own]
     torch.library.opcheck(gla.forward, (*given, None, None, 1.0))
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compiled_whole(compiler: str) -> None:
+def test_compiled_whole() -> None:
     own = leaves((1, 2, 1, 9, 4, 3), "vector", torch.float32)
     cu = torch.tensor([0, 4, 9], device=DEVICE)
     own = (*own[:4], draw(2, 1, 4, 3, seed=5))
@@ -146,6 +144,6 @@ def test_compiled_whole(compiler: str) -> None:
         return gla.scan(*x, 0.3, cu)
 
     torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend=compiler)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     want = compared(lambda *x: reference(*x, 0.3, cu), own)
     agree(compared(compiled, own), want, TOLERANCE, torch.float32)

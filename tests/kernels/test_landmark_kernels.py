@@ -82,8 +82,8 @@ def more(name: str, batch: int, queries: int, tokens: int, block_size: int) -> d
 @pytest.mark.parametrize(
     ("sizes", "block_size", "given", "dtype"),
     [  # B, H, Hkv, Tq, Tk, D
-        ((1, 4, 2, 43, 43, 20), 4, "", torch.float32),  # many sections a tile, a partial one
-        ((2, 2, 1, 70, 70, 8), 15, "documents valid", torch.float32),  # landmark inside the tile
+        ((1, 2, 1, 23, 23, 20), 4, "", torch.float32),  # many sections a tile, a partial one
+        ((2, 2, 1, 67, 67, 8), 15, "documents valid", torch.float32),  # landmark inside the tile
         ((1, 1, 1, 81, 81, 16), 16, "", torch.bfloat16),  # landmark beside the tile
         ((2, 2, 1, 21, 87, 8), 40, "places", torch.float32),  # history; two tiles a section
         ((2, 1, 1, 60, 200, 16), 66, "documents places valid", torch.float16),
@@ -161,15 +161,14 @@ def test_operator_is_registered_as_torch_wants_it() -> None:
     torch.library.opcheck(landmark.forward, (q, k, v, None, None, starts, None, 3, 0.5))
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compiled_whole(compiler: str) -> None:
+def test_compiled_whole() -> None:
     leaves = (draw(1, 2, 9, 4, seed=1), draw(1, 1, 9, 4, seed=2), draw(1, 1, 9, 4, seed=3))
 
     def run(*x: Tensor) -> Any:
         return landmark.attention(*x, 3)
 
     torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend=compiler)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     want = compared(lambda *x: reference(*x, 3, 0.5), leaves)
     agree(compared(compiled, leaves), want, TOLERANCE, torch.float32)
 
