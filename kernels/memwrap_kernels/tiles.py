@@ -132,7 +132,10 @@ def landmark_tiles(
     keys = min(most, padded(block_size))
     if hip:
         queries, stages = max(queries // 2, 16), 1
-    elif block_size % keys == 0 and wide > 64 and kernel != "forward":  # landmarks apart
+    # A landmark that is a tile of its own, and a section that is walked twice, take registers.
+    apart = block_size % keys == 0 and wide > 64 and kernel != "forward"
+    twice = block_size > keys and kernel == "query_bwd"
+    if not hip and (apart or twice):
         queries = max(queries // 2, 16)
     return Tiles(wide, keys, queries, warps, stages)
 
