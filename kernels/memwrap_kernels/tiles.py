@@ -134,7 +134,8 @@ def landmark_tiles(
         queries, stages = max(queries // 2, 16), 1
     # A landmark that is a tile of its own, and a section that is walked twice, take registers.
     apart = block_size % keys == 0 and wide > 64 and kernel != "forward"
-    twice = block_size > keys and kernel == "query_bwd"
+    heavy = kernel == "query_bwd" or (kernel == "forward" and wide <= 64)
+    twice = block_size > keys and heavy
     if not hip and (apart or twice):
         queries = max(queries // 2, 16)
     return Tiles(wide, keys, queries, warps, stages)
