@@ -131,10 +131,10 @@ def landmark_tiles(
     queries, most, warps, stages = table[kernel][0 if wide <= 64 else 1 if wide == 128 else 2]
     keys = min(most, padded(block_size))
     if hip:
-        queries, stages = max(queries // 2, 16), 1
+        queries, stages = max(queries // (4 if kernel == "key_bwd" else 2), 16), 1
     # A landmark that is a tile of its own, and a section that is walked twice, take registers.
     apart = block_size % keys == 0 and wide > 64 and kernel != "forward"
-    heavy = kernel == "query_bwd" or (kernel == "forward" and wide <= 64)
+    heavy = kernel == "query_bwd" or (kernel == "forward" and wide != 128)
     twice = block_size > keys and heavy
     if not hip and (apart or twice):
         queries = max(queries // 2, 16)

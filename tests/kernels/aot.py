@@ -189,7 +189,7 @@ def main() -> None:
         compiled = triton.compile(source, target=target, options=options)
         about = {
             "kernel": kernel.__name__, "constants": constants, "options": options,
-            "shared": compiled.metadata.shared, "dtype": signature.get("q", signature.get("x", "")),
+            "shared": compiled.metadata.shared, "keys": signature.get("k", ""),
             "spilled": spilled(compiled, target),
             "fences": barriers_wait(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else True,
         }  # fmt: skip

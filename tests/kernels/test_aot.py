@@ -17,9 +17,13 @@ KERNELS = HERE.parents[1] / "kernels"
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # Spilled registers that a thread may have, in bytes: a handful, which stay in the L1 cache.
 SPILLED = 64
-# What the largest tiles of these keep there, on sm_80 above all.
-MORE_SPILLED = {"forward_kernel": 160, "query_bwd_kernel": 160, "key_bwd_kernel": 160,
-                "keys_bwd_kernel": 192}  # fmt: skip
+# What some kernels keep there: at head dim 256 and where a section is walked twice (sm_80 above
+# all), and where gates are differentiated (gfx942).
+MORE_SPILLED = {"forward_kernel": 256, "query_bwd_kernel": 256, "key_bwd_kernel": 256,
+                "keys_bwd_kernel": 256}  # fmt: skip
+# Right but slow with float32 inputs: three TF32 parts of operands as wide as a head do not fit.
+SLOW_IN_FLOAT32 = {"forward_kernel", "query_bwd_kernel", "key_bwd_kernel", "changes_kernel",
+                   "changes_bwd_kernel"}  # fmt: skip
 
 
 def compiled(target: str, *cases: str) -> list[dict[str, Any]]:
@@ -38,8 +42,7 @@ def check(target: str, found: list[dict[str, Any]], kernels: set[str]) -> None:
     assert {x["kernel"] for x in found} == kernels
     for launch in found:
         assert launch["shared"] <= SHARED[target], launch
-        if launch["kernel"] not in LANDMARK or launch["dtype"] != "*fp32":
-            # More where the landmark's float32 products are: slow, and meant for tests.
+        if launch["kernel"] not in SLOW_IN_FLOAT32 or launch["keys"] != "*fp32":
             assert launch["spilled"] <= MORE_SPILLED.get(launch["kernel"], SPILLED), launch
         if launch["kernel"] == "recurrence_kernel":
             assert launch["fences"], "a step may read the state before it is stored"
