@@ -4,8 +4,9 @@ python benchmarks/kernels/on_gpu.py [--quick]
 
 For each shape, in one run: the kernels, the chunked torch version as it is and under
 torch.compile, and the time that moving the inputs, outputs and states once would take at the
-bandwidth that a large copy reaches on this GPU. Writes `results/kernels_GPU.json`. Without a GPU
-it says so and measures nothing.
+bandwidth that a large copy reaches on this GPU. Landmark attention, gated linear attention and
+the delta rule stand beside SDPA, chunked torch and flash-linear-attention instead. Writes
+`results/kernels_GPU.json`. Without a GPU it says so and measures nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import attention_and_recurrences
 from common import save
 
 from memwrap.ops import associative, backend, infini
@@ -84,7 +86,9 @@ def gradients(run: Run, inputs: list[Tensor]) -> list[Tensor]:
     outputs = run(*leaves)
     loss = sum((x * torch.linspace(-1, 1, x.shape[-1], device="cuda")).sum() for x in outputs)
     loss.backward()  # type: ignore[union-attr]
-    return [x.detach() for x in outputs] + [x.grad for x in leaves]  # type: ignore[misc]
+    # What a function does not use has no gradient.
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+    return [x.detach() for x in outputs] + grads
 
 
 def errors(run: Run, inputs: list[Tensor], dtype: torch.dtype) -> float:
@@ -93,8 +97,19 @@ def errors(run: Run, inputs: list[Tensor], dtype: torch.dtype) -> float:
         want = gradients(run, [x.detach().double() for x in inputs])
     with backend("triton"):
         got = gradients(run, inputs)
+    return largest(got, want, dtype)
+
+
+def against(run: Run, reference: Run, inputs: list[Tensor], dtype: torch.dtype) -> float:
+    """`errors` of a function that has its own reference."""
+    want = gradients(reference, [x.detach().double() for x in inputs])
+    return largest(gradients(run, inputs), want, dtype)
+
+
+def largest(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> float:
     worst = max(
-        float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True)
+        float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-6))
+        for a, b in zip(got, want, strict=True)
     )
     if not worst <= LIMITS[dtype]:
         raise SystemExit(f"The kernels are wrong here: {worst:.1e} > {LIMITS[dtype]:.0e}.")
@@ -185,6 +200,8 @@ def main() -> None:
         name = f"batch {batch}, hidden size {hidden}, one segment"
         own = armt_inputs(batch, hidden, torch.bfloat16)
         result["armt"][name] = timed(armt_run, own, True, bandwidth)
+    wrong |= attention_and_recurrences.checked(against, list(LIMITS))
+    result |= attention_and_recurrences.timed(milliseconds, quick)
     gpu = re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_")
     save(f"kernels_{gpu}", result)
 

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from memwrap_kernels import infini_kernels
+from memwrap_kernels.tiles import precision
 
 
 def interpreted() -> bool:
@@ -23,6 +24,11 @@ def runs_on(device: torch.device) -> bool:
 
 def is_hip() -> bool:
     return torch.version.hip is not None
+
+
+def rule(dtype: torch.dtype, hip: bool) -> str:
+    """PRECISION for `products.dot` on operands of this dtype."""
+    return "wide" if interpreted() else precision(dtype, hip)
 
 
 def rows(x: Tensor) -> Tensor:

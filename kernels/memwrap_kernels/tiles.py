@@ -98,3 +98,99 @@ def armt_tiles(kernel: str, values: int, dtype: torch.dtype, hip: bool) -> Tiles
     if dtype == torch.float32 and kernel in ("read", "write"):
         most = 32
     return Tiles(features, min(most, padded(values)), tokens, warps, 1 if hip else 2)
+
+
+# (queries, keys, warps, stages) by kernel, for head dims up to 64, 128 and 256.
+_LANDMARK = {
+    "forward": ((128, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "query_bwd": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+    "key_bwd": ((64, 64, 8, 1), (32, 64, 8, 2), (16, 64, 8, 1)),
+}
+_LANDMARK_FLOAT32 = {
+    "forward": ((32, 32, 8, 1), (32, 32, 8, 1)),
+    "query_bwd": ((32, 32, 8, 1), (32, 16, 8, 1)),
+    "key_bwd": ((32, 32, 8, 1), (16, 16, 8, 1)),
+}
+
+
+def landmark_tiles(
+    kernel: str, width: int, block_size: int, dtype: torch.dtype, hip: bool
+) -> Tiles:
+    """Tiles of Landmark attention for head dims up to 256: `keys` holds the channels, `values`
+    the keys and `tokens` the queries of a tile.
+
+    Args:
+        kernel: "forward", "query_bwd" or "key_bwd".
+        width: D.
+        block_size: tokens of a section: a smaller one takes smaller tiles.
+        dtype: of q, k and v.
+        hip: AMD.
+    """
+    wide = padded(width)
+    table = _LANDMARK_FLOAT32 if dtype == torch.float32 else _LANDMARK
+    queries, most, warps, stages = table[kernel][0 if wide <= 64 else 1 if wide == 128 else 2]
+    keys = min(most, padded(block_size))
+    if hip:
+        queries, stages = max(queries // (4 if kernel == "key_bwd" else 2), 16), 1
+    # A landmark that is a tile of its own, and a section that is walked twice, take registers.
+    apart = block_size % keys == 0 and wide > 64 and kernel != "forward"
+    heavy = kernel == "query_bwd" or (kernel == "forward" and wide != 128)
+    twice = block_size > keys and heavy
+    if not hip and (apart or twice):
+        queries = max(queries // 2, 16)
+    return Tiles(wide, keys, queries, warps, stages)
+
+
+def chunk_size(tokens: int) -> int:
+    """Tokens of a chunk of the recurrent kernels: a power of two from 16 to 64."""
+    return min(64, padded(tokens))
+
+
+# (key channels, value channels, warps) by kernel; head dims of any size are walked in such steps.
+_GLA = {
+    "states": (64, 64, 4),
+    "scores": (32, 64, 4),
+    "output": (32, 64, 4),
+    "values_bwd": (32, 64, 4),
+    "keys_bwd": (32, 32, 8),
+    "readers_bwd": (64, 64, 4),
+}
+_GLA_FLOAT32 = {
+    "states": (32, 32, 8),
+    "scores": (32, 32, 8),
+    "output": (32, 32, 8),
+    "values_bwd": (32, 32, 8),
+    "keys_bwd": (16, 16, 8),
+    "readers_bwd": (32, 32, 8),
+}
+# The delta rule holds all key channels of a state: (value channels, warps) for up to 64, 128, 256.
+_DELTA = ((32, 4), (32, 8), (16, 8))
+
+
+def gla_tiles(
+    kernel: str, keys: int, values: int, gate: int, dtype: torch.dtype, hip: bool
+) -> Tiles:
+    """Tiles of gated linear attention.
+
+    Args:
+        kernel: "states", "scores", "output", "values_bwd" or "keys_bwd".
+        keys, values: Dk and Dv.
+        gate: 0 none, 1 a number, 2 a vector.
+        dtype: of q, k and v.
+        hip: AMD.
+    """
+    wide, most, warps = (_GLA_FLOAT32 if dtype == torch.float32 else _GLA)[kernel]
+    if hip and kernel == "keys_bwd":
+        wide = 16
+    # Scores run over channels of keys, or of values for their gradients.
+    width = max(keys, values) if kernel == "scores" else keys
+    return Tiles(min(wide, padded(width)), min(most, padded(values)), 0, warps, 1 if hip else 2)
+
+
+def delta_tiles(keys: int, dtype: torch.dtype, hip: bool) -> Tiles:
+    """Tiles of what goes from chunk to chunk in the delta rule, for keys of up to 256 channels."""
+    wide = padded(keys)
+    values, warps = _DELTA[0 if wide <= 64 else 1 if wide == 128 else 2]
+    if hip or dtype == torch.float32:
+        values = 16
+    return Tiles(wide, values, 0, warps, 1)

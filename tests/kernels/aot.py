@@ -22,7 +22,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from memwrap_kernels import armt, armt_kernels, infini, infini_kernels
+from memwrap_kernels import (
+    armt,
+    armt_kernels,
+    delta,
+    delta_kernels,
+    gla,
+    gla_bwd_kernels,
+    gla_kernels,
+    infini,
+    infini_kernels,
+    landmark,
+    landmark_bwd_kernels,
+    landmark_decode_kernels,
+    landmark_kernels,
+)
+from memwrap_kernels import launch as launching
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -30,15 +45,24 @@ TARGETS = {
 }  # fmt: skip
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
+    torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
+
+
+MODULES = (
+    infini_kernels, armt_kernels, landmark_kernels, landmark_bwd_kernels, gla_kernels,
+    gla_bwd_kernels, delta_kernels, landmark_decode_kernels,
+)  # fmt: skip
+# Compiled for any strides; the others for those that are given.
+OLD = (infini_kernels, armt_kernels)
 
 
 class Recorder:
     """Stands in for a kernel: notes each launch instead of running it."""
 
-    def __init__(self, kernel: Any, launches: dict[str, tuple[Any, ...]]) -> None:
-        self.kernel, self.launches = kernel, launches
+    def __init__(self, kernel: Any, launches: dict[str, tuple[Any, ...]], aligned: bool) -> None:
+        self.kernel, self.launches, self.aligned = kernel, launches, aligned
 
     def __getitem__(self, grid: Any) -> Any:
         return self.launch
@@ -56,31 +80,39 @@ class Recorder:
                 attributes[(number,)] = [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = "fp32" if isinstance(args[number], float) else "i32"
+                # As Triton does at a launch: strides that are multiples of 16 load in wide pieces.
+                if self.aligned and isinstance(args[number], int) and args[number] % 16 == 0:
+                    attributes[(number,)] = [["tt.divisibility", 16]]
         options = {"num_warps": num_warps, "num_stages": num_stages}
         key = f"{self.kernel.__name__} {sorted(constants.items())} {signature} {options}"
         self.launches[key] = (self.kernel, signature, values, attributes, options, constants)
 
 
 def launches_of(cases: list[str], hip: bool) -> dict[str, tuple[Any, ...]]:
-    """What the cases would launch: `infini:DTYPE:HEAD_DIM` or `armt:DTYPE:WIDTH`."""
+    """What the cases would launch: `infini:DTYPE:HEAD_DIM`, `armt:DTYPE:WIDTH`,
+    `landmark:DTYPE:HEAD_DIM:BLOCK_SIZE` `gla:DTYPE:KEYS:VALUES` or
+    `delta:DTYPE:KEYS:VALUES`."""
     launches: dict[str, tuple[Any, ...]] = {}
-    for module in (infini_kernels, armt_kernels):
+    for module in MODULES:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            setattr(module, name, Recorder(getattr(module, name), launches))
-    for module in (infini, armt):
+            setattr(module, name, Recorder(getattr(module, name), launches, module not in OLD))
+    launching.interpreted = lambda: False  # the recorders are no kernels either
+    for module in (infini, armt, landmark, gla, delta):
         module.is_hip = lambda: hip
     for case in cases:
-        memory, dtype, size = case.split(":")
-        {"infini": run_infini, "armt": run_armt}[memory](DTYPES[dtype], int(size))
+        memory, dtype, *sizes = case.split(":")
+        run = {"infini": run_infini, "armt": run_armt, "landmark": run_landmark, "gla": run_gla,
+               "delta": run_delta}[memory]  # fmt: skip
+        run(DTYPES[dtype], *map(int, sizes))
     return launches
 
 
 def run_infini(dtype: torch.dtype, size: int) -> None:
     q, k, v = (torch.zeros(1, h, 3, size, dtype=dtype, requires_grad=True) for h in (2, 1, 1))
     M, z = torch.zeros(1, 1, size, size), torch.zeros(1, 1, size)
-    for delta in (False, True):
+    for by_delta in (False, True):
         for mask in (None, torch.ones(1, 3, dtype=torch.bool)):
-            states, zs = infini.states(k, v, M, z, mask, 2, delta, 1e-10)
+            states, zs = infini.states(k, v, M, z, mask, 2, by_delta, 1e-10)
             infini.lookup(q, states, zs, 2, 1e-10).sum().backward()
 
 
@@ -95,6 +127,43 @@ def run_armt(dtype: torch.dtype, width: int) -> None:
             out = armt.read(x, A, z, nu, normalize, 1e-5)
             new_A, _ = armt.write(x, v, beta, A, z, written, nu, normalize, True, 0.0, 1e-5)
             (out.sum() + new_A.sum()).backward()
+
+
+def run_landmark(dtype: torch.dtype, size: int, block_size: int) -> None:
+    q, k, v = (torch.zeros(1, h, 3, size, dtype=dtype, requires_grad=True) for h in (2, 1, 1))
+    documents, valid = torch.zeros(1, 3, dtype=torch.int32), torch.ones(1, 3, dtype=torch.bool)
+    marks = torch.zeros(1, 3, dtype=torch.bool)
+    for more in ({}, {"documents": documents, "landmark": marks, "valid": valid}):
+        landmark.attention(q, k, v, block_size, **more)[0].sum().backward()
+    chosen, blocks = torch.zeros(1, 2, 1, 2, size, dtype=dtype), k.detach()[:, :, None].clone()
+    for softcap in (None, 30.0):
+        landmark.retrieved(
+            chosen, blocks, blocks, blocks[:, :, :, 0], valid[:, None],
+            torch.zeros(1, 2, 1, 2, dtype=torch.long), 1.0, softcap,
+        )  # fmt: skip
+
+
+def run_gla(dtype: torch.dtype, keys: int, values: int) -> None:
+    tokens = 64  # a whole chunk
+    q, k = (torch.zeros(1, h, tokens, keys, dtype=dtype, requires_grad=True) for h in (2, 1))
+    v = torch.zeros(1, 1, tokens, values, dtype=dtype)
+    state, cu = torch.zeros(1, 1, keys, values), torch.tensor([0, tokens])
+    for g in (None, torch.zeros(1, 1, tokens), torch.zeros(1, 1, tokens, keys)):
+        for joined in (None, cu) if g is not None and g.dim() == 4 else (None,):
+            gla.scan(q, k, v, g, state, 1.0, joined)[0].sum().backward()
+
+
+def run_delta(dtype: torch.dtype, keys: int, values: int) -> None:
+    tokens = 64
+    q, k = (torch.zeros(1, h, tokens, keys, dtype=dtype, requires_grad=True) for h in (2, 1))
+    v, beta = torch.zeros(1, 1, tokens, values, dtype=dtype), torch.zeros(1, 1, tokens)
+    state = torch.zeros(1, 1, keys, values)
+    for g in (None, beta):
+        delta.scan(q, k, v, beta, g, state, 1.0)[0].sum().backward()
+        for strength in (None, beta, torch.zeros(v.shape)):
+            delta.step(q, k, v, g, strength, state, 1.0)
+    gates = torch.zeros(k.shape)
+    delta.step(q, k, v, gates, None, state, 1.0)
 
 
 def spilled(compiled: Any, target: GPUTarget) -> int:
@@ -120,7 +189,8 @@ def main() -> None:
         compiled = triton.compile(source, target=target, options=options)
         about = {
             "kernel": kernel.__name__, "constants": constants, "options": options,
-            "shared": compiled.metadata.shared, "spilled": spilled(compiled, target),
+            "shared": compiled.metadata.shared, "keys": signature.get("k", ""),
+            "spilled": spilled(compiled, target),
             "fences": barriers_wait(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else True,
         }  # fmt: skip
         print(json.dumps(about), flush=True)
