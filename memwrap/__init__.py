@@ -7,6 +7,7 @@ from memwrap.memories.base import MemoryConfig
 from memwrap.memories.compressive import CompressiveConfig
 from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
+from memwrap.memories.liger import LigerConfig
 from memwrap.memories.memoryprompt import MemoryPromptConfig
 from memwrap.memories.rmt import RMTConfig
 from memwrap.memories.window import WindowConfig
@@ -14,7 +15,7 @@ from memwrap.model import MemoryModelForCausalLM
 from memwrap.registry import available, config_class
 from memwrap.saving import VERSION as __version__
 from memwrap.state import MemoryState
-from memwrap.wrapping import load, unwrap, wrap
+from memwrap.wrapping import linearize, load, unwrap, wrap
 
 __all__ = [
     "ARMTConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "CompressiveConfig",
     "HMTConfig",
     "InfiniConfig",
+    "LigerConfig",
     "MemoryConfig",
     "MemoryModelConfig",
     "MemoryModelForCausalLM",
@@ -32,6 +34,7 @@ __all__ = [
     "__version__",
     "available",
     "config_class",
+    "linearize",
     "load",
     "unwrap",
     "wrap",

@@ -159,6 +159,10 @@ class LayerAttention:
         """The keys `(B, Hkv, K, Dk)` without rotation."""
         return unrotate(self.seen.key, self._angles(self.places.keys, "keys"))
 
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Un-rotated queries or keys `(B, H, N, Dk)`, rotated to `positions` `(B, N)`."""
+        return rotate(x, self._angles(positions))
+
     def local(self) -> Tensor:
         """The model's own attention inside the segment, `(B, T, H, Dv)`."""
         seen = self.seen

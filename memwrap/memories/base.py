@@ -38,6 +38,7 @@ class MemoryConfig:
     places: ClassVar[frozenset[str]] = frozenset()
     neutral_start: ClassVar[bool] = False
     bounded: ClassVar[bool] = True
+    linearizes: ClassVar[bool] = False
 
     segment_size: int = 512
     bptt_segments: int | None = None
@@ -199,11 +200,15 @@ class Memory(nn.Module):
         zero_positions: on a backbone with a table of learned positions, prefix and suffix get
             a zero vector and the tokens count from 0.
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
+        branches: parts of what is read that can be read alone, by setting `branch` to one of
+            them; an evaluation measures what each is worth.
     """
 
     looks_at: frozenset[str] = frozenset()
     zero_positions: bool = False
     needs_hidden: bool = False
+    branches: tuple[str, ...] = ()
+    branch: str = "both"
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
