@@ -8,6 +8,7 @@ from memwrap.memories.compressive import CompressiveConfig
 from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
 from memwrap.memories.liger import LigerConfig
+from memwrap.memories.lolcats import LoLCATsConfig
 from memwrap.memories.memoryprompt import MemoryPromptConfig
 from memwrap.memories.rmt import RMTConfig
 from memwrap.memories.window import WindowConfig
@@ -24,6 +25,7 @@ __all__ = [
     "HMTConfig",
     "InfiniConfig",
     "LigerConfig",
+    "LoLCATsConfig",
     "MemoryConfig",
     "MemoryModelConfig",
     "MemoryModelForCausalLM",

@@ -6,9 +6,8 @@ parameter: the pretrained weights are linearized as they are and then adapted wi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F

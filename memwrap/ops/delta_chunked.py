@@ -66,23 +66,14 @@ def _block(
         (same * strength).tril(-1), wanted, upper=False, unitriangular=True
     )
     new, old = solved.split([values.shape[-1], keys.shape[-1]], -1)
-    before, state = _states(state, decay, last_keys.transpose(-1, -2) @ solved, values.shape[-1])
-    change = new - old @ before
+    new, old = solved.split([values.shape[-1], keys.shape[-1]], -1)
+    last_keys = last_keys.transpose(-1, -2)
+    states, changes = [state], []
+    for n in range(keys.shape[2]):
+        changes.append(new[:, :, n] - old[:, :, n] @ states[-1])
+        written = last_keys[:, :, n] @ changes[-1]
+        kept = states[-1] if decay is None else states[-1] * decay[:, :, n]
+        states.append(kept + written)
+    before, change = torch.stack(states[:-1], 2), torch.stack(changes, 2)
     out = queries.flatten(-3, -2) @ before + scores.flatten(-3, -2) @ change
-    return ungrouped(out.unflatten(-2, queries.shape[-3:-1]), tokens, v.dtype), state
-
-
-def _states(
-    state: Tensor, decay: Tensor | None, sums: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
-    """States before each chunk and after the last: each is `decay S - old S + new`."""
-    new, old = sums.split([width, sums.shape[-1] - width], -1)
-    step = -old
-    if decay is None:
-        step = step + torch.eye(step.shape[-1], dtype=step.dtype, device=step.device)
-    else:
-        step = step + torch.diag_embed(decay.squeeze(-1).expand(*step.shape[:-1]))
-    states = [state]
-    for n in range(new.shape[2]):
-        states.append(step[:, :, n] @ states[-1] + new[:, :, n])
-    return torch.stack(states[:-1], 2), states[-1]
+    return ungrouped(out.unflatten(-2, queries.shape[-3:-1]), tokens, v.dtype), states[-1]

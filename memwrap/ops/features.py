@@ -48,11 +48,27 @@ def feature_width(kind: str, width: int) -> int:
     return 1 + width + width * (width + 1) // 2 if kind == "taylor" else width
 
 
+def learned_features(x: Tensor, weight: Tensor) -> Tensor:
+    """Hedgehog's features with a learned matrix a head.
+
+    Args:
+        x: `(B, H, T, D)`.
+        weight: `(H, D, F)`.
+
+    Returns:
+        `(B, H, T, 2 F)`: softmax of `x W` and of `-x W` side by side, each at least 1e-12, in
+        weight's dtype.
+    """
+    projected = x.to(weight.dtype) @ weight
+    return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1).clamp_min(1e-12)
+
+
 def _taylor(x: Tensor) -> Tensor:
     """`1, x, x_i x_j` so that the product of two is `1 + s + s^2 / 2`, s the scaled product."""
     width = x.shape[-1]
     x = x * width**-0.25
     first, second = torch.triu_indices(width, width, device=x.device)
-    weight = torch.where(first == second, math.sqrt(0.5), 1.0).to(x.dtype)
+    weight = torch.ones(len(first), dtype=x.dtype, device=x.device)
+    weight = weight.masked_fill(first == second, math.sqrt(0.5))
     squares = x[..., first] * x[..., second] * weight
     return torch.cat([F.pad(x, (1, 0), value=1.0), squares], -1)

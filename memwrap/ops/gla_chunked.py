@@ -1,9 +1,10 @@
 """Gated linear attention in fast torch; formulas in `memwrap.ops.gla`.
 
 Tokens are cut into chunks. Between chunks only the state travels; inside a chunk all pairs of
-tokens are done by matrix products. Nowhere is a decay divided by another: with a gate a channel,
-a chunk is halved again and again, and the pairs of a later half with an earlier one meet at the
-seam, so that both sides carry factors of at most 1 however strong the gates are.
+tokens are done by matrix products. With a gate a channel the decay between two tokens is split
+into a factor of the query and one of the key. Where the gates of a chunk are weak enough, these
+are taken from its middle. Otherwise it is halved again and again, and the pairs of a later half
+with an earlier one meet at the seam: no factor is above 1 then, however strong the gates are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 64
+WEAK = 40.0  # most a chunk's gates may sum to for one product: factors from exp(-20) to exp(20)
 BLOCK = 512  # tokens whose intermediate results exist at a time
 Parts = tuple[Tensor | None, ...]
 
@@ -121,13 +123,13 @@ def _block(
         keys = keys * pairs[..., -1, :, None].exp()
         decay = after[..., -1, :, :]
     elif g is not None:
-        out, prefix, suffix = _by_halves(queries, keys, values, chunked(g, size, dtype), "keys")
+        out, prefix, suffix = _by_channel(queries, keys, values, chunked(g, size, dtype), "keys")
         prefix = prefix.exp()
         queries, keys = queries * prefix[..., None, :], keys * suffix.exp()
         decay = prefix[..., -1, :, None]
     else:
         gates = chunked(gv, size, dtype)  # type: ignore[arg-type]
-        out, prefix, suffix = _by_halves(queries, keys, values, gates, "values")
+        out, prefix, suffix = _by_channel(queries, keys, values, gates, "values")
         after, values = prefix.exp()[..., None, :], values * suffix.exp()
         decay = after[..., -1, :, :]
     before, state = carried(state, decay, keys.transpose(-1, -2) @ values)
@@ -153,7 +155,7 @@ def _at_once(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
     return (scores.flatten(-3, -2) @ v).unflatten(-2, q.shape[-3:-1])
 
 
-def _by_halves(
+def _by_channel(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, gated: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the tokens of a chunk read of the same chunk, with a gate for each channel.
@@ -165,6 +167,24 @@ def _by_halves(
         The output, and sums of the gates from the chunk's first token up to each one, and from
         behind each one up to the last.
     """
+    prefix = g.cumsum(-2)
+    whole = prefix[..., -1:, :]
+    if float(whole.detach().amin()) < -WEAK:
+        return _by_halves(q, k, v, g, gated)
+    here = prefix - whole / 2
+    there = here.neg().exp()
+    here = here.exp()[..., None, :]
+    if gated == "keys":
+        out = _at_once(q * here, k * there, v, None)
+    else:
+        out = _at_once(q, k, v * there, None) * here
+    return out, prefix, whole - prefix
+
+
+def _by_halves(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gated: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_by_channel` for gates of any strength."""
     out = (q * k[..., None, :]).sum(-1, keepdim=True) * v[..., None, :]  # a token and itself
     prefix, suffix, size = g, torch.zeros_like(g), 1
     while size < k.shape[-2]:

@@ -1,8 +1,8 @@
 """Gated slot attention: M slots a head that decay and fill by their own gates, read twice.
 
 Zhang et al., "Gated Slot Attention for Efficient Linear-Time Sequence Modeling" (2024), eq. 7-9.
-Shapes as in `memwrap.ops.gla`, with M slots. For each token, with s_t the weights at which the slots
-take it in:
+Shapes as in `memwrap.ops.gla`, with M slots. For each token, with s_t the weights at which the
+slots take it in:
 
     K_t = exp(g_t) * K_{t-1} + s_t k_t^T        p_t = softmax(scale * K_t q_t)
     V_t = exp(g_t) * V_{t-1} + s_t v_t^T        o_t = p_t V_t

@@ -6,6 +6,7 @@ Shapes: B rows, H query heads, Hkv key-value heads, T tokens, Dk and Dv channels
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def by_sequence(
     """Run `function(*tensors, state, scale)` for each of the joined sequences."""
     places = cu_seqlens.tolist()
     outs, states = [], []
-    for index, (start, end) in enumerate(zip(places, places[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(places)):
         part = [None if x is None else x[:, :, start:end] for x in tensors]
         out, last = function(*part, state[index : index + 1], scale)
         outs.append(out)

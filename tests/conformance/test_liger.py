@@ -49,7 +49,9 @@ def llama(case: Case, **sizes: Any) -> LlamaForCausalLM:
 def one_layer(case: Case) -> Any:
     """A model whose logits are its input embeddings plus the attention's output."""
     width = case.settings["D"]
-    base = llama(case, vocab_size=width, hidden_size=width, num_hidden_layers=1, intermediate_size=8)
+    base = llama(
+        case, vocab_size=width, hidden_size=width, num_hidden_layers=1, intermediate_size=8
+    )
     layer = base.model.layers[0]
     layer.input_layernorm = base.model.norm = nn.Identity()
     with torch.no_grad():

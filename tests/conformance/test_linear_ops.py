@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from cases import Case, names_of, read_case
 from torch import Tensor
 
