@@ -119,7 +119,7 @@ def train(
 @_plain_errors
 def evaluate(
     model_dir: Annotated[str, typer.Argument(help="A saved model: folder, shipped name or repo.")],
-    task: Annotated[str, typer.Option(help="perplexity or recall.")] = "perplexity",
+    task: Annotated[str, typer.Option(help="perplexity, linear-usage or recall.")] = "perplexity",
     documents: Annotated[
         str, typer.Option(help="stdlib, a folder, a file, or datasets:NAME.")
     ] = "stdlib",
@@ -140,10 +140,10 @@ def evaluate(
     model = _load(model_dir, dtype)
     folder = asset(model_dir) or Path(model_dir)
     results: run.Results
-    if task == "perplexity":
+    if task != "recall":
         part = None if split == "all" else split
         rows = run.documents(documents, part, _tokenizer(model_dir, model), tokens, count)
-        results = run.perplexity(model, rows)
+        results = (run.perplexity if task == "perplexity" else run.linear_usage)(model, rows)
     else:
         results = run.recall(model, folder, samples)
     typer.echo(run.table(results))

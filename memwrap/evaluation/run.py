@@ -12,8 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from memwrap.evaluation.associative import RecallResult, evaluate_recall
 from memwrap.evaluation.perplexity import (
+    BRANCH,
     CURVES,
+    FULL,
     SHUFFLED,
+    SINKS,
     WINDOW,
     PerplexityResult,
     perplexity_by_position,
@@ -25,7 +28,7 @@ from memwrap.training.data import load_documents, long_documents
 from memwrap.training.recall import recall_tasks
 from memwrap.training.recipe import load_recipe
 
-TASKS = ("perplexity", "recall")
+TASKS = ("perplexity", "linear-usage", "recall")
 Results = dict[str, PerplexityResult] | dict[str, RecallResult]
 
 
@@ -68,6 +71,28 @@ def perplexity(
     return {"perplexity": perplexity_by_position(model, rows, controls=tuple(controls), base=base)}
 
 
+def linear_usage(model: MemoryModelForCausalLM, rows: list[Tensor]) -> dict[str, PerplexityResult]:
+    """What the branches of a linearized model are worth: both, each alone, and the base without
+    training, over its full context and with a window of the same size and sinks.
+
+    Raises:
+        ValueError: for a model that is not linearized.
+    """
+    found = [m for m in model.memories.values() if m.branches]
+    if not found:
+        names = ", ".join(model.memories)
+        raise ValueError(
+            f"'linear-usage' is about linearized models; this one has {names}. Use 'perplexity'."
+        )
+    size = getattr(found[0].config, "window_size", 0)
+    controls = [BRANCH + name for name in found[0].branches if size or name != "window"]
+    result = perplexity_by_position(
+        model, rows, controls=(*controls, FULL, WINDOW), window=max(1, size) + SINKS,
+        full_context_tokens=min(2048, model.parts.config.max_position_embeddings),
+    )  # fmt: skip
+    return {"linear-usage": result}
+
+
 def recall(
     model: MemoryModelForCausalLM, folder: Path, samples: int = 256
 ) -> dict[str, RecallResult]:
@@ -101,13 +126,14 @@ def table(results: Results) -> str:
     """The tables of all results."""
     parts = []
     for name, result in results.items():
-        parts.append(result.table() if name == "perplexity" else f"{name}\n\n{result.table()}")
+        alone = isinstance(result, PerplexityResult)
+        parts.append(result.table() if alone else f"{name}\n\n{result.table()}")
     return "\n\n".join(parts)
 
 
 def write(results: Results, folder: Path) -> list[Path]:
     """Write `TASK.json` and `TASK.png` into `folder`; returns their paths."""
-    task = "perplexity" if "perplexity" in results else "recall"
+    task = next((name for name in results if name in TASKS), "recall")
     values: Any = {name: result.to_dict() for name, result in results.items()}
     paths = [folder / f"{task}.json", folder / f"{task}.png"]
     write_text(paths[0], json.dumps(values.get(task, values), indent=2) + "\n")
@@ -120,4 +146,4 @@ def write(results: Results, folder: Path) -> list[Path]:
     return paths
 
 
-__all__ = ["TASKS", "documents", "perplexity", "recall", "table", "write"]
+__all__ = ["TASKS", "documents", "linear_usage", "perplexity", "recall", "table", "write"]

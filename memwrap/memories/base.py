@@ -274,6 +274,9 @@ class Memory(nn.Module):
         (T may be 0). Rows whose segment stays open keep the state of `attend`."""
         return state
 
+    def progress(self, done: float) -> None:
+        """Told by the trainer before every step which share of its steps is done, 0 to 1."""
+
     def figures(self) -> dict[str, Tensor]:
         """Learned numbers worth watching, `(layers, heads)` each: logged and plotted."""
         return {}

@@ -7,7 +7,7 @@ parameter: the pretrained weights are linearized as they are and then adapted wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,9 @@ class LigerConfig(MemoryConfig):
         gate_divisor: the log of the gate is divided by it; by default 16, and 1 for `"hgrn2"`.
         num_slots: slots a head of `"gsa"`, a divisor of the head's width (`None`: the width).
         window_dropout: share of training rows that read the recurrence alone, so that it learns
-            to carry weight; a schedule may change it during a run.
+            to carry weight.
+        window_dropout_end: that share at the end of a run of `MemoryTrainer`, with a straight line
+            between the two (`None`: it stays).
         layers: decoder layers that are converted (`None`: all).
         other_window_size: in the layers that are not: tokens that their own softmax sees, with
             the sinks. A text up to this length has full attention there.
@@ -72,6 +74,7 @@ class LigerConfig(MemoryConfig):
     gate_divisor: float | None = None
     num_slots: int | None = None
     window_dropout: float = 0.0
+    window_dropout_end: float | None = None
     layers: list[int] | None = None
     other_window_size: int = 1024
 
@@ -83,14 +86,18 @@ class LigerConfig(MemoryConfig):
         for name in ("window_weight", "recurrent_weight"):
             self._number(name, 0)
         self._number("window_dropout", 0, 1)
+        if self.window_dropout_end is not None:
+            self._number("window_dropout_end", 0, 1)
         self._positive("num_slots", optional=True)
         self._positive("other_window_size")
         self._layers()
         if self.gate_divisor is not None:
             self._number("gate_divisor", 1e-3)
         if self.feature_map is not None:
-            allowed = SAME_WIDTH if self.form in ("hgrn2", "gsa") else FEATURE_MAPS
-            if self.form == "gla":  # a gate a channel says nothing of products of channels
+            allowed: tuple[str, ...] = FEATURE_MAPS
+            if self.form in ("hgrn2", "gsa"):
+                allowed = SAME_WIDTH
+            elif self.form == "gla":  # a gate a channel says nothing of products of channels
                 allowed = tuple(n for n in FEATURE_MAPS if n != "taylor")
             if self.feature_map not in allowed:
                 self._fail("feature_map", f"for {self.form!r} one of {', '.join(allowed)}")
@@ -129,9 +136,7 @@ class LigerMemory(Memory):
     the window reaches back over their ends. All heads that share keys and values share the matrix.
 
     Attributes:
-        window_dropout: as in the config; a schedule sets it during a run.
-        branch: `"both"`, or the only one that is read (`"window"`, `"recurrent"`), for measuring
-            what each is worth.
+        window_dropout: the share of rows in use; `progress` sets it during a run.
     """
 
     config: LigerConfig
@@ -141,7 +146,6 @@ class LigerMemory(Memory):
         super().__init__(config, sizes)
         self.chosen = frozenset(chosen_layers(config, sizes))
         self.window_dropout = config.window_dropout
-        self.branch = "both"
         self.window = SlidingWindow(config.window_size, config.num_sinks)
         self.other = SlidingWindow(config.other_window_size, config.num_sinks)
         for layer in self.chosen:
@@ -204,6 +208,10 @@ class LigerMemory(Memory):
             return state
         return {**state, "window": window.closed(attention, state["window"])}
 
+    def progress(self, done: float) -> None:
+        start, end = self.config.window_dropout, self.config.window_dropout_end
+        self.window_dropout = start if end is None else start + (end - start) * done
+
     def _weights(self, read: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Of the window and of the recurrence: numbers, or `(B, 1, 1, 1)`."""
         local, own = self.config.window_weight, self.config.recurrent_weight
@@ -221,12 +229,13 @@ class LigerMemory(Memory):
         start = attention.key.shape[2] - length
         k, v = attention.key[:, :, start:], attention.value[:, :, start:]
         mask = places.query_valid
-        positions = state["read"][:, None] + mask.cumsum(1) - 1
         new: Tree = {**state, "read": state["read"] + mask.sum(1)}
         gate = k.to(state["S" if "S" in state else "K"].dtype)  # before feature map and rotation
         if config.rotate:
+            positions = state["read"][:, None] + mask.cumsum(1) - 1
             q, k = (attention.rotated(x, positions) for x in (q, k))
-        dtype, full = v.dtype, {"mask": None if bool(mask.all()) else mask, "scale": 1.0}
+        dtype = v.dtype
+        full: dict[str, Any] = {"mask": mask if attention.padded else None, "scale": 1.0}
         if config.form == "gsa":
             slots = state["K"].shape[-1]
             log = F.logsigmoid(gate.unflatten(-1, (slots, -1)).mean(-1)) / config.divisor

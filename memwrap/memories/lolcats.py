@@ -150,7 +150,7 @@ class LoLCATsMemory(Memory):
 
     def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         if self._transfers:  # the teacher sees one segment
-            return self._empty(layer, *state["window"]["tokens"].shape, attention.value.device)
+            return self._empty(layer, len(attention.value), attention.value.device)
         window = self.window if str(layer) in self.maps else self.other
         return {**state, "window": window.closed(attention, state["window"])}
 
