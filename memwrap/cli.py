@@ -119,7 +119,7 @@ def train(
 @_plain_errors
 def evaluate(
     model_dir: Annotated[str, typer.Argument(help="A saved model: folder, shipped name or repo.")],
-    task: Annotated[str, typer.Option(help="perplexity, linear-usage or recall.")] = "perplexity",
+    task: Annotated[str, typer.Option(help="perplexity, recall or linear-usage.")] = "perplexity",
     documents: Annotated[
         str, typer.Option(help="stdlib, a folder, a file, or datasets:NAME.")
     ] = "stdlib",

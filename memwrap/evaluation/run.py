@@ -28,7 +28,7 @@ from memwrap.training.data import load_documents, long_documents
 from memwrap.training.recall import recall_tasks
 from memwrap.training.recipe import load_recipe
 
-TASKS = ("perplexity", "linear-usage", "recall")
+TASKS = ("perplexity", "recall", "linear-usage")
 Results = dict[str, PerplexityResult] | dict[str, RecallResult]
 
 
