@@ -11,6 +11,8 @@ from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
 from memwrap.memories.infllm import InfLLMConfig
 from memwrap.memories.landmark import LandmarkConfig
+from memwrap.memories.liger import LigerConfig
+from memwrap.memories.lolcats import LoLCATsConfig
 from memwrap.memories.memorizing import MemorizingConfig
 from memwrap.memories.memoryprompt import MemoryPromptConfig
 from memwrap.memories.neurocache import NeurocacheConfig
@@ -20,7 +22,7 @@ from memwrap.model import MemoryModelForCausalLM
 from memwrap.registry import available, config_class
 from memwrap.saving import VERSION as __version__
 from memwrap.state import MemoryState
-from memwrap.wrapping import load, unwrap, wrap
+from memwrap.wrapping import linearize, load, unwrap, wrap
 
 __all__ = [
     "ARMTConfig",
@@ -32,6 +34,8 @@ __all__ = [
     "InfiniConfig",
     "LandmarkConfig",
     "Library",
+    "LigerConfig",
+    "LoLCATsConfig",
     "MemorizingConfig",
     "MemoryConfig",
     "MemoryModelConfig",
@@ -44,6 +48,7 @@ __all__ = [
     "__version__",
     "available",
     "config_class",
+    "linearize",
     "load",
     "unwrap",
     "wrap",

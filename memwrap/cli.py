@@ -120,7 +120,8 @@ def train(
 def evaluate(
     model_dir: Annotated[str, typer.Argument(help="A saved model: folder, shipped name or repo.")],
     task: Annotated[
-        str, typer.Option(help="perplexity, recall, or tasks of the suite: passkey,vt,...")
+        str,
+        typer.Option(help="perplexity, recall, linear-usage, or tasks: passkey,vt,..."),
     ] = "perplexity",
     documents: Annotated[
         str, typer.Option(help="stdlib, a folder, a file, or datasets:NAME.")
@@ -144,10 +145,10 @@ def evaluate(
     model = _load(model_dir, dtype)
     folder = asset(model_dir) or Path(model_dir)
     results: run.Results
-    if task == "perplexity":
+    if task in ("perplexity", "linear-usage"):
         part = None if split == "all" else split
         rows = run.documents(documents, part, _tokenizer(model_dir, model), tokens, count)
-        results = run.perplexity(model, rows)
+        results = (run.perplexity if task == "perplexity" else run.linear_usage)(model, rows)
     elif task == "recall":
         results = run.recall(model, folder, samples or 256)
     else:

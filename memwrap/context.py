@@ -124,6 +124,7 @@ class LayerContext:
     def _attention(self, memory: Memory, seen: SeenAttention) -> LayerAttention:
         if "places" not in self._shared:
             self._shared["places"] = self.places.to(seen.key.device)
+            self._shared["padded"] = not bool(self.places.query_valid.all())
         hidden = None
         if memory.needs_hidden:
             hidden, key = seen.hidden, str(seen.layer)

@@ -69,6 +69,31 @@ def wrap(
     return wrapped.train(model.training)
 
 
+def linearize(
+    model: PreTrainedModel, memory: MemoryConfig | str = "liger", **settings: Any
+) -> MemoryModelForCausalLM:
+    """Turn the attention of a causal LM into a recurrence with a state of constant size.
+
+    The same as `wrap`, for the methods that take the place of the attention: the result is not
+    the base any more and needs some training before it is worth much.
+
+    Args:
+        model: as for `wrap`.
+        memory: `LigerConfig(...)` or another config that linearizes, or its name with its fields
+            as keywords.
+
+    Raises:
+        ValueError: for a memory that leaves the attention as it is, and as `wrap`.
+    """
+    config = _config(memory, settings)
+    if not config.linearizes:
+        raise ValueError(
+            f"The memory {config.name!r} stands beside the attention; attach it with memwrap.wrap. "
+            "linearize takes one that replaces it, such as 'liger'."
+        )
+    return wrap(model, memory, **settings)
+
+
 def _config(memory: MemoryConfig | str, settings: dict[str, Any]) -> MemoryConfig:
     if isinstance(memory, str):
         return config_class(memory).from_dict(settings)

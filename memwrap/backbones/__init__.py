@@ -5,5 +5,14 @@ from memwrap.backbones.backbone import Backbone
 from memwrap.backbones.layers import LayerReader
 from memwrap.backbones.places import Places, Rows
 from memwrap.backbones.probing import AttentionSizes
+from memwrap.backbones.windows import SlidingWindow
 
-__all__ = ["AttentionSizes", "Backbone", "LayerAttention", "LayerReader", "Places", "Rows"]
+__all__ = [
+    "AttentionSizes",
+    "Backbone",
+    "LayerAttention",
+    "LayerReader",
+    "Places",
+    "Rows",
+    "SlidingWindow",
+]

@@ -106,6 +106,11 @@ class LayerAttention:
         return self.seen.window
 
     @property
+    def padded(self) -> bool:
+        """Whether any of the step's queries is padding."""
+        return self.shared["padded"]
+
+    @property
     def groups(self) -> int:
         """Query heads that share a KV head; query head h belongs to KV head h // groups."""
         return self.seen.query.shape[1] // self.seen.key.shape[1]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from memwrap.evaluation.controls import (
 from memwrap.files import write_text
 from memwrap.model import MemoryModelForCausalLM
 
+BRANCH = "only "  # and the name of a branch of the memory
 VERSION = 1
 
 
@@ -117,7 +120,8 @@ def perplexity_by_position(
     Args:
         model: a memwrap model; the base controls run its backbone without adapters.
         documents: ids `(T,)`, read as rows of one batch.
-        controls: which curves stand beside "memory".
+        controls: which curves stand beside "memory". For a memory with branches (a linearized
+            model) also "only window" and "only recurrent".
         window: tokens of a window of "base, truncated", and of window and sinks together
             (default: the backbone's context, at most 2,048).
         full_context_tokens: how far "base, full context" is followed (default: 4 windows).
@@ -136,9 +140,11 @@ def perplexity_by_position(
         raise ValueError("`documents` is empty; give at least one document.")
     if SHUFFLED in controls and len(documents) < 2:
         raise ValueError("The control 'memory shuffled' needs at least two documents.")
-    unknown = sorted(set(controls) - set(CURVES))
+    branches = {BRANCH + b: b for m in model.memories.values() for b in m.branches}
+    unknown = sorted(set(controls) - set(CURVES) - branches.keys())
     if unknown:
-        raise ValueError(f"Unknown controls {unknown}; allowed: {', '.join(CURVES[1:])}.")
+        allowed = ", ".join([*CURVES[1:], *branches])
+        raise ValueError(f"Unknown controls {unknown}; allowed: {allowed}.")
     size = model.segment_size
     window = window or min(model.parts.config.max_position_embeddings, 2048)
     rows = [torch.as_tensor(d) for d in documents]
@@ -146,7 +152,7 @@ def perplexity_by_position(
     lengths = torch.tensor([len(r) for r in rows])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     piece = max(1, piece_tokens // size) * size
-    readers = {
+    readers: dict[str, Callable[[], Tensor]] = {
         MEMORY: lambda: _memory(model, ids, mask, piece, None, progress),
         OFF: lambda: _memory(model, ids, mask, piece, "off", progress),
         SHUFFLED: lambda: _memory(model, ids, mask, piece, "shuffled", progress),
@@ -154,6 +160,8 @@ def perplexity_by_position(
         FULL: lambda: _full(model, ids, mask, full_context_tokens or 4 * window),
         WINDOW: lambda: _window_and_sinks(model, ids, mask, window, progress),
     }
+    for name, branch in branches.items():
+        readers[name] = partial(_branch, model, ids, mask, piece, branch, progress)
     was_training = model.training
     model.eval()
     nll: dict[str, Tensor] = {}
@@ -222,6 +230,25 @@ def _memory(
         )
         _place(nll, token_nll(out.logits, ids, mask, first), first)
     return nll
+
+
+def _branch(
+    model: MemoryModelForCausalLM,
+    ids: Tensor,
+    mask: Tensor,
+    piece: int,
+    branch: str,
+    progress: bool,
+) -> Tensor:
+    """The model with one branch of its memory read alone."""
+    owners = [m for m in model.memories.values() if branch in m.branches]
+    for memory in owners:
+        memory.branch = branch
+    try:
+        return _memory(model, ids, mask, piece, None, progress)
+    finally:
+        for memory in owners:
+            memory.branch = "both"
 
 
 def _windows(

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from memwrap.evaluation.associative import RecallResult, evaluate_recall
-from memwrap.evaluation.controls import CURVES, SHUFFLED, WINDOW
-from memwrap.evaluation.perplexity import PerplexityResult, perplexity_by_position
+from memwrap.evaluation.controls import CURVES, FULL, SHUFFLED, SINKS, WINDOW
+from memwrap.evaluation.perplexity import BRANCH, PerplexityResult, perplexity_by_position
 from memwrap.evaluation.plots import plot_perplexity, plot_recall
 from memwrap.evaluation.report import write_report
 from memwrap.evaluation.suite import SuiteResult, evaluate_tasks
@@ -23,7 +23,7 @@ from memwrap.training.data import load_documents, long_documents
 from memwrap.training.recall import recall_tasks
 from memwrap.training.recipe import load_recipe
 
-TASKS = ("perplexity", "recall")
+TASKS = ("perplexity", "recall", "linear-usage")
 Results = dict[str, PerplexityResult] | dict[str, RecallResult] | dict[str, SuiteResult]
 
 
@@ -114,6 +114,28 @@ def perplexity(
     return {"perplexity": perplexity_by_position(model, rows, controls=tuple(controls), base=base)}
 
 
+def linear_usage(model: MemoryModelForCausalLM, rows: list[Tensor]) -> dict[str, PerplexityResult]:
+    """What the branches of a linearized model are worth: both, each alone, and the base without
+    training, over its full context and with a window of the same size and sinks.
+
+    Raises:
+        ValueError: for a model that is not linearized.
+    """
+    found = [m for m in model.memories.values() if m.branches]
+    if not found:
+        names = ", ".join(model.memories)
+        raise ValueError(
+            f"'linear-usage' is about linearized models; this one has {names}. Use 'perplexity'."
+        )
+    size = getattr(found[0].config, "window_size", 0)
+    controls = [BRANCH + name for name in found[0].branches if size or name != "window"]
+    result = perplexity_by_position(
+        model, rows, controls=(*controls, FULL, WINDOW), window=max(1, size) + SINKS,
+        full_context_tokens=min(2048, model.parts.config.max_position_embeddings),
+    )  # fmt: skip
+    return {"linear-usage": result}
+
+
 def recall(
     model: MemoryModelForCausalLM, folder: Path, samples: int = 256
 ) -> dict[str, RecallResult]:
@@ -147,14 +169,14 @@ def table(results: Results) -> str:
     """The tables of all results."""
     parts = []
     for name, result in results.items():
-        plain = name in ("perplexity", "tasks")
+        plain = isinstance(result, (PerplexityResult, SuiteResult))
         parts.append(result.table() if plain else f"{name}\n\n{result.table()}")
     return "\n\n".join(parts)
 
 
 def write(results: Results, folder: Path) -> list[Path]:
     """Write `KIND.json` and a plot (of tasks: a report) into `folder`; returns their paths."""
-    kind = next((k for k in ("perplexity", "tasks") if k in results), "recall")
+    kind = next((name for name in results if name in (*TASKS, "tasks")), "recall")
     values: Any = {name: result.to_dict() for name, result in results.items()}
     paths = [folder / f"{kind}.json", folder / f"{kind}.png"]
     write_text(paths[0], json.dumps(values.get(kind, values), indent=2) + "\n")
@@ -171,5 +193,6 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 __all__ = [
-    "TASKS", "documents", "perplexity", "recall", "suite_tasks", "table", "tasks", "write",
+    "TASKS", "documents", "linear_usage", "perplexity", "recall", "suite_tasks", "table", "tasks",
+    "write",
 ]  # fmt: skip

@@ -38,6 +38,7 @@ class MemoryConfig:
     places: ClassVar[frozenset[str]] = frozenset()
     neutral_start: ClassVar[bool] = False
     bounded: ClassVar[bool] = True
+    linearizes: ClassVar[bool] = False
 
     segment_size: int = 512
     bptt_segments: int | None = None
@@ -212,6 +213,8 @@ class Memory(nn.Module):
         insert_predicts: the inserted token predicts what follows it, and is a target of the token
             before it (needs an `insert_id`). Otherwise it is outside the loss.
         grows: the state's tensors may become longer in one dimension, filled from its beginning.
+        branches: parts of what is read that can be read alone, by setting `branch` to one of
+            them; an evaluation measures what each is worth.
     """
 
     looks_at: frozenset[str] = frozenset()
@@ -219,6 +222,8 @@ class Memory(nn.Module):
     needs_hidden: bool = False
     bytes_per_token: float = 0.0
     grows: bool = False
+    branches: tuple[str, ...] = ()
+    branch: str = "both"
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -290,6 +295,9 @@ class Memory(nn.Module):
         """The layer's state after a segment closed; `attention` has all its keys and values
         (T may be 0). Rows whose segment stays open keep the state of `attend`."""
         return state
+
+    def progress(self, done: float) -> None:
+        """Told by the trainer before every step which share of its steps is done, 0 to 1."""
 
     def figures(self) -> dict[str, Tensor]:
         """Learned numbers worth watching, `(layers, heads)` each: logged and plotted."""

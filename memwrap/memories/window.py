@@ -7,14 +7,13 @@ the baseline that every other one must be shown beside. It has no parameters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from memwrap.backbones import LayerAttention, Rows
+from memwrap.backbones import LayerAttention, SlidingWindow
 from memwrap.memories.base import Memory, MemoryConfig, Sizes
-from memwrap.ops.rows import earliest, latest, right_valid, take
 from memwrap.registry import register
 from memwrap.trees import Tree
 
@@ -58,67 +57,20 @@ class WindowMemory(Memory):
 
     def __init__(self, config: WindowConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        self.kept = config.window_size - 1  # a query sees itself too
+        self.window = SlidingWindow(config.window_size, config.num_sinks)
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
-        make: dict[str, Any] = {"device": device, "dtype": self.sizes.backbone_dtype}
-        layers: Tree = {}
-        for layer, own in enumerate(self.sizes.attention):
-            for name, count in (("window", self.kept), ("sink", self.config.num_sinks)):
-                shape = (batch_size, own.num_kv_heads, count)
-                layers.setdefault(str(layer), {}).update(
-                    {
-                        f"{name}_key": torch.zeros(*shape, own.key_dim, **make),
-                        f"{name}_value": torch.zeros(*shape, own.value_dim, **make),
-                    }
-                )
-            layers[str(layer)]["tokens"] = torch.zeros(batch_size, dtype=torch.long, device=device)
-        return {"layers": layers}
+        dtype = self.sizes.backbone_dtype
+        return {
+            "layers": {
+                str(layer): self.window.empty(batch_size, own, dtype, device)
+                for layer, own in enumerate(self.sizes.attention)
+            }
+        }
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        config, places, before = self.config, attention.places, state["tokens"]
-        window = min(config.window_size, attention.window or config.window_size)
-        positions = torch.arange(-self.kept, 0, device=before.device).expand(len(before), -1)
-        recent = places.queries[:, :, None] - positions[:, None] < window
-        recent &= right_valid(before, self.kept)[:, None]
-        rows = [Rows(state["window_key"], state["window_value"], positions, recent)]
-        if config.num_sinks and attention.window is None:
-            rows.insert(0, self._sink_rows(attention, state, window))
-        local = places.queries[:, :, None] - places.keys[:, None] < window
+        rows, local = self.window.rows(attention, state)
         return attention.join(*rows, local=local)[0], state
 
     def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
-        before, valid = state["tokens"], attention.places.key_valid
-        tokens = before + valid.sum(1)
-        kept = latest(torch.cat([right_valid(before, self.kept), valid], 1), self.kept)
-        there = right_valid(tokens, self.kept)
-        new = {"tokens": tokens}
-        for name, rows in (("key", attention.key), ("value", attention.value)):
-            old = state[f"window_{name}"]
-            new[f"window_{name}"] = take(torch.cat([old, rows.to(old.dtype)], 2), kept, there)
-        return new | self._sinks(attention, state)
-
-    def _sinks(self, attention: LayerAttention, state: Tree) -> Tree:
-        """Keys and values of the document's first tokens, those just read among them."""
-        before, valid = state["tokens"], attention.places.key_valid
-        places = torch.arange(self.config.num_sinks, device=before.device)
-        index = earliest(torch.cat([places < before[:, None], valid], 1), self.config.num_sinks)
-        there = places < (before + valid.sum(1))[:, None]
-        return {
-            name: take(torch.cat([state[name], new.to(state[name].dtype)], 2), index, there)
-            for name, new in (("sink_key", attention.key), ("sink_value", attention.value))
-        }
-
-    def _sink_rows(self, attention: LayerAttention, state: Tree, window: int) -> Rows:
-        """The sinks as queries see them that have left them behind the window."""
-        sinks = self._sinks(attention, state)
-        absolute = state["tokens"][:, None] + attention.places.queries
-        places = torch.arange(self.config.num_sinks, device=absolute.device)
-        gone = absolute[:, :, None] - places >= window
-        return Rows(
-            sinks["sink_key"],
-            sinks["sink_value"],
-            places.expand(len(absolute), -1),
-            gone,
-            query_positions=absolute.clamp_max(window + self.config.num_sinks - 1),
-        )
+        return self.window.closed(attention, state)

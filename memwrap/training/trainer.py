@@ -212,6 +212,9 @@ class MemoryTrainer(Trainer):
         Returns:
             The loss, detached.
         """
+        done = self.state.global_step / max(1, self.state.max_steps)
+        for memory in self.memory_model.memories.values():
+            memory.progress(done)
         inputs = self.prepare_batch(inputs)
         window = self._stream_window()
         if window is None or not has_labels(inputs):

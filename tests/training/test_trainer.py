@@ -594,3 +594,21 @@ def test_average_gradients_of_one_process(tmp_path: Path) -> None:
         assert model.bias.grad is None
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_memories_are_told_how_far_a_run_is(tmp_path: Path) -> None:
+    """Liger leaves its window out less and less."""
+    model = memwrap.wrap(llama(), "liger", segment_size=SEGMENT, window_dropout=0.8,
+                         window_dropout_end=0.0)  # fmt: skip
+    memory, shares = model.memories["liger"], []
+    trainer = make_trainer(model, tmp_path, max_steps=4)
+    step = trainer.training_step
+
+    def training_step(*given: Any) -> Tensor:
+        loss = step(*given)
+        shares.append(memory.window_dropout)
+        return loss
+
+    trainer.training_step = training_step  # type: ignore[method-assign]
+    trainer.train()
+    assert shares == pytest.approx([0.8, 0.6, 0.4, 0.2])

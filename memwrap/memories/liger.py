@@ -1,0 +1,277 @@
+"""Liger: attention becomes a gated recurrence beside a short window (Lan et al. 2025).
+
+The gates are made of the keys that the layer projects anyway, so that a conversion adds no
+parameter: the pretrained weights are linearized as they are and then adapted with LoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memwrap.backbones import AttentionSizes, LayerAttention, SlidingWindow
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.ops import delta, gla, gsa
+from memwrap.ops.features import FEATURE_MAPS, SAME_WIDTH, feature_width, features
+from memwrap.registry import register
+from memwrap.trees import Tree
+
+EPS = 1e-10
+FORMS = ("gla", "hgrn2", "gsa", "linear", "retnet", "delta", "gated_delta")
+BRANCHES = ("window", "recurrent")
+# By form: the feature map, the gate's divisor.
+_DEFAULTS = {
+    "gla": ("softmax", 16.0), "hgrn2": ("softmax", 1.0), "gsa": ("none", 16.0),
+    "linear": ("softmax", 1.0), "retnet": ("softmax", 1.0), "delta": ("none", 1.0),
+    "gated_delta": ("none", 16.0),
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class LigerConfig(MemoryConfig):
+    """Attention as a recurrence with gates made of the keys, mixed with a sliding window.
+
+    Attributes:
+        form: `"gla"` (a gate a channel), `"hgrn2"` (the key is one minus the gate), `"gsa"`
+            (slots), `"linear"` (no gate), `"retnet"` (a fixed decay a head), `"delta"` or
+            `"gated_delta"`.
+        window_size: tokens that the softmax sees, the query itself among them; 0 for none. The
+            published code's 64 sees 65.
+        num_sinks: first tokens that the softmax sees too. Published: none.
+        window_weight, recurrent_weight: of the two branches.
+        feature_map: of queries and keys, one of `"softmax"`, `"elu"`, `"hedgehog"`, `"taylor"`,
+            `"none"`; by default `"softmax"`, and `"none"` for slots and the delta rules.
+        rotate: rotate queries and keys to their places before the feature map.
+        normaliser: divide what is read by the sum of the features' products; by default for
+            `"linear"` only.
+        gate_divisor: the log of the gate is divided by it; by default 16, and 1 for `"hgrn2"`.
+        num_slots: slots a head of `"gsa"`, a divisor of the head's width (`None`: the width).
+        window_dropout: share of training rows that read the recurrence alone, so that it learns
+            to carry weight.
+        window_dropout_end: that share at the end of a run of `MemoryTrainer`, with a straight line
+            between the two (`None`: it stays).
+        layers: decoder layers that are converted (`None`: all).
+        other_window_size: in the layers that are not: tokens that their own softmax sees, with
+            the sinks. A text up to this length has full attention there.
+    """
+
+    name: ClassVar[str] = "liger"
+    places: ClassVar[frozenset[str]] = frozenset({"attention"})
+    linearizes: ClassVar[bool] = True
+
+    form: str = "gla"
+    window_size: int = 64
+    num_sinks: int = 4
+    window_weight: float = 0.5
+    recurrent_weight: float = 0.5
+    feature_map: str | None = None
+    rotate: bool = False
+    normaliser: bool | None = None
+    gate_divisor: float | None = None
+    num_slots: int | None = None
+    window_dropout: float = 0.0
+    window_dropout_end: float | None = None
+    layers: list[int] | None = None
+    other_window_size: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("form", FORMS)
+        self._positive("window_size", zero=True)
+        self._positive("num_sinks", zero=True)
+        for name in ("window_weight", "recurrent_weight"):
+            self._number(name, 0)
+        self._number("window_dropout", 0, 1)
+        if self.window_dropout_end is not None:
+            self._number("window_dropout_end", 0, 1)
+        self._positive("num_slots", optional=True)
+        self._positive("other_window_size")
+        self._layers()
+        if self.gate_divisor is not None:
+            self._number("gate_divisor", 1e-3)
+        if self.feature_map is not None:
+            allowed: tuple[str, ...] = FEATURE_MAPS
+            if self.form in ("hgrn2", "gsa"):
+                allowed = SAME_WIDTH
+            elif self.form == "gla":  # a gate a channel says nothing of products of channels
+                allowed = tuple(n for n in FEATURE_MAPS if n != "taylor")
+            if self.feature_map not in allowed:
+                self._fail("feature_map", f"for {self.form!r} one of {', '.join(allowed)}")
+        if self.normaliser is not None and not isinstance(self.normaliser, bool):
+            self._fail("normaliser", "true, false or None")
+        if self.normaliser and self.form in ("gsa", "delta", "gated_delta"):
+            self._fail("normaliser", f"false for {self.form!r}, whose reads need none")
+        if self.window_size == 0 and self.num_sinks and self.layers is None:
+            self.num_sinks = 0  # no softmax is left that could see them
+
+    @property
+    def features(self) -> str:
+        """The feature map in use."""
+        return self.feature_map or _DEFAULTS[self.form][0]
+
+    @property
+    def divisor(self) -> float:
+        """The gate's divisor in use."""
+        return _DEFAULTS[self.form][1] if self.gate_divisor is None else self.gate_divisor
+
+    @property
+    def normalised(self) -> bool:
+        """Whether reads are divided by the features' products."""
+        return self.form == "linear" if self.normaliser is None else self.normaliser
+
+    @classmethod
+    def tiny(cls) -> LigerConfig:
+        return cls(segment_size=8, window_size=5, num_sinks=2)
+
+
+@register(LigerConfig)
+class LigerMemory(Memory):
+    """Per layer and KV head the recurrence's matrix, in float32, and the window's keys and values.
+
+    The matrix takes in every token as it is read, so that nothing depends on where segments end;
+    the window reaches back over their ends. All heads that share keys and values share the matrix.
+
+    Attributes:
+        window_dropout: the share of rows in use; `progress` sets it during a run.
+    """
+
+    config: LigerConfig
+    branches = BRANCHES
+
+    def __init__(self, config: LigerConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.chosen = frozenset(chosen_layers(config, sizes))
+        self.window_dropout = config.window_dropout
+        self.window = SlidingWindow(config.window_size, config.num_sinks)
+        self.other = SlidingWindow(config.other_window_size, config.num_sinks)
+        for layer in self.chosen:
+            self._check(layer, sizes.attention[layer].key_dim)
+
+    def _check(self, layer: int, width: int) -> None:
+        slots = self.config.num_slots
+        if self.config.form == "gsa" and slots and width % slots:
+            raise ValueError(
+                f"LigerConfig.num_slots is {slots}; it must divide the heads' width, {width} in "
+                f"layer {layer}."
+            )
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        layers: Tree = {}
+        for layer, own in enumerate(self.sizes.attention):
+            tree: Tree = {}
+            window = self._window(layer)
+            if window is not None:
+                dtype = self.sizes.backbone_dtype
+                tree["window"] = window.empty(batch_size, own, dtype, device)
+            if layer in self.chosen:
+                tree |= self._empty(batch_size, own, device)
+                tree["read"] = torch.zeros(batch_size, dtype=torch.long, device=device)
+            layers[str(layer)] = tree
+        return {"layers": layers}
+
+    def _empty(self, batch_size: int, own: AttentionSizes, device: torch.device) -> Tree:
+        dtype = torch.promote_types(self.sizes.backbone_dtype, torch.float32)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch_size, own.num_kv_heads, *shape, dtype=dtype, device=device)
+
+        if self.config.form == "gsa":
+            slots = self.config.num_slots or own.key_dim
+            return {"K": zeros(own.key_dim, slots), "V": zeros(slots, own.value_dim)}
+        keys = feature_width(self.config.features, own.key_dim)
+        return {"S": zeros(keys, own.value_dim + self.config.normalised)}
+
+    def _window(self, layer: int) -> SlidingWindow | None:
+        if layer not in self.chosen:
+            return self.other
+        return self.window if self.window.size else None
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        window = self._window(layer)
+        if layer not in self.chosen:
+            return _softmax(self.other, attention, state), state
+        with torch.autocast(attention.value.device.type, enabled=False):
+            read, state = self._recurrent(attention, state)
+        if window is None:
+            return read * (self.config.window_weight + self.config.recurrent_weight), state
+        weights = self._weights(read)
+        local = _softmax(window, attention, state).to(read.dtype)
+        return weights[0] * local + weights[1] * read, state
+
+    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        window = self._window(layer)
+        if window is None:
+            return state
+        return {**state, "window": window.closed(attention, state["window"])}
+
+    def progress(self, done: float) -> None:
+        start, end = self.config.window_dropout, self.config.window_dropout_end
+        self.window_dropout = start if end is None else start + (end - start) * done
+
+    def _weights(self, read: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Of the window and of the recurrence: numbers, or `(B, 1, 1, 1)`."""
+        local, own = self.config.window_weight, self.config.recurrent_weight
+        if self.branch != "both":
+            return (local + own, 0.0) if self.branch == "window" else (0.0, local + own)
+        if not (self.training and self.window_dropout):
+            return local, own
+        alone = torch.rand(len(read), 1, 1, 1, device=read.device) < self.window_dropout
+        return local * ~alone, torch.where(alone, local + own, own).to(read.dtype)
+
+    def _recurrent(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        """What the step's tokens read of the recurrence `(B, T, H, Dv)`, and the state after."""
+        config, places = self.config, attention.places
+        q, length = attention.query, attention.query.shape[2]
+        start = attention.key.shape[2] - length
+        k, v = attention.key[:, :, start:], attention.value[:, :, start:]
+        mask = places.query_valid
+        new: Tree = {**state, "read": state["read"] + mask.sum(1)}
+        gate = k.to(state["S" if "S" in state else "K"].dtype)  # before feature map and rotation
+        if config.rotate:
+            positions = state["read"][:, None] + mask.cumsum(1) - 1
+            q, k = (attention.rotated(x, positions) for x in (q, k))
+        dtype = v.dtype
+        full: dict[str, Any] = {"mask": mask if attention.padded else None, "scale": 1.0}
+        if config.form == "gsa":
+            slots = state["K"].shape[-1]
+            log = F.logsigmoid(gate.unflatten(-1, (slots, -1)).mean(-1)) / config.divisor
+            q, k = (features(x, config.features).to(dtype) for x in (q, k))
+            s = -torch.expm1(log)
+            out, (new["K"], new["V"]) = gsa.scan(q, k, v, s, log, (state["K"], state["V"]), **full)
+            return out.transpose(1, 2), new
+        forget = self._gate(gate)
+        k = features(k, config.features) if config.form != "hgrn2" else gate.neg().sigmoid()
+        q, k = features(q, config.features).to(dtype), k.to(dtype)
+        if config.normalised:
+            v = F.pad(v, (0, 1), value=1.0)
+        if config.form.endswith("delta"):
+            beta = gate.mean(-1).sigmoid()
+            out, new["S"] = delta.scan(q, k, v, beta, forget, state["S"], l2norm=True, **full)
+        else:
+            out, new["S"] = gla.scan(q, k, v, forget, state["S"], **full)
+        if config.normalised:
+            out = out[..., :-1] / out[..., -1:].clamp_min(EPS)
+        return out.transpose(1, 2), new
+
+    def _gate(self, raw: Tensor) -> Tensor | None:
+        """The log of the forget gate, from raw keys `(B, Hkv, T, Dk)`."""
+        form, divisor = self.config.form, self.config.divisor
+        if form in ("linear", "delta"):
+            return None
+        if form == "retnet":
+            heads = torch.arange(raw.shape[1], device=raw.device, dtype=raw.dtype)
+            decay = torch.log1p(-torch.exp2(-5 - heads))
+            return decay[:, None].expand(raw.shape[0], -1, raw.shape[2])
+        if form == "gated_delta":
+            return F.logsigmoid(raw.mean(-1)) / divisor
+        log = F.logsigmoid(raw) / divisor
+        return torch.cat([log, log], -1) if self.config.features == "hedgehog" else log
+
+
+def _softmax(window: SlidingWindow, attention: LayerAttention, state: Tree) -> Tensor:
+    rows, local = window.rows(attention, state["window"])
+    return attention.join(*rows, local=local)[0]

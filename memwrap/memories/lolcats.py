@@ -1,0 +1,204 @@
+"""LoLCATs: learned feature maps for what is older than a short window (Zhang et al. 2024).
+
+Stage 1 teaches the maps to give what the softmax gives (attention transfer), stage 2 adapts the
+converted model with LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memwrap.backbones import LayerAttention, SlidingWindow
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.ops import gla
+from memwrap.ops.features import learned_features
+from memwrap.ops.rows import earliest, take
+from memwrap.registry import register
+from memwrap.trees import Tree
+
+
+@dataclass(kw_only=True)
+class LoLCATsConfig(MemoryConfig):
+    """Softmax over a short window and linear attention with learned features over all older
+    tokens, under one normaliser.
+
+    Attributes:
+        window_size: tokens that the softmax sees, the query itself among them.
+        feature_size: columns of a feature map's matrix (`None`: half the head's width). There are
+            twice as many features.
+        key_maps: a map of the keys for every `"query_head"`, as published, or for every
+            `"kv_head"`: heads that share keys then share a state.
+        window_weight: weight of the window's terms before training; learned, one a query head.
+        affine: weigh the linear terms with one minus the window's weight instead of 1.
+        stage: `"transfer"` trains the maps and weights on each layer's attention output, every
+            layer given what the softmax would have given it; segments are read one by one.
+            `"finetune"` trains the converted model on text.
+        loss_weight: of the transfer's mean squared error.
+        layers: decoder layers that are converted (`None`: all).
+        other_window_size: in the layers that are not: tokens that their own softmax sees.
+    """
+
+    name: ClassVar[str] = "lolcats"
+    places: ClassVar[frozenset[str]] = frozenset({"attention"})
+    linearizes: ClassVar[bool] = True
+
+    window_size: int = 64
+    feature_size: int | None = None
+    key_maps: str = "query_head"
+    window_weight: float = 0.1
+    affine: bool = False
+    stage: str = "finetune"
+    loss_weight: float = 1000.0
+    layers: list[int] | None = None
+    other_window_size: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("window_size")
+        self._positive("feature_size", optional=True)
+        self._one_of("key_maps", ("query_head", "kv_head"))
+        self._number("window_weight", 1e-6, 1 - 1e-6)
+        self._one_of("stage", ("transfer", "finetune"))
+        self._number("loss_weight", 0)
+        self._layers()
+        self._positive("other_window_size")
+
+    @classmethod
+    def tiny(cls) -> LoLCATsConfig:
+        return cls(segment_size=8, window_size=4)
+
+
+class LayerMaps(nn.Module):
+    """One layer's feature maps and the logit of its window's weight."""
+
+    def __init__(self, config: LoLCATsConfig, heads: int, keys: int, width: int, sizes: Sizes):
+        super().__init__()
+        make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
+        size = config.feature_size or max(1, width // 2)
+        bound = width**-0.5
+        self.query = nn.Parameter(torch.empty(heads, width, size, **make).uniform_(-bound, bound))
+        self.key = nn.Parameter(torch.empty(keys, width, size, **make).uniform_(-bound, bound))
+        logit = math.log(config.window_weight / (1 - config.window_weight))
+        self.window = nn.Parameter(torch.full((heads,), logit, **make))
+
+
+@register(LoLCATsConfig)
+class LoLCATsMemory(Memory):
+    """Per layer the sums over tokens that have left the window, in float32, and the window.
+
+    A query at t reads `w exp(s - max) v` of the window and `phi(q) phi(k) v` of all tokens up to
+    `t - window_size`, divided by the sum of both weights. A token enters the sums when it leaves
+    the window; keys and queries are rotated to their true places before the maps.
+    """
+
+    config: LoLCATsConfig
+    branches = ("window", "recurrent")
+
+    def __init__(self, config: LoLCATsConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.window = SlidingWindow(config.window_size, kept=config.window_size)
+        self.other = SlidingWindow(config.other_window_size)
+        self.maps = nn.ModuleDict()
+        for layer in chosen_layers(config, sizes):
+            own = sizes.attention[layer]
+            keys = own.num_heads if config.key_maps == "query_head" else own.num_kv_heads
+            self.maps[str(layer)] = LayerMaps(config, own.num_heads, keys, own.key_dim, sizes)
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        return {
+            "layers": {
+                str(layer): self._empty(layer, batch_size, device)
+                for layer in range(len(self.sizes.attention))
+            }
+        }
+
+    def _empty(self, layer: int, batch_size: int, device: torch.device) -> Tree:
+        own, dtype = self.sizes.attention[layer], self.sizes.backbone_dtype
+        if str(layer) not in self.maps:
+            return {"window": self.other.empty(batch_size, own, dtype, device)}
+        maps: Any = self.maps[str(layer)]
+        shape = (batch_size, maps.key.shape[0], 2 * maps.key.shape[2], own.value_dim + 1)
+        wide = torch.promote_types(dtype, torch.float32)
+        return {
+            "window": self.window.empty(batch_size, own, dtype, device),
+            "S": torch.zeros(shape, dtype=wide, device=device),
+        }
+
+    @property
+    def _transfers(self) -> bool:
+        return self.training and self.config.stage == "transfer"
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        if str(layer) not in self.maps:
+            rows, local = self.other.rows(attention, state["window"])
+            return attention.join(*rows, local=local)[0], state
+        out, state = self._hybrid(layer, attention, state)
+        if not self._transfers:
+            return out, state
+        wanted = attention.local()
+        valid = attention.places.query_valid.to(out)
+        error = (out - wanted.detach().to(out.dtype)).square().mean((2, 3))
+        mean = (error * valid).sum(1) / valid.sum(1).clamp_min(1)
+        attention.losses.append(mean * (self.config.loss_weight / len(self.maps)))
+        return wanted, state
+
+    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        if self._transfers:  # the teacher sees one segment
+            return self._empty(layer, len(attention.value), attention.value.device)
+        window = self.window if str(layer) in self.maps else self.other
+        return {**state, "window": window.closed(attention, state["window"])}
+
+    def _hybrid(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        """Window and linear part under one normaliser, `(B, T, H, Dv)`, and the state after."""
+        maps: Any = self.maps[str(layer)]
+        rows, local = self.window.rows(attention, state["window"])
+        near, weights = attention.join(*rows, local=local, weights=True)
+        with torch.autocast(near.device.type, enabled=False):
+            wide = state["S"].dtype
+            share = torch.sigmoid(maps.window.to(wide))[:, None]
+            rest = 1 - share if self.config.affine else torch.ones_like(share)
+            # The softmax's own sum of exp(s - max) is one over its largest weight.
+            largest = weights.to(wide).amax(-1)  # type: ignore[union-attr]
+            window = (share / largest).transpose(1, 2)[..., None]
+            far, state = self._linear(maps, attention, state)
+            far = (far * rest[..., None]).transpose(1, 2)
+            if self.branch == "window":
+                return near, state
+            if self.branch == "recurrent":
+                return far[..., :-1] / far[..., -1:].clamp_min(1e-12), state
+            out = (window * near.to(wide) + far[..., :-1]) / (window + far[..., -1:])
+        return out, state
+
+    def _linear(self, maps: Any, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        """Sums `(B, H, T, Dv + 1)` over tokens behind the window, and the state after the step."""
+        size, window, wide = self.config.window_size, state["window"], state["S"].dtype
+        valid, mask = attention.places.key_valid, attention.places.query_valid
+        rank = (valid.long().cumsum(1) - 1)[:, valid.shape[1] - mask.shape[1] :].clamp_min(0)
+        # Place j of the segment is row `size + j` of window and segment: the token that leaves
+        # the window when the query of rank j comes is row j.
+        order = earliest(valid, valid.shape[1])
+        keys, values = (
+            take(torch.cat([window[f"window_{name}"], take(x, order)], 2), rank)
+            for name, x in (("key", attention.key), ("value", attention.value))
+        )
+        place = window["tokens"][:, None] + rank
+        keys = attention.rotated(keys, (place - size).clamp_min(0))
+        q = learned_features(attention.rotated(attention.query, place), maps.query.to(wide))
+        group = attention.groups
+        values = F.pad(values, (0, 1), value=1.0).to(wide)
+        if self.config.key_maps == "query_head":
+            keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+        k = learned_features(keys, maps.key.to(wide))
+        entering = mask & (place >= size)
+        out, S = gla.scan(q, k, values, None, state["S"], scale=1.0, mask=entering)
+        return out, {**state, "S": S}
+
+    def figures(self) -> dict[str, Tensor]:
+        layers: list[Any] = list(self.maps.values())
+        return {"window_weight": torch.stack([m.window.detach().float().sigmoid() for m in layers])}

@@ -1,0 +1,132 @@
+"""The delta rule: a matrix from which a key's old value is taken away before the new one is put in.
+
+Schlag et al. (2021), "Linear Transformers Are Secretly Fast Weight Programmers", eq. 23; Yang et
+al., "Parallelizing Linear Transformers with the Delta Rule" (2024) and "Gated Delta Networks"
+(2024), eq. 10. Shapes as in `memwrap.ops.gla`. For each token:
+
+    S' = exp(g_t) * S_{t-1}
+    S_t = S' + k_t (beta_t * (v_t - k_t S'))^T        o_t = scale * q_t S_t
+
+Keys longer than 1 make the recurrence unstable for beta near 1: give unit keys, or `l2norm`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops.delta_chunked import scan_chunked
+from memwrap.ops.sequences import by_sequence, check_sequences, masked_tokens
+
+EPS = 1e-6
+__all__ = ["EPS", "scan", "unit"]
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x / sqrt(sum(x^2) + 1e-6)` over the last dimension, in x's dtype."""
+    wide = x.to(accumulation_dtype(x))
+    return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    l2norm: bool = False,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read and write a stretch of tokens.
+
+    Args:
+        q: `(B, H, T, Dk)`.
+        k: `(B, Hkv, T, Dk)`, in q's dtype.
+        v: `(B, Hkv, T, Dv)`, in q's dtype.
+        beta: strength of the write: `(B, Hkv, T)`, or `(B, Hkv, T, Dv)` a value channel.
+        g: log of the forget gate, finite and at most 0, `(B, Hkv, T)`; None: the plain rule.
+        state: `(B, Hkv, Dk, Dv)` in float32 (float64 for float64 inputs); None for zeros.
+        scale: of the queries; `Dk ** -0.5` by default.
+        l2norm: make queries and keys unit vectors first (`unit`), in the accumulation dtype.
+        mask: `(B, T)` bool, true for real tokens; others write nothing and nothing decays there.
+        cu_seqlens: `(N + 1,)` integers from 0 to T: with B = 1, the sequences
+            `[cu[i], cu[i + 1])` are independent and `state` is `(N, Hkv, Dk, Dv)`.
+
+    Returns:
+        What each token read, `(B, H, T, Dv)` in v's dtype, and the state after the last token in
+        the state's dtype. All of it is differentiable, the first state and the last too.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit.
+    """
+    _check(q, k, v, beta, g, state, mask, cu_seqlens)
+    if state is None:
+        rows = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        wide = accumulation_dtype(q)
+        state = q.new_zeros(rows, k.shape[1], k.shape[3], v.shape[3], dtype=wide)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is not None:
+        q, k, v, beta, g = masked_tokens(mask, q, k, v, beta, g)
+    chosen = _implementation(q, k, v, beta, g, state)
+    if chosen == "triton":
+        return _scan_triton(q, k, v, beta, g, state, scale, l2norm, cu_seqlens)
+    if l2norm:
+        q, k = unit(q.to(state.dtype)), unit(k.to(state.dtype))
+    function = {"naive": _scan_naive, "torch": scan_chunked}[chosen]
+    if cu_seqlens is None:
+        return function(q, k, v, beta, g, state, scale)
+    return by_sequence(function, cu_seqlens, (q, k, v, beta, g), state, scale)
+
+
+def _implementation(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor
+) -> str:
+    return current_backend(q, "the delta rule; no kernel is there yet")
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None,
+    mask: Tensor | None, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    check_sequences(q, k, v, state, mask, cu_seqlens)
+    if beta.shape not in (v.shape, v.shape[:3]):
+        raise ValueError(
+            f"beta is {list(beta.shape)}; for values {list(v.shape)} it must be "
+            f"{list(v.shape[:3])} or {list(v.shape)}."
+        )
+    if g is not None and g.shape != k.shape[:3]:
+        raise ValueError(f"g is {list(g.shape)}; it must be {list(k.shape[:3])}.")
+
+
+def _scan_triton(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor,
+    scale: float, l2norm: bool, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    raise ValueError("The delta rule has no kernel yet; use the backend 'torch'.")
+
+
+# The specification
+
+
+def _scan_naive(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    group, dtype = q.shape[1] // k.shape[1], state.dtype
+    S, rows = state.clone(), []
+    for t in range(q.shape[2]):
+        key, value, strength = (x[:, :, t].to(dtype) for x in (k, v, beta))
+        if g is not None:
+            S = S * g[:, :, t].to(dtype).exp()[..., None, None]
+        found = (key[..., None] * S).sum(-2)
+        change = (strength if beta.dim() == 4 else strength[..., None]) * (value - found)
+        S = S + key[..., None] * change[..., None, :]
+        query = (q[:, :, t].to(dtype) * scale).unflatten(1, (-1, group))
+        rows.append((query[..., None] * S[:, :, None]).sum(-2).flatten(1, 2))
+    if not rows:
+        return v.new_zeros(*q.shape[:3], v.shape[3]), S
+    return torch.stack(rows, 2).to(v.dtype), S

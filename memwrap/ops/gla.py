@@ -1,0 +1,117 @@
+"""Gated linear attention: a matrix that forgets by a gate and takes in one key and value a token.
+
+Yang et al., "Gated Linear Attention Transformers" (2023), eq. 3; without a gate it is plain
+linear attention, with a gate that is one number a head RetNet and Mamba-2. Shapes: B rows, H
+query heads, Hkv key-value heads (query head h reads state `h // (H / Hkv)`), T tokens, Dk and Dv
+channels of a head. For each token, the old state decays by the token's own gate, the token is
+written, and the query reads what is there then:
+
+    S_t = exp(g_t) * S_{t-1} + k_t v_t^T        o_t = scale * q_t S_t
+
+No feature map, no normaliser and no positions: those belong to the memories that use it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops.gla_chunked import scan_chunked
+from memwrap.ops.sequences import by_sequence, check_sequences, masked_tokens
+
+__all__ = ["scan"]
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read and write a stretch of tokens.
+
+    Args:
+        q: `(B, H, T, Dk)`.
+        k: `(B, Hkv, T, Dk)`, in q's dtype.
+        v: `(B, Hkv, T, Dv)`, in q's dtype.
+        g: log of the forget gate, finite and at most 0: `(B, Hkv, T, Dk)`, a gate a key channel,
+            or `(B, Hkv, T)`, a gate a head, or None, nothing is forgotten.
+        state: `(B, Hkv, Dk, Dv)` in float32 (float64 for float64 inputs); None for zeros.
+        scale: of the queries; `Dk ** -0.5` by default.
+        mask: `(B, T)` bool, true for real tokens; others write nothing and nothing decays there
+            (what they read has no meaning).
+        cu_seqlens: `(N + 1,)` integers from 0 to T: with B = 1, the sequences
+            `[cu[i], cu[i + 1])` are independent and `state` is `(N, Hkv, Dk, Dv)`.
+
+    Returns:
+        What each token read, `(B, H, T, Dv)` in v's dtype, and the state after the last token in
+        the state's dtype. All of it is differentiable, the first state and the last too.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit.
+    """
+    _check(q, k, v, g, state, mask, cu_seqlens)
+    if state is None:
+        rows = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        wide = accumulation_dtype(q)
+        state = q.new_zeros(rows, k.shape[1], k.shape[3], v.shape[3], dtype=wide)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is not None:
+        q, k, v, g = masked_tokens(mask, q, k, v, g)
+    chosen = _implementation(q, k, v, g, state)
+    if chosen == "triton":
+        return _scan_triton(q, k, v, g, state, scale, cu_seqlens)
+    function = {"naive": _scan_naive, "torch": scan_chunked}[chosen]
+    if cu_seqlens is None:
+        return function(q, k, v, g, state, scale)
+    return by_sequence(function, cu_seqlens, (q, k, v, g), state, scale)
+
+
+def _implementation(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> str:
+    return current_backend(q, "gated linear attention; no kernel is there yet")
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None,
+    mask: Tensor | None, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    """Shapes must fit the keys'; query heads are a multiple of the keys' heads."""
+    check_sequences(q, k, v, state, mask, cu_seqlens)
+    if g is not None and g.shape not in (k.shape, k.shape[:3]):
+        raise ValueError(
+            f"g is {list(g.shape)}; for keys {list(k.shape)} it must be {list(k.shape)} or "
+            f"{list(k.shape[:3])}."
+        )
+
+
+def _scan_triton(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    raise ValueError("Gated linear attention has no kernel yet; use the backend 'torch'.")
+
+
+# The specification
+
+
+def _scan_naive(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    group, dtype = q.shape[1] // k.shape[1], state.dtype
+    S, rows = state.clone(), []
+    for t in range(q.shape[2]):
+        if g is not None:
+            decay = g[:, :, t].to(dtype).exp()
+            S = S * (decay[..., None] if g.dim() == 4 else decay[..., None, None])
+        S = S + k[:, :, t, :, None].to(dtype) * v[:, :, t, None, :].to(dtype)
+        query = (q[:, :, t].to(dtype) * scale).unflatten(1, (-1, group))
+        rows.append((query[..., None] * S[:, :, None]).sum(-2).flatten(1, 2))
+    if not rows:
+        return v.new_zeros(*q.shape[:3], v.shape[3]), S
+    return torch.stack(rows, 2).to(v.dtype), S

@@ -1,0 +1,209 @@
+"""Gated linear attention in fast torch; formulas in `memwrap.ops.gla`.
+
+Tokens are cut into chunks. Between chunks only the state travels; inside a chunk all pairs of
+tokens are done by matrix products. With a gate a channel the decay between two tokens is split
+into a factor of the query and one of the key. Where the gates of a chunk are weak enough, these
+are taken from its middle. Otherwise it is halved again and again, and the pairs of a later half
+with an earlier one meet at the seam: no factor is above 1 then, however strong the gates are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 64
+WEAK = 40.0  # most a chunk's gates may sum to for one product: factors from exp(-20) to exp(20)
+BLOCK = 512  # tokens whose intermediate results exist at a time
+Parts = tuple[Tensor | None, ...]
+
+
+def scan_chunked(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`gla.scan`."""
+    return in_blocks(partial(_block, scale=scale), (q, k, v, g, None), state)
+
+
+def scan_value_gated(
+    q: Tensor, k: Tensor, v: Tensor, gv: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`gla.scan` with a gate for each value channel, `(B, Hkv, T, Dv)`: the columns of the state
+    decay instead of its rows."""
+    return in_blocks(partial(_block, scale=scale), (q, k, v, None, gv), state)
+
+
+def in_blocks(
+    function: Callable[..., tuple[Tensor, Tensor]], tensors: Parts, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run `function(*tensors, state)` over blocks of tokens; for several, the backward pass makes
+    a block's intermediate results again."""
+    q, v = tensors[0], tensors[2]
+    tokens = q.shape[2]  # type: ignore[union-attr]
+    if not tokens:
+        return v.new_zeros(*q.shape[:3], v.shape[3]), state.clone()  # type: ignore[union-attr]
+    if tokens <= BLOCK:
+        return function(*tensors, state)
+    outs = []
+    for start in range(0, tokens, BLOCK):
+        part = [None if x is None else x[:, :, start : start + BLOCK] for x in tensors]
+        if torch.is_grad_enabled():
+            again: Any = {"use_reentrant": False, "preserve_rng_state": False}
+            out, state = checkpoint(function, *part, state, **again)
+        else:
+            out, state = function(*part, state)
+        outs.append(out)
+    return torch.cat(outs, 2), state
+
+
+def chunk_size(tokens: int) -> int:
+    """A power of two, at most `CHUNK`."""
+    return min(CHUNK, 1 << (tokens - 1).bit_length())
+
+
+def chunked(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """`(B, H, T, ...)` -> `(B, H, N, C, ...)`, the last chunk filled with zeros."""
+    missing = -x.shape[2] % size
+    x = x.to(dtype)
+    if missing:
+        x = F.pad(x, (*[0, 0] * (x.dim() - 3), 0, missing))
+    return x.unflatten(2, (-1, size))
+
+
+def grouped(q: Tensor, heads: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Queries `(B, H, T, D)` -> `(B, Hkv, N, C, G, D)`: those that share a state, together."""
+    return chunked(q.unflatten(1, (heads, -1)).transpose(2, 3), size, dtype)
+
+
+def ungrouped(out: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """`(B, Hkv, N, C, G, D)` -> `(B, H, T, D)`."""
+    return out.flatten(2, 3)[:, :, :tokens].transpose(2, 3).flatten(1, 2).to(dtype)
+
+
+def carried(state: Tensor, decay: Tensor | None, written: Tensor) -> tuple[Tensor, Tensor]:
+    """States before each chunk, `(B, H, N, Dk, Dv)`, and after the last one.
+
+    Args:
+        state: `(B, H, Dk, Dv)`, before the first chunk.
+        decay: a chunk's factor, that broadcasts against `written`; None for 1.
+        written: `(B, H, N, Dk, Dv)`.
+    """
+    if decay is None:
+        after = written.cumsum(2) + state[:, :, None]
+        return torch.cat([state[:, :, None], after[:, :, :-1]], 2), after[:, :, -1]
+    states = [state]
+    for n in range(written.shape[2]):
+        states.append(torch.addcmul(written[:, :, n], decay[:, :, n], states[-1]))
+    return torch.stack(states[:-1], 2), states[-1]
+
+
+def _block(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, state: Tensor, *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tokens, dtype = q.shape[2], state.dtype
+    size = chunk_size(tokens)
+    queries = grouped(q, k.shape[1], size, dtype) * scale
+    keys, values = chunked(k, size, dtype), chunked(v, size, dtype)
+    after: Tensor | None = None  # what a read of the chunk's first state is multiplied with
+    decay: Tensor | None = None  # what the state is multiplied with over a chunk
+    if g is None and gv is None:
+        out = _at_once(queries, keys, values, None)
+    elif g is not None and g.dim() == 3:
+        logs = chunked(g, size, dtype)
+        pairs = between(logs)
+        out = _at_once(queries, keys, values, pairs.exp().tril())
+        after = logs.cumsum(-1).exp()[..., None, None]
+        keys = keys * pairs[..., -1, :, None].exp()
+        decay = after[..., -1, :, :]
+    elif g is not None:
+        out, prefix, suffix = _by_channel(queries, keys, values, chunked(g, size, dtype), "keys")
+        prefix = prefix.exp()
+        queries, keys = queries * prefix[..., None, :], keys * suffix.exp()
+        decay = prefix[..., -1, :, None]
+    else:
+        gates = chunked(gv, size, dtype)  # type: ignore[arg-type]
+        out, prefix, suffix = _by_channel(queries, keys, values, gates, "values")
+        after, values = prefix.exp()[..., None, :], values * suffix.exp()
+        decay = after[..., -1, :, :]
+    before, state = carried(state, decay, keys.transpose(-1, -2) @ values)
+    read = (queries.flatten(-3, -2) @ before).view_as(out)
+    out = out + (read if after is None else read * after)
+    return ungrouped(out, tokens, v.dtype), state
+
+
+def between(g: Tensor) -> Tensor:
+    """`(..., C)` -> `(..., C, C)`: what a gate sums to from behind token i up to token t (0 where
+    i >= t). Summed, not subtracted: a strong gate before i leaves no rounding error behind."""
+    size = g.shape[-1]
+    return g[..., None].expand(*g.shape, size).tril(-1).cumsum(-2)
+
+
+def _at_once(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
+    """What the tokens of a chunk read of the same chunk; `decay` `(..., C, C)` of pairs."""
+    scores = (q.flatten(-3, -2) @ k.transpose(-1, -2)).unflatten(-2, q.shape[-3:-1])
+    if decay is None:
+        size = k.shape[-2]
+        decay = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
+    scores = scores * decay[..., None, :]
+    return (scores.flatten(-3, -2) @ v).unflatten(-2, q.shape[-3:-1])
+
+
+def _by_channel(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gated: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the tokens of a chunk read of the same chunk, with a gate for each channel.
+
+    Args:
+        g: of the `gated` "keys" or "values".
+
+    Returns:
+        The output, and sums of the gates from the chunk's first token up to each one, and from
+        behind each one up to the last.
+    """
+    prefix = g.cumsum(-2)
+    whole = prefix[..., -1:, :]
+    if float(whole.detach().amin()) < -WEAK:
+        return _by_halves(q, k, v, g, gated)
+    here = prefix - whole / 2
+    there = here.neg().exp()
+    here = here.exp()[..., None, :]
+    if gated == "keys":
+        out = _at_once(q * here, k * there, v, None)
+    else:
+        out = _at_once(q, k, v * there, None) * here
+    return out, prefix, whole - prefix
+
+
+def _by_halves(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gated: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_by_channel` for gates of any strength."""
+    out = (q * k[..., None, :]).sum(-1, keepdim=True) * v[..., None, :]  # a token and itself
+    prefix, suffix, size = g, torch.zeros_like(g), 1
+    while size < k.shape[-2]:
+        halves = (-1, 2, size)
+        late_q = q.unflatten(-3, halves)[..., 1, :, :, :]
+        early_k, early_v = (x.unflatten(-2, halves)[..., 0, :, :] for x in (k, v))
+        early_sum, late_sum = prefix.unflatten(-2, halves).unbind(-3)
+        early_rest, late_rest = suffix.unflatten(-2, halves).unbind(-3)
+        here, there = late_sum.exp()[..., None, :], early_rest.exp()
+        if gated == "keys":
+            late_q, early_k = late_q * here, early_k * there
+        else:
+            early_v = early_v * there
+        scores = late_q.flatten(-3, -2) @ early_k.transpose(-1, -2)
+        read = (scores @ early_v).unflatten(-2, late_q.shape[-3:-1])
+        late_out = out.unflatten(-3, halves)[..., 1, :, :, :]
+        late_out += read if gated == "keys" else read * here
+        whole_early, whole_late = early_sum[..., -1:, :], late_sum[..., -1:, :]
+        prefix = torch.stack([early_sum, late_sum + whole_early], -3).flatten(-4, -2)
+        suffix = torch.stack([early_rest + whole_late, late_rest], -3).flatten(-4, -2)
+        size *= 2
+    return out, prefix, suffix

@@ -1,0 +1,250 @@
+"""Forms and settings of Liger that the shared invariants, run on one config, do not meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import build
+from support import (
+    assert_close,
+    assert_same_gradients,
+    assert_same_states,
+    error_of,
+    gradients,
+    ids,
+    padded,
+    wrapped,
+)
+from torch import Tensor, nn
+
+import memwrap
+from memwrap.memories.liger import FORMS
+from memwrap.ops import backend, delta, gla
+from memwrap.ops.features import features
+
+VARIANTS: list[dict[str, Any]] = [
+    *[{"form": form} for form in FORMS],
+    {"form": "gla", "window_size": 0},
+    {"form": "gla", "feature_map": "hedgehog", "rotate": True, "num_sinks": 0},
+    {"form": "gla", "feature_map": "elu", "normaliser": True},
+    {"form": "gsa", "num_slots": 4},
+    {"form": "linear", "feature_map": "taylor", "rotate": True},
+    {"form": "hgrn2", "layers": [1], "other_window_size": 11},
+]
+FAMILIES = ("llama", "gemma3", "gpt_neox", "qwen3", "opt", "phi3", "smollm3", "granite")
+CASES = [
+    pytest.param(family, variant, id="-".join([family, *map(str, variant.values())]))
+    for index, variant in enumerate(VARIANTS)
+    for family in {"llama", FAMILIES[index % len(FAMILIES)]}
+]
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_pieces_and_padding(family: str, variant: dict[str, Any]) -> None:
+    """Any feed and any padding give the same logits and the same state."""
+    model = wrapped("liger", family, **variant)
+    rows = [ids(27, seed=1), ids(18, seed=2)]
+    with torch.no_grad():
+        wanted = [model(row[None], use_cache=True) for row in rows]
+        text, mask = padded(rows, "left")
+        got = model(text, attention_mask=mask).logits
+        for index, (row, want) in enumerate(zip(rows, wanted, strict=True)):
+            assert_close(got[index, -len(row) :], want.logits[0], what="a padded row")
+            state = model.new_state(1)
+            pieces = [model(p[None], past_key_values=state).logits for p in row.split(5)]
+            assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
+            assert_same_states(state, want.past_key_values)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_segments_do_not_show(variant: dict[str, Any]) -> None:
+    text = ids(1, 30)
+    with torch.no_grad():
+        want = wrapped("liger", segment_size=32, **variant)(text).logits
+        for size in (1, 7):
+            assert_close(wrapped("liger", segment_size=size, **variant)(text).logits, want)
+
+
+def one_layer(**settings: Any) -> tuple[Any, nn.Module]:
+    """A model whose logits are its input plus the attention's heads, side by side, and the
+    attention. All heads have 8 channels."""
+    base = build("llama")
+    base.model.layers = base.model.layers[:1]
+    base.config.num_hidden_layers = 1
+    layer = base.model.layers[0]
+    layer.input_layernorm = base.model.norm = nn.Identity()
+    base.lm_head = nn.Linear(32, 32, bias=False)
+    with torch.no_grad():
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+        nn.init.eye_(base.lm_head.weight)
+        nn.init.eye_(layer.self_attn.o_proj.weight)
+    settings = {"num_sinks": 0, "segment_size": 8, **settings}
+    return memwrap.linearize(base, "liger", **settings), layer.self_attn
+
+
+def heads(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain queries, keys and values `(B, H, T, 8)`."""
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return tuple(p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in projections)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("form", ["linear", "retnet", "delta", "gated_delta"])
+def test_a_layer_is_its_formula(form: str) -> None:
+    """The forms for which there are no reference vectors, by hand."""
+    model, attention = one_layer(form=form, window_size=0)
+    x = torch.randn(2, 21, 32) * 2
+    with torch.no_grad(), backend("naive"):
+        got = model(inputs_embeds=x).logits - x
+        q, k, v = heads(attention, x)
+        if form == "linear":
+            scores = (
+                features(q, "softmax") @ features(k, "softmax").repeat_interleave(2, 1).mT
+            ).tril()
+            want = scores / scores.sum(-1, keepdim=True) @ v.repeat_interleave(2, 1)
+        elif form == "retnet":
+            log = torch.log(1 - 2.0 ** (-5 - torch.arange(2)))[None, :, None].expand(2, -1, 21)
+            want, _ = gla.scan(features(q, "softmax"), features(k, "softmax"), v, log, scale=1.0)
+        else:
+            log = F.logsigmoid(k.mean(-1)) / 16 if form == "gated_delta" else None
+            want, _ = delta.scan(q, k, v, k.mean(-1).sigmoid(), log, scale=1.0, l2norm=True)
+    assert_close(got, want.transpose(1, 2).flatten(2), 1e-5)
+
+
+def test_the_softmax_alone_is_the_window_memory() -> None:
+    """`window_size` keys are seen, not one more; sinks stand where the window puts them."""
+    text = ids(2, 40)
+    for family in ("llama", "gemma3", "gpt2"):
+        base = build(family)
+        model = memwrap.linearize(
+            base, "liger", segment_size=8, window_size=11, num_sinks=2, window_weight=1.0,
+            recurrent_weight=0.0,
+        )  # fmt: skip
+        with torch.no_grad():
+            got = model(text).logits
+            memwrap.unwrap(model)
+            other = memwrap.wrap(base, "window", segment_size=8, window_size=11, num_sinks=2)
+            assert_close(got, other(text).logits, 1e-5)
+
+
+def test_beyond_the_window_only_the_recurrence_reaches() -> None:
+    model, _ = one_layer(window_size=6)
+    x = torch.randn(1, 30, 32)
+    other = x.clone()
+    other[:, 20] += 1
+    memory = model.memories["liger"]
+    with torch.no_grad():
+        memory.branch = "window"
+        a, b = model(inputs_embeds=x).logits, model(inputs_embeds=other).logits
+        assert error_of(b[:, 25], a[:, 25]) > 1e-3  # 25 - 20 < 6
+        assert torch.equal(a[:, 26:], b[:, 26:])
+        memory.branch = "both"
+        a, b = model(inputs_embeds=x).logits, model(inputs_embeds=other).logits
+        assert error_of(b[:, 29], a[:, 29]) > 1e-4
+
+
+def test_no_parameter_is_added_and_all_projections_learn() -> None:
+    for form in FORMS:
+        model = wrapped("liger", form=form).train()
+        assert not list(model.memory_parameters())
+        text = ids(2, 30)
+        model(text, labels=text).loss.backward()
+        found = gradients(model)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            own = [g for n, g in found.items() if name in n]
+            assert own and all(float(g.abs().max()) > 0 for g in own), (form, name)
+
+
+def test_heads_share_a_state() -> None:
+    """One matrix a KV head in float32, whatever the model's dtype."""
+    model = wrapped("liger", base=build("llama").to(torch.bfloat16))
+    tree = model.read(ids(2, 20)).memories["liger"]["layers"]["0"]
+    assert tree["S"].shape == (2, 2, 8, 8) and tree["S"].dtype == torch.float32
+    assert tree["window"]["window_key"].shape == (2, 2, 4, 8)
+    slots = wrapped("liger", form="gsa", num_slots=4).read(ids(1, 9)).memories["liger"]["layers"]
+    assert slots["0"]["K"].shape == (1, 2, 8, 4) and slots["0"]["V"].shape == (1, 2, 4, 8)
+
+
+def test_other_layers_keep_their_attention() -> None:
+    """What is not converted sees its whole window: as much as the base, if the text fits."""
+    base, text = build("llama"), ids(1, 37)
+    with torch.no_grad():
+        want = base(text).logits
+        model = memwrap.linearize(
+            base, "liger", segment_size=8, layers=[1], window_size=40, window_weight=1.0,
+            recurrent_weight=0.0, other_window_size=40,
+        )  # fmt: skip
+        assert_close(model(text).logits, want)
+        assert "S" not in model.read(text).memories["liger"]["layers"]["0"]
+
+
+def test_window_dropout() -> None:
+    """In training, and in the rows it hits, the recurrence is read alone."""
+    text = ids(4, 30)
+    base = build("llama")
+    model = wrapped("liger", base=base, window_dropout=1.0)
+    with torch.no_grad():
+        both = model(text).logits
+        model.memories["liger"].branch = "recurrent"
+        alone = model(text).logits
+        model.memories["liger"].branch = "both"
+        assert error_of(alone, both) > 1e-3
+        model.train()
+        assert_close(model(text).logits, alone, 1e-6)
+        model.memories["liger"].window_dropout = 0.0
+        assert_close(model(text).logits, both, 1e-6)
+    memwrap.unwrap(model)
+    model = wrapped("liger", base=base, window_dropout=0.8, window_dropout_end=0.2)
+    memory, shares = model.memories["liger"], []
+    for done in (0.0, 0.5, 1.0):
+        memory.progress(done)
+        shares.append(memory.window_dropout)
+    assert shares == pytest.approx([0.8, 0.5, 0.2])
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_window_dropout_under_checkpointing() -> None:
+    """A segment that is run again draws the same rows."""
+    model, text = wrapped("liger", window_dropout=0.5).train(), ids(4, 30)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        model(text, labels=text).loss.backward()
+        found.append(gradients(model))
+    assert_same_gradients(found[1], found[0], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"form": "mamba"}, r"form is 'mamba'.*'gla'"),
+        ({"window_size": -1}, "window_size is -1"),
+        ({"form": "gla", "feature_map": "taylor"}, r"feature_map is 'taylor'.*softmax"),
+        ({"form": "gsa", "feature_map": "hedgehog"}, "feature_map is 'hedgehog'"),
+        ({"form": "delta", "normaliser": True}, "normaliser is True.*'delta'"),
+        ({"normaliser": "yes"}, "normaliser is 'yes'"),
+        ({"window_dropout": 1.5}, "window_dropout is 1.5"),
+        ({"window_dropout_end": -1}, "window_dropout_end is -1"),
+        ({"gate_divisor": 0}, "gate_divisor is 0"),
+        ({"layers": [0, 0]}, "without repetitions"),
+        ({"other_window_size": 0}, "other_window_size is 0"),
+    ],
+)
+def test_wrong_settings_are_explained(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        memwrap.LigerConfig(**settings)
+
+
+def test_what_does_not_fit_is_explained() -> None:
+    base = build("llama")
+    with pytest.raises(ValueError, match="num_slots is 3; it must divide"):
+        memwrap.linearize(base, "liger", form="gsa", num_slots=3)
+    with pytest.raises(ValueError, match=r"'infini' stands beside.*wrap"):
+        memwrap.linearize(base, "infini")
+    with pytest.raises(ValueError, match="names layer 7"):
+        memwrap.linearize(base, memwrap.LigerConfig(layers=[7]))
+    assert memwrap.linearize(base).memory_configs[0].form == "gla"
