@@ -7,6 +7,7 @@ from memwrap.memories.base import MemoryConfig
 from memwrap.memories.compressive import CompressiveConfig
 from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
+from memwrap.memories.knnlm import KnnLMConfig
 from memwrap.memories.memoryprompt import MemoryPromptConfig
 from memwrap.memories.rmt import RMTConfig
 from memwrap.memories.window import WindowConfig
@@ -22,6 +23,7 @@ __all__ = [
     "CompressiveConfig",
     "HMTConfig",
     "InfiniConfig",
+    "KnnLMConfig",
     "MemoryConfig",
     "MemoryModelConfig",
     "MemoryModelForCausalLM",

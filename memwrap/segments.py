@@ -32,12 +32,14 @@ class Outcome:
         states: the memories' trees after it.
         local: the open segments after it.
         auxiliary: the memories' own losses `(B,)`, means per token, or None.
+        mixed_on: `(B, N, D)` what the memory at the logits place is given of the tokens, or None.
     """
 
     hidden: Tensor
     states: dict[str, Tree]
     local: Local
     auxiliary: Tensor | None = None
+    mixed_on: Tensor | None = None
 
 
 @dataclass
@@ -70,8 +72,12 @@ class SegmentReader:
         self.tokens = {n: m for n, m in memories.items() if "tokens" in m.config.places}
         self.layers = {n: m for n, m in memories.items() if "layer" in m.config.places}
         self.attending = {n: m for n, m in memories.items() if "attention" in m.config.places}
+        mixing = [(n, m) for n, m in memories.items() if "logits" in m.config.places]
+        self.mixer: tuple[str, Memory] | None = mixing[0] if mixing else None
         self.num_suffix = sum(m.num_suffix for m in self.tokens.values())
         self.looks_at = sorted({kind for m in memories.values() for kind in m.looks_at})
+        mixes_on = {m.mixes_on for _, m in mixing}
+        self.notes_ffn = "ffn" in mixes_on.union(self.looks_at)
         self.count_padding = any(m.config.count_padding for m in memories.values())
         zero = any(m.zero_positions for m in self.tokens.values())
         self.zero_positions = zero and backbone.max_positions is not None
@@ -82,7 +88,13 @@ class SegmentReader:
         return 0 if self.zero_positions else sum(m.num_prefix for m in self.tokens.values())
 
     def run(
-        self, embeds: Tensor, step: Step, states: dict[str, Tree], local: Local, keep: bool
+        self,
+        embeds: Tensor,
+        step: Step,
+        states: dict[str, Tree],
+        local: Local,
+        keep: bool,
+        ids: Tensor | None = None,
     ) -> Outcome:
         """Read one step.
 
@@ -92,6 +104,8 @@ class SegmentReader:
             states: the memories' trees.
             local: the open segments before the step.
             keep: whether the open segments are wanted after it.
+            ids: `(B, N)` of the step's tokens, -1 where there is none; for memories that look
+                at them.
         """
         if bool(step.opens.any()):
             states = self._open(embeds, step, states)
@@ -101,10 +115,15 @@ class SegmentReader:
         places = Places(layout.places, order, layout.valid, valid)
         context = self._context(step, states, local, places)
         cache = cache_of(local.tree) if keep or not local.empty else None
-        hidden = self._hidden(layout, places, local, cache, context)
-        tokens = hidden[:, layout.first : layout.first + step.columns.shape[1]]
+        hidden, ffn = self._hidden(layout, places, local, cache, context)
+        own = slice(layout.first, layout.first + step.columns.shape[1])
+        tokens = hidden[:, own]
         states = context.changed(step.closes)
-        seen = self._seen(layout.x, hidden, local)
+        now = {"embeds": layout.x, "hidden": hidden, "ffn": ffn}
+        if ids is not None:
+            now["ids"] = ids.new_full((*layout.x.shape[:2], 1), -1)
+            now["ids"][:, own, 0] = ids
+        seen = self._seen(now, local)
         if bool(step.closes.any()):
             inside = order >= layout.base[:, None]
             states = self._write(step, states, hidden, seen, valid, inside)
@@ -114,7 +133,8 @@ class SegmentReader:
             tree = tree_of(cache) | {name: part for name, part in noted.items() if part}
             kept = _still_open(tree, order, valid, step.closes)
         auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
-        return Outcome(tokens, states, kept, auxiliary)
+        on = now[self.mixer[1].mixes_on][:, own] if self.mixer else None
+        return Outcome(tokens, states, kept, auxiliary, on)
 
     def alone(self, embeds: Tensor, visible: Tensor, counted: Tensor) -> Tensor:
         """Last hidden states of embeddings `(B, K, D)` without memories, positions from 0; see
@@ -131,11 +151,22 @@ class SegmentReader:
 
     def _hidden(
         self, layout: Layout, places: Places, local: Local, cache: Any, context: LayerContext
-    ) -> Tensor:
-        """Last hidden states `(B, N', D)` of a step's input."""
+    ) -> tuple[Tensor, Tensor]:
+        """Last hidden states `(B, N', D)` of a step's input, and what the last layer's
+        feed-forward block was given (nothing, where no memory asks for it)."""
+        nothing = layout.x.new_zeros(len(layout.x), 0, self.backbone.config.hidden_size)
         if layout.x.shape[1] == 0:  # a segment that closes without tokens or suffix
             self._close_cached(context)
-            return layout.x
+            return layout.x, nothing
+        if not self.notes_ffn:
+            return self._run(layout, places, local, cache, context), nothing
+        with self.backbone.noting_feed_forward() as given:
+            hidden = self._run(layout, places, local, cache, context)
+        return hidden, given[0].view(*hidden.shape[:2], -1)
+
+    def _run(
+        self, layout: Layout, places: Places, local: Local, cache: Any, context: LayerContext
+    ) -> Tensor:
         plain = local.empty and bool(layout.valid.all()) and self._contiguous(layout.places)
         plain = plain and layout.position_ids is None
         hidden = self.backbone.run(
@@ -242,9 +273,8 @@ class SegmentReader:
                 result[name] = new if every else where_rows(step.opens, new, states[name])
         return result
 
-    def _seen(self, x: Tensor, hidden: Tensor, local: Local) -> Tree:
+    def _seen(self, now: Tree, local: Local) -> Tree:
         """What memories look at, `(B, 1, K, D)` as keys are laid out, open columns first."""
-        now = {"embeds": x, "hidden": hidden}
         before = local.tree.get("tokens", {})
         return {
             kind: torch.cat([*([before[kind]] if kind in before else []), now[kind][:, None]], 2)
@@ -274,9 +304,11 @@ class SegmentReader:
         looked = {kind: value[:, 0, :end] for kind, value in seen.items()}
         mask = (valid & inside)[:, :end]
         counted = inside[:, :end] if self.count_padding else mask
+        ids = looked["ids"][..., 0] if "ids" in looked else None
         tokens = SegmentTokens(
-            looked.get("embeds"), looked.get("hidden"), mask, counted, self.alone
-        )
+            looked.get("embeds"), looked.get("hidden"), mask, counted, self.alone,
+            looked.get("ffn"), ids,
+        )  # fmt: skip
         for name, memory in self.memories.items():
             new = states[name]
             if name in self.tokens:

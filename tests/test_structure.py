@@ -29,6 +29,7 @@ FLOORS = (
         "context",
         "decoder",
         "generation",
+        "mixing",
         "model",
         "planning",
         "reading",
