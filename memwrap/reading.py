@@ -22,7 +22,6 @@ from memwrap.state import MemoryState
 from memwrap.trees import Tree, tree_map
 
 
-
 @dataclass
 class Inputs:
     """Checked inputs of one call: ids or embeddings, and where each row's text lies."""

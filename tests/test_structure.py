@@ -39,7 +39,7 @@ FLOORS = (
     },
     {"memwrap"},
     {"evaluation", "linearize", "training"},
-    {"__main__", "chat", "cli", "demo", "doctor"},
+    {"__main__", "chat", "cli", "console", "demo", "doctor", "storing"},
 )
 
 

@@ -1,4 +1,4 @@
-"""The feed-forward block of a decoder layer, found without naming a family, and what it is given."""
+"""The feed-forward block of a decoder layer, found without naming a family, and its input."""
 
 from __future__ import annotations
 

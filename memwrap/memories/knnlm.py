@@ -37,8 +37,8 @@ class KnnLMConfig(MemoryConfig):
         key: what stands for a place: `"ffn"`, what the last layer's feed-forward block is given (as
             published), or `"hidden"`, the last hidden state.
         metric: `"l2"`, squared distances, or `"ip"`, negated inner products.
-        cache_size: entries of the text read so far that are kept in the state and searched beside the
-            store; of too many the oldest go.
+        cache_size: entries of the text read so far that are kept in the state and searched beside
+            the store; of too many the oldest go.
     """
 
     name: ClassVar[str] = "knnlm"

@@ -1,7 +1,8 @@
-"""Mixing a model's next-token distribution with that of retrieved neighbours (kNN-LM, equations 2, 3).
+"""Mixing a next-token distribution with that of retrieved neighbours (kNN-LM, equations 2 and 3).
 
-Shapes: `...` any leading dimensions, K neighbours, V the vocabulary. Costs of neighbours are squared
-distances (or negated inner products): the smaller, the nearer; infinite for one that is not there.
+Shapes: `...` any leading dimensions, K neighbours, V the vocabulary. Costs of neighbours are
+squared distances (or negated inner products): the smaller, the nearer; infinite for one that is not
+there.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from memwrap.ops import accumulation_dtype, current_backend
 METRICS = ("l2", "ip")
 # Numbers of the scores of one block, and of the rows gathered to make the found ones exact.
 _BLOCK = 2**22
+# Entries of one block at most: what is computed of them stays in the processor's cache.
+_ROWS = 2**15
 
 
 def worst(metric: str) -> float:
@@ -95,7 +97,7 @@ def _search(queries: Tensor, keys: Tensor, k: int, metric: str, valid: Tensor | 
     """Numbers `(..., Q, min(k, N))` of the best entries, unordered, -1 for those not there."""
     work = accumulation_dtype(queries)
     q, count = queries.to(work), keys.shape[-2]
-    block = max(k, _BLOCK // max(1, math.prod(queries.shape[:-1])))
+    block = max(k, min(_ROWS, _BLOCK // max(1, math.prod(queries.shape[:-1]))))
     best = q.new_empty(*q.shape[:-1], 0)
     index = torch.empty(*q.shape[:-1], 0, dtype=torch.long, device=q.device)
     for start in range(0, count, block):

@@ -1,8 +1,8 @@
 """Vector stores behind one small interface.
 
-`TorchStore` is exact and lies on the model's device; `FaissStore` lies on disk and scales to what one
-machine holds; `PgVectorStore` is a PostgreSQL server. `new_store` chooses by size, `open_store` opens
-whatever a path or URL names.
+`TorchStore` is exact and lies on the model's device; `FaissStore` lies on disk and scales to what
+one machine holds; `PgVectorStore` is a PostgreSQL server. `new_store` chooses by size, `open_store`
+opens whatever a path or URL names.
 """
 
 from __future__ import annotations

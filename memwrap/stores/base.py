@@ -199,8 +199,12 @@ class Store(ABC):
     def documents(self) -> Sequence[str]:
         """Names of the documents, in the order in which they came."""
 
-    def commit(self) -> None:
+    def commit(self) -> None:  # noqa: B027
         """Make everything that was added safe from a crash, where the store is on disk."""
+
+    def note(self, values: dict[str, Any]) -> None:
+        """Put JSON-able facts into `notes`, and save them where the store is on disk."""
+        self.notes = {**self.notes, **values}
 
     def remove_document(self, name: str) -> int:
         """Remove the entries of a document; returns how many there were.

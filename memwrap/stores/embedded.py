@@ -23,7 +23,7 @@ from memwrap.stores.shards import Shards
 
 INDEX = "index.json"
 FLAT_MOST, GRAPH_MOST = 20_000, 4_000_000
-"""Up to so many entries a flat index, up to so many a graph (HNSW), then lists of codes (IVF-PQ)."""
+"""Up to so many entries a flat index, up to so many a graph (HNSW), then codes (IVF-PQ)."""
 
 
 def faiss_module() -> Any:
@@ -46,8 +46,8 @@ def faiss_module() -> Any:
 def choose_factory(count: int, dim: int) -> str:
     """The kind of index for `count` vectors, as a faiss factory string.
 
-    Exact up to `FLAT_MOST`; a graph (recall 0.99, all vectors in memory) up to `GRAPH_MOST`; beyond,
-    product codes in inverted lists, whose candidates are scored anew from the vectors on disk.
+    Exact up to `FLAT_MOST`; a graph (all vectors in memory) up to `GRAPH_MOST`; beyond, product
+    codes in inverted lists, whose candidates are scored anew from the vectors on disk.
     """
     if count <= FLAT_MOST:
         return "Flat"
@@ -107,7 +107,7 @@ class FaissStore(Store):
         self.path = None if path is None else Path(path)
         self._index: Any = None
         self._indexed = 0  # entries in the index
-        self._made_by = ""  # factory string of the index
+        self.made_by = ""  # factory string of the index
         self._lock: Any = None
         self._selector: Any = None
         if self.path is not None and (self.path / HEADER).is_file():
@@ -190,7 +190,7 @@ class FaissStore(Store):
             self._index = faiss.read_index(str(file), flags)
         except RuntimeError as error:
             raise ValueError(f"{file} is damaged: faiss cannot read it ({error}).") from error
-        self._indexed, self._made_by = about["count"], about["factory"]
+        self._indexed, self.made_by = about["count"], about["factory"]
 
     def _write_index(self) -> None:
         """Put the index beside the shards: first the file, then what points to it."""
@@ -201,7 +201,7 @@ class FaissStore(Store):
         with replacing(self.path / name) as temporary:
             faiss_module().write_index(self._index, str(temporary))
             size, checksum = temporary.stat().st_size, file_checksum(temporary)
-        about = {"file": name, "count": self._indexed, "factory": self._made_by}
+        about = {"file": name, "count": self._indexed, "factory": self.made_by}
         write_json(self.path / INDEX, {**about, "size": size, "crc32": checksum})
         for old in self.path.glob("index-*.faiss"):
             if old.name != name:
@@ -235,6 +235,10 @@ class FaissStore(Store):
             self._shards.commit()
             self.cursor = self._shards.cursor
 
+    def note(self, values: dict[str, Any]) -> None:
+        super().note(values)
+        self._write_header()
+
     def build(self, *, progress: bool = False) -> None:
         """Bring the index up to date, and write it where the store is on disk.
 
@@ -250,19 +254,19 @@ class FaissStore(Store):
         self._write_header()
 
     def _outgrown(self, count: int) -> bool:
-        return self._made_by != (self.factory or choose_factory(count, self.dim))
+        return self.made_by != (self.factory or choose_factory(count, self.dim))
 
     def _grow(self, count: int, *, progress: bool = False, checkpoints: bool = False) -> None:
         """Add to the index what it lacks; make another where the size asks for it."""
         faiss = faiss_module()
         wanted = self.factory or choose_factory(count, self.dim)
-        if self._index is None or self._made_by != wanted:
+        if self._index is None or self.made_by != wanted:
             measure = faiss.METRIC_L2 if self.metric == "l2" else faiss.METRIC_INNER_PRODUCT
             try:
                 self._index = faiss.index_factory(self.dim, wanted, measure)
             except RuntimeError as error:
                 raise ValueError(f"faiss refuses `factory` {wanted!r}: {error}") from error
-            self._indexed, self._made_by = 0, wanted
+            self._indexed, self.made_by = 0, wanted
         if not self._index.is_trained:
             self._train(count)
             if checkpoints:
@@ -292,7 +296,7 @@ class FaissStore(Store):
             self._index.train(sample)
         except RuntimeError as error:
             raise ValueError(
-                f"faiss cannot train {self._made_by!r} on {len(sample)} vectors: {error}"
+                f"faiss cannot train {self.made_by!r} on {len(sample)} vectors: {error}"
             ) from error
 
     def search(self, queries: Tensor, k: int) -> Neighbours:
@@ -302,7 +306,7 @@ class FaissStore(Store):
         if not len(self):
             return nothing_found(queries, k, self.metric)
         self._ready()
-        lossy = any(code in self._made_by for code in ("PQ", "SQ", "LSH"))
+        lossy = any(code in self.made_by for code in ("PQ", "SQ", "LSH"))
         wanted = k * self.refine if lossy else k
         flat = q.reshape(-1, self.dim)
         array = np.ascontiguousarray(flat.cpu().numpy())
@@ -401,7 +405,7 @@ class FaissStore(Store):
             (self.path / INDEX).unlink(missing_ok=True)
             for file in self.path.glob("index-*.faiss"):
                 file.unlink()
-        self._index, self._indexed, self._made_by, self._selector = None, 0, "", None
+        self._index, self._indexed, self.made_by, self._selector = None, 0, "", None
         self._shards.clear()
         self.cursor = None
 

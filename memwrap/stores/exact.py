@@ -59,7 +59,7 @@ class TorchStore(Store):
     def documents(self) -> Sequence[str]:
         return tuple(self._documents)
 
-    def add(  # type: ignore[override]
+    def add(
         self,
         vectors: Tensor,
         *,

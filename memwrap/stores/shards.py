@@ -1,8 +1,8 @@
 """Vectors on disk in shards: each is one file that is there whole or not at all.
 
-What is committed is what the shard files hold, in the order of their numbers; nothing else says so.
-A process that is killed loses what it had not committed, and the cursor of the last shard says where
-to go on.
+What is committed is what the shard files hold, in the order of their numbers; nothing else says
+so. A process that is killed loses what it had not committed, and the cursor of the last shard says
+where to go on.
 """
 
 from __future__ import annotations

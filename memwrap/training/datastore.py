@@ -115,8 +115,9 @@ def build_store(
     Raises:
         ValueError: if the store is of another model or other documents.
     """
+    config: Any = model.memories[NAME].config
     about = {
-        "key": model.memories[NAME].config.key, "source": source,
+        "key": config.key, "source": source,
         "segment_size": model.segment_size, "model": model.fingerprint(),
     }  # fmt: skip
     for name, value in about.items():
@@ -125,7 +126,7 @@ def build_store(
                 f"The store was begun with another {name} ({store.notes[name]!r}, now {value!r}); "
                 "give another folder."
             )
-    store.notes |= about
+    store.note(about)
     first = (store.cursor or {}).get("documents", 0)
     was_training = model.training
     model.eval()

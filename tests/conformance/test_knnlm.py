@@ -116,7 +116,7 @@ def test_reference_case(name: str) -> None:
         return
     assert case.about["level"] == "op"
     for kind in (TorchStore, FaissStore):
-        # Log probabilities reach -10000 where nothing is: that is their scale, so compare finite ones.
+        # Log probabilities reach -10000 where nothing is: that is their scale. So the others again.
         got = run_op(case, kind)
         compare(case, got, {"": 1e-5})
         there = case.tensors["knn_log_probs"] > NOTHING
