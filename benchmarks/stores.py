@@ -41,6 +41,10 @@ def on_server(entries: int) -> dict[str, Any]:
 PARTS = {
     "crossover": lambda: crossover(SIZES, 128),
     "million": lambda: bench(1_000_000, 128, kinds=("torch", "faiss"), say=print),
+    "million_islands": lambda: bench(1_000_000, 128, kinds=("faiss",), apart=1.0, say=print),
+    "million_islands_graph": lambda: bench(
+        1_000_000, 128, kinds=("faiss",), apart=1.0, factory="HNSW32", say=print
+    ),
     "server": lambda: on_server(100_000),
     "million_server": lambda: on_server(1_000_000),
 }

@@ -15,20 +15,22 @@ from torch import Tensor
 
 from memwrap.ops.neighbours import nearest
 from memwrap.stores import FaissStore, Neighbours, Store, TorchStore
-from memwrap.stores.embedded import faiss_module
+from memwrap.stores.embedded import FLAT_MOST, choose_factory, faiss_module
 
 KINDS = ("torch", "faiss", "pgvector")
 CLUSTERS = 4096
+APART = 0.25
 ABOUT = (
-    f"{CLUSTERS} cluster centres from N(0, I); every vector and query is a random centre plus "
-    "normal noise whose standard deviation falls as 0.8 / sqrt(i) over the dimensions i = 1, 2, "
-    "...: as hidden states, they have few wide directions and many narrow ones"
+    f"{CLUSTERS} cluster centres from N(0, apart^2 I); every vector and query is a random centre "
+    "plus normal noise whose standard deviation falls as 0.8 / sqrt(i) over the dimensions i = 1, "
+    "2, ...: few wide directions and many narrow ones. With apart = 0.25 clusters overlap, with 1 "
+    "they are islands"
 )
 
 
-def clustered(count: int, dim: int, seed: int = 0) -> Tensor:
+def clustered(count: int, dim: int, seed: int = 0, apart: float = APART) -> Tensor:
     """Synthetic vectors `(count, dim)` as `ABOUT` says; the centres are the same for every seed."""
-    centres = torch.randn(CLUSTERS, dim, generator=torch.Generator().manual_seed(1234))
+    centres = apart * torch.randn(CLUSTERS, dim, generator=torch.Generator().manual_seed(1234))
     widths = 0.8 / torch.arange(1, dim + 1).sqrt()
     generator = torch.Generator().manual_seed(seed)
     result = torch.empty(count, dim)
@@ -65,7 +67,7 @@ def _measured(
     index = 0.0 if build is None else _timed(build)
     found = store.search(queries, k)
     batches = [_timed(store.search, q, k) / len(q) for q in queries.split(100)]
-    singles = [_timed(store.search, queries[i : i + 1], k) for i in range(50)]
+    singles = [_timed(store.search, queries[i : i + 1], k) for i in range(20)]
     return {
         "load_s": load,
         "index_s": index,
@@ -97,7 +99,7 @@ def _beside_faiss(store: FaissStore, queries: Tensor, k: int, repeats: int = 15)
 def _by_effort(store: FaissStore, queries: Tensor, k: int, exact: Tensor) -> dict[str, Any]:
     """Recall and time at other numbers of candidates."""
     before, found = store.effort, {}
-    for effort in (32, 64, 128, 256):
+    for effort in (8, 16, 32, 64, 128):
         store.effort = effort
         result = store.search(queries, k)
         spent = _timed(store.search, queries, k)
@@ -118,6 +120,7 @@ def bench(
     url: str | None = None,
     factory: str | None = None,
     effort: int | None = None,
+    apart: float = APART,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure stores on the same synthetic vectors.
@@ -129,6 +132,7 @@ def bench(
         kinds: of `KINDS`.
         url: of the PostgreSQL server; its table `memwrap_bench` is made and dropped.
         factory, effort: of the faiss store.
+        apart: how far the clusters' centres are from each other, see `ABOUT`.
         say: is told what is done.
 
     Returns:
@@ -145,7 +149,8 @@ def bench(
     if min(entries, dim, k, queries) < 1:
         raise ValueError("`entries`, `dim`, `k` and `queries` must be at least 1.")
     say(f"{entries:,} vectors of width {dim}, {queries} queries, {k} neighbours")
-    vectors, asked = clustered(entries, dim), clustered(queries, dim, seed=1)
+    vectors = clustered(entries, dim, apart=apart)
+    asked = clustered(queries, dim, seed=1, apart=apart)
     exact = nearest(asked, vectors, k)[1]
     stores: dict[str, Any] = {}
     for kind in kinds:
@@ -164,7 +169,14 @@ def bench(
             else:
                 stores[kind] = _server(str(url), vectors, asked, k, exact)
         say(line(kind, stores[kind], k))
-    about = {"entries": entries, "dim": dim, "k": k, "queries": queries, "vectors": ABOUT}
+    about: dict[str, Any] = {
+        "entries": entries,
+        "dim": dim,
+        "k": k,
+        "queries": queries,
+        "vectors": ABOUT,
+    }
+    about["apart"] = apart
     return {**about, "stores": stores}
 
 
@@ -193,6 +205,11 @@ def line(kind: str, got: dict[str, Any], k: int) -> str:
     )
 
 
+def lists_of(count: int, dim: int) -> str:
+    """The factory string of inverted lists, also below the size at which they are chosen."""
+    return choose_factory(max(count, FLAT_MOST + 1), dim) if count > FLAT_MOST else "IVF256,Flat"
+
+
 def crossover(
     sizes: Sequence[int], dim: int, k: int = 16, batch: int = 128, repeats: int = 5
 ) -> dict[str, Any]:
@@ -200,15 +217,15 @@ def crossover(
 
     Returns:
         For every size and for batches of 1 and `batch` queries the milliseconds of torch, faiss'
-        flat index and its graph; `from_entries`: the smallest measured size from which on the graph
-        is faster for both.
+        flat index and its inverted lists; `from_entries`: the smallest measured size from which on
+        the lists are faster for both.
     """
     rows = []
     for size in sizes:
         vectors, asked = clustered(size, dim), clustered(batch, dim, seed=1)
         stores: dict[str, Store] = {
             "torch": TorchStore(dim), "flat": FaissStore(dim, factory="Flat"),
-            "graph": FaissStore(dim, factory="HNSW32"),
+            "lists": FaissStore(dim, factory=lists_of(size, dim)),
         }  # fmt: skip
         row: dict[str, Any] = {"entries": size}
         for name, store in stores.items():
@@ -224,7 +241,7 @@ def crossover(
         rows.append(row | {name: statistics.median(values) for name, values in times.items()})
 
     def faster(row: dict[str, Any]) -> bool:
-        return all(row[f"graph_ms_{n}"] < row[f"torch_ms_{n}"] for n in (1, batch))
+        return all(row[f"lists_ms_{n}"] < row[f"torch_ms_{n}"] for n in (1, batch))
 
     wins = [row["entries"] for i, row in enumerate(rows) if all(map(faster, rows[i:]))]
     return {"dim": dim, "k": k, "batch": batch, "sizes": rows, "from_entries": min(wins, default=0)}

@@ -198,10 +198,11 @@ class KnnLMMemory(Memory):
         """Costs and next tokens `(B, T, k)` of the neighbours in the store."""
         if self.store is None or not len(self.store):
             return None
-        found = self.store.search(hidden.detach(), self.config.top_k)
+        found = self.store.search(hidden.detach().flatten(0, 1), self.config.top_k)
         values = torch.from_numpy(self.store.entries(found.ids).values.astype("int64"))
         costs = found.scores if self.config.metric == "l2" else -found.scores
-        return costs, values.to(hidden.device)
+        shape = (*hidden.shape[:2], -1)
+        return costs.view(shape), values.to(hidden.device).view(shape)
 
     def _in_state(self, hidden: Tensor, state: Tree) -> tuple[Tensor, Tensor] | None:
         """The same of those in the text read so far; differentiable in both."""

@@ -15,7 +15,7 @@ import torch
 from memwrap.stores.base import Entries, Neighbours, Store
 from memwrap.stores.embedded import FaissStore
 from memwrap.stores.exact import FILE, TorchStore
-from memwrap.stores.files import HEADER
+from memwrap.stores.files import HEADER, read_json
 
 URLS = ("postgresql://", "postgres://")
 
@@ -78,6 +78,10 @@ def open_store(path: str | Path, **options: Any) -> Store:
     if (folder / FILE).is_file():
         return TorchStore.load(folder, **options)
     if (folder / HEADER).is_file():
+        if read_json(folder / HEADER).get("kind") == "pgvector":
+            from memwrap.stores.server import PgVectorStore
+
+            return PgVectorStore.load(folder, **options)
         return FaissStore.load(folder, **options)
     raise FileNotFoundError(f"There is no store in {folder}; build one: memwrap store build.")
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from memwrap.stores.files import HEADER, file_checksum, read_json, write_json
 from memwrap.stores.shards import Shards
 
 INDEX = "index.json"
-FLAT_MOST, GRAPH_MOST = 20_000, 4_000_000
-"""Up to so many entries a flat index, up to so many a graph (HNSW), then codes (IVF-PQ)."""
+FLAT_MOST, LISTS_MOST = 16_383, 4_000_000
+"""Up to so many entries a flat index, up to so many inverted lists of vectors, then of codes."""
 
 
 def faiss_module() -> Any:
@@ -46,15 +47,20 @@ def faiss_module() -> Any:
 def choose_factory(count: int, dim: int) -> str:
     """The kind of index for `count` vectors, as a faiss factory string.
 
-    Exact up to `FLAT_MOST`; a graph (all vectors in memory) up to `GRAPH_MOST`; beyond, product
-    codes in inverted lists, whose candidates are scored anew from the vectors on disk.
+    Exact up to `FLAT_MOST`; inverted lists of whole vectors up to `LISTS_MOST`; beyond, lists that
+    are found through a graph (HNSW) and hold product codes, whose candidates are scored anew from
+    the vectors on disk. A graph over the vectors themselves ("HNSW32") answers as fast as lists,
+    but takes longer to build, and where many entries are nearly equal, as in text that repeats
+    itself, its links stay among them and others are not reached
+    (`benchmarks/results/stores.json`).
     """
     if count <= FLAT_MOST:
         return "Flat"
-    if count <= GRAPH_MOST:
-        return "HNSW32"
+    lists = 2 ** round(math.log2(4 * math.sqrt(count)))
+    if count <= LISTS_MOST:
+        return f"IVF{lists},Flat"
     codes = max(m for m in range(1, min(dim, 64) + 1) if dim % m == 0)
-    return f"IVF{2 ** round(math.log2(4 * math.sqrt(count)))},PQ{codes}"
+    return f"IVF{lists}_HNSW32,PQ{codes}"
 
 
 class FaissStore(Store):
@@ -70,8 +76,8 @@ class FaissStore(Store):
         factory: a faiss factory string; None chooses by size when the index is built.
         dtype: `"float16"` or `"float32"`, of the vectors kept.
         shard_size: entries that wait in memory before they are written as one shard.
-        effort: candidates that a graph looks at (`efSearch`), or lists that are searched
-            (`nprobe`). None: 64 for graphs (and at least 2 k), 32 lists.
+        effort: lists that are searched (`nprobe`), or candidates that a graph looks at
+            (`efSearch`). None: 32 lists, 64 candidates (and at least 2 k).
         refine: with product codes, `refine * k` candidates are scored anew from the vectors kept.
         mmap: map the index from disk instead of reading it; the store is then read-only.
         checkpoint_seconds: while the index is built, it is written at least so often.
@@ -112,7 +118,7 @@ class FaissStore(Store):
         self._selector: Any = None
         if self.path is not None and (self.path / HEADER).is_file():
             self._continue(self.path)
-        elif self.path is not None and self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path is not None and _holds_files(self.path):
             raise ValueError(f"{self.path} is not empty and holds no store; give another folder.")
         elif self.path is not None:
             self._write_header()
@@ -149,16 +155,16 @@ class FaissStore(Store):
         if self.mmap:
             raise ValueError(f"The store {self.path} was opened with mmap=True: it is read-only.")
         self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("w")
+        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
         if sys.platform != "win32":
             import fcntl
 
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                file.close()
+                os.close(file)
                 raise ValueError(f"Another process is writing the store {self.path}.") from error
-        self._lock = file
+        self._lock = weakref.finalize(self, os.close, file)
         for left in self.path.glob(".*.tmp"):  # of a process that was killed
             left.unlink(missing_ok=True)
 
@@ -166,7 +172,7 @@ class FaissStore(Store):
         """Commit, and let others write the folder."""
         if self._lock is not None:
             self.commit()
-            self._lock.close()
+            self._lock()
             self._lock = None
 
     def _read_index(self) -> None:
@@ -313,6 +319,7 @@ class FaissStore(Store):
         scores, ids = self._searched(array, wanted)
         if lossy:
             scores, ids = self._refined(array, ids, k)
+        scores[ids < 0] = np.inf if self.metric == "l2" else -np.inf  # faiss: its largest number
         shape = (*queries.shape[:-1], k)
         return Neighbours(
             torch.from_numpy(scores).to(queries.device).view(shape),
@@ -346,6 +353,9 @@ class FaissStore(Store):
             probes = min(self.effort or 32, index.nlist)
             kind = faiss.IVFPQSearchParameters if isinstance(index, faiss.IndexIVFPQ) else None
             kind = kind or faiss.SearchParametersIVF
+            if isinstance(faiss.downcast_index(index.quantizer), faiss.IndexHNSW):
+                lists = faiss.SearchParametersHNSW(efSearch=2 * probes)
+                options["quantizer_params"] = lists
             options = {"params": kind(nprobe=probes, **options)}
         elif removed and isinstance(index, faiss.IndexFlat):
             options = {"params": faiss.SearchParameters(**options)}
@@ -458,7 +468,7 @@ class FaissStore(Store):
         disk is copied there."""
         target = Path(path)
         if self.path is None:
-            if target.is_dir() and any(target.iterdir()):
+            if _holds_files(target):
                 raise ValueError(f"{target} is not empty; give another folder.")
             self.path = target
             self._write_header()
@@ -483,6 +493,11 @@ class FaissStore(Store):
             return cls(header["dim"], header["metric"], path=path, **options)
         except KeyError as error:
             raise ValueError(f"{Path(path) / HEADER} is damaged: it lacks {error}.") from error
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether there is more in a folder than what a killed process left at once."""
+    return folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -86,8 +86,7 @@ class TorchStore(Store):
             )
         if self.rows and not (values is None and document is None and spans is None):
             raise ValueError("A store of rows keeps vectors only; leave values and documents out.")
-        number = None if document is None else self._number(document)
-        new = Entries.make(vectors.shape[-2], values, number, spans)
+        new = Entries.make(vectors.shape[-2], values, self._number(document), spans)
         first = int(self.counts[0])
         block = (vectors if self.rows else vectors[None]).to(self.vectors)
         chosen = torch.ones(self._lead[0], block.shape[-2], dtype=torch.bool)
@@ -100,12 +99,15 @@ class TorchStore(Store):
             self._entries = Entries.cat([self._entries, new])
             if self.capacity is not None and len(self._entries) > self.capacity:
                 self._entries = self._entries[-self.capacity :]
+        if document is not None and document not in self._documents:
+            self._documents.append(document)
         self.cursor = cursor if cursor is not None else self.cursor
         return range(first, int(self.counts[0]))
 
-    def _number(self, name: str) -> int:
-        if name not in self._documents:
-            self._documents.append(name)
+    def _number(self, name: str | None) -> int | None:
+        """The number of a document, known or new."""
+        if name is None or name not in self._documents:
+            return None if name is None else len(self._documents)
         return self._documents.index(name)
 
     def _grow(self, count: int) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import numpy as np
 import torch
@@ -93,6 +94,7 @@ class PgVectorStore(Store):
                     f"No PostgreSQL server answers at {self.where}: {_hidden(reason, self.url)}. "
                     "Is it running, and is the URL right?"
                 ) from None
+            weakref.finalize(self, self._connection.close)
         return self._connection
 
     def _retrying(self, function: Callable[[Any], Result]) -> Result:
@@ -367,7 +369,7 @@ class PgVectorStore(Store):
         netloc = f"{user}@{place[2]}" if place[0] else place[2]
         query = [(k, v) for k, v in parse_qsl(parts.query) if k != "password"]
         query += [("table", self.table), *((k, str(v)) for k, v in self.settings.items())]
-        return urlunsplit(parts._replace(netloc=netloc, query=urlencode(query)))
+        return urlunsplit(parts._replace(netloc=netloc, query=urlencode(query, quote_via=quote)))
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> PgVectorStore:
@@ -422,7 +424,7 @@ def _parts(url: str) -> tuple[str, str, dict[str, int]]:
         raise ValueError(
             f"`table` in the URL is {table!r}; it must be small letters, digits and underscores."
         )
-    return urlunsplit(parts._replace(query=urlencode(rest))), table, settings
+    return urlunsplit(parts._replace(query=urlencode(rest, quote_via=quote))), table, settings
 
 
 def _hidden(text: str, url: str) -> str:
