@@ -2,8 +2,8 @@
 
     python knnlm.py [ENTRIES ...]
 
-Lambda and temperature are tuned on validation documents for each size, perplexity is measured on test
-documents. The LM was trained on the same train split: the store gives back words that it has seen.
+Lambda and temperature are tuned on validation documents for each size, perplexity is measured on
+test documents. The LM was trained on the same train split: the store holds what it has seen.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
             })  # fmt: skip
             print(rows[-1], flush=True)
             save("knnlm", {
-                "about": "tiny-lm + kNN-LM over the stdlib train split, perplexity; segments of 512",
+                "about": "tiny-lm + kNN-LM over the stdlib train split, perplexity, segments of 512",
                 "top_k": 64, "key": "ffn", "test_documents": TEST, "tokens_each": TOKENS,
                 "validation_documents": VALIDATION, "sizes": rows,
             })  # fmt: skip

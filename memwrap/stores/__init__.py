@@ -20,8 +20,9 @@ from memwrap.stores.files import HEADER, read_json
 URLS = ("postgresql://", "postgres://")
 
 CROSSOVER = {"cpu": 16_384, "cuda": 1_000_000}
-"""From so many entries on a faiss index answers faster than exact search with torch: measured on a
-CPU (`benchmarks/results/stores.json`), for GPUs an estimate that nobody has measured."""
+"""From so many entries on `FaissStore` takes inverted lists and answers faster than exact search
+with torch: measured on a CPU (`benchmarks/results/stores.json`). Below, its flat index is exact too
+and as fast within noise. The number for GPUs is an estimate that nobody has measured."""
 
 
 def choose_kind(entries: int | None, device: torch.device | str = "cpu") -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
 import sys
 import time
 import weakref
@@ -19,48 +17,18 @@ from tqdm.auto import tqdm
 
 from memwrap.files import replacing
 from memwrap.stores.base import Entries, Neighbours, Store, check_k, nothing_found
-from memwrap.stores.files import HEADER, file_checksum, read_json, write_json
+from memwrap.stores.files import (
+    HEADER,
+    copy_folder,
+    file_checksum,
+    holds_files,
+    read_json,
+    write_json,
+)
+from memwrap.stores.indexes import choose_factory, faiss_module, search_options
 from memwrap.stores.shards import Shards
 
 INDEX = "index.json"
-FLAT_MOST, LISTS_MOST = 16_383, 4_000_000
-"""Up to so many entries a flat index, up to so many inverted lists of vectors, then of codes."""
-
-
-def faiss_module() -> Any:
-    """faiss, imported when it is first needed, with torch's number of threads.
-
-    Raises:
-        ImportError: says how to install it.
-    """
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            "This store needs faiss: pip install 'memwrap[stores]' (or faiss-gpu on a GPU)."
-        ) from error
-    # Two OpenMP runtimes in one process crash on macOS unless one of them keeps to one thread.
-    faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
-    return faiss
-
-
-def choose_factory(count: int, dim: int) -> str:
-    """The kind of index for `count` vectors, as a faiss factory string.
-
-    Exact up to `FLAT_MOST`; inverted lists of whole vectors up to `LISTS_MOST`; beyond, lists that
-    are found through a graph (HNSW) and hold product codes, whose candidates are scored anew from
-    the vectors on disk. A graph over the vectors themselves ("HNSW32") answers as fast as lists,
-    but takes longer to build, and where many entries are nearly equal, as in text that repeats
-    itself, its links stay among them and others are not reached
-    (`benchmarks/results/stores.json`).
-    """
-    if count <= FLAT_MOST:
-        return "Flat"
-    lists = 2 ** round(math.log2(4 * math.sqrt(count)))
-    if count <= LISTS_MOST:
-        return f"IVF{lists},Flat"
-    codes = max(m for m in range(1, min(dim, 64) + 1) if dim % m == 0)
-    return f"IVF{lists}_HNSW32,PQ{codes}"
 
 
 class FaissStore(Store):
@@ -118,7 +86,7 @@ class FaissStore(Store):
         self._selector: Any = None
         if self.path is not None and (self.path / HEADER).is_file():
             self._continue(self.path)
-        elif self.path is not None and _holds_files(self.path):
+        elif self.path is not None and holds_files(self.path):
             raise ValueError(f"{self.path} is not empty and holds no store; give another folder.")
         elif self.path is not None:
             self._write_header()
@@ -338,30 +306,17 @@ class FaissStore(Store):
 
     def _searched(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         faiss = faiss_module()
-        removed = self._shards.removed
-        options: dict[str, Any] = {}
+        removed, index = self._shards.removed, self._index
+        kept = None
         if removed:
             if self._selector is None or self._selector[0] != len(removed):
                 batch = faiss.IDSelectorBatch(np.fromiter(removed, np.int64))
                 self._selector = len(removed), faiss.IDSelectorNot(batch), batch
-            options["sel"] = self._selector[1]
-        index = self._index
-        if isinstance(index, faiss.IndexHNSW):
-            effort = max(self.effort or 64, 2 * k)
-            options = {"params": faiss.SearchParametersHNSW(efSearch=effort, **options)}
-        elif isinstance(index, faiss.IndexIVF):
-            probes = min(self.effort or 32, index.nlist)
-            kind = faiss.IVFPQSearchParameters if isinstance(index, faiss.IndexIVFPQ) else None
-            kind = kind or faiss.SearchParametersIVF
-            if isinstance(faiss.downcast_index(index.quantizer), faiss.IndexHNSW):
-                lists = faiss.SearchParametersHNSW(efSearch=2 * probes)
-                options["quantizer_params"] = lists
-            options = {"params": kind(nprobe=probes, **options)}
-        elif removed and isinstance(index, faiss.IndexFlat):
-            options = {"params": faiss.SearchParameters(**options)}
-        elif removed:
-            return self._sifted(queries, k)
-        return index.search(queries, k, **options)
+            kept = self._selector[1]
+        options = search_options(index, k, self.effort, kept)
+        if options is None:
+            return index.search(queries, k) if kept is None else self._sifted(queries, k)
+        return index.search(queries, k, params=options)
 
     def _sifted(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """For kinds of index that cannot leave entries out: ask for more and drop them."""
@@ -468,7 +423,7 @@ class FaissStore(Store):
         disk is copied there."""
         target = Path(path)
         if self.path is None:
-            if _holds_files(target):
+            if holds_files(target):
                 raise ValueError(f"{target} is not empty; give another folder.")
             self.path = target
             self._write_header()
@@ -483,7 +438,7 @@ class FaissStore(Store):
             self.build()
         if target.resolve() == self.path.resolve():
             return
-        _copy(self.path, target)
+        copy_folder(self.path, target)
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> FaissStore:
@@ -493,18 +448,3 @@ class FaissStore(Store):
             return cls(header["dim"], header["metric"], path=path, **options)
         except KeyError as error:
             raise ValueError(f"{Path(path) / HEADER} is damaged: it lacks {error}.") from error
-
-
-def _holds_files(folder: Path) -> bool:
-    """Whether there is more in a folder than what a killed process left at once."""
-    return folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a folder so that `target` appears whole; an older one stays until then."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    shutil.copytree(source, scratch, ignore=shutil.ignore_patterns(".lock", ".*.tmp"))
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(scratch, target)

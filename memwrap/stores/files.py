@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,18 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} has version {values.get('version')}; this memwrap reads {VERSION}."
         )
     return values
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether there is more in a folder than what a killed process left at once."""
+    return folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder so that `target` appears whole; an older one stays until then."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    shutil.copytree(source, scratch, ignore=shutil.ignore_patterns(".lock", ".*.tmp"))
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(scratch, target)

@@ -23,7 +23,7 @@ from memwrap.stores import (
     new_store,
     open_store,
 )
-from memwrap.stores.embedded import choose_factory
+from memwrap.stores.indexes import choose_factory
 
 DIM = 8
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ def test_index_kinds_follow_the_size() -> None:
     assert choose_factory(10**8, 100).endswith("PQ50")
     store = FaissStore(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memwrap.stores.embedded.FLAT_MOST", 50)
+        patch.setattr("memwrap.stores.indexes.FLAT_MOST", 50)
         store.add(drawn(50, 2))
         store.search(Q[:, :2], 1)
         assert store.made_by == "Flat"
