@@ -64,7 +64,7 @@ def main() -> None:
             })  # fmt: skip
             print(rows[-1], flush=True)
             save("knnlm", {
-                "about": "tiny-lm + kNN-LM over the stdlib train split, perplexity, segments of 512",
+                "about": "tiny-lm + kNN-LM over the stdlib train split, perplexity",
                 "top_k": 64, "key": "ffn", "test_documents": TEST, "tokens_each": TOKENS,
                 "validation_documents": VALIDATION, "sizes": rows,
             })  # fmt: skip
