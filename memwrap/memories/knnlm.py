@@ -73,7 +73,11 @@ class KnnLMConfig(MemoryConfig):
 
     @classmethod
     def tiny(cls) -> KnnLMConfig:
-        return cls(segment_size=8, top_k=12, cache_size=32, temperature=20.0, interpolation=0.6)
+        # Adaptive: the distances of tiny random models differ by orders of magnitude.
+        return cls(
+            segment_size=8, top_k=24, cache_size=40, adaptive=True, temperature=0.3,
+            interpolation=0.6,
+        )  # fmt: skip
 
 
 @register(KnnLMConfig)
