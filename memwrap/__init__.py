@@ -10,6 +10,7 @@ from memwrap.memories.extended_mind import ExtendedMindConfig
 from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
 from memwrap.memories.infllm import InfLLMConfig
+from memwrap.memories.knnlm import KnnLMConfig
 from memwrap.memories.landmark import LandmarkConfig
 from memwrap.memories.liger import LigerConfig
 from memwrap.memories.lolcats import LoLCATsConfig
@@ -32,6 +33,7 @@ __all__ = [
     "HMTConfig",
     "InfLLMConfig",
     "InfiniConfig",
+    "KnnLMConfig",
     "LandmarkConfig",
     "Library",
     "LigerConfig",

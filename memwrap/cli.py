@@ -1,12 +1,9 @@
-"""The command line: `memwrap list | train | eval | read | chat | doctor | demo`."""
+"""The command line: `memwrap list | train | eval | read | chat | store | bench | doctor | demo`."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 import memwrap
 from memwrap.assets import asset
+from memwrap.console import load_model, load_tokenizer, plain_errors
+from memwrap.storing import bench_commands, store_commands
 
 app = typer.Typer(
     name="memwrap",
@@ -25,58 +24,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(store_commands, name="store")
+app.add_typer(bench_commands, name="bench")
+
 Model = Annotated[str, typer.Option("--model", help="A saved model: folder, shipped name or repo.")]
 
 
-def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print what the user can mend as one or two lines and leave with code 2.
-
-    `MEMWRAP_TRACEBACK=1` shows where it came from.
-    """
-
-    @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            if os.environ.get("MEMWRAP_TRACEBACK"):
-                raise
-            lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-            typer.echo("error: " + "\n".join(lines[:2]), err=True)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            typer.echo("\ninterrupted", err=True)
-            raise typer.Exit(130) from error
-
-    return wrapper
-
-
-def _load(name: str, dtype: str | None = None) -> Any:
-    """A saved model on the best device."""
-    import torch
-
-    transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    model: Any = memwrap.load(name, **options)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    return model
-
-
-def _tokenizer(name: str, model: Any) -> Any:
-    """The tokenizer that is saved with a model, else its base's."""
-    from transformers import AutoTokenizer
-
-    for place in (name, model.config.base_model):
-        try:
-            return AutoTokenizer.from_pretrained(asset(place) or place)
-        except (OSError, ValueError):
-            continue
-    raise ValueError(f"{name} has no tokenizer; save it there: tokenizer.save_pretrained(folder).")
-
-
 @app.command("list")
-@_plain_errors
+@plain_errors
 def list_memories() -> None:
     """The memories, where they attach, and what they do."""
     for name in memwrap.available():
@@ -86,7 +41,7 @@ def list_memories() -> None:
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
@@ -116,7 +71,7 @@ def train(
 
 
 @app.command("eval")
-@_plain_errors
+@plain_errors
 def evaluate(
     model_dir: Annotated[str, typer.Argument(help="A saved model: folder, shipped name or repo.")],
     task: Annotated[
@@ -142,17 +97,17 @@ def evaluate(
     from memwrap.evaluation import run
 
     suite = run.suite_tasks(task)
-    model = _load(model_dir, dtype)
+    model = load_model(model_dir, dtype)
     folder = asset(model_dir) or Path(model_dir)
     results: run.Results
     if task in ("perplexity", "linear-usage"):
         part = None if split == "all" else split
-        rows = run.documents(documents, part, _tokenizer(model_dir, model), tokens, count)
+        rows = run.documents(documents, part, load_tokenizer(model_dir, model), tokens, count)
         results = (run.perplexity if task == "perplexity" else run.linear_usage)(model, rows)
     elif task == "recall":
         results = run.recall(model, folder, samples or 256)
     else:
-        tokenizer = _tokenizer(model_dir, model)
+        tokenizer = load_tokenizer(model_dir, model)
         results = run.tasks(model, tokenizer, suite, lengths, samples or 20, model_dir)
     typer.echo(run.table(results))
     if output is None:
@@ -162,7 +117,7 @@ def evaluate(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def compare(
     results: Annotated[list[Path], typer.Argument(help="JSON files that `memwrap eval` wrote.")],
     output: Annotated[Path | None, typer.Option("-o", help="HTML file to write.")] = None,
@@ -179,7 +134,7 @@ def compare(
 
 
 @app.command("export")
-@_plain_errors
+@plain_errors
 def export_model(
     model_dir: Annotated[str, typer.Argument(help="A saved model: folder, shipped name or repo.")],
     folder: Annotated[Path, typer.Argument(help="New folder to write.")],
@@ -192,11 +147,11 @@ def export_model(
     from memwrap import exporting
     from memwrap.exporting.card import about_run
 
-    model = _load(model_dir, dtype)
+    model = load_model(model_dir, dtype)
     about = about_run(asset(model_dir) or Path(model_dir))
     about |= {"licence": licence} if licence else {}
     found = exporting.export(
-        model, folder, tokenizer=_tokenizer(model_dir, model), about=about, check=check
+        model, folder, tokenizer=load_tokenizer(model_dir, model), about=about, check=check
     )
     if found is not None:
         same = "the same ids" if found.generates else "other ids (rounding)"
@@ -207,7 +162,7 @@ def export_model(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def read(
     file: Annotated[str, typer.Argument(help="A .txt, .md or .pdf file, or a folder of them.")],
     output: Annotated[Path, typer.Option("-o", help="State file to write.")],
@@ -219,8 +174,8 @@ def read(
     from memwrap.training.data import load_documents
 
     texts = load_documents(file)
-    loaded = _load(model, dtype)
-    tokenizer = _tokenizer(model, loaded)
+    loaded = load_model(model, dtype)
+    tokenizer = load_tokenizer(model, loaded)
     start = time.monotonic()
     current = memwrap.MemoryState.load(state, loaded) if state is not None else None
     before = int(current.tokens_seen[0]) if current is not None else 0
@@ -238,7 +193,7 @@ def read(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def chat(
     model: Model,
     state: Annotated[Path | None, typer.Option(help="A state file of `memwrap read`.")] = None,
@@ -254,8 +209,8 @@ def chat(
 
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError("`--max-new-tokens` must be at least 1, `--temperature` 0 or more.")
-    loaded = _load(model, dtype)
-    tokenizer = _tokenizer(model, loaded)
+    loaded = load_model(model, dtype)
+    tokenizer = load_tokenizer(model, loaded)
     memory = memwrap.MemoryState.load(state, loaded) if state is not None else None
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
@@ -291,7 +246,7 @@ def _save_talk(talk: Any, path: str) -> None:
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def doctor(
     model: Annotated[
         str | None, typer.Option("--model", help="Check this model's architecture (config only).")
@@ -318,7 +273,7 @@ def doctor(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def demo(
     output: Annotated[
         Path, typer.Option("-o", help="Folder for adapters, plots and results.")

@@ -295,6 +295,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             state,
             targets=targets,
             hidden_from=None if targets is not None else first,
+            collect=self._collected,
             keep_open=use_cache or past_key_values is not None,
             control=memory_control,
         )
@@ -305,8 +306,9 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             if return_logits or not isinstance(logits_to_keep, int) or logits_to_keep:
                 with torch.no_grad():
                     again = loop(
-                        inputs, state, hidden_from=first, keep_open=False, control=memory_control
-                    )
+                        inputs, state, hidden_from=first, collect=self._collected,
+                        keep_open=False, control=memory_control,
+                    )  # fmt: skip
                     logits = self._logits(again.hidden, logits_to_keep)  # type: ignore[arg-type]
         else:
             logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
@@ -367,10 +369,17 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 "`memory_control` needs closed segments: feed whole ones, or close_segment first."
             )
 
+    @property
+    def _collected(self) -> str:
+        """What the loop collects: logits where a memory mixes them, as its state changes from
+        segment to segment."""
+        mixed = any("logits" in config.places for config in self.memory_configs)
+        return "logits" if mixed else "hidden"
+
     def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
         if isinstance(keep, Tensor):
             hidden = hidden[:, keep] if keep.dim() == 1 else hidden[keep.bool()][None]
-        return self.parts.head(hidden)
+        return hidden if self._collected == "logits" else self.parts.head(hidden)
 
     @torch.no_grad()
     def read(

@@ -9,20 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from memwrap.backbones import Backbone
 from memwrap.context import Local
 from memwrap.memories.base import MemoryConfig
+from memwrap.mixing import IGNORED, Head, Wanted
 from memwrap.planning import Step, block_ends, plan, plan_columns
 from memwrap.segments import Outcome, SegmentReader
 from memwrap.state import MemoryState
 from memwrap.trees import Tree, tree_map
-
-IGNORED = -100
-# Logits of at most so many numbers (float32) exist at once while a loss is computed.
-_LOGITS_AT_ONCE = 2**26
 
 
 @dataclass
@@ -183,6 +180,7 @@ class Loop:
         training: bool = False,
     ) -> None:
         self.reader = reader
+        self.head = Head(reader)
         self.config = config
         self.checkpointing = checkpointing
         self.training = training
@@ -195,6 +193,7 @@ class Loop:
         *,
         targets: Tensor | None = None,
         hidden_from: int | None = None,
+        collect: str = "hidden",
         keep_open: bool = True,
         control: str | MemoryState | None = None,
         progress: Callable[[Iterable[Step]], Iterable[Step]] = iter,
@@ -206,6 +205,8 @@ class Loop:
             state: what the rows remember; it is left as it is.
             targets: `(B, T)` the id that each column predicts, -100 for none.
             hidden_from: first column whose last hidden state is wanted; None for none.
+            collect: what is wanted of these columns: `"hidden"`, mixed `"logits"`, or the
+                `"keys"` that a memory at the logits place is given.
             keep_open: keep the open segments' keys and values.
             control: "off", "shuffled" or a state whose memories are read instead.
             progress: wraps the steps, for a progress bar.
@@ -225,16 +226,17 @@ class Loop:
                 local.tree = tree_map(Tensor.detach, local.tree)
             keep = keep_open and bool(((step.ends > 0) & ~step.closes).any())
             wanted = None if targets is None else _gather(targets, step, IGNORED)
+            want = Wanted(wanted, collect, hidden_from, control != "off")
             before = states
             if control != "off" or keep_open:  # an empty memory needs no state to go on with
-                result, states, local = self._step(inputs, step, states, local, keep, wanted)
+                result, states, local = self._step(inputs, step, states, local, keep, want)
             if control is not None:
-                result = self._controlled(inputs, step, before, control, wanted)
+                result = self._controlled(inputs, step, before, control, want)
             if wanted is not None:
                 named += self._named(step, wanted)
                 loss_sum = result if loss_sum is None else loss_sum + result
             elif hidden_from is not None:
-                pieces += _wanted_pieces(result, step, hidden_from)
+                pieces += _wanted_pieces(result, want.columns(step), hidden_from)
             new.segments = new.segments + step.closes.long()
             new.fill = step.ends.masked_fill(step.closes, 0)
         self._finish(new, inputs, states, local)
@@ -242,7 +244,7 @@ class Loop:
             loss_sum = torch.zeros((), device=inputs.device)
         hidden = None
         if hidden_from is not None:
-            hidden = _assemble(pieces, inputs, hidden_from, self.reader.backbone)
+            hidden = _assemble(pieces, inputs, hidden_from, self.reader.backbone, collect)
         count = 0 if targets is None else int((targets != IGNORED).sum()) + named
         return Reading(hidden, loss_sum, count, new)
 
@@ -257,7 +259,8 @@ class Loop:
         embeds = self.reader.backbone.embed(nothing.to(device))
         local = Local(state.open, state.open_positions, state.open_valid)
         new = state.clone()
-        after = self.reader.run(embeds, step, state.memories, local, True)
+        ids = nothing.to(device) if "ids" in self.reader.looks_at else None
+        after = self.reader.run(embeds, step, state.memories, local, True, ids)
         new.memories, local = after.states, after.local
         new.open, new.open_positions, new.open_valid = local.tree, local.positions, local.valid
         new.segments = state.segments + closes.long()
@@ -296,17 +299,23 @@ class Loop:
         states: dict[str, Tree],
         local: Local,
         keep: bool,
-        wanted: Tensor | None,
+        want: Wanted,
     ) -> tuple[Tensor, dict[str, Tree], Local]:
-        """One step: its loss sum (with targets) or its hidden states, and what follows."""
+        """One step: its loss sum (with targets) or what is collected, and what follows."""
 
         def function(states: dict[str, Tree], tree: Tree) -> tuple[Tensor, dict[str, Tree], Local]:
             embeds = self._embeds(inputs, step)
             before = Local(tree, local.positions, local.valid)
-            out = self.reader.run(embeds, step, states, before, keep)
-            if wanted is None:
-                return out.hidden, out.states, out.local
-            return self._loss(out, wanted), out.states, out.local
+            ids = self._ids(inputs, step, embeds)
+            out = self.reader.run(embeds, step, states, before, keep, ids)
+            if want.targets is not None:
+                return self._loss(out, want, states), out.states, out.local
+            result = out.hidden
+            if want.collect == "keys" and out.mixed_on is not None:
+                result = out.mixed_on
+            elif want.collect == "logits":
+                result = self.head.logits(out, want.places(step), states, mixing=want.mixing)
+            return result, out.states, out.local
 
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(function, states, local.tree, use_reentrant=False)
@@ -318,7 +327,7 @@ class Loop:
         step: Step,
         states: dict[str, Tree],
         control: str | MemoryState,
-        wanted: Tensor | None,
+        want: Wanted,
     ) -> Tensor:
         """The step once more, reading other memories and writing none."""
         if isinstance(control, MemoryState):
@@ -329,7 +338,7 @@ class Loop:
         else:
             read = {n: tree_map(lambda t: t.roll(-1, 0), tree) for n, tree in states.items()}
         nothing = Local({}, step.columns[:, :0], step.columns[:, :0] >= 0)
-        return self._step(inputs, step, read, nothing, False, wanted)[0]
+        return self._step(inputs, step, read, nothing, False, want)[0]
 
     def _embeds(self, inputs: Inputs, step: Step) -> Tensor:
         source = inputs.ids if inputs.ids is not None else inputs.embeds
@@ -350,37 +359,24 @@ class Loop:
         ends = block_ends(step, memory.insert_every, self.config.count_padding)
         return int((ends & (wanted != IGNORED).cpu()).sum())
 
-    def _loss(self, out: Outcome, wanted: Tensor) -> Tensor:
+    def _ids(self, inputs: Inputs, step: Step, embeds: Tensor) -> Tensor | None:
+        """The ids `(B, N)` of the step's tokens, -1 where there is none; None if no memory looks
+        at them."""
+        if "ids" not in self.reader.looks_at:
+            return None
+        if inputs.ids is not None:
+            return _gather(inputs.ids, step, -1)
+        columns = step.columns.to(embeds.device)
+        return self.reader.backbone.ids_of(embeds).masked_fill(columns < 0, -1)
+
+    def _loss(self, out: Outcome, want: Wanted, states: dict[str, Tree]) -> Tensor:
         """Summed cross entropy, and the memories' own losses once for each target."""
-        loss = self._cross_entropy(out.hidden, wanted)
-        if out.named is not None:
-            hidden, where = out.named
-            where = where.to(wanted.device) & (wanted != IGNORED)
-            named = torch.full_like(wanted, self.reader.inserting.insert_id)  # type: ignore
-            loss = loss + self._cross_entropy(hidden, named.masked_fill(~where, IGNORED))
+        targets: Tensor = want.targets  # type: ignore[assignment]
+        loss = self.head.cross_entropy(out, targets, states, mixing=want.mixing)
         if out.auxiliary is None:
             return loss
-        count = (wanted != IGNORED).sum(1).to(out.auxiliary)
+        count = (targets != IGNORED).sum(1).to(out.auxiliary)
         return loss + (out.auxiliary * count).sum()
-
-    def _cross_entropy(self, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """Summed cross entropy; logits exist for a part of the positions at a time."""
-        wanted = wanted.to(hidden.device)
-        chosen = wanted != IGNORED
-        hidden, wanted = hidden[chosen], wanted[chosen]
-        head = self.reader.backbone.head
-
-        def part(h: Tensor, t: Tensor) -> Tensor:
-            return F.cross_entropy(head(h[None])[0].float(), t, reduction="sum")
-
-        size = max(1, _LOGITS_AT_ONCE // self.reader.backbone.config.vocab_size)
-        if hidden.shape[0] <= size:
-            # Without targets the sum is a zero that still belongs to the graph.
-            return part(hidden, wanted) if len(wanted) else hidden.float().sum()
-        pairs = zip(hidden.split(size), wanted.split(size), strict=True)
-        if torch.is_grad_enabled():
-            return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in pairs)
-        return sum(part(h, t) for h, t in pairs)  # type: ignore[return-value]
 
     @staticmethod
     def _finish(new: MemoryState, inputs: Inputs, states: dict[str, Tree], local: Local) -> None:
@@ -406,25 +402,30 @@ def _only_last(targets: Tensor, steps: list[Step]) -> Tensor:
     return targets.masked_fill(~keep.to(targets.device), IGNORED)
 
 
-def _wanted_pieces(hidden: Tensor, step: Step, first: int) -> list[tuple[Tensor, Tensor]]:
-    """`(hidden states (n, D), their flat (row, column) index (n, 2))` from column `first` on."""
-    wanted = step.columns >= first
+def _wanted_pieces(hidden: Tensor, columns: Tensor, first: int) -> list[tuple[Tensor, Tensor]]:
+    """`(hidden states (n, D), their flat (row, column) index (n, 2))` from column `first` on, of
+    `hidden` `(B, N, D)` at `columns` `(B, N)`."""
+    wanted = columns >= first
     if not bool(wanted.any()):
         return []
     rows, places = wanted.nonzero(as_tuple=True)
-    index = torch.stack([rows, step.columns[rows, places]], 1)
+    index = torch.stack([rows, columns[rows, places]], 1)
     return [(hidden[rows.to(hidden.device), places.to(hidden.device)], index)]
 
 
 def _assemble(
-    pieces: list[tuple[Tensor, Tensor]], inputs: Inputs, first: int, backbone: object
+    pieces: list[tuple[Tensor, Tensor]],
+    inputs: Inputs,
+    first: int,
+    backbone: Backbone,
+    collect: str,
 ) -> Tensor:
     """`(B, T - first, D)`: the pieces in their places, zeros at padding."""
     batch, total = inputs.shape
     width = total - first
     if not pieces:
-        size = backbone.embedding_size  # type: ignore[attr-defined]
-        dtype = next(backbone.model.parameters()).dtype  # type: ignore[attr-defined]
+        size = backbone.config.vocab_size if collect == "logits" else backbone.embedding_size
+        dtype = next(backbone.model.parameters()).dtype
         return torch.zeros(batch, width, size, dtype=dtype, device=inputs.device)
     values = torch.cat([hidden for hidden, _ in pieces])
     index = torch.cat([place for _, place in pieces]).to(values.device)

@@ -157,6 +157,8 @@ class SavingMixin:
             for file in scratch.iterdir():
                 file.chmod(default_mode())  # safetensors writes private files
                 os.replace(file, folder / file.name)
+            for memory in self.memories.values():
+                memory.save_files(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         if push_to_hub:
@@ -255,6 +257,8 @@ class SavingMixin:
         for name, values in (own.adapters or {}).items():
             model.add_lora(PeftConfig.from_peft_type(**values), name)
         _load_weights(model, folder)
+        for memory in model.memories.values():
+            memory.load_files(folder)
         return model.eval()  # type: ignore[attr-defined]
 
 

@@ -34,6 +34,7 @@ class Outcome:
         auxiliary: the memories' own losses `(B,)`, means per token, or None.
         named: `(B, N, D)` hidden states at the tokens themselves, and `(B, N)` which of them
             predict an inserted token; None where no such token is a target.
+        mixed_on: `(B, N, D)` what the memory at the logits place is given of the tokens, or None.
     """
 
     hidden: Tensor
@@ -41,6 +42,7 @@ class Outcome:
     local: Local
     auxiliary: Tensor | None = None
     named: tuple[Tensor, Tensor] | None = None
+    mixed_on: Tensor | None = None
 
 
 @dataclass
@@ -75,6 +77,14 @@ class Layout:
         index = self.first + (self.among.after if predicting else self.among.tokens)
         return hidden.gather(1, _wide(index, hidden))
 
+    def spread(self, ids: Tensor) -> Tensor:
+        """The tokens' ids `(B, N)` at their columns of the input, -1 elsewhere: `(B, N', 1)`."""
+        among = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        index = self.first + (among if self.among is None else self.among.tokens.to(ids.device))
+        empty = ids.new_full(self.x.shape[:2], -1)
+        # Where there is no token stands -1, which takes no place from another.
+        return empty.scatter_reduce(1, index, ids, "amax").unsqueeze(-1)
+
 
 class SegmentReader:
     """Runs steps: the backbone and its memories, without any state of its own."""
@@ -85,10 +95,14 @@ class SegmentReader:
         self.tokens = {n: m for n, m in memories.items() if "tokens" in m.config.places}
         self.layers = {n: m for n, m in memories.items() if "layer" in m.config.places}
         self.attending = {n: m for n, m in memories.items() if "attention" in m.config.places}
+        mixing = [(n, m) for n, m in memories.items() if "logits" in m.config.places]
+        self.mixer: tuple[str, Memory] | None = mixing[0] if mixing else None
         self.num_suffix = sum(m.num_suffix for m in self.tokens.values())
         self.looks_at = sorted({kind for m in memories.values() for kind in m.looks_at})
         inserting = [m for m in self.tokens.values() if m.insert_every]
         self.inserting = inserting[0] if inserting else None  # one memory at most is at a place
+        mixes_on = {m.mixes_on for _, m in mixing}
+        self.notes_ffn = "ffn" in mixes_on.union(self.looks_at)
         self.count_padding = any(m.config.count_padding for m in memories.values())
         zero = any(m.zero_positions for m in self.tokens.values())
         self.zero_positions = zero and backbone.max_positions is not None
@@ -99,7 +113,13 @@ class SegmentReader:
         return 0 if self.zero_positions else sum(m.num_prefix for m in self.tokens.values())
 
     def run(
-        self, embeds: Tensor, step: Step, states: dict[str, Tree], local: Local, keep: bool
+        self,
+        embeds: Tensor,
+        step: Step,
+        states: dict[str, Tree],
+        local: Local,
+        keep: bool,
+        ids: Tensor | None = None,
     ) -> Outcome:
         """Read one step.
 
@@ -109,6 +129,8 @@ class SegmentReader:
             states: the memories' trees.
             local: the open segments before the step.
             keep: whether the open segments are wanted after it.
+            ids: `(B, N)` of the step's tokens, -1 where there is none; for memories that look
+                at them.
         """
         if bool(step.opens.any()):
             states = self._open(embeds, step, states)
@@ -117,14 +139,17 @@ class SegmentReader:
         order, valid = places.keys, places.key_valid
         context = self._context(step, states, local, places)
         cache = cache_of(local.tree) if keep or not local.empty else None
-        hidden = self._hidden(layout, places, local, cache, context)
+        hidden, ffn = self._hidden(layout, places, local, cache, context)
         count, named = step.columns.shape[1], None
         predicts = self.inserting is not None and self.inserting.insert_predicts
         tokens = layout.tokens(hidden, count, predicts)
         if predicts and layout.among is not None:
             named = layout.tokens(hidden, count), layout.among.ends
         states = context.changed(step.closes)
-        seen = self._seen(layout.x, hidden, local)
+        now = {"embeds": layout.x, "hidden": hidden, "ffn": ffn}
+        if ids is not None:
+            now["ids"] = layout.spread(ids)
+        seen = self._seen(now, local)
         if bool(step.closes.any()):
             inside = (order >= layout.base[:, None]) & ~places.inserted
             states = self._write(step, states, hidden, seen, valid, inside)
@@ -134,7 +159,10 @@ class SegmentReader:
             tree = tree_of(cache) | {name: part for name, part in noted.items() if part}
             kept = _still_open(tree, order, valid, step.closes)
         auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
-        return Outcome(tokens, states, kept, auxiliary, named)
+        on = None
+        if self.mixer is not None:
+            on = layout.tokens(now[self.mixer[1].mixes_on], count, predicts)
+        return Outcome(tokens, states, kept, auxiliary, named, on)
 
     def alone(self, embeds: Tensor, visible: Tensor, counted: Tensor) -> Tensor:
         """Last hidden states of embeddings `(B, K, D)` without memories, positions from 0; see
@@ -151,11 +179,22 @@ class SegmentReader:
 
     def _hidden(
         self, layout: Layout, places: Places, local: Local, cache: Any, context: LayerContext
-    ) -> Tensor:
-        """Last hidden states `(B, N', D)` of a step's input."""
+    ) -> tuple[Tensor, Tensor]:
+        """Last hidden states `(B, N', D)` of a step's input, and what the last layer's
+        feed-forward block was given (nothing, where no memory asks for it)."""
+        nothing = layout.x.new_zeros(len(layout.x), 0, self.backbone.config.hidden_size)
         if layout.x.shape[1] == 0:  # a segment that closes without tokens or suffix
             self._close_cached(context)
-            return layout.x
+            return layout.x, nothing
+        if not self.notes_ffn:
+            return self._run(layout, places, local, cache, context), nothing
+        with self.backbone.noting_feed_forward() as given:
+            hidden = self._run(layout, places, local, cache, context)
+        return hidden, given[0].view(*hidden.shape[:2], -1)
+
+    def _run(
+        self, layout: Layout, places: Places, local: Local, cache: Any, context: LayerContext
+    ) -> Tensor:
         plain = local.empty and bool(layout.valid.all()) and self._contiguous(layout.places)
         plain = plain and layout.position_ids is None
         hidden = self.backbone.run(
@@ -326,9 +365,8 @@ class SegmentReader:
                 result[name] = new if every else where_rows(step.opens, new, states[name])
         return result
 
-    def _seen(self, x: Tensor, hidden: Tensor, local: Local) -> Tree:
+    def _seen(self, now: Tree, local: Local) -> Tree:
         """What memories look at, `(B, 1, K, D)` as keys are laid out, open columns first."""
-        now = {"embeds": x, "hidden": hidden}
         before = local.tree.get("tokens", {})
         return {
             kind: torch.cat([*([before[kind]] if kind in before else []), now[kind][:, None]], 2)
@@ -358,9 +396,11 @@ class SegmentReader:
         looked = {kind: value[:, 0, :end] for kind, value in seen.items()}
         mask = (valid & inside)[:, :end]
         counted = inside[:, :end] if self.count_padding else mask
+        ids = looked["ids"][..., 0] if "ids" in looked else None
         tokens = SegmentTokens(
-            looked.get("embeds"), looked.get("hidden"), mask, counted, self.alone
-        )
+            looked.get("embeds"), looked.get("hidden"), mask, counted, self.alone,
+            looked.get("ffn"), ids,
+        )  # fmt: skip
         for name, memory in self.memories.items():
             new = states[name]
             if name in self.tokens:

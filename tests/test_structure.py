@@ -30,6 +30,7 @@ FLOORS = (
         "decoder",
         "generation",
         "library",
+        "mixing",
         "model",
         "planning",
         "reading",
@@ -39,7 +40,7 @@ FLOORS = (
     },
     {"memwrap"},
     {"evaluation", "exporting", "linearize", "training"},
-    {"__main__", "chat", "cli", "demo", "doctor"},
+    {"__main__", "chat", "cli", "console", "demo", "doctor", "storing"},
 )
 
 

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from memwrap.backbones import attention as attention_place
 from memwrap.backbones import layers as layer_place
+from memwrap.backbones.feedforward import feed_forward, noting_input
 from memwrap.backbones.masks import build_masks, layer_kinds
 from memwrap.backbones.probing import AttentionSizes, probe
 from memwrap.backbones.rotary import Rotary
@@ -208,6 +209,34 @@ class Backbone:
     def embed(self, input_ids: Tensor) -> Tensor:
         """`(B, T)` ids -> `(B, T, D)` embeddings."""
         return self.embeddings(input_ids)
+
+    @torch.no_grad()
+    def ids_of(self, embeds: Tensor) -> Tensor:
+        """The ids `(B, T)` of embeddings `(B, T, D)`, -1 for those that are no row of the table."""
+        flat = embeds.detach().flatten(0, 1)
+        count, device = self.embedding_weight.shape[0], embeds.device
+        best = torch.full((len(flat),), float("-inf"), device=device)
+        ids = torch.zeros(len(flat), dtype=torch.long, device=device)
+        for start in range(0, count, 8192):
+            table = self.embed(torch.arange(start, min(start + 8192, count), device=device))
+            score = 2 * flat.float() @ table.float().T - table.float().square().sum(-1)
+            top, place = score.max(-1)
+            ids = torch.where(top > best, place + start, ids)
+            best = torch.maximum(top, best)
+        known = (self.embed(ids) == flat).all(-1)
+        return ids.masked_fill(~known, -1).view(embeds.shape[:2])
+
+    @contextmanager
+    def noting_feed_forward(self) -> Iterator[list[Tensor]]:
+        """Collect what the last layer's feed-forward block is given inside the block.
+
+        Raises:
+            ValueError: if the model's layers or their parts cannot be found.
+        """
+        layers = self.layers
+        attention = attention_place.attention_modules(layers)[-1]
+        with noting_input(feed_forward(layers[-1], attention)) as seen:
+            yield seen
 
     def run(
         self,

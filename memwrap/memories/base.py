@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -177,6 +178,9 @@ class SegmentTokens:
     Attributes:
         embeds: `(B, N, D)` input embeddings; None where the memory does not look at them.
         hidden: `(B, N, D)` last hidden states; None as above, and where a segment opens.
+        ffn: `(B, N, D)` what the last layer's feed-forward block was given; None as `hidden`.
+        ids: `(B, N)` the tokens' ids, -1 for embeddings that are none of the vocabulary's; None as
+            `hidden`.
         valid: `(B, N)` bool, on the CPU: the tokens of the row's segment.
         counted: `(B, N)` bool: columns that take up positions. `valid`, and with
             `count_padding` the padding too.
@@ -189,6 +193,8 @@ class SegmentTokens:
     valid: Tensor
     counted: Tensor
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ffn: Tensor | None = None
+    ids: Tensor | None = None
 
 
 class Memory(nn.Module):
@@ -199,8 +205,9 @@ class Memory(nn.Module):
     Attributes:
         num_prefix: most embeddings in front of a segment.
         num_suffix: embeddings behind it.
-        looks_at: what `closed` needs of a segment's tokens, `"embeds"` or `"hidden"`; it is
-            kept beside the keys and values of an open segment.
+        looks_at: what `closed` needs of a segment's tokens, `"embeds"`, `"hidden"`, `"ffn"` or
+            `"ids"`; it is kept beside the keys and values of an open segment.
+        mixes_on: what `mix` is given of the tokens: `"hidden"` or `"ffn"`.
         zero_positions: on a backbone with a table of learned positions, prefix and suffix get
             a zero vector and the tokens count from 0.
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
@@ -218,6 +225,7 @@ class Memory(nn.Module):
     """
 
     looks_at: frozenset[str] = frozenset()
+    mixes_on: str = "hidden"
     zero_positions: bool = False
     needs_hidden: bool = False
     bytes_per_token: float = 0.0
@@ -298,6 +306,26 @@ class Memory(nn.Module):
 
     def progress(self, done: float) -> None:
         """Told by the trainer before every step which share of its steps is done, 0 to 1."""
+
+    # Logits
+
+    def mix(self, logits: Tensor, hidden: Tensor, state: Tree) -> Tensor:
+        """The logits that the model gives instead of its own.
+
+        Args:
+            logits: `(B, T, V)` float32.
+            hidden: `(B, T, D)` what `mixes_on` names, of the same tokens.
+            state: as the segment found it: what its own tokens wrote is not in it.
+        """
+        return logits
+
+    # Files beside the parameters
+
+    def save_files(self, folder: Path) -> None:
+        """Write what is neither a parameter nor a setting into a saved model's folder."""
+
+    def load_files(self, folder: Path) -> None:
+        """Read what `save_files` wrote."""
 
     def figures(self) -> dict[str, Tensor]:
         """Learned numbers worth watching, `(layers, heads)` each: logged and plotted."""

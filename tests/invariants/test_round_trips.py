@@ -290,7 +290,11 @@ def test_a_larger_vocabulary(memory: str, tmp_path: Path) -> None:
     want = logits_of(model)
     model.resize_token_embeddings(140, mean_resizing=False)
     assert model.config.vocab_size == 140 and logits_of(model).shape[-1] == 140
-    assert_close(logits_of(model)[..., :128], want)
+    # What is mixed into the distribution has a share of the whole vocabulary: with more words the
+    # others' logits move wherever it has a part.
+    mixes = any("logits" in config.places for config in model.memory_configs)
+    same = slice(SEGMENT) if mixes else slice(None)
+    assert_close(logits_of(model)[:, same, :128], want[:, same])
     labels = torch.full_like(TEXT, 139)
     assert bool(model(TEXT, labels=labels).loss.isfinite())
     model.save_pretrained(tmp_path)

@@ -1,0 +1,244 @@
+"""Vector stores measured: recall against exact search, build and query time, bytes a vector."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memwrap.ops.neighbours import nearest
+from memwrap.stores import FaissStore, Neighbours, Store, TorchStore
+from memwrap.stores.indexes import FLAT_MOST, choose_factory, search_options
+
+KINDS = ("torch", "faiss", "pgvector")
+CLUSTERS = 4096
+APART = 0.25
+ABOUT = (
+    f"{CLUSTERS} cluster centres from N(0, apart^2 I); every vector and query is a random centre "
+    "plus normal noise whose standard deviation falls as 0.8 / sqrt(i) over the dimensions i = 1, "
+    "2, ...: few wide directions and many narrow ones. With apart = 0.25 clusters overlap, with 1 "
+    "they are islands"
+)
+
+
+def clustered(count: int, dim: int, seed: int = 0, apart: float = APART) -> Tensor:
+    """Synthetic vectors `(count, dim)` as `ABOUT` says; the centres are the same for every seed."""
+    centres = apart * torch.randn(CLUSTERS, dim, generator=torch.Generator().manual_seed(1234))
+    widths = 0.8 / torch.arange(1, dim + 1).sqrt()
+    generator = torch.Generator().manual_seed(seed)
+    result = torch.empty(count, dim)
+    for part in result.split(65_536):
+        chosen = torch.randint(CLUSTERS, (len(part),), generator=generator)
+        noise = torch.randn(len(part), dim, generator=generator)
+        part.copy_(centres[chosen] + noise * widths)
+    return result
+
+
+def recall_at(found: Neighbours, exact: Tensor) -> float:
+    """The part of the exact neighbours `(Q, k)` that was found."""
+    pairs = zip(found.ids.tolist(), exact.tolist(), strict=True)
+    return statistics.mean(len(set(got) & set(want)) / len(want) for got, want in pairs)
+
+
+def _timed(function: Callable[..., Any], *arguments: Any) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def _measured(
+    store: Store, vectors: Tensor, queries: Tensor, k: int, exact: Tensor
+) -> dict[str, Any]:
+    """Fill a store, build it, and search it."""
+
+    def fill() -> None:
+        for part in vectors.split(65_536):
+            store.add(part)
+
+    load = _timed(fill)
+    build = getattr(store, "build", None)
+    index = 0.0 if build is None else _timed(build)
+    found = store.search(queries, k)
+    batches = [_timed(store.search, q, k) / len(q) for q in queries.split(100)]
+    singles = [_timed(store.search, queries[i : i + 1], k) for i in range(20)]
+    return {
+        "load_s": load,
+        "index_s": index,
+        "query_ms_in_batches_of_100": statistics.median(batches) * 1e3,
+        "query_ms_alone": statistics.median(singles) * 1e3,
+        f"recall_at_{k}": recall_at(found, exact),
+        "bytes_per_vector": store.nbytes / len(store),
+    }
+
+
+def _beside_faiss(store: FaissStore, queries: Tensor, k: int, repeats: int = 15) -> dict[str, Any]:
+    """The store's search against the same search of its own index, called directly, in turn."""
+    index, array = store._index, np.ascontiguousarray(queries.numpy())
+    options = search_options(index, k, store.effort)
+    ask = {} if options is None else {"params": options}
+    ratios = []
+    for _ in range(repeats):
+        direct = _timed(lambda: index.search(array, k, **ask))
+        ratios.append(_timed(store.search, queries, k) / direct)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"store_over_faiss": {"median": middle, "q1": low, "q3": high}}
+
+
+def _by_effort(store: FaissStore, queries: Tensor, k: int, exact: Tensor) -> dict[str, Any]:
+    """Recall and time at other numbers of candidates."""
+    before, found = store.effort, {}
+    for effort in (8, 16, 32, 64, 128):
+        store.effort = effort
+        result = store.search(queries, k)
+        spent = _timed(store.search, queries, k)
+        found[str(effort)] = {
+            "recall": recall_at(result, exact), "query_ms": spent / len(queries) * 1e3,
+        }  # fmt: skip
+    store.effort = before
+    return found
+
+
+def bench(
+    entries: int,
+    dim: int,
+    k: int = 16,
+    queries: int = 1000,
+    *,
+    kinds: Sequence[str] = ("torch", "faiss"),
+    url: str | None = None,
+    factory: str | None = None,
+    effort: int | None = None,
+    apart: float = APART,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure stores on the same synthetic vectors.
+
+    Args:
+        entries, dim: vectors.
+        k: neighbours.
+        queries: how many are asked.
+        kinds: of `KINDS`.
+        url: of the PostgreSQL server; its table `memwrap_bench` is made and dropped.
+        factory, effort: of the faiss store.
+        apart: how far the clusters' centres are from each other, see `ABOUT`.
+        say: is told what is done.
+
+    Returns:
+        A JSON-able dict: what was measured, one entry for each kind.
+
+    Raises:
+        ValueError: for an unknown kind, a missing URL, or bad numbers.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise ValueError(f"Unknown stores {unknown}; allowed: {', '.join(KINDS)}.")
+    if "pgvector" in kinds and url is None:
+        raise ValueError("The pgvector store needs `--url postgresql://...`.")
+    if min(entries, dim, k, queries) < 1:
+        raise ValueError("`entries`, `dim`, `k` and `queries` must be at least 1.")
+    say(f"{entries:,} vectors of width {dim}, {queries} queries, {k} neighbours")
+    vectors = clustered(entries, dim, apart=apart)
+    asked = clustered(queries, dim, seed=1, apart=apart)
+    exact = nearest(asked, vectors, k)[1]
+    stores: dict[str, Any] = {}
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            if kind == "torch":
+                stores[kind] = _measured(TorchStore(dim), vectors, asked, k, exact)
+            elif kind == "faiss":
+                path = Path(folder) / "store"
+                store = FaissStore(dim, path=path, factory=factory, effort=effort)
+                stores[kind] = _measured(store, vectors, asked, k, exact)
+                stores[kind]["factory"] = store.made_by
+                stores[kind]["disk_bytes_per_vector"] = store.disk_bytes / entries
+                stores[kind] |= _beside_faiss(store, asked, k)
+                stores[kind]["by_effort"] = _by_effort(store, asked, k, exact)
+                store.close()
+            else:
+                stores[kind] = _server(str(url), vectors, asked, k, exact)
+        say(line(kind, stores[kind], k))
+    about: dict[str, Any] = {
+        "entries": entries,
+        "dim": dim,
+        "k": k,
+        "queries": queries,
+        "vectors": ABOUT,
+    }
+    about["apart"] = apart
+    return {**about, "stores": stores}
+
+
+def _server(url: str, vectors: Tensor, queries: Tensor, k: int, exact: Tensor) -> dict[str, Any]:
+    from memwrap.stores.server import PgVectorStore
+
+    joined = f"{url}{'&' if '?' in url else '?'}table=memwrap_bench"
+    store = PgVectorStore(joined, vectors.shape[1])
+    store.drop()
+    store = PgVectorStore(joined, vectors.shape[1])
+    try:
+        return {**_measured(store, vectors, queries, k, exact), "settings": store.settings}
+    finally:
+        store.drop()
+        store.close()
+
+
+def line(kind: str, got: dict[str, Any], k: int) -> str:
+    """One line of a table."""
+    direct = got.get("store_over_faiss")
+    return (
+        f"{kind:<10} recall@{k} {got[f'recall_at_{k}']:.3f}   load {got['load_s']:.1f} s   "
+        f"index {got['index_s']:.1f} s   query {got['query_ms_in_batches_of_100']:.3f} ms "
+        f"(alone {got['query_ms_alone']:.2f} ms)   {got['bytes_per_vector']:.0f} bytes a vector"
+        + (f"   {direct['median']:.3f} of faiss's own time" if direct else "")
+    )
+
+
+def lists_of(count: int, dim: int) -> str:
+    """The factory string of inverted lists, also below the size at which they are chosen."""
+    return choose_factory(max(count, FLAT_MOST + 1), dim) if count > FLAT_MOST else "IVF256,Flat"
+
+
+def crossover(
+    sizes: Sequence[int], dim: int, k: int = 16, batch: int = 128, repeats: int = 5
+) -> dict[str, Any]:
+    """Where an index answers faster than exact search with torch.
+
+    Returns:
+        For every size and for batches of 1 and `batch` queries the milliseconds of torch, faiss'
+        flat index and its inverted lists; `from_entries`: the smallest measured size from which on
+        the lists are faster for both.
+    """
+    rows = []
+    for size in sizes:
+        vectors, asked = clustered(size, dim), clustered(batch, dim, seed=1)
+        stores: dict[str, Store] = {
+            "torch": TorchStore(dim), "flat": FaissStore(dim, factory="Flat"),
+            "lists": FaissStore(dim, factory=lists_of(size, dim)),
+        }  # fmt: skip
+        row: dict[str, Any] = {"entries": size}
+        for name, store in stores.items():
+            store.add(vectors)
+            row[f"{name}_build_s"] = _timed(store.search, asked, k)
+        times: dict[str, list[float]] = {}
+        for _ in range(repeats):
+            for name, store in stores.items():
+                for count in (1, batch):
+                    piece = asked[:count]
+                    spent = _timed(store.search, piece, k)
+                    times.setdefault(f"{name}_ms_{count}", []).append(spent * 1e3)
+        rows.append(row | {name: statistics.median(values) for name, values in times.items()})
+
+    def faster(row: dict[str, Any]) -> bool:
+        # Below, the store's own choice is a flat index: exact as torch, and no faster beyond noise.
+        chosen = row["entries"] > FLAT_MOST
+        return chosen and all(row[f"lists_ms_{n}"] < row[f"torch_ms_{n}"] for n in (1, batch))
+
+    wins = [row["entries"] for i, row in enumerate(rows) if all(map(faster, rows[i:]))]
+    return {"dim": dim, "k": k, "batch": batch, "sizes": rows, "from_entries": min(wins, default=0)}

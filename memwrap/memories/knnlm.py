@@ -1,0 +1,235 @@
+"""kNN-LM: the next token of similar places in a store of text (Khandelwal et al. 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from memwrap.memories.base import Memory, MemoryConfig, SegmentTokens, Sizes
+from memwrap.ops import neighbours, rows
+from memwrap.ops.interpolation import interpolate
+from memwrap.registry import register
+from memwrap.stores import Store, open_store
+from memwrap.trees import Tree
+
+FOLDER = "knnlm_store"
+WEIGHT, TEMPERATURE = 0.25, 1.0
+
+
+@dataclass(kw_only=True)
+class KnnLMConfig(MemoryConfig):
+    """The model's distribution is mixed with that of the tokens that followed similar places, in a
+    store of any text, or in what was read so far.
+
+    Attributes:
+        store: folder or URL of a store made by `memwrap store build`. `None`: none, or the one that
+            is given to `attach`.
+        top_k: neighbours of every token (the paper: 1024).
+        interpolation: lambda, the neighbours' share. `None`: as tuned for the store, else 0.25.
+        temperature: divides the neighbours' distances. `None`: as tuned for the store, else 1.
+        adaptive: temperature times the mean distance of a token's neighbours, and lambda times
+            exp(-d_1 / `distance_scale`) with the distance d_1 of the nearest.
+        distance_scale: see `adaptive`; `None`: as tuned for the store, else no such factor.
+        key: what stands for a place: `"ffn"`, what the last layer's feed-forward block is given (as
+            published), or `"hidden"`, the last hidden state.
+        metric: `"l2"`, squared distances, or `"ip"`, negated inner products.
+        cache_size: entries of the text read so far that are kept in the state and searched beside
+            the store; of too many the oldest go.
+    """
+
+    name: ClassVar[str] = "knnlm"
+    places: ClassVar[frozenset[str]] = frozenset({"logits"})
+    neutral_start: ClassVar[bool] = True
+
+    store: str | None = None
+    top_k: int = 64
+    interpolation: float | None = None
+    temperature: float | None = None
+    adaptive: bool = False
+    distance_scale: float | None = None
+    key: str = "ffn"
+    metric: str = "l2"
+    cache_size: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("top_k")
+        self._positive("cache_size", zero=True)
+        self._one_of("key", ("ffn", "hidden"))
+        self._one_of("metric", ("l2", "ip"))
+        if self.store is not None and (not isinstance(self.store, str) or not self.store):
+            self._fail("store", "a folder or a URL, as text, or None")
+        if self.interpolation is not None:
+            self._number("interpolation", 0.0, 0.999)
+        for name in ("temperature", "distance_scale"):
+            if getattr(self, name) is not None:
+                self._number(name, 1e-9)
+        if self.adaptive and self.metric != "l2":
+            self._fail("adaptive", "False where `metric` is 'ip': it needs distances")
+
+    @classmethod
+    def tiny(cls) -> KnnLMConfig:
+        # Adaptive: the distances of tiny random models differ by orders of magnitude.
+        return cls(
+            segment_size=8, top_k=24, cache_size=40, adaptive=True, temperature=0.3,
+            interpolation=0.6,
+        )  # fmt: skip
+
+
+@register(KnnLMConfig)
+class KnnLMMemory(Memory):
+    """Entries are (key at a token, next token). Those of the text itself are in the state,
+    `keys` `(B, C, D)` and `tokens` `(B, C)` at the right end of their buffers; the last token of a
+    segment waits in `last` until the next segment tells what followed it."""
+
+    config: KnnLMConfig
+
+    def __init__(self, config: KnnLMConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.mixes_on = config.key
+        self.width = sizes.hidden_size if config.key == "ffn" else sizes.embedding_size
+        if config.cache_size:
+            self.looks_at = frozenset({config.key, "ids"})
+        self.store: Store | None = None
+        if config.store is not None:
+            self.attach(config.store)
+
+    def attach(self, store: Store | str | Path | None) -> None:
+        """Search this store from now on; `None` for none. A store given here, rather than by
+        `KnnLMConfig.store`, is saved beside the model.
+
+        Raises:
+            ValueError: if its vectors are not this model's keys.
+        """
+        opened = store if store is None or isinstance(store, Store) else open_store(store)
+        if opened is not None:
+            if (opened.dim, opened.metric) != (self.width, self.config.metric):
+                raise ValueError(
+                    f"The store holds vectors of width {opened.dim} with the metric "
+                    f"{opened.metric!r}; this model's keys have {self.width} and "
+                    f"{self.config.metric!r}."
+                )
+            kind = opened.notes.get("key", self.config.key)
+            if kind != self.config.key:
+                raise ValueError(f"The store's keys are {kind!r}, `key` is {self.config.key!r}.")
+        self.store = opened
+
+    def save_files(self, folder: Path) -> None:
+        if self.store is not None and self.config.store is None:
+            self.store.save(folder / FOLDER)
+
+    def load_files(self, folder: Path) -> None:
+        if self.config.store is None and (folder / FOLDER).is_dir():
+            self.attach(folder / FOLDER)
+
+    # The text itself
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        size = self.config.cache_size
+        if not size:
+            return {}
+        make: dict[str, Any] = {"device": device, "dtype": self.sizes.dtype}
+        return {
+            "keys": torch.zeros(batch_size, size, self.width, **make),
+            "tokens": torch.zeros(batch_size, size, dtype=torch.long, device=device),
+            "count": torch.zeros(batch_size, dtype=torch.long, device=device),
+            "last": torch.zeros(batch_size, self.width, **make),
+            "waits": torch.zeros(batch_size, dtype=torch.bool, device=device),
+        }
+
+    def closed(self, state: Tree, tokens: SegmentTokens) -> Tree:
+        keys = tokens.ffn if self.config.key == "ffn" else tokens.hidden
+        if keys is None or tokens.ids is None or not keys.shape[1]:
+            return state
+        size = self.config.cache_size
+        valid = tokens.valid.to(keys.device)
+        order = (~valid).to(torch.int8).argsort(dim=1, stable=True)  # a row's tokens first
+        keys, ids = rows.take(keys.to(self.sizes.dtype), order), tokens.ids.gather(1, order)
+        count = valid.sum(1)
+        place = torch.arange(keys.shape[1] + 1, device=keys.device)
+        # The key that waits and those of the segment, each with the token behind it.
+        behind = torch.nn.functional.pad(ids, (0, 1), value=-1)
+        known = (place < count[:, None]) & (behind >= 0)
+        known &= (place > 0) | state["waits"][:, None]
+        candidates = torch.cat([state["keys"], state["last"][:, None], keys], 1)
+        following = torch.cat([state["tokens"], behind], 1)
+        there = torch.cat([rows.right_valid(state["count"], size), known], 1)
+        kept, filled = rows.latest(there, size), there.sum(1).clamp(max=size)
+        mask = rows.right_valid(filled, size)
+        some = count > 0
+        last = rows.take(keys, (count - 1).clamp_min(0)[:, None])[:, 0]
+        return {
+            "keys": rows.take(candidates, kept, mask),
+            "tokens": following.gather(1, kept) * mask,
+            "count": filled,
+            "last": torch.where(some[:, None], last, state["last"]),
+            "waits": some | state["waits"],
+        }
+
+    # Mixing
+
+    def mix(self, logits: Tensor, hidden: Tensor, state: Tree) -> Tensor:
+        found = [f for f in (self._in_store(hidden), self._in_state(hidden, state)) if f]
+        if not found:
+            return logits
+        costs = torch.cat([c.to(logits.dtype) for c, _ in found], -1)
+        tokens = torch.cat([t for _, t in found], -1)
+        if len(found) > 1:
+            costs, order = costs.sort(-1)
+            costs = costs[..., : self.config.top_k]
+            tokens = tokens.gather(-1, order)[..., : self.config.top_k]
+        return interpolate(logits, costs, tokens, *self.settings(costs))
+
+    def settings(self, costs: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Lambda and temperature for neighbours at `costs` `(..., K)`, numbers or `(..., 1)`."""
+        tuned = {} if self.store is None else self.store.notes.get("tuned", {})
+        config = self.config
+
+        def given(name: str, otherwise: float | None) -> Any:
+            value = getattr(config, name)
+            return tuned.get(name, otherwise) if value is None else value
+
+        weight, temperature = given("interpolation", WEIGHT), given("temperature", TEMPERATURE)
+        if not config.adaptive:
+            return weight, temperature
+        return adapt(costs, weight, temperature, given("distance_scale", None))
+
+    def _in_store(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Costs and next tokens `(B, T, k)` of the neighbours in the store."""
+        if self.store is None or not len(self.store):
+            return None
+        found = self.store.search(hidden.detach().flatten(0, 1), self.config.top_k)
+        values = torch.from_numpy(self.store.entries(found.ids).values.astype("int64"))
+        costs = found.scores if self.config.metric == "l2" else -found.scores
+        shape = (*hidden.shape[:2], -1)
+        return costs.view(shape), values.to(hidden.device).view(shape)
+
+    def _in_state(self, hidden: Tensor, state: Tree) -> tuple[Tensor, Tensor] | None:
+        """The same of those in the text read so far; differentiable in both."""
+        if not state:
+            return None
+        size = self.config.cache_size
+        there = rows.right_valid(state["count"], size)
+        query = hidden.to(state["keys"].dtype)
+        k = min(self.config.top_k, size)
+        scores, places = neighbours.nearest(query, state["keys"], k, self.config.metric, there)
+        flat = places.clamp_min(0).flatten(1)
+        tokens = state["tokens"].gather(1, flat).view_as(places)
+        return (scores if self.config.metric == "l2" else -scores), tokens
+
+
+def adapt(
+    costs: Tensor, weight: float, temperature: float, scale: float | None
+) -> tuple[Tensor | float, Tensor]:
+    """Lambda and temperature that follow the distances `(..., K)`; see `KnnLMConfig.adaptive`."""
+    known = costs.detach()
+    there = known.isfinite()
+    mean = known.masked_fill(~there, 0).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(1)
+    heat = temperature * mean.clamp_min(1e-9)
+    if scale is None:
+        return weight, heat
+    return weight * torch.exp(-known.amin(-1, keepdim=True) / scale), heat

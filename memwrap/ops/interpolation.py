@@ -1,0 +1,72 @@
+"""Mixing a next-token distribution with that of retrieved neighbours (kNN-LM, equations 2 and 3).
+
+Shapes: `...` any leading dimensions, K neighbours, V the vocabulary. Costs of neighbours are
+squared distances (or negated inner products): the smaller, the nearer; infinite for one that is not
+there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_LEAST = 1e-30
+
+
+def naive(logits: Tensor, costs: Tensor, tokens: Tensor, weight: float, temperature: float):
+    """The specification, one position after the other: log of the mixed distribution `(..., V)`,
+    for neighbours that are all there and 0 < weight < 1."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    result = torch.empty_like(flat)
+    for i, (z, d, v) in enumerate(
+        zip(flat, costs.reshape(len(flat), -1), tokens.reshape(len(flat), -1), strict=True)
+    ):
+        p = torch.zeros_like(z)
+        for share, token in zip((-d / temperature).softmax(0), v.tolist(), strict=True):
+            p[token] += share
+        result[i] = ((1 - weight) * z.softmax(0) + weight * p).log()
+    return result.view_as(logits)
+
+
+def neighbour_probabilities(
+    costs: Tensor, tokens: Tensor, vocabulary: int, temperature: Tensor | float
+) -> Tensor:
+    """p_kNN `(..., V)`: softmax of `-costs / temperature` `(..., K)`, summed over equal `tokens`
+    `(..., K)`. Zeros where there is no neighbour at all."""
+    there = costs.isfinite()
+    scores = (-costs / temperature).masked_fill(~there, -math.inf)
+    scores = scores.masked_fill(~there.any(-1, keepdim=True), 0.0)
+    shares = scores.softmax(-1) * there
+    p = shares.new_zeros(*shares.shape[:-1], vocabulary)
+    return p.scatter_add(-1, tokens.clamp_min(0), shares)
+
+
+def interpolate(
+    logits: Tensor,
+    costs: Tensor,
+    tokens: Tensor,
+    weight: Tensor | float,
+    temperature: Tensor | float,
+) -> Tensor:
+    """Logits of `(1 - weight) softmax(logits) + weight p_kNN`.
+
+    Args:
+        logits: `(..., V)`.
+        costs: `(..., K)`; infinite for a neighbour that is not there.
+        tokens: `(..., K)` the neighbours' next tokens.
+        weight: lambda in [0, 1), a number or `(..., 1)`.
+        temperature: a number or `(..., 1)`.
+
+    Returns:
+        `(..., V)` with the log-sum-exp of `logits`: where no neighbour is, `logits` themselves.
+    """
+    weight = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
+    costs = costs.to(logits.dtype)
+    p = neighbour_probabilities(costs, tokens, logits.shape[-1], temperature)
+    own = logits + torch.log1p(-weight)
+    level = logits.logsumexp(-1, keepdim=True)
+    theirs = p.clamp_min(_LEAST).log() + weight.clamp_min(_LEAST).log() + level
+    mixed = torch.where(p > _LEAST, torch.logaddexp(own, theirs), own)
+    return torch.where(costs.isfinite().any(-1, keepdim=True), mixed, logits)

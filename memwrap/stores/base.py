@@ -1,0 +1,259 @@
+"""What every vector store is: the calls, what a search returns, and what stands beside a vector."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+METRICS = ("l2", "ip")
+NONE = -1
+"""Stands for a value, a document or a token place that was not given."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What a search found, best first.
+
+    Attributes:
+        scores: `(..., Q, k)` float32: squared Euclidean distances, ascending (`"l2"`), or inner
+            products, descending (`"ip"`). Infinite where there are fewer than `k` entries.
+        ids: `(..., Q, k)` int64 numbers of the entries; -1 where there are fewer than `k`.
+    """
+
+    scores: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What stands beside vectors, one place for each (-1: not given).
+
+    Attributes:
+        values: an integer of the user's (kNN-LM: the next token).
+        documents: number of the document, an index into `Store.documents`.
+        starts, ends: the tokens of that document, `[start, end)`.
+    """
+
+    values: np.ndarray
+    documents: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    FIELDS = ("values", "documents", "starts", "ends")
+
+    @classmethod
+    def make(
+        cls,
+        count: int,
+        values: Any = None,
+        documents: Any = None,
+        spans: Any = None,
+    ) -> Entries:
+        """Columns of `count` entries.
+
+        Args:
+            values: `(count,)` integers, or None.
+            documents: `(count,)` numbers, one number for all, or None.
+            spans: `(count, 2)` integers `[start, end)`, or None.
+
+        Raises:
+            ValueError: for another length.
+        """
+        columns = [_column(values, count, "values"), _column(documents, count, "documents")]
+        if spans is None:
+            columns += [np.full(count, NONE, np.int64)] * 2
+        else:
+            pairs = np.asarray(spans, dtype=np.int64)
+            if pairs.shape != (count, 2):
+                raise ValueError(f"`spans` has shape {pairs.shape}; it needs ({count}, 2).")
+            columns += [pairs[:, 0], pairs[:, 1]]
+        return cls(*columns)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> Entries:
+        return Entries(*[getattr(self, name)[index] for name in self.FIELDS])
+
+    @staticmethod
+    def cat(parts: Iterable[Entries]) -> Entries:
+        """Join columns."""
+        parts = [Entries.make(0), *parts]
+        return Entries(
+            *[np.concatenate([getattr(p, name) for p in parts]) for name in Entries.FIELDS]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in self.FIELDS)
+
+
+def _column(given: Any, count: int, name: str) -> np.ndarray:
+    if given is None:
+        return np.full(count, NONE, np.int64)
+    column = np.asarray(given, dtype=np.int64)
+    if column.ndim == 0:
+        column = np.full(count, column)
+    if column.shape != (count,):
+        raise ValueError(f"`{name}` has shape {column.shape}; it needs ({count},).")
+    return column
+
+
+class Store(ABC):
+    """Vectors that can be searched. Entries are numbered in the order in which they came.
+
+    Attributes:
+        dim: width D of the vectors.
+        metric: `"l2"` or `"ip"`.
+    """
+
+    kind: str = ""
+
+    def __init__(self, dim: int, metric: str = "l2") -> None:
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"`dim` is {dim!r}; it must be an integer of at least 1.")
+        if metric not in METRICS:
+            raise ValueError(f"`metric` is {metric!r}; allowed: 'l2' (squared distance), 'ip'.")
+        self.dim = dim
+        self.metric = metric
+        self.notes: dict[str, Any] = {}
+        """Saved with the store: what its vectors are, tuned settings."""
+        self.cursor: Any = None
+        """The `cursor` of the last `add` that is safe."""
+
+    @abstractmethod
+    def add(
+        self,
+        vectors: Tensor,
+        *,
+        values: Any = None,
+        document: str | None = None,
+        spans: Any = None,
+        cursor: Any = None,
+    ) -> range:
+        """Add entries, all of them or none.
+
+        Args:
+            vectors: `(N, D)`.
+            values: `(N,)` integers to keep beside them.
+            document: name of the document they come from.
+            spans: `(N, 2)` tokens `[start, end)` of the document.
+            cursor: anything JSON can hold: where to go on after these entries. It becomes
+                `cursor` at the moment in which they are safe from a crash.
+
+        Returns:
+            The numbers of the new entries.
+
+        Raises:
+            ValueError: for another width, or numbers that are not finite.
+        """
+
+    @abstractmethod
+    def search(self, queries: Tensor, k: int) -> Neighbours:
+        """The `k` nearest entries of each of `(Q, D)` queries, on the queries' device."""
+
+    @abstractmethod
+    def entries(self, ids: Tensor | np.ndarray) -> Entries:
+        """What stands beside the entries of these numbers (any shape; -1 gives -1)."""
+
+    @abstractmethod
+    def remove(self, ids: Iterable[int]) -> int:
+        """Remove entries; returns how many were there. Other entries keep their numbers."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Remove everything."""
+
+    @abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write the store to a folder."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str | Path) -> Store:
+        """Read a store.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: for a damaged or foreign file; names it.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Entries that a search may find."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held in memory or, by a server, on its disk."""
+
+    @property
+    @abstractmethod
+    def documents(self) -> Sequence[str]:
+        """Names of the documents, in the order in which they came."""
+
+    def commit(self) -> None:  # noqa: B027
+        """Make everything that was added safe from a crash, where the store is on disk."""
+
+    def note(self, values: dict[str, Any]) -> None:
+        """Put JSON-able facts into `notes`, and save them where the store is on disk."""
+        self.notes = {**self.notes, **values}
+
+    def remove_document(self, name: str) -> int:
+        """Remove the entries of a document; returns how many there were.
+
+        Raises:
+            ValueError: if the store has no such document.
+        """
+        if name not in self.documents:
+            raise ValueError(f"The store has no document {name!r}.")
+        return self.remove(self.of_document(list(self.documents).index(name)))
+
+    @abstractmethod
+    def of_document(self, number: int) -> list[int]:
+        """The entries of a document."""
+
+    # Stores are shared: a copied model searches the same one.
+
+    def __deepcopy__(self, memo: dict) -> Store:
+        return self
+
+    def _checked(self, vectors: Tensor, what: str = "vectors") -> Tensor:
+        """Float32 vectors of the right width.
+
+        Raises:
+            ValueError: says what is wrong.
+        """
+        vectors = torch.as_tensor(vectors)
+        if vectors.dim() < 2 or vectors.shape[-1] != self.dim:
+            raise ValueError(
+                f"`{what}` has shape {tuple(vectors.shape)}; the store's vectors are "
+                f"(N, {self.dim})."
+            )
+        if not vectors.is_floating_point():
+            raise ValueError(f"`{what}` is {vectors.dtype}; it must be floating point.")
+        vectors = vectors.detach().float()
+        if not bool(vectors.isfinite().all()):
+            raise ValueError(f"`{what}` holds numbers that are not finite; nothing was changed.")
+        return vectors
+
+
+def check_k(k: int) -> None:
+    """Refuse a number of neighbours below 1."""
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"`k` is {k!r}; it must be an integer of at least 1.")
+
+
+def nothing_found(queries: Tensor, k: int, metric: str) -> Neighbours:
+    """The neighbours in an empty store."""
+    shape = (*queries.shape[:-1], k)
+    worst = float("inf") if metric == "l2" else float("-inf")
+    ids = torch.full(shape, NONE, dtype=torch.long, device=queries.device)
+    return Neighbours(torch.full(shape, worst, device=queries.device), ids)

@@ -1,0 +1,450 @@
+"""The embedded store: a faiss index over vectors that lie in shards on disk."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from memwrap.files import replacing
+from memwrap.stores.base import Entries, Neighbours, Store, check_k, nothing_found
+from memwrap.stores.files import (
+    HEADER,
+    copy_folder,
+    file_checksum,
+    holds_files,
+    read_json,
+    write_json,
+)
+from memwrap.stores.indexes import choose_factory, faiss_module, search_options
+from memwrap.stores.shards import Shards
+
+INDEX = "index.json"
+
+
+class FaissStore(Store):
+    """Vectors in shards on disk, searched through a faiss index.
+
+    Vectors are kept as they came (in `dtype`) in shard files; the index is made of them and can be
+    made again. Without a `path` all is in memory until `save`.
+
+    Args:
+        dim: width of the vectors.
+        metric: `"l2"` or `"ip"`.
+        path: a folder; a store that is there is continued.
+        factory: a faiss factory string; None chooses by size when the index is built.
+        dtype: `"float16"` or `"float32"`, of the vectors kept.
+        shard_size: entries that wait in memory before they are written as one shard.
+        effort: lists that are searched (`nprobe`), or candidates that a graph looks at
+            (`efSearch`). None: 32 lists, 64 candidates (and at least 2 k).
+        refine: with product codes, `refine * k` candidates are scored anew from the vectors kept.
+        mmap: map the index from disk instead of reading it; the store is then read-only.
+        checkpoint_seconds: while the index is built, it is written at least so often.
+
+    Raises:
+        ValueError: for a bad argument, or a damaged file; names it.
+    """
+
+    kind = "faiss"
+
+    def __init__(
+        self,
+        dim: int,
+        metric: str = "l2",
+        *,
+        path: str | Path | None = None,
+        factory: str | None = None,
+        dtype: str = "float16",
+        shard_size: int = 131_072,
+        effort: int | None = None,
+        refine: int = 4,
+        mmap: bool = False,
+        checkpoint_seconds: float = 120.0,
+    ) -> None:
+        super().__init__(dim, metric)
+        if dtype not in ("float16", "float32"):
+            raise ValueError(f"`dtype` is {dtype!r}; allowed: 'float16', 'float32'.")
+        if shard_size < 1 or refine < 1:
+            raise ValueError("`shard_size` and `refine` must be at least 1.")
+        self.factory, self.dtype, self.shard_size = factory, dtype, shard_size
+        self.effort, self.refine, self.mmap = effort, refine, mmap
+        self.checkpoint_seconds = checkpoint_seconds
+        self.path = None if path is None else Path(path)
+        self._index: Any = None
+        self._indexed = 0  # entries in the index
+        self.made_by = ""  # factory string of the index
+        self._lock: Any = None
+        self._selector: Any = None
+        if self.path is not None and (self.path / HEADER).is_file():
+            self._continue(self.path)
+        elif self.path is not None and holds_files(self.path):
+            raise ValueError(f"{self.path} is not empty and holds no store; give another folder.")
+        elif self.path is not None:
+            self._write_header()
+        self._shards = Shards(dim, self.dtype, self.path)
+        self.cursor = self._shards.cursor
+        self._read_index()
+
+    # Files
+
+    def _continue(self, path: Path) -> None:
+        header = read_json(path / HEADER)
+        if header.get("kind") != self.kind:
+            raise ValueError(
+                f"{path} is a store of kind {header.get('kind')!r}, not {self.kind!r}."
+            )
+        for name in ("dim", "metric"):
+            if header[name] != getattr(self, name):
+                raise ValueError(
+                    f"The store {path} has {name} {header[name]!r}, not {getattr(self, name)!r}."
+                )
+        self.dtype, self.notes = header["dtype"], header["notes"]
+        self.factory = self.factory or header["factory"]
+
+    def _write_header(self) -> None:
+        if self.path is not None:
+            self._locked()
+            names = ("kind", "dim", "metric", "dtype", "factory", "notes")
+            write_json(self.path / HEADER, {name: getattr(self, name) for name in names})
+
+    def _locked(self) -> None:
+        """Hold the folder for writing; the system gives it back when the process ends."""
+        if self._lock is not None or self.path is None:
+            return
+        if self.mmap:
+            raise ValueError(f"The store {self.path} was opened with mmap=True: it is read-only.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(file)
+                raise ValueError(f"Another process is writing the store {self.path}.") from error
+        self._lock = weakref.finalize(self, os.close, file)
+        for left in self.path.glob(".*.tmp"):  # of a process that was killed
+            left.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Commit, and let others write the folder."""
+        if self._lock is not None:
+            self.commit()
+            self._lock()
+            self._lock = None
+
+    def _read_index(self) -> None:
+        if self.path is None or not (self.path / INDEX).is_file():
+            return
+        about = read_json(self.path / INDEX)
+        file = self.path / str(about["file"])
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; delete {INDEX} beside it to build anew.")
+        broken = file.stat().st_size != about["size"]
+        if broken or (not self.mmap and file_checksum(file) != about["crc32"]):
+            raise ValueError(f"{file} is damaged; delete it and {INDEX} to build the index anew.")
+        if about["count"] > len(self._shards):
+            raise ValueError(
+                f"{file} covers {about['count']} entries, the shards of {self.path} hold "
+                f"{len(self._shards)}: a shard is missing."
+            )
+        faiss = faiss_module()
+        flags = faiss.IO_FLAG_MMAP_IFC if self.mmap else 0
+        try:
+            self._index = faiss.read_index(str(file), flags)
+        except RuntimeError as error:
+            raise ValueError(f"{file} is damaged: faiss cannot read it ({error}).") from error
+        self._indexed, self.made_by = about["count"], about["factory"]
+
+    def _write_index(self) -> None:
+        """Put the index beside the shards: first the file, then what points to it."""
+        if self.path is None:
+            return
+        self._locked()
+        name = f"index-{self._indexed:012d}.faiss"
+        with replacing(self.path / name) as temporary:
+            faiss_module().write_index(self._index, str(temporary))
+            size, checksum = temporary.stat().st_size, file_checksum(temporary)
+        about = {"file": name, "count": self._indexed, "factory": self.made_by}
+        write_json(self.path / INDEX, {**about, "size": size, "crc32": checksum})
+        for old in self.path.glob("index-*.faiss"):
+            if old.name != name:
+                old.unlink()
+
+    # Entries
+
+    def add(
+        self,
+        vectors: Tensor,
+        *,
+        values: Any = None,
+        document: str | None = None,
+        spans: Any = None,
+        cursor: Any = None,
+    ) -> range:
+        """See `Store.add`. Entries become safe shard by shard; `commit` writes what waits."""
+        self._locked()
+        block = self._checked(vectors)
+        if block.dim() != 2:
+            raise ValueError(f"`vectors` has shape {tuple(block.shape)}; it needs (N, {self.dim}).")
+        new = self._shards.append(block.cpu().numpy(), values, document, spans, cursor)
+        if self.path is not None and self._shards.pending >= self.shard_size:
+            self.commit()
+        return new
+
+    def commit(self) -> None:
+        """Write the entries that wait as a shard: from then on they survive anything."""
+        if self.path is not None and self._shards.pending:
+            self._locked()
+            self._shards.commit()
+            self.cursor = self._shards.cursor
+
+    def note(self, values: dict[str, Any]) -> None:
+        super().note(values)
+        self._write_header()
+
+    def build(self, *, progress: bool = False) -> None:
+        """Bring the index up to date, and write it where the store is on disk.
+
+        A build that was stopped goes on from the last checkpoint; the shards are checked against
+        their checksums on the way.
+        """
+        self.commit()
+        count = len(self._shards)
+        if count and (self._indexed < count or self._outgrown(count)):
+            self._locked()
+            self._grow(count, progress=progress, checkpoints=self.path is not None)
+            self._write_index()
+        self._write_header()
+
+    def _outgrown(self, count: int) -> bool:
+        return self.made_by != (self.factory or choose_factory(count, self.dim))
+
+    def _grow(self, count: int, *, progress: bool = False, checkpoints: bool = False) -> None:
+        """Add to the index what it lacks; make another where the size asks for it."""
+        faiss = faiss_module()
+        wanted = self.factory or choose_factory(count, self.dim)
+        if self._index is None or self.made_by != wanted:
+            measure = faiss.METRIC_L2 if self.metric == "l2" else faiss.METRIC_INNER_PRODUCT
+            try:
+                self._index = faiss.index_factory(self.dim, wanted, measure)
+            except RuntimeError as error:
+                raise ValueError(f"faiss refuses `factory` {wanted!r}: {error}") from error
+            self._indexed, self.made_by = 0, wanted
+        if not self._index.is_trained:
+            self._train(count)
+            if checkpoints:
+                self._write_index()
+        last = time.monotonic()
+        bar = tqdm(total=count, initial=self._indexed, desc="index", unit="vector",
+                   disable=not progress)  # fmt: skip
+        for first, block in self._shards.blocks(self._indexed, check=checkpoints):
+            for start in range(0, len(block), 16_384):
+                piece = np.ascontiguousarray(block[start : start + 16_384], np.float32)
+                self._index.add(piece)
+                bar.update(len(piece))
+            self._indexed = first + len(block)
+            if checkpoints and time.monotonic() - last > self.checkpoint_seconds:
+                self._write_index()
+                last = time.monotonic()
+        bar.close()
+
+    def _train(self, count: int) -> None:
+        """Centroids and codes from evenly spread vectors."""
+        faiss = faiss_module()
+        inverted = faiss.try_extract_index_ivf(self._index)
+        most = 64 * inverted.nlist if inverted is not None else 65_536
+        index = np.unique(np.linspace(0, count - 1, min(count, max(most, 10_000))).astype(np.int64))
+        sample = self._shards.gather(index).astype(np.float32)
+        try:
+            self._index.train(sample)
+        except RuntimeError as error:
+            raise ValueError(
+                f"faiss cannot train {self.made_by!r} on {len(sample)} vectors: {error}"
+            ) from error
+
+    def search(self, queries: Tensor, k: int) -> Neighbours:
+        """See `Store.search`. Entries that are not in the index yet are put into it first."""
+        check_k(k)
+        q = self._checked(queries, "queries")
+        if not len(self):
+            return nothing_found(queries, k, self.metric)
+        self._ready()
+        lossy = any(code in self.made_by for code in ("PQ", "SQ", "LSH"))
+        wanted = k * self.refine if lossy else k
+        flat = q.reshape(-1, self.dim)
+        array = np.ascontiguousarray(flat.cpu().numpy())
+        scores, ids = self._searched(array, wanted)
+        if lossy:
+            scores, ids = self._refined(array, ids, k)
+        scores[ids < 0] = np.inf if self.metric == "l2" else -np.inf  # faiss: its largest number
+        shape = (*queries.shape[:-1], k)
+        return Neighbours(
+            torch.from_numpy(scores).to(queries.device).view(shape),
+            torch.from_numpy(ids).to(queries.device).view(shape),
+        )
+
+    def _ready(self) -> None:
+        count = len(self._shards)
+        if self.mmap and self._indexed < count:
+            raise ValueError(
+                f"{count - self._indexed} entries of {self.path} are not in its index; build it "
+                "(store.build(), memwrap store index) before opening it with mmap=True."
+            )
+        if not self.mmap and (self._indexed < count or self._outgrown(count)):
+            self._grow(count)
+
+    def _searched(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        faiss = faiss_module()
+        removed, index = self._shards.removed, self._index
+        kept = None
+        if removed:
+            if self._selector is None or self._selector[0] != len(removed):
+                batch = faiss.IDSelectorBatch(np.fromiter(removed, np.int64))
+                self._selector = len(removed), faiss.IDSelectorNot(batch), batch
+            kept = self._selector[1]
+        options = search_options(index, k, self.effort, kept)
+        if options is None:
+            return index.search(queries, k) if kept is None else self._sifted(queries, k)
+        return index.search(queries, k, params=options)
+
+    def _sifted(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """For kinds of index that cannot leave entries out: ask for more and drop them."""
+        most = min(self._indexed, k + len(self._shards.removed))
+        scores, ids = self._index.search(queries, max(most, k))
+        gone = np.isin(ids, np.fromiter(self._shards.removed, np.int64)) | (ids < 0)
+        worst = np.inf if self.metric == "l2" else -np.inf
+        order = np.argsort(gone, axis=1, kind="stable")[:, :k]
+        scores = np.where(gone, np.float32(worst), scores)
+        ids = np.where(gone, -1, ids)
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+
+    def _refined(
+        self, queries: np.ndarray, ids: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates of a lossy index, scored anew from the vectors kept."""
+        flat = np.unique(ids[ids >= 0])
+        table = self._shards.gather(flat).astype(np.float32)
+        rows = np.searchsorted(flat, np.maximum(ids, flat[0] if len(flat) else 0))
+        worst = np.float32(np.inf if self.metric == "l2" else -np.inf)
+        scores = np.empty(ids.shape, np.float32)
+        for i in range(0, len(queries), 64):
+            near = table[rows[i : i + 64]]
+            q = queries[i : i + 64, None]
+            l2 = self.metric == "l2"
+            scores[i : i + 64] = ((near - q) ** 2).sum(-1) if l2 else (near * q).sum(-1)
+        scores = np.where(ids < 0, worst, scores)
+        order = np.argsort(scores if self.metric == "l2" else -scores, 1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+
+    def entries(self, ids: Tensor | np.ndarray) -> Entries:
+        return self._shards.entries(np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids))
+
+    def vectors(self, ids: Sequence[int] | np.ndarray) -> Tensor:
+        """The vectors `(n, D)` float32 of the entries `ids` `(n,)`, as they are kept."""
+        index = np.asarray(ids, np.int64)
+        if index.size and (index.min() < 0 or index.max() >= len(self._shards)):
+            raise ValueError(f"`ids` must be from 0 to {len(self._shards) - 1}.")
+        return torch.from_numpy(self._shards.gather(index).astype(np.float32))
+
+    def remove(self, ids: Iterable[int]) -> int:
+        self._locked()
+        return self._shards.remove(ids)
+
+    def of_document(self, number: int) -> list[int]:
+        return self._shards.of_document(number)
+
+    def clear(self) -> None:
+        self._locked()
+        if self.path is not None:  # the index first: it must never cover more than the shards
+            (self.path / INDEX).unlink(missing_ok=True)
+            for file in self.path.glob("index-*.faiss"):
+                file.unlink()
+        self._index, self._indexed, self.made_by, self._selector = None, 0, "", None
+        self._shards.clear()
+        self.cursor = None
+
+    @property
+    def documents(self) -> Sequence[str]:
+        return tuple(self._shards.documents)
+
+    def __len__(self) -> int:
+        return len(self._shards) - len(self._shards.removed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index (where it is mapped, on disk), the columns, and what waits."""
+        return self._shards.nbytes + self.index_bytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index as faiss writes it."""
+        if self._index is None:
+            return 0
+        if self.path is not None and (self.path / INDEX).is_file():
+            about = read_json(self.path / INDEX)
+            if about["count"] == self._indexed:
+                return about["size"]
+        faiss = faiss_module()
+        if isinstance(self._index, faiss.IndexFlat):
+            return self._indexed * self.dim * 4
+        return len(faiss.serialize_index(self._index))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all files of the folder."""
+        return 0 if self.path is None else sum(f.stat().st_size for f in self.path.iterdir())
+
+    def verify(self) -> None:
+        """Read every byte of the files and compare checksums.
+
+        Raises:
+            ValueError: names the damaged file.
+        """
+        self._shards.verify()
+        if self.path is not None and (self.path / INDEX).is_file():
+            about = read_json(self.path / INDEX)
+            file = self.path / about["file"]
+            if file_checksum(file) != about["crc32"]:
+                raise ValueError(f"{file} is damaged: its contents do not have their checksum.")
+
+    def save(self, path: str | Path) -> None:
+        """Write everything, the index too. A store in memory lies in `path` from then on; one on
+        disk is copied there."""
+        target = Path(path)
+        if self.path is None:
+            if holds_files(target):
+                raise ValueError(f"{target} is not empty; give another folder.")
+            self.path = target
+            self._write_header()
+            self._shards.folder = target
+            self._shards.commit()
+            self._shards.save_removed()
+            if self._index is not None and self._indexed == len(self._shards):
+                self._write_index()
+            self.build()
+            return
+        if not self.mmap:
+            self.build()
+        if target.resolve() == self.path.resolve():
+            return
+        copy_folder(self.path, target)
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> FaissStore:
+        """Open a store; `options` as for the class (`mmap=True`, `effort`, `refine`)."""
+        header = read_json(Path(path) / HEADER)
+        try:
+            return cls(header["dim"], header["metric"], path=path, **options)
+        except KeyError as error:
+            raise ValueError(f"{Path(path) / HEADER} is damaged: it lacks {error}.") from error

@@ -1,0 +1,234 @@
+"""The exact store: vectors on one device, for one shared set or for each row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memwrap.ops import neighbours
+from memwrap.stores.base import Entries, Neighbours, Store, check_k, nothing_found
+from memwrap.stores.files import read_arrays, write_arrays
+
+FILE = "store.safetensors"
+
+
+class TorchStore(Store):
+    """Exact search with torch, in the memory of one device.
+
+    With `rows=(B, H)` it holds a set of vectors for every row of a batch and every head: all shapes
+    then begin with these dimensions, and entries are numbered within a row. A store of rows keeps
+    vectors only, no values and no documents.
+
+    Args:
+        dim: width of the vectors.
+        metric: `"l2"` or `"ip"`.
+        rows: leading dimensions, the batch first; `()` for one shared set.
+        capacity: at most so many entries a row: of too many the oldest go (a ring). `None`: all.
+        dtype, device: of the vectors kept.
+    """
+
+    kind = "torch"
+
+    def __init__(
+        self,
+        dim: int,
+        metric: str = "l2",
+        *,
+        rows: tuple[int, ...] = (),
+        capacity: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(dim, metric)
+        if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+            raise ValueError(f"`capacity` is {capacity!r}; it must be at least 1, or None.")
+        self.rows, self.capacity = tuple(rows), capacity
+        self._lead = self.rows or (1,)
+        self.vectors = torch.zeros(*self._lead, 0, dim, dtype=dtype, device=device)
+        self.there = torch.zeros(self._lead[0], 0, dtype=torch.bool, device=device)
+        self.counts = torch.zeros(self._lead[0], dtype=torch.long)  # entries that ever came
+        self._entries = Entries.make(0)
+        self._documents: list[str] = []
+
+    @property
+    def documents(self) -> Sequence[str]:
+        return tuple(self._documents)
+
+    def add(
+        self,
+        vectors: Tensor,
+        *,
+        values: Any = None,
+        document: str | None = None,
+        spans: Any = None,
+        cursor: Any = None,
+        valid: Tensor | None = None,
+    ) -> range:
+        """Add entries; see `Store.add`.
+
+        Args:
+            vectors: `(N, D)`, or `(*rows, N, D)`.
+            valid: `(B, N)` bool: which of them each row of the batch gets; None for all.
+
+        Returns:
+            The new entries' numbers; those of row 0 where rows differ.
+        """
+        vectors = self._checked(vectors)
+        if tuple(vectors.shape[:-2]) != self.rows:
+            raise ValueError(
+                f"`vectors` has shape {tuple(vectors.shape)}; it needs (*{self.rows}, N, "
+                f"{self.dim})."
+            )
+        if self.rows and not (values is None and document is None and spans is None):
+            raise ValueError("A store of rows keeps vectors only; leave values and documents out.")
+        new = Entries.make(vectors.shape[-2], values, self._number(document), spans)
+        first = int(self.counts[0])
+        block = (vectors if self.rows else vectors[None]).to(self.vectors)
+        chosen = torch.ones(self._lead[0], block.shape[-2], dtype=torch.bool)
+        if valid is not None:
+            chosen = valid.cpu().expand_as(chosen)
+        self._grow(int((self.counts + chosen.sum(1)).max()))
+        for row in range(self._lead[0]):  # rows of a batch, each with its own number of entries
+            self._put(row, block[row], chosen[row].nonzero().squeeze(1))
+        if not self.rows:
+            self._entries = Entries.cat([self._entries, new])
+            if self.capacity is not None and len(self._entries) > self.capacity:
+                self._entries = self._entries[-self.capacity :]
+        if document is not None and document not in self._documents:
+            self._documents.append(document)
+        self.cursor = cursor if cursor is not None else self.cursor
+        return range(first, int(self.counts[0]))
+
+    def _number(self, name: str | None) -> int | None:
+        """The number of a document, known or new."""
+        if name is None or name not in self._documents:
+            return None if name is None else len(self._documents)
+        return self._documents.index(name)
+
+    def _grow(self, count: int) -> None:
+        """Places for `count` entries a row, at most `capacity`."""
+        have = self.vectors.shape[-2]
+        need = count if self.capacity is None else min(count, self.capacity)
+        if need <= have:
+            return
+        size = max(need, 2 * have) if self.capacity is None else self.capacity
+        grown = self.vectors.new_zeros(*self._lead, size, self.dim)
+        grown[..., :have, :] = self.vectors
+        there = self.there.new_zeros(self._lead[0], size)
+        there[:, :have] = self.there
+        self.vectors, self.there = grown, there
+
+    def _put(self, row: int, block: Tensor, columns: Tensor) -> None:
+        numbers = int(self.counts[row]) + torch.arange(len(columns))
+        self.counts[row] += len(columns)
+        if self.capacity is not None:
+            numbers, columns = numbers[-self.capacity :], columns[-self.capacity :]
+            numbers = numbers % self.capacity
+        places, columns = numbers.to(block.device), columns.to(block.device)
+        self.vectors[row].index_copy_(-2, places, block.index_select(-2, columns))
+        self.there[row, places] = True
+
+    def _numbers(self, row: int) -> Tensor:
+        """The entries' numbers at the places of a row."""
+        places = torch.arange(self.vectors.shape[-2])
+        if self.capacity is None:
+            return places
+        last = int(self.counts[row]) - 1
+        return last - (last - places) % self.capacity
+
+    def search(self, queries: Tensor, k: int) -> Neighbours:
+        """See `Store.search`; with rows `(*rows, Q, D)` queries and results `(*rows, Q, k)`."""
+        check_k(k)
+        target = queries.device
+        q = self._checked(queries, "queries").to(self.vectors.device)
+        if tuple(q.shape[:-2]) != self.rows:
+            raise ValueError(
+                f"`queries` has shape {tuple(q.shape)}; it needs (*{self.rows}, Q, {self.dim})."
+            )
+        if not bool(self.there.any()):
+            return nothing_found(queries, k, self.metric)
+        lead = self._lead
+        there = self.there.view(lead[0], *[1] * (len(lead) - 1), -1).expand(*lead, -1)
+        scores, places = neighbours.nearest(
+            q if self.rows else q[None], self.vectors, k, self.metric, there
+        )
+        if self.capacity is not None:
+            names = torch.stack([self._numbers(r) for r in range(lead[0])]).to(places.device)
+            flat = names.gather(1, places.clamp_min(0).flatten(1)).view_as(places)
+            places = flat.masked_fill(places < 0, -1)
+        if not self.rows:
+            scores, places = scores[0], places[0]
+        return Neighbours(scores.to(target), places.to(target))
+
+    def entries(self, ids: Tensor | np.ndarray) -> Entries:
+        if self.rows:
+            raise ValueError("A store of rows keeps vectors only.")
+        index = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
+        old = int(self.counts[0]) - len(self._entries)
+        padded = Entries.cat([self._entries, Entries.make(1)])
+        return padded[np.where(index < old, len(self._entries), index - old)]
+
+    def remove(self, ids: Iterable[int], row: int = 0) -> int:
+        """See `Store.remove`; `row` of the batch."""
+        numbers = self._numbers(row)
+        wanted = torch.as_tensor(sorted(set(ids)), dtype=torch.long)
+        hit = torch.isin(numbers, wanted).to(self.there.device) & self.there[row]
+        self.there[row] &= ~hit
+        return int(hit.sum())
+
+    def clear(self, rows: Tensor | None = None) -> None:
+        """Remove everything, or everything of the batch rows `rows` `(n,)`."""
+        chosen = torch.arange(self._lead[0]) if rows is None else rows.cpu()
+        self.there[chosen.to(self.there.device)] = False
+        self.counts[chosen] = 0
+        if rows is None:
+            self._entries, self._documents, self.cursor = Entries.make(0), [], None
+
+    def of_document(self, number: int) -> list[int]:
+        old = int(self.counts[0]) - len(self._entries)
+        return (np.flatnonzero(self._entries.documents == number) + old).tolist()
+
+    def __len__(self) -> int:
+        return int(self.there.sum())
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.vectors, self.there, self.counts)
+        return sum(t.numel() * t.element_size() for t in tensors) + self._entries.nbytes
+
+    def save(self, path: str | Path) -> None:
+        about = {
+            "kind": self.kind, "dim": self.dim, "metric": self.metric, "rows": list(self.rows),
+            "capacity": self.capacity, "documents": self._documents, "notes": self.notes,
+            "cursor": self.cursor, "dtype": str(self.vectors.dtype).removeprefix("torch."),
+        }  # fmt: skip
+        used = self.vectors.shape[-2] if self.capacity else int(self.counts.max())
+        arrays = {name: getattr(self._entries, name) for name in Entries.FIELDS}
+        # bfloat16 is no numpy type; float32 holds it exactly.
+        arrays["vectors"] = self.vectors[..., :used, :].float().cpu().numpy()
+        arrays |= {"there": self.there[:, :used].cpu().numpy(), "counts": self.counts.numpy()}
+        write_arrays(Path(path) / FILE, arrays, about)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> TorchStore:
+        file = Path(path) / FILE
+        arrays, about = read_arrays(file)
+        try:
+            store = cls(
+                about["dim"], about["metric"], rows=tuple(about["rows"]),
+                capacity=about["capacity"], dtype=getattr(torch, about["dtype"]), device=device,
+            )  # fmt: skip
+            store.vectors = torch.from_numpy(arrays["vectors"].copy()).to(store.vectors)
+            store.there = torch.from_numpy(arrays["there"].copy()).to(device)
+            store.counts = torch.from_numpy(arrays["counts"].copy())
+            store._entries = Entries(*[arrays[name].copy() for name in Entries.FIELDS])
+            store._documents = list(about["documents"])
+            store.notes, store.cursor = about["notes"], about["cursor"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged: it lacks {error}.") from error
+        return store

@@ -1,0 +1,157 @@
+"""Files of stores: arrays with a checksum, written whole or not at all, read or mapped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save_file
+
+from memwrap.files import replacing, write_text
+
+FORMAT, VERSION = "memwrap-store", 1
+HEADER = "store.json"
+_TYPES = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    """Write arrays and a JSON-able description to one safetensors file."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    metadata = {
+        "format": FORMAT, "version": str(VERSION), "about": json.dumps(about),
+        "crc32": str(_checksum(arrays)),
+    }  # fmt: skip
+    with replacing(path) as temporary:
+        save_file(arrays, temporary, metadata=metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read a file of `write_arrays` and check every byte of it.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is damaged or foreign; names it.
+    """
+    about, _, checksum = _head(path)
+    try:
+        arrays = load(path.read_bytes())
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if _checksum(arrays) != checksum:
+        raise ValueError(f"{path} is damaged: its contents do not have their checksum.")
+    return arrays, about
+
+
+def about_of(path: Path) -> dict[str, Any]:
+    """The description of a file of `write_arrays`; its length is checked, its contents are not.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_arrays`.
+    """
+    return _head(path)[0]
+
+
+def mapped(path: Path, name: str) -> np.ndarray:
+    """An array of a file, mapped from disk."""
+    entry, first = _head(path)[1][name], _length(path)
+    kind = np.dtype(_TYPES[entry["dtype"]])
+    shape = tuple(entry["shape"])
+    if 0 in shape:
+        return np.empty(shape, kind)
+    return np.memmap(path, kind, "r", 8 + first + entry["data_offsets"][0], shape)
+
+
+def _length(path: Path) -> int:
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+def _head(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Description, the arrays' places, and the checksum that they should have."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; the store is not whole.")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError("it ends too early")
+            head = json.loads(file.read(length))
+        metadata = head.pop("__metadata__")
+        if metadata["format"] != FORMAT:
+            raise ValueError("it is no file of a store")
+        if metadata["version"] != str(VERSION):
+            raise ValueError(f"it has version {metadata['version']}, this memwrap reads {VERSION}")
+        end = max((entry["data_offsets"][1] for entry in head.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
+        return json.loads(metadata["about"]), head, int(metadata["crc32"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> int:
+    total = 0
+    for name in sorted(arrays):
+        if arrays[name].size:
+            total = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, total)
+    return total
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file that says what it is."""
+    about = {"format": FORMAT, "version": VERSION, **values}
+    write_text(path, json.dumps(about, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of `write_json`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_arrays`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; the store is not whole.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"{path} is no file of a memwrap store.")
+    if values.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {values.get('version')}; this memwrap reads {VERSION}."
+        )
+    return values
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether there is more in a folder than what a killed process left at once."""
+    return folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder so that `target` appears whole; an older one stays until then."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    shutil.copytree(source, scratch, ignore=shutil.ignore_patterns(".lock", ".*.tmp"))
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(scratch, target)

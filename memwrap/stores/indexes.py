@@ -1,0 +1,76 @@
+"""Kinds of faiss index: which one for how many vectors, and how each is asked."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+
+FLAT_MOST, LISTS_MOST = 16_383, 4_000_000
+"""Up to so many entries a flat index, up to so many inverted lists of vectors, then of codes."""
+
+
+def faiss_module() -> Any:
+    """faiss, imported when it is first needed, with torch's number of threads.
+
+    Raises:
+        ImportError: says how to install it.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "This store needs faiss: pip install 'memwrap[stores]' (or faiss-gpu on a GPU)."
+        ) from error
+    # Two OpenMP runtimes in one process crash on macOS unless one of them keeps to one thread.
+    faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
+    return faiss
+
+
+def choose_factory(count: int, dim: int) -> str:
+    """The kind of index for `count` vectors, as a faiss factory string.
+
+    Exact up to `FLAT_MOST`; inverted lists of whole vectors up to `LISTS_MOST`; beyond, lists that
+    are found through a graph (HNSW) and hold product codes, whose candidates are scored anew from
+    the vectors on disk. A graph over the vectors themselves ("HNSW32") answers as fast as lists,
+    but takes longer to build, and where many entries are nearly equal, as in text that repeats
+    itself, its links stay among them and others are not reached
+    (`benchmarks/results/stores.json`).
+    """
+    if count <= FLAT_MOST:
+        return "Flat"
+    lists = 2 ** round(math.log2(4 * math.sqrt(count)))
+    if count <= LISTS_MOST:
+        return f"IVF{lists},Flat"
+    codes = max(m for m in range(1, min(dim, 64) + 1) if dim % m == 0)
+    return f"IVF{lists}_HNSW32,PQ{codes}"
+
+
+def search_options(index: Any, k: int, effort: int | None, kept: Any = None) -> Any:
+    """faiss' parameters of a search.
+
+    Args:
+        index: any index.
+        k: neighbours.
+        effort: see `FaissStore`.
+        kept: faiss' selector of the entries that may be found; None for all.
+
+    Returns:
+        None where the kind of index takes no parameters, or needs none.
+    """
+    faiss = faiss_module()
+    options: dict[str, Any] = {} if kept is None else {"sel": kept}
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=max(effort or 64, 2 * k), **options)
+    if isinstance(index, faiss.IndexIVF):
+        probes = min(effort or 32, index.nlist)
+        if isinstance(faiss.downcast_index(index.quantizer), faiss.IndexHNSW):
+            options["quantizer_params"] = faiss.SearchParametersHNSW(efSearch=2 * probes)
+        codes = isinstance(index, faiss.IndexIVFPQ)
+        kind = faiss.IVFPQSearchParameters if codes else faiss.SearchParametersIVF
+        return kind(nprobe=probes, **options)
+    if options and isinstance(index, faiss.IndexFlat):
+        return faiss.SearchParameters(**options)
+    return None
