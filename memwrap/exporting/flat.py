@@ -8,6 +8,7 @@ there is no second version of the code that could differ.
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ REPLACED = {
     "memwrap.registry": "memwrap.exporting.names",
 }
 NAMES = {"memwrap.model": "modeling_memwrap", "memwrap.configuration": "configuration_memwrap"}
+# transformers brings the others.
+ALLOWED = {"torch", "transformers", "safetensors", "huggingface_hub", "tqdm", "numpy"}
 END = "\n\nimport sys  # noqa: E402\n\nTHIS_MODULE = sys.modules[__name__]\n"
 
 
@@ -28,6 +31,9 @@ def flat_files(memories: list[str]) -> dict[str, str]:
 
     Args:
         memories: modules of the memories, `memwrap.memories.rmt`.
+
+    Raises:
+        ValueError: if the code needs packages that transformers does not bring.
     """
     found: dict[str, str] = {}
     waiting = ["memwrap.model", *memories]
@@ -93,6 +99,7 @@ def _from_import(node: ast.ImportFrom, needed: list[str]) -> list[str] | None:
     if module.partition(".")[0] == "memwrap_kernels":
         return [_kernel(f"{module}.{a.name}", a.asname or a.name) for a in node.names]
     if module.partition(".")[0] != "memwrap":
+        _allow(module)
         return None
     lines = []
     for alias in node.names:
@@ -111,8 +118,19 @@ def _plain_import(node: ast.Import) -> list[str] | None:
     if "memwrap" in heads:
         raise ValueError("Code that imports memwrap as a whole cannot be exported.")
     if "memwrap_kernels" not in heads:
+        for head in heads:
+            _allow(head)
         return None
     return [_kernel(alias.name, alias.asname or alias.name) for alias in node.names]
+
+
+def _allow(module: str) -> None:
+    head = module.partition(".")[0]
+    if head not in ALLOWED and head not in sys.stdlib_module_names:
+        raise ValueError(
+            f"The memory's code needs the package {head}, so it cannot be exported to run with "
+            "torch and transformers alone; save the model and load it with memwrap."
+        )
 
 
 def _kernel(module: str, shown: str) -> str:

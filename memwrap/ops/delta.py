@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
 from memwrap.ops.delta_chunked import scan_chunked
 from memwrap.ops.sequences import by_sequence, check_sequences, masked_tokens
 
@@ -86,7 +86,12 @@ def scan(
 def _implementation(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor
 ) -> str:
-    return current_backend(q, "the delta rule; no kernel is there yet")
+    reason = unsupported_dtypes(state, q, k, v)
+    if beta.dim() == 4:
+        reason = "a beta for each value channel"
+    if k.shape[-1] > 256:
+        reason = f"keys of {k.shape[-1]} channels; they go up to 256"
+    return current_backend(q, reason)
 
 
 def _check(
@@ -107,7 +112,9 @@ def _scan_triton(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor,
     scale: float, l2norm: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    raise ValueError("The delta rule has no kernel yet; use the backend 'torch'.")
+    from memwrap_kernels import delta
+
+    return delta.scan(q, k, v, beta, g, state, scale, l2norm, cu_seqlens)
 
 
 # The specification

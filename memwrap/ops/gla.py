@@ -16,11 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
 from memwrap.ops.gla_chunked import scan_chunked
 from memwrap.ops.sequences import by_sequence, check_sequences, masked_tokens
 
 __all__ = ["scan"]
+STEP = 4  # so many tokens are decoded one after another in one launch
 
 
 def scan(
@@ -74,7 +75,7 @@ def scan(
 
 
 def _implementation(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> str:
-    return current_backend(q, "gated linear attention; no kernel is there yet")
+    return current_backend(q, unsupported_dtypes(state, q, k, v))
 
 
 def _check(
@@ -94,7 +95,13 @@ def _scan_triton(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    raise ValueError("Gated linear attention has no kernel yet; use the backend 'torch'.")
+    from memwrap_kernels import delta, gla
+
+    given = (q, k, v, state, *([] if g is None else [g]))
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if cu_seqlens is None and q.shape[2] <= STEP and q.shape[3] <= 256 and not trains:
+        return delta.step(q, k, v, g, None, state, scale)
+    return gla.scan(q, k, v, g, state, scale, cu_seqlens)
 
 
 # The specification

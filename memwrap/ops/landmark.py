@@ -31,7 +31,6 @@ __all__ = [
 AT_ONCE = 2**26
 # Above so many they are computed again in the backward pass, and not kept until then.
 SAVED = 2**22
-NO_KERNEL = "landmark attention has no kernel yet"
 
 
 def attention(
@@ -79,13 +78,21 @@ def attention(
     """
     _check(q, k, v, block_size, places)
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    chosen = current_backend(q, _attention_unsupported(q, k, v, softcap, window))
+    if chosen == "triton":
+        from memwrap_kernels import landmark as kernels
+
+        return kernels.attention(
+            q, k, v, block_size, scaling=scaling, places=places, landmark=landmark, valid=valid,
+            documents=documents,
+        )  # fmt: skip
     first = None
     if places is None:
         first = k.shape[2] - q.shape[2]
         places = torch.arange(first, k.shape[2], device=q.device).expand(q.shape[0], -1)
     if landmark is None:
         landmark = places % (block_size + 1) == block_size
-    if current_backend(q, NO_KERNEL) == "naive":
+    if chosen == "naive":
         return attention_naive(
             q, k, v, block_size, scaling, places, landmark, valid, documents, softcap, window
         )
@@ -106,6 +113,29 @@ def attention(
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], 2), torch.cat([log for _, log in parts], 2)
+
+
+def _attention_unsupported(
+    q: Tensor, k: Tensor, v: Tensor, softcap: float | None, window: int | None
+) -> str:
+    if current_backend(q) != "triton":
+        return ""
+    from memwrap_kernels import landmark as kernels
+
+    return kernels.unsupported(q, k, v, softcap, window)
+
+
+def _retrieved_unsupported(q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor) -> str:
+    if current_backend(q) != "triton":
+        return ""
+    from memwrap_kernels import landmark as kernels
+
+    given = (q, keys, values, landmarks)
+    if any(x.device != q.device for x in given):
+        return "blocks on another device"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return "gradients of chosen blocks"
+    return kernels.unsupported(q, keys, values)
 
 
 def _attention(
@@ -260,7 +290,12 @@ def retrieved(
     Returns:
         The output `(B, H, T, Dv)` and the log of the landmarks' sum `(B, H, T)`, for `merge`.
     """
-    if current_backend(q, NO_KERNEL) == "naive":
+    chosen = current_backend(q, _retrieved_unsupported(q, keys, values, landmarks))
+    if chosen == "triton":
+        from memwrap_kernels import landmark as kernels
+
+        return kernels.retrieved(q, keys, values, landmarks, valid, ids, scaling, softcap)
+    if chosen == "naive":
         return retrieved_naive(q, keys, values, landmarks, valid, ids, scaling, softcap)
     batch, heads, size = ids.shape[0], ids.shape[1], landmarks.shape[2]
     there = ids < size
