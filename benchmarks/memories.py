@@ -25,7 +25,8 @@ from transformers import AutoTokenizer
 import memwrap
 from memwrap.assets import asset
 from memwrap.evaluation import run
-from memwrap.evaluation.perplexity import CURVES, OFF, SHUFFLED, perplexity_by_position
+from memwrap.evaluation.controls import CURVES, OFF, SHUFFLED
+from memwrap.evaluation.perplexity import perplexity_by_position
 from memwrap.files import write_text
 from memwrap.training.finetune import run_recipe
 from memwrap.training.recipe import load_recipe

@@ -10,15 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from memwrap.evaluation.associative import RecallResult
-from memwrap.evaluation.perplexity import (
-    FULL,
-    MEMORY,
-    OFF,
-    SHUFFLED,
-    TRUNCATED,
-    WINDOW,
-    PerplexityResult,
-)
+from memwrap.evaluation.controls import FULL, MEMORY, OFF, SHUFFLED, TRUNCATED, WINDOW
+from memwrap.evaluation.perplexity import PerplexityResult
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -173,11 +166,15 @@ def main() -> None:
         costs=table(cost_rows(results)),
     )
     (DOCS / "comparison.md").write_text(text)
-    for name, result in results.items():
-        path = DOCS / "methods" / f"{name}.md"
+    for path in sorted((DOCS / "methods").glob("*.md")):
         before, _, rest = path.read_text().partition(MARKS[0])
-        _, _, after = rest.partition(MARKS[1])
-        own = page(name, result, curves["window"])
+        old, _, after = rest.partition(MARKS[1])
+        if path.stem in results:
+            own = page(path.stem, results[path.stem], curves["window"])
+        elif not old.strip():
+            own = "Not among the memories of the [comparison](../comparison.md) yet."
+        else:
+            continue
         path.write_text(f"{before}{MARKS[0]}\n\n{own}\n\n{MARKS[1]}{after}")
 
 
