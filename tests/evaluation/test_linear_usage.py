@@ -13,7 +13,7 @@ from support import ids, wrapped
 
 import memwrap
 from memwrap.evaluation import run
-from memwrap.evaluation.perplexity import SINKS
+from memwrap.evaluation.controls import SINKS
 
 
 @pytest.mark.parametrize("memory", ["liger", "lolcats"])
