@@ -1,4 +1,4 @@
-# make demo | test | test-full | lint | clean. Everything happens in .venv, made on first use.
+# make demo | test | test-full | lint | docs | clean. Everything happens in .venv, made on first use.
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path another environment.
 
@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-full lint install install-dev clean
+.PHONY: demo test test-full lint docs install install-dev clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -32,6 +32,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, into build/site; a warning is an error. (The variable: mkdocs-material advertises.)
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -56,6 +60,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable ".[dev]"
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --editable ".[docs]"
 	@touch $(VENV)/.installed $@
 
 clean:

@@ -50,7 +50,7 @@ def train(
     ] = False,
 ) -> None:
     """Run a recipe: memwrap train armt_lora_tiny trainer.max_minutes=5."""
-    from memwrap.training.finetune import RUN, preflight, run_recipe
+    from memwrap.training.finetune import RUN, is_first, preflight, run_recipe
     from memwrap.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -62,6 +62,8 @@ def train(
             typer.echo(f"note: the recipe is fine, but here it would stop: {error}", err=True)
         return
     folder = run_recipe(loaded)
+    if not is_first():  # of several processes one writes the folder and reports
+        return
     about = json.loads((folder / RUN).read_text(encoding="utf-8"))
     facts = [f"{about['seconds']:.0f} s"]
     if "steps" in about:

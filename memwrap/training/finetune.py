@@ -81,12 +81,12 @@ def run_recipe(recipe: Recipe) -> Path:
     else:
         facts = _train(recipe, output, checkpoint)
     facts["seconds"] = round(time.monotonic() - start, 1)
-    if _is_first():
+    if is_first():
         write_text(output / RUN, json.dumps(describe_run(recipe) | facts, indent=2) + "\n")
     return output
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Whether this is the only process of the run or the one that writes for all."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -107,7 +107,7 @@ def preflight(recipe: Recipe) -> Path | None:
     checkpoint = None
     if recipe.resume:
         checkpoint = _checkpoint(recipe, output)
-    elif _is_first() and output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
+    elif is_first() and output.is_dir() and any(output.iterdir()) and not recipe.overwrite:
         raise ValueError(
             f"`output` is {recipe.output}, which holds files already. Give resume=true to continue "
             "that run, overwrite=true to replace it, or another output=FOLDER."
@@ -370,4 +370,11 @@ def describe_run(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-__all__ = ["build_data", "build_model", "preflight", "run_recipe", "training_arguments"]
+__all__ = [
+    "build_data",
+    "build_model",
+    "is_first",
+    "preflight",
+    "run_recipe",
+    "training_arguments",
+]

@@ -238,3 +238,15 @@ def test_python_m_memwrap() -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("error: There is no recipe")
+
+
+def test_only_the_first_of_several_processes_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may be done before the first has written what it reports."""
+    monkeypatch.setattr("memwrap.training.finetune.run_recipe", lambda recipe: tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    assert run("train", "armt_lora_tiny").output == ""
+    (tmp_path / "run.json").write_text('{"seconds": 1.0}')
+    monkeypatch.setenv("RANK", "0")
+    assert "saved" in run("train", "armt_lora_tiny").output

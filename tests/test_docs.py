@@ -1,0 +1,80 @@
+"""The documentation: every memory has its page, every page its place, every link its target."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import memwrap
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def navigation() -> list[str]:
+    """The pages of mkdocs.yml's nav, in order."""
+
+    def pages(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        values = entry.values() if isinstance(entry, dict) else entry
+        return [page for value in values for page in pages(value)]
+
+    return pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+
+
+def text_of(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """What headings are called in links, by mkdocs and by GitHub alike."""
+    headings = re.findall(r"^#+ (.+)$", CODE.sub(lambda m: m[0].strip("`"), text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("memory", memwrap.available())
+def test_every_memory_has_a_page_in_the_navigation(memory: str) -> None:
+    page = f"methods/{memory}.md"
+    assert (DOCS / page).is_file(), f"{memory} has no docs/{page}"
+    assert page in navigation(), f"docs/{page} is not in mkdocs.yml's nav"
+
+
+def test_navigation_and_pages_are_the_same() -> None:
+    listed = navigation()
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = text_of(page)
+    for link in LINK.findall(CODE.sub("", text)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (DOCS / page).parent / file if file else DOCS / page
+        assert target.is_file(), f"docs/{page} links to {link}"
+        assert target.resolve().is_relative_to(DOCS), f"docs/{page}: {link} is not on the site"
+        if anchor and target.suffix == ".md":
+            known = anchors(target.read_text(encoding="utf-8"))
+            assert anchor in known, f"docs/{page} links to {link}; there are {sorted(known)}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_are_python(page: str) -> None:
+    for snippet in SNIPPET.findall(text_of(page)):
+        compile(snippet, page, "exec")
+
+
+def test_public_names_are_on_the_api_page() -> None:
+    listed = set(re.findall(r"^::: memwrap\.(\w+)$", text_of("api.md"), re.MULTILINE))
+    assert set(memwrap.__all__) - {"__version__"} == listed
