@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
                 reference = StorageWeakRef(storage)
                 self.live.setdefault(reference.cdata, (reference, storage.nbytes()))
         self.calls += 1
-        if self.calls % 16 == 0:
+        if self.calls % 4 == 0:
             self.measure()
         return out
 
