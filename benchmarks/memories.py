@@ -1,6 +1,7 @@
 """Every memory on the shipped tiny LM with one budget: perplexity by position, recall, costs.
 
     python benchmarks/memories.py [--only armt,infini] [--steps 60] [--recall-steps 240]
+    python benchmarks/memories.py --speed    # how fast each reads, anew, all in one run
 
 Each memory is trained twice by a recipe: on long documents (perplexity) and on associative recall
 (keys of one symbol, up to 8 pairs a sample), with the same data, steps, seed and LoRA
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 from common import RESULTS, machine
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
 from memwrap.assets import asset
@@ -148,12 +149,46 @@ def measure(name: str, steps: int, recall_steps: int) -> dict[str, Any]:
     }
 
 
+def measure_speed(names: list[str], tokens: int = 4096, rounds: int = 3) -> None:
+    """Seconds a 1,000 tokens of reading, in turns on one thread, beside the bare base in windows of
+    the same length; untrained, since weights do not change the time. Into the results there are."""
+    torch.set_num_threads(1)
+    ids = torch.randint(10, 4000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    best: dict[str, float] = {}
+    for _ in range(rounds):
+        for name in ("base", *names):
+            base = AutoModelForCausalLM.from_pretrained(asset("tiny-lm"), dtype=torch.float32)
+            base.eval()
+            settings = {"segment_size": SEGMENT, **SETTINGS.get(name, ({},))[0]}
+            model = base if name == "base" else memwrap.wrap(base, name, **settings)
+            with torch.no_grad():
+                start = time.perf_counter()
+                if name == "base":
+                    for part in ids.split(SEGMENT, 1):
+                        base.model(input_ids=part, use_cache=False)
+                else:
+                    model.read(ids)
+            seconds = (time.perf_counter() - start) / tokens * 1000
+            best[name] = min(seconds, best.get(name, seconds))
+    for name in names:
+        path = RESULTS / "memories" / f"{name}.json"
+        result = json.loads(path.read_text())
+        result["costs"]["read_seconds_per_1k_tokens"] = best[name]
+        result["costs"]["reading_over_base"] = best[name] / best["base"]
+        write_text(path, json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(SETTINGS))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--recall-steps", type=int, default=240)
+    parser.add_argument("--speed", action="store_true", help="only the speed of reading")
     arguments = parser.parse_args()
+    if arguments.speed:
+        there = [n for n in SETTINGS if (RESULTS / "memories" / f"{n}.json").is_file()]
+        measure_speed(there)
+        return
     for name in arguments.only.split(","):
         start = time.perf_counter()
         result = measure(name, arguments.steps, arguments.recall_steps)

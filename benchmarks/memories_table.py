@@ -20,7 +20,7 @@ DISTANCES = (1, 2, 4, 8)
 
 INTRODUCTION = """# All memories, one budget
 
-Every memory on the shipped tiny LM (5.8M parameters), trained with the same data, steps, seed and
+Memories on the shipped tiny LM (5.8M parameters), trained with the same data, steps, seed and
 LoRA ({steps} steps of 4 x 1,024 tokens; memoryprompt trains no LoRA), one run each: differences of
 some thousandths of a nat, and of some hundredths of accuracy, are noise. This is a small model
 after minutes of training; it says what learns quickly, not what a method can do in the end.
@@ -41,6 +41,8 @@ The base, which is trained no further, on the same documents:
 
 {base}
 
+{reading}
+
 ## Associative recall
 
 Share of right answers by how many pairs (of 4 tokens, a segment each) lie between a pair and its
@@ -50,6 +52,9 @@ are in the pages of the memories.
 {recall}
 
 ## Costs
+
+Reading is measured in turns in one run on one thread (`python benchmarks/memories.py --speed`), the
+base in windows of the same length. How long training took is not shown: other work ran beside it.
 
 {costs}
 """
@@ -75,6 +80,25 @@ def perplexity_rows(results: dict[str, PerplexityResult]) -> list[list[str]]:
     return rows
 
 
+def conclusion(results: dict[str, PerplexityResult]) -> str:
+    """What the numbers say, in a sentence or two."""
+    helped = [
+        name
+        for name, result in results.items()
+        if all(result.curves[c].gain > 2 * result.curves[c].gain_error for c in (OFF, SHUFFLED))
+    ]
+    baseline = results["window"].curves[WINDOW].overall
+    better = [
+        n for n, r in results.items() if r.curves[MEMORY].overall < baseline and n != "window"
+    ]
+    return (
+        f"What was read helped by more than two standard errors against both controls: "
+        f"{', '.join(helped) or 'none'}. Lower than the untrained base with window and sinks "
+        f"({baseline:.3f}), which keeps 512 tokens as they are: {', '.join(better) or 'none'}"
+        f"{'' if better else '; at this size and budget the window is the better choice'}."
+    )
+
+
 def base_rows(window: PerplexityResult) -> list[list[str]]:
     rows = [["base", "nats per token"]]
     for name in (TRUNCATED, WINDOW, FULL):
@@ -98,17 +122,17 @@ def recall_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 def cost_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     head = ["memory", "parameters added", "bytes of state a row", "reading, seconds per 1k tokens",
-            "training, seconds (documents / recall)"]  # fmt: skip
+            "reading / bare base"]  # fmt: skip
     rows = [head]
     for name, result in results.items():
-        costs, seconds = result["costs"], result["training_seconds"]
+        costs = result["costs"]
         rows.append(
             [
                 name,
                 f"{costs['added_parameters']:,}",
                 f"{costs['state_bytes']:,}",
                 f"{costs['read_seconds_per_1k_tokens']:.2f}",
-                f"{seconds['documents']:.0f} / {seconds['recall']:.0f}",
+                f"{costs['reading_over_base']:.2f}" if "reading_over_base" in costs else "-",
             ]
         )
     return rows
@@ -133,15 +157,14 @@ def page(name: str, result: dict[str, Any], base: PerplexityResult) -> str:
     )
     settings = ", ".join(f"`{k}={v}`" for k, v in result["settings"]["documents"].items())
     pairs = ", ".join(f"`{k}={v}`" for k, v in result["settings"]["recall"].items())
-    steps, seconds = result["steps"], result["training_seconds"]
+    steps = result["steps"]
     return (
         f"The shipped tiny LM, one run, seed 0 (`python benchmarks/memories.py --only {name}`; all "
         f"memories side by side: [comparison](../comparison.md)).\n\n"
         f"Nats per token by segment on {own.documents} held-out documents of {own.edges[-1]:,} "
-        f"tokens at most, after {steps['documents']} steps ({seconds['documents']:.0f} s) with "
+        f"tokens at most, after {steps['documents']} steps with "
         f"{settings}:\n\n" + "\n".join(lines) + "\n\n"
-        f"Associative recall by distance, after {steps['recall']} steps "
-        f"({seconds['recall']:.0f} s) with {pairs}:\n\n{recall}"
+        f"Associative recall by distance, after {steps['recall']} steps with {pairs}:\n\n{recall}"
     )
 
 
@@ -162,6 +185,7 @@ def main() -> None:
         segment=curves["window"].segment_size,
         perplexity=table(perplexity_rows(curves)),
         base=table(base_rows(curves["window"])),
+        reading=conclusion(curves),
         recall=table(recall_rows(results)),
         costs=table(cost_rows(results)),
     )
