@@ -65,6 +65,11 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def tokens_of(result: PerplexityResult) -> int:
+    """Tokens of a document: those that were predicted, and the first."""
+    return sum(result.curves[MEMORY].tokens) // result.documents + 1
+
+
 def load() -> dict[str, dict[str, Any]]:
     found = [json.loads(p.read_text()) for p in sorted((HERE / "results/memories").glob("*.json"))]
     return {result["memory"]: result for result in found}
@@ -161,8 +166,8 @@ def page(name: str, result: dict[str, Any], base: PerplexityResult) -> str:
     return (
         f"The shipped tiny LM, one run, seed 0 (`python benchmarks/memories.py --only {name}`; all "
         f"memories side by side: [comparison](../comparison.md)).\n\n"
-        f"Nats per token by segment on {own.documents} held-out documents of {own.edges[-1]:,} "
-        f"tokens at most, after {steps['documents']} steps with "
+        f"Nats per token by segment on {own.documents} held-out documents of {tokens_of(own):,} "
+        f"tokens, after {steps['documents']} steps with "
         f"{settings}:\n\n" + "\n".join(lines) + "\n\n"
         f"Associative recall by distance, after {steps['recall']} steps with {pairs}:\n\n{recall}"
     )
@@ -181,7 +186,7 @@ def main() -> None:
         cores=first["machine"]["cores"],
         torch=first["machine"]["torch"],
         documents=curves["window"].documents,
-        tokens=sum(curves["window"].curves[MEMORY].tokens) // curves["window"].documents + 1,
+        tokens=tokens_of(curves["window"]),
         segment=curves["window"].segment_size,
         perplexity=table(perplexity_rows(curves)),
         base=table(base_rows(curves["window"])),

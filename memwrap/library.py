@@ -331,7 +331,7 @@ def _added(
     lost = int(keep.sum()) - len(number)  # a window longer than the cache
     own = {**own, "count": own["count"] + lost}
     valid = torch.ones(1, len(number), dtype=torch.bool, device=key.device)
-    return memory.add(own, key, value, valid)
+    return memory.rings.add(own, key, value, valid)
 
 
 def _weights(notes: list[Retrieved], first: int) -> tuple[Tensor, Tensor, Tensor]:

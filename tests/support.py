@@ -99,6 +99,22 @@ def assert_memory_matters(model: Any, text: Tensor) -> None:
     assert error_of(off, on) > 1e-2, "the memory does not matter here: the test proves nothing"
 
 
+def assert_pieces_and_padding(model: Any, lengths: Sequence[int] = (43, 29)) -> None:
+    """Two rows of text, padded on the left, give what each gives alone; each in pieces of five
+    tokens gives what it gives in one call, logits and state."""
+    rows = [ids(n, seed=seed) for seed, n in enumerate(lengths, 1)]
+    with torch.no_grad():
+        wanted = [model(row[None], use_cache=True) for row in rows]
+        text, mask = padded(rows, "left")
+        got = model(text, attention_mask=mask).logits
+        for index, (row, want) in enumerate(zip(rows, wanted, strict=True)):
+            assert_close(got[index, -len(row) :], want.logits[0], what="a padded row")
+            state = model.new_state(1)
+            pieces = [model(p[None], past_key_values=state).logits for p in row.split(5)]
+            assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
+            assert_same_states(state, want.past_key_values)
+
+
 def gradients(model: Any) -> dict[str, Tensor]:
     """Gradients by parameter name; they are cleared."""
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -213,7 +213,7 @@ def crossover(
     Returns:
         For every size and for batches of 1 and `batch` queries the milliseconds of torch, faiss'
         flat index and its inverted lists; `from_entries`: the smallest measured size from which on
-        the lists are faster for both.
+        the one that `FaissStore` takes at that size is faster for both.
     """
     rows = []
     for size in sizes:
@@ -236,9 +236,8 @@ def crossover(
         rows.append(row | {name: statistics.median(values) for name, values in times.items()})
 
     def faster(row: dict[str, Any]) -> bool:
-        # Below, the store's own choice is a flat index: exact as torch, and no faster beyond noise.
-        chosen = row["entries"] > FLAT_MOST
-        return chosen and all(row[f"lists_ms_{n}"] < row[f"torch_ms_{n}"] for n in (1, batch))
+        own = "lists" if row["entries"] > FLAT_MOST else "flat"
+        return all(row[f"{own}_ms_{n}"] < row[f"torch_ms_{n}"] for n in (1, batch))
 
     wins = [row["entries"] for i, row in enumerate(rows) if all(map(faster, rows[i:]))]
     return {"dim": dim, "k": k, "batch": batch, "sizes": rows, "from_entries": min(wins, default=0)}

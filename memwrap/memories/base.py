@@ -211,6 +211,8 @@ class Memory(nn.Module):
         zero_positions: on a backbone with a table of learned positions, prefix and suffix get
             a zero vector and the tokens count from 0.
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
+        within_window: what is kept is seen through a layer's own sliding window, where it has one:
+            nothing older than that reaches the layer.
         bytes_per_token: at most so many bytes a token and row does the state grow by, for a
             memory whose config is not `bounded`.
         insert_every: a token is inserted after so many of a segment, and after the rest of them
@@ -228,6 +230,7 @@ class Memory(nn.Module):
     mixes_on: str = "hidden"
     zero_positions: bool = False
     needs_hidden: bool = False
+    within_window: bool = False
     bytes_per_token: float = 0.0
     grows: bool = False
     branches: tuple[str, ...] = ()

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from memwrap.backbones import LayerAttention
 from memwrap.backbones.joining import join_summary
+from memwrap.backbones.rings import KeyValueRings
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
 from memwrap.ops import retrieve, rings
 from memwrap.registry import register
@@ -106,26 +107,15 @@ class ExtendedMindMemory(Memory):
     def __init__(self, config: ExtendedMindConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.chosen = chosen_layers(config, sizes)
+        own = {layer: sizes.attention[layer] for layer in self.chosen}
+        self.rings = KeyValueRings(config.cache_size, own, sizes.backbone_dtype)
 
     @property
     def bytes_per_token(self) -> float:  # type: ignore[override]
-        """What an entry takes in all layers, until the cache is full."""
-        sizes = [self.sizes.attention[layer] for layer in self.chosen]
-        numbers = sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in sizes)
-        return numbers * self.sizes.backbone_dtype.itemsize
+        return self.rings.bytes_per_token
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
-        make: dict[str, Any] = {"device": device, "dtype": self.sizes.backbone_dtype}
-        layers: Tree = {}
-        for layer in self.chosen:
-            own = self.sizes.attention[layer]
-            shape = (batch_size, own.num_kv_heads, 0)
-            layers[str(layer)] = {
-                "key": torch.zeros(*shape, own.key_dim, **make),
-                "value": torch.zeros(*shape, own.value_dim, **make),
-                "count": torch.zeros(batch_size, dtype=torch.long, device=device),
-            }
-        return {"layers": layers}
+        return self.rings.empty(batch_size, device)
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         config, seen = self.config, attention.seen
@@ -137,8 +127,7 @@ class ExtendedMindMemory(Memory):
             query, scale = attention.query, attention.scaling
         with torch.autocast(query.device.type, enabled=False):
             read = retrieve.attend(
-                query, state["key"], state["value"],
-                rings.filled(state["count"], state["key"].shape[2]), config.top_k,
+                query, state["key"], state["value"], self.rings.filled(state), config.top_k,
                 scale=scale, similarity="cosine", threshold=config.similarity_threshold,
                 softcap=seen.softcap,
             )  # fmt: skip
@@ -156,17 +145,4 @@ class ExtendedMindMemory(Memory):
         key, value = attention.key, attention.value
         if self.config.positions == "zero":
             key = attention.rotated(key, torch.zeros_like(attention.places.keys))
-        return self.add(state, key, value, attention.places.key_valid)
-
-    def add(self, state: Tree, key: Tensor, value: Tensor, valid: Tensor) -> Tree:
-        """A layer's state with entries added: keys `(B, Hkv, K, Dk)`, values `(B, Hkv, K, Dv)`,
-        those that `valid` `(B, K)` names."""
-        count, size = state["count"], self.config.cache_size
-        place = rings.places(count, valid, size)
-        total = count + valid.sum(1)
-        capacity = rings.capacity(total, state["key"].shape[2], size)
-        return {
-            "key": rings.store(state["key"], place, key, capacity),
-            "value": rings.store(state["value"], place, value, capacity),
-            "count": total,
-        }
+        return self.rings.add(state, key, value, attention.places.key_valid)

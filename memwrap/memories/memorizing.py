@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
 from memwrap.backbones.joining import join_summary
+from memwrap.backbones.rings import KeyValueRings
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers, three_quarters
-from memwrap.ops import retrieve, rings
+from memwrap.ops import retrieve
 from memwrap.registry import register
 from memwrap.trees import Tree
 
@@ -81,6 +82,8 @@ class MemorizingMemory(Memory):
         super().__init__(config, sizes)
         one = config.layers is None
         self.chosen = [three_quarters(sizes)] if one else chosen_layers(config, sizes)
+        own = {layer: sizes.attention[layer] for layer in self.chosen}
+        self.rings = KeyValueRings(config.cache_size, own, sizes.backbone_dtype)
         self.gates, self.scales = nn.ParameterDict(), nn.ParameterDict()
         make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
         for layer in self.chosen:
@@ -93,23 +96,10 @@ class MemorizingMemory(Memory):
 
     @property
     def bytes_per_token(self) -> float:  # type: ignore[override]
-        """What an entry takes in all layers, until the cache is full."""
-        sizes = [self.sizes.attention[layer] for layer in self.chosen]
-        numbers = sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in sizes)
-        return numbers * self.sizes.backbone_dtype.itemsize
+        return self.rings.bytes_per_token
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
-        make: dict[str, Any] = {"device": device, "dtype": self.sizes.backbone_dtype}
-        layers: Tree = {}
-        for layer in self.chosen:
-            own = self.sizes.attention[layer]
-            shape = (batch_size, own.num_kv_heads, 0)
-            layers[str(layer)] = {
-                "key": torch.zeros(*shape, own.key_dim, **make),
-                "value": torch.zeros(*shape, own.value_dim, **make),
-                "count": torch.zeros(batch_size, dtype=torch.long, device=device),
-            }
-        return {"layers": layers}
+        return self.rings.empty(batch_size, device)
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         joint = self.config.combine == "joint"
@@ -120,9 +110,8 @@ class MemorizingMemory(Memory):
             elif joint:
                 softcap = attention.seen.softcap
             read = retrieve.attend(
-                query, state["key"], state["value"],
-                rings.filled(state["count"], state["key"].shape[2]), self.config.top_k,
-                scale=scale, softcap=softcap,
+                query, state["key"], state["value"], self.rings.filled(state),
+                self.config.top_k, scale=scale, softcap=softcap,
             )  # fmt: skip
         if joint:
             most = max(1, read.index.shape[-1])
@@ -135,16 +124,8 @@ class MemorizingMemory(Memory):
         return mixed.to(local.dtype), state
 
     def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
-        count, valid = state["count"], attention.places.key_valid
-        place = rings.places(count, valid, self.config.cache_size)
-        total = count + valid.sum(1)
-        capacity = rings.capacity(total, state["key"].shape[2], self.config.cache_size)
         key = retrieve.normalise(attention.key) if self.config.qk_norm else attention.key
-        return {
-            "key": rings.store(state["key"], place, key, capacity),
-            "value": rings.store(state["value"], place, attention.value, capacity),
-            "count": total,
-        }
+        return self.rings.add(state, key, attention.value, attention.places.key_valid)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         own = [*self.gates.parameters(), *self.scales.parameters()]

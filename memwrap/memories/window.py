@@ -54,6 +54,7 @@ class WindowMemory(Memory):
     """Per layer the un-rotated keys and the values of the window and of the sinks."""
 
     config: WindowConfig
+    within_window = True
 
     def __init__(self, config: WindowConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)

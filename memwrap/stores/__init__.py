@@ -19,10 +19,10 @@ from memwrap.stores.files import HEADER, read_json
 
 URLS = ("postgresql://", "postgres://")
 
-CROSSOVER = {"cpu": 16_384, "cuda": 1_000_000}
-"""From so many entries on `FaissStore` takes inverted lists and answers faster than exact search
-with torch: measured on a CPU (`benchmarks/results/stores.json`). Below, its flat index is exact too
-and as fast within noise. The number for GPUs is an estimate that nobody has measured."""
+CROSSOVER = {"cpu": 1024, "cuda": 1_000_000}
+"""From so many entries on `FaissStore` answers faster than exact search with torch, alone and in
+batches: the smallest size that was measured on a CPU (`benchmarks/results/stores.json`). The number
+for GPUs is an estimate that nobody has measured."""
 
 
 def choose_kind(entries: int | None, device: torch.device | str = "cpu") -> str:

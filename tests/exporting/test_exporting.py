@@ -15,10 +15,11 @@ from peft import LoraConfig
 import memwrap
 from memwrap import exporting
 from memwrap.exporting.card import about_run, card
-from memwrap.exporting.flat import ALLOWED, flat_files, rewritten
+from memwrap.exporting.flat import flat_files, rewritten
 from memwrap.model import MemoryModelForCausalLM
 from memwrap.registry import memory_class
 
+ALLOWED = {"torch", "transformers", "safetensors", "huggingface_hub", "tqdm", "numpy"}
 # Stores of vectors lie outside the model, behind packages of their own.
 REFUSED = {"knnlm": "faiss|psycopg"}
 

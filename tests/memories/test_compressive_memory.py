@@ -10,11 +10,10 @@ from families import build
 from support import (
     SEGMENT,
     assert_close,
-    assert_same_states,
+    assert_pieces_and_padding,
     error_of,
     gradients,
     ids,
-    padded,
     wrapped,
 )
 
@@ -37,19 +36,7 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "variant"), CASES)
 def test_pieces_and_padding(family: str, variant: dict) -> None:
-    """Any feed and any padding give the same logits and the same memory."""
-    model = wrapped("compressive", family, **variant)
-    rows = [ids(43, seed=1), ids(29, seed=2)]
-    with torch.no_grad():
-        wanted = [model(row[None], use_cache=True) for row in rows]
-        text, mask = padded(rows, "left")
-        got = model(text, attention_mask=mask).logits
-        for index, (row, want) in enumerate(zip(rows, wanted, strict=True)):
-            assert_close(got[index, -len(row) :], want.logits[0], what="a padded row")
-            state = model.new_state(1)
-            pieces = [model(p[None], past_key_values=state).logits for p in row.split(5)]
-            assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
-            assert_same_states(state, want.past_key_values)
+    assert_pieces_and_padding(wrapped("compressive", family, **variant))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))

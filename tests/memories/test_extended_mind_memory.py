@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from support import SEGMENT, assert_close, assert_same_states, error_of, ids, padded, wrapped
+from support import (
+    SEGMENT,
+    assert_close,
+    assert_pieces_and_padding,
+    assert_same_states,
+    error_of,
+    ids,
+    wrapped,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,18 +44,7 @@ def layer(state: Any, number: int = 0) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "opt"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_pieces_and_padding(family: str, variant: dict) -> None:
-    model = wrapped("extended_mind", family, **variant)
-    rows = [ids(43, seed=1), ids(29, seed=2)]
-    text, mask = padded(rows, "left")
-    with torch.no_grad():
-        got = model(text, attention_mask=mask).logits
-        for index, row in enumerate(rows):
-            want = model(row[None])
-            assert_close(got[index, -len(row) :], want.logits[0], what="a padded row")
-            state = model.new_state(1)
-            pieces = [model(p[None], past_key_values=state).logits for p in row.split(5)]
-            assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
-            assert_same_states(state, want.past_key_values)
+    assert_pieces_and_padding(wrapped("extended_mind", family, **variant))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import FAMILIES, build
-from support import SEGMENT, assert_close, error_of, ids, padded, wrapped
+from support import SEGMENT, assert_close, assert_pieces_and_padding, error_of, ids, wrapped
 
 import memwrap
 from memwrap.backbones import Backbone
@@ -17,17 +17,7 @@ VARIANTS = [{"update": u, "first_segment": f} for u in ("linear", "delta") for f
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "phi3"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
 def test_pieces_and_padding(family: str, variant: dict) -> None:
-    model = wrapped("infini", family, **variant)
-    rows = [ids(43, seed=1), ids(29, seed=2)]
-    text, mask = padded(rows, "left")
-    with torch.no_grad():
-        got = model(text, attention_mask=mask).logits
-        for index, row in enumerate(rows):
-            want = model(row[None]).logits
-            assert_close(got[index, -len(row) :], want[0], what="a padded row")
-            state = model.new_state(1)
-            pieces = [model(p[None], past_key_values=state).logits for p in row.split(5)]
-            assert_close(torch.cat(pieces, 1), want, what="pieces")
+    assert_pieces_and_padding(wrapped("infini", family, **variant))
 
 
 # gpt2 and opt add learned positions to what is projected.

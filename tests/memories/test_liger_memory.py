@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from families import build
 from support import (
     assert_close,
+    assert_pieces_and_padding,
     assert_same_gradients,
-    assert_same_states,
     error_of,
     gradients,
     ids,
-    padded,
     wrapped,
 )
 from torch import Tensor, nn
@@ -44,19 +43,7 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "variant"), CASES)
 def test_pieces_and_padding(family: str, variant: dict[str, Any]) -> None:
-    """Any feed and any padding give the same logits and the same state."""
-    model = wrapped("liger", family, **variant)
-    rows = [ids(27, seed=1), ids(18, seed=2)]
-    with torch.no_grad():
-        wanted = [model(row[None], use_cache=True) for row in rows]
-        text, mask = padded(rows, "left")
-        got = model(text, attention_mask=mask).logits
-        for index, (row, want) in enumerate(zip(rows, wanted, strict=True)):
-            assert_close(got[index, -len(row) :], want.logits[0], what="a padded row")
-            state = model.new_state(1)
-            pieces = [model(p[None], past_key_values=state).logits for p in row.split(5)]
-            assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
-            assert_same_states(state, want.past_key_values)
+    assert_pieces_and_padding(wrapped("liger", family, **variant), (27, 18))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))

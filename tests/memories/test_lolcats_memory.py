@@ -9,11 +9,10 @@ import torch
 from families import build
 from support import (
     assert_close,
-    assert_same_states,
+    assert_pieces_and_padding,
     error_of,
     gradients,
     ids,
-    padded,
     wrapped,
 )
 from torch import Tensor, nn
@@ -86,18 +85,7 @@ def test_a_layer_is_its_formula(key_maps: str, affine: bool) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "opt", "smollm3"])
 @pytest.mark.parametrize("settings", [{}, {"key_maps": "kv_head", "layers": [1], "affine": True}])
 def test_pieces_and_padding(family: str, settings: dict[str, Any]) -> None:
-    model = wrapped("lolcats", family, **settings)
-    rows = [ids(27, seed=1), ids(18, seed=2)]
-    with torch.no_grad():
-        wanted = [model(row[None], use_cache=True) for row in rows]
-        text, mask = padded(rows, "left")
-        got = model(text, attention_mask=mask).logits
-        for index, (row, want) in enumerate(zip(rows, wanted, strict=True)):
-            assert_close(got[index, -len(row) :], want.logits[0], what="a padded row")
-            state = model.new_state(1)
-            pieces = [model(p[None], past_key_values=state).logits for p in row.split(5)]
-            assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
-            assert_same_states(state, want.past_key_values)
+    assert_pieces_and_padding(wrapped("lolcats", family, **settings), (27, 18))
 
 
 @pytest.mark.parametrize("size", [1, 5, 32])
