@@ -1,14 +1,18 @@
-"""How much memory something took."""
+"""How much memory something took, and on what machine."""
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 
 PROC = Path("/proc/self")
 
@@ -46,3 +50,20 @@ def _reset() -> bool:
 def _resident_peak() -> int | None:
     found = re.search(r"^VmHWM:\s*(\d+) kB", (PROC / "status").read_text(), re.MULTILINE)
     return int(found.group(1)) * 1024 if found else None
+
+
+def machine() -> dict[str, Any]:
+    """Where figures were measured: processor, GPU, versions."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "cpu": next(names, platform.processor()),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
