@@ -91,11 +91,12 @@ def evaluate(
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tasks: tokens of the texts.")] = "1024,4096",
     output: Annotated[
-        Path | None, typer.Option("-o", help="Folder for JSON and plot (default: MODEL_DIR/eval).")
+        Path | None,
+        typer.Option("-o", help="Folder to write (default: MODEL_DIR/eval)."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the backbone, as float32.")] = None,
 ) -> None:
-    """Measure a model beside its controls; prints a table, writes JSON and a plot."""
+    """Measure a model beside its controls; prints a table, writes JSON, a report and a plot."""
     from memwrap.evaluation import run
 
     suite = run.suite_tasks(task)
@@ -114,7 +115,7 @@ def evaluate(
     typer.echo(run.table(results))
     if output is None:
         output = folder / "eval" if folder.is_dir() and asset(model_dir) is None else Path("eval")
-    for path in run.write(results, output):
+    for path in run.write(results, output, title=model_dir):
         typer.echo(f"wrote {path}")
 
 

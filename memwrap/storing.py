@@ -193,4 +193,30 @@ def bench_stores(
         typer.echo(f"wrote {output}")
 
 
+@bench_commands.command("memories")
+@plain_errors
+def bench_memories(
+    model: Annotated[str, typer.Option("--model", help="The backbone.")] = "tiny-lm",
+    only: Annotated[str | None, typer.Option(help="Of `memwrap list`; default: all.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Tokens seen on documents.")] = None,
+    recall_budget: Annotated[int | None, typer.Option(help="Tokens seen on recall.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="YAML file instead of the shipped.")] = None,
+    output: Annotated[Path, typer.Option("-o", help="Folder; goes on with what is there.")] = Path(
+        "runs/memories"
+    ),
+) -> None:
+    """Train every memory with one budget; perplexity, recall and costs side by side."""
+    from memwrap.evaluation.comparison import Plan, compare, read_results
+    from memwrap.evaluation.comparison_tables import write_page
+
+    loaded = Plan.load(model, plan, budget=budget, recall_budget=recall_budget)
+    names = [n.strip() for n in only.split(",")] if only else memwrap.available()
+    for name in names:
+        memwrap.config_class(name)
+    compare(loaded, output, output / "trained", names, say=typer.echo)
+    paths = write_page(read_results(output), output, "memwrap bench memories")
+    typer.echo(paths[0].read_text(encoding="utf-8"))
+    typer.echo(f"wrote {' and '.join(map(str, paths))}")
+
+
 __all__ = ["bench_commands", "store_commands"]

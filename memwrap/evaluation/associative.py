@@ -19,8 +19,10 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
 from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED, TRUNCATED, lora_disabled
+from memwrap.evaluation.measure import Costs
 from memwrap.files import write_text
 from memwrap.model import MemoryModelForCausalLM
+from memwrap.state import MemoryState
 
 SYMBOLS = 16
 
@@ -227,6 +229,8 @@ class RecallResult:
         samples: rows at each distance.
         chance: accuracy of guessing.
         accuracy: by curve ("memory", "memory off", "memory shuffled"), one value a distance.
+        seconds: by curve, time of all samples; reading the pairs counts for "memory".
+        peak_bytes: by curve, most memory in use; None where the system does not tell.
     """
 
     task: dict[str, Any]
@@ -235,6 +239,8 @@ class RecallResult:
     samples: int
     chance: float
     accuracy: dict[str, list[float]]
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int | None] = field(default_factory=dict)
 
     def error(self, accuracy: float) -> float:
         """Binomial standard error."""
@@ -300,6 +306,7 @@ def evaluate_recall(
     was_training = model.training
     model.eval()
     accuracy: dict[str, list[float]] = {name: [] for name in (MEMORY, *controls)}
+    costs = Costs()
     for distance in tqdm(distances, desc="recall", disable=not progress):
         right = dict.fromkeys(accuracy, 0)
         generator = torch.Generator().manual_seed(seed * 1000 + distance)
@@ -308,38 +315,49 @@ def evaluate_recall(
             ids, labels = task.sample(
                 rows, generator, num_pairs=pairs or distance, distance=distance
             )
-            for name, answers in _answers(model, task, ids, list(accuracy)).items():
+            for name, answers in _answers(model, task, ids, list(accuracy), costs).items():
                 wanted = labels[:, -task.value_size - 1 : -1]
                 right[name] += int((answers == wanted).all(1).sum())
         for name, count in right.items():
             accuracy[name].append(count / samples)
     model.train(was_training)
-    settings = asdict(task)
-    return RecallResult(settings, pairs, list(distances), samples, task.chance, accuracy)
+    return RecallResult(
+        asdict(task), pairs, list(distances), samples, task.chance, accuracy, **asdict(costs)
+    )
 
 
 def _answers(
-    model: MemoryModelForCausalLM, task: AssociativeTask, ids: Tensor, curves: list[str]
+    model: MemoryModelForCausalLM,
+    task: AssociativeTask,
+    ids: Tensor,
+    curves: list[str],
+    costs: Costs,
 ) -> dict[str, Tensor]:
     """What each curve holds likeliest as the values asked for, `(B, value_size)`.
 
     The pairs are read once; the memory and its read controls answer from the same state.
     """
     ids, first = ids.to(model.device), ids.shape[1] - task.segment_size
-    state = model.read(ids[:, :first])
+    with costs.of(MEMORY, model.device):
+        state = model.read(ids[:, :first])
     answers = {}
+    keep = task.value_size + 2
     for name in curves:
-        if name == TRUNCATED:
-            window = min(model.parts.config.max_position_embeddings, ids.shape[1])
-            with lora_disabled(model.backbone):
-                logits = model.backbone(input_ids=ids[:, -window:], use_cache=False).logits
-        else:
-            control = None if name == MEMORY else name.removeprefix("memory ")
-            logits = model(
-                input_ids=ids[:, first:],
-                past_key_values=state.clone(),
-                memory_control=control,
-            ).logits
-        keep = task.value_size + 2
+        with costs.of(name, model.device):
+            logits = _last_logits(model, ids, first, state, name)
         answers[name] = logits[:, -keep : -keep + task.value_size].argmax(-1).cpu()
     return answers
+
+
+def _last_logits(
+    model: MemoryModelForCausalLM, ids: Tensor, first: int, state: MemoryState, name: str
+) -> Tensor:
+    """Logits that end with those of the question, whose columns begin at `first`."""
+    if name == TRUNCATED:
+        window = min(model.parts.config.max_position_embeddings, ids.shape[1])
+        with lora_disabled(model.backbone):
+            return model.backbone(input_ids=ids[:, -window:], use_cache=False).logits
+    control = None if name == MEMORY else name.removeprefix("memory ")
+    return model(
+        input_ids=ids[:, first:], past_key_values=state.clone(), memory_control=control
+    ).logits

@@ -25,7 +25,7 @@ from memwrap.evaluation import run
 from memwrap.evaluation.associative import RecallResult, evaluate_recall
 from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED, TRUNCATED
 from memwrap.evaluation.measure import machine
-from memwrap.evaluation.perplexity import perplexity_by_position
+from memwrap.evaluation.perplexity import Reading, perplexity_by_position
 from memwrap.files import write_text
 from memwrap.training.finetune import run_recipe
 from memwrap.training.recall import recall_tasks
@@ -190,7 +190,7 @@ def _recall(
 
 
 def measure(
-    plan: Plan, name: str, scratch: Path, base: dict[str, tuple[Tensor, float]] | None = None
+    plan: Plan, name: str, scratch: Path, base: dict[str, Reading] | None = None
 ) -> dict[str, Any]:
     """Train and measure one memory.
 
@@ -328,7 +328,7 @@ def compare(
     there = read_results(folder)
     for name, values in there.items():
         _belongs(plan, folder / f"{name}.json", values)
-    base: dict[str, tuple[Tensor, float]] = {}
+    base: dict[str, Reading] = {}
     if BASE not in there:
         _write(folder, measure_base(plan, scratch))
     for name in (n for n in names if n not in there):
@@ -337,7 +337,7 @@ def compare(
         say(f"{name}: {time.perf_counter() - start:.0f} s, {folder / name}.json")
     there = read_results(folder)
     memories = [n for n in there if n != BASE]
-    for name, speed in measure_speed(plan, memories).items():
+    for name, speed in measure_speed(plan, memories, **plan.values.get("speed", {})).items():
         there[name]["speed"] = speed
         _write(folder, there[name])
 

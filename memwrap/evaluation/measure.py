@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,29 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     yield peak
     if known:
         peak.bytes = _resident_peak()
+
+
+@dataclass
+class Costs:
+    """Time and memory by what was measured.
+
+    Attributes:
+        seconds: sums.
+        peak_bytes: the most; None where the system does not tell.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int | None] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, name: str, device: torch.device) -> Iterator[None]:
+        """Add what the block takes to `name`."""
+        start = time.perf_counter()
+        with peak_memory(device) as peak:
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        known = self.peak_bytes.get(name)
+        self.peak_bytes[name] = None if peak.bytes is None else max(peak.bytes, known or 0)
 
 
 def _reset() -> bool:

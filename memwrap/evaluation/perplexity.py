@@ -28,11 +28,14 @@ from memwrap.evaluation.controls import (
     lora_disabled,
     windowed,
 )
+from memwrap.evaluation.measure import peak_memory
 from memwrap.files import write_text
 from memwrap.model import MemoryModelForCausalLM
 
 BRANCH = "only "  # and the name of a branch of the memory
 VERSION = 1
+# NLL by row and position, the seconds it took, and the most bytes in use meanwhile.
+Reading = tuple[Tensor, float, int | None]
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Curve:
         gain: mean of (this - memory) over the tokens both read, in nats; positive: worse.
         gain_error: its standard error across documents.
         seconds: time it took.
+        peak_bytes: most memory in use meanwhile; None where the system does not tell.
     """
 
     mean: list[float]
@@ -55,6 +59,7 @@ class Curve:
     gain: float
     gain_error: float
     seconds: float
+    peak_bytes: int | None = None
 
 
 @dataclass
@@ -112,7 +117,7 @@ def perplexity_by_position(
     window: int | None = None,
     full_context_tokens: int | None = None,
     piece_tokens: int = 1024,
-    base: dict[str, tuple[Tensor, float]] | None = None,
+    base: dict[str, Reading] | None = None,
     progress: bool = True,
 ) -> PerplexityResult:
     """Negative log-likelihood (nats) of long documents by position, in bounded memory.
@@ -164,23 +169,27 @@ def perplexity_by_position(
         readers[name] = partial(_branch, model, ids, mask, piece, branch, progress)
     was_training = model.training
     model.eval()
-    nll: dict[str, Tensor] = {}
-    seconds: dict[str, float] = {}
+    found: dict[str, Reading] = {}
     try:
         with torch.no_grad():
             for name in (MEMORY, *controls):
-                start = time.perf_counter()
                 known = (base or {}).get(name)
-                nll[name] = readers[name]() if known is None else known[0]
-                seconds[name] = time.perf_counter() - start if known is None else known[1]
+                found[name] = _timed(readers[name], model.device) if known is None else known
                 if base is not None and name in (TRUNCATED, FULL, WINDOW):
-                    base[name] = (nll[name], seconds[name])
+                    base[name] = found[name]
     finally:
         model.train(was_training)
     result = PerplexityResult(_edges(size, ids.shape[1]), size, window, len(rows))
-    for name, values in nll.items():
-        result.curves[name] = _curve(values, nll[MEMORY], result.edges, seconds[name])
+    for name, reading in found.items():
+        result.curves[name] = _curve(reading, found[MEMORY][0], result.edges)
     return result
+
+
+def _timed(read: Callable[[], Tensor], device: torch.device) -> Reading:
+    start = time.perf_counter()
+    with peak_memory(device) as peak:
+        values = read()
+    return values, time.perf_counter() - start, peak.bytes
 
 
 def token_nll(logits: Tensor, ids: Tensor, mask: Tensor, first: int) -> Tensor:
@@ -295,7 +304,8 @@ def _edges(size: int, total: int) -> list[int]:
     return edges
 
 
-def _curve(values: Tensor, memory: Tensor, edges: list[int], seconds: float) -> Curve:
+def _curve(reading: Reading, memory: Tensor, edges: list[int]) -> Curve:
+    values, seconds, peak = reading
     mean, error, tokens = [], [], []
     for a, b in pairwise(edges):
         part = values[:, a:b]
@@ -308,7 +318,7 @@ def _curve(values: Tensor, memory: Tensor, edges: list[int], seconds: float) -> 
         overall=float(values.nanmean()),
         gain=float(difference.nanmean()),
         gain_error=_error(difference.nanmean(1)),
-        seconds=round(seconds, 2),
+        seconds=round(seconds, 2), peak_bytes=peak,
     )  # fmt: skip
 
 

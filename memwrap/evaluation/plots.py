@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memwrap.evaluation.associative import RecallResult
-from memwrap.evaluation.controls import MEMORY, OFF
+from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED, WINDOW
 from memwrap.evaluation.perplexity import PerplexityResult
 from memwrap.files import replacing
 
@@ -108,6 +108,46 @@ def plot_figures(rows: list[dict[str, Any]], path: str | Path) -> None:
     _save(figure, path)
 
 
+def plot_comparison(results: dict[str, dict[str, Any]], path: str | Path) -> None:
+    """Memories side by side: nats per token with and without the memory, and recall by distance.
+
+    Args:
+        results: of `comparison.read_results`.
+        path: of the PNG file.
+    """
+    figure, (upper, lower) = _figure(2)
+    names = [name for name in results if "perplexity" in results[name]]
+    curves = [results[name]["perplexity"]["curves"] for name in names]
+    for index, label in enumerate((MEMORY, OFF, SHUFFLED)):
+        values = [own[label]["overall"] for own in curves]
+        upper.plot(names, values, MARKERS[index], color=COLOURS[index], label=label)
+    upper.axhline(
+        curves[0][WINDOW]["overall"], color="black", linestyle=":", label=f"{WINDOW}, untrained"
+    )
+    upper.set_ylabel("nats per token")
+    upper.tick_params(axis="x", rotation=45)
+    upper.legend(fontsize=8)
+    for index, name in enumerate(names):
+        recall = results[name]["recall"]["rewrite"]
+        lower.plot(
+            recall["distances"],
+            recall["accuracy"][MEMORY],
+            label=name,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[(index // len(COLOURS)) % len(MARKERS)],
+            linestyle=("-", "--", "-.")[index // len(COLOURS) % 3],
+            markersize=4,
+        )
+    lower.axhline(recall["chance"], color="black", linestyle=":", label="chance")
+    lower.set_xscale("log", base=2)
+    lower.set_ylabel("accuracy (rewrite)")
+    lower.set_xlabel("segments between a pair and its question")
+    lower.legend(fontsize=7, ncols=3)
+    for axis in (upper, lower):
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def plot_lengths(cells: list[Any], path: str | Path) -> None:
     """Accuracy of one task by length, a line a curve; `cells` as in `suite.SuiteResult`."""
     figure, (axis,) = _figure(1)
@@ -129,6 +169,31 @@ def plot_lengths(cells: list[Any], path: str | Path) -> None:
     axis.set_xlabel("tokens")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_costs(cells: list[Any], path: str | Path) -> None:
+    """Seconds a text and peak memory of one task by length, a line a curve."""
+    figure, panels = _figure(2)
+    for index, curve in enumerate(dict.fromkeys(cell.curve for cell in cells)):
+        own = [cell for cell in cells if cell.curve == curve]
+        seconds = [cell.seconds / cell.samples for cell in own]
+        peaks = [math.nan if c.peak_bytes is None else c.peak_bytes / 1e6 for c in own]
+        for panel, values in zip(panels, (seconds, peaks), strict=True):
+            panel.plot(
+                [cell.length for cell in own],
+                values,
+                label=curve,
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=4,
+            )
+    for panel, label in zip(panels, ("seconds a text", "peak memory, MB"), strict=True):
+        panel.set_ylabel(label)
+        panel.set_xscale("log", base=2)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    panels[-1].set_xlabel("tokens")
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Results of tasks as one HTML file that needs nothing else, and several results side by side."""
+"""Results as one HTML file that needs nothing else, and several results side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from typing import Any
 from memwrap.evaluation.associative import RecallResult
 from memwrap.evaluation.controls import MEMORY
 from memwrap.evaluation.perplexity import PerplexityResult
-from memwrap.evaluation.plots import plot_depths, plot_lengths
+from memwrap.evaluation.plots import (
+    plot_costs,
+    plot_depths,
+    plot_lengths,
+    plot_perplexity,
+    plot_recall,
+)
 from memwrap.evaluation.suite import SuiteResult
 from memwrap.files import write_text
 
@@ -98,41 +104,76 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_report(result: SuiteResult, path: str | Path) -> None:
-    """One HTML file: the table, accuracy by length, depth by length, time and memory."""
+def write_report(results: dict[str, Result], path: str | Path, title: str = "memwrap") -> None:
+    """One HTML file that needs nothing else: tables, curves, time and memory.
+
+    Args:
+        results: by name, as `load_result` gives them.
+        path: of the file.
+        title: its heading.
+    """
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, result in results.items():
+            own = Path(folder) / name
+            own.mkdir()
+            if isinstance(result, SuiteResult):
+                parts += _suite(result, own)
+            else:
+                parts += [f"<h2>{html.escape(name)}</h2>", *_curves(name, result, own)]
+    _write(path, parts)
+
+
+def _suite(result: SuiteResult, folder: Path) -> list[str]:
+    """Accuracy by length, depth by length, time and memory by length."""
     parts = [
-        f"<h1>{html.escape(result.model or 'Tasks')}</h1>",
         f"<p>Segments of {result.segment_size} tokens, window of the base {result.window}, seed "
         f"{result.seed}. Intervals: 95 %, by samples.</p>",
-        _table([line.strip("| ").split(" | ") for line in result.table().splitlines()]),
+        _from_markdown(result.table()),
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        for index, name in enumerate(result.tasks()):
-            own = [cell for cell in result.cells if cell.task == name]
-            parts.append(f"<h2>{html.escape(name)}</h2>")
-            pictures = [Path(folder) / f"{index}-{kind}.png" for kind in ("lengths", "depths")]
-            plot_lengths(own, pictures[0])
-            plot_depths(own, pictures[1])
-            parts += [_image(picture, name) for picture in pictures]
-        parts.append("<h2>Time and memory</h2>")
-        parts.append(_table(_costs(result)))
-    _write(path, parts)
+    for index, name in enumerate(result.tasks()):
+        own = [cell for cell in result.cells if cell.task == name]
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        for kind, plot in (("right", plot_lengths), ("depths", plot_depths), ("costs", plot_costs)):
+            picture = folder / f"{index}-{kind}.png"
+            plot(own, picture)
+            parts.append(_image(picture, f"{name}: {kind}"))
+    head = ["task", "read with", "tokens", "seconds a text", "peak memory, MB"]
+    lines = [head, []]
+    for cell in result.cells:
+        own_reading = " (reading included)" if cell.curve == MEMORY else ""
+        seconds = f"{cell.seconds / cell.samples:.3f}{own_reading}"
+        length, peak = f"{cell.length:,}", _megabytes(cell.peak_bytes)
+        lines.append([cell.task, cell.curve, length, seconds, peak])
+    return [*parts, "<h2>Time and memory</h2>", _table(lines)]
+
+
+def _curves(name: str, result: PerplexityResult | RecallResult, folder: Path) -> list[str]:
+    """A table, a plot, and what each curve took."""
+    picture = folder / "plot.png"
+    costs: dict[str, tuple[float, int | None]]
+    if isinstance(result, RecallResult):
+        plot_recall({name: result}, picture)
+        costs = {n: (t, result.peak_bytes.get(n)) for n, t in result.seconds.items()}
+    else:
+        plot_perplexity(result, picture)
+        costs = {n: (c.seconds, c.peak_bytes) for n, c in result.curves.items()}
+    lines = [["read with", "", "seconds", "peak memory, MB"], []]
+    lines += [[n, "", f"{t:.2f}", _megabytes(peak)] for n, (t, peak) in costs.items()]
+    return [_from_markdown(result.table()), _image(picture, name), _table(lines)]
+
+
+def _megabytes(peak: int | None) -> str:
+    return "-" if peak is None else f"{peak / 1e6:.0f}"
+
+
+def _from_markdown(text: str) -> str:
+    return _table([line.strip("| ").split(" | ") for line in text.splitlines()])
 
 
 def write_comparison(lines: list[list[str]], path: str | Path) -> None:
     """The table of `rows` as an HTML file."""
     _write(path, ["<h1>Results side by side</h1>", _table([lines[0], [], *lines[1:]])])
-
-
-def _costs(result: SuiteResult) -> list[list[str]]:
-    head = ["task", "read with", "tokens", "seconds a text", "peak memory, MB"]
-    lines = [head, []]
-    for cell in result.cells:
-        peak = "-" if cell.peak_bytes is None else f"{cell.peak_bytes / 1e6:.0f}"
-        own = " (reading included)" if cell.curve == MEMORY else ""
-        seconds = f"{cell.seconds / cell.samples:.3f}{own}"
-        lines.append([cell.task, cell.curve, f"{cell.length:,}", seconds, peak])
-    return lines
 
 
 def _table(lines: list[list[str]]) -> str:

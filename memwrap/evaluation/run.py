@@ -174,22 +174,24 @@ def table(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def write(results: Results, folder: Path) -> list[Path]:
-    """Write `KIND.json` and a plot (of tasks: a report) into `folder`; returns their paths."""
+def write(results: Results, folder: Path, title: str = "memwrap") -> list[Path]:
+    """Write `KIND.json`, a report `KIND.html`, and of curves a plot `KIND.png`, into `folder`.
+
+    Returns:
+        Their paths.
+    """
     kind = next((name for name in results if name in (*TASKS, "tasks")), "recall")
     values: Any = {name: result.to_dict() for name, result in results.items()}
-    paths = [folder / f"{kind}.json", folder / f"{kind}.png"]
+    paths = [folder / f"{kind}.{ending}" for ending in ("json", "html", "png")]
     write_text(paths[0], json.dumps(values.get(kind, values), indent=2) + "\n")
+    write_report({**results}, paths[1], title)
     recalls = {n: r for n, r in results.items() if isinstance(r, RecallResult)}
     if recalls:
-        plot_recall(recalls, paths[1])
+        plot_recall(recalls, paths[2])
     for result in results.values():
         if isinstance(result, PerplexityResult):
-            plot_perplexity(result, paths[1])
-        elif isinstance(result, SuiteResult):
-            paths[1] = folder / "tasks.html"
-            write_report(result, paths[1])
-    return paths
+            plot_perplexity(result, paths[2])
+    return paths[:2] if kind == "tasks" else paths
 
 
 __all__ = [

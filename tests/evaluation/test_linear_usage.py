@@ -51,7 +51,7 @@ def test_branches_beside_the_untrained_window(memory: str, tmp_path: Path) -> No
     want = float(torch.cat(nll).mean())
     assert result.curves["base, window + sinks"].overall == pytest.approx(want, rel=1e-4)
     paths = run.write({"linear-usage": result}, tmp_path)
-    assert [p.name for p in paths] == ["linear-usage.json", "linear-usage.png"]
+    assert [p.name for p in paths] == [f"linear-usage.{e}" for e in ("json", "html", "png")]
     assert json.loads(paths[0].read_text())["documents"] == 2
     assert "| only recurrent |" in run.table({"linear-usage": result})
 

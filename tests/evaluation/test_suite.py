@@ -119,7 +119,7 @@ def test_files_and_reports(
     paths = run.write(results, tmp_path)
     assert [p.name for p in paths] == ["tasks.json", "tasks.html"]
     page = paths[1].read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 6  # lengths, depths, costs of two tasks
     assert "http" not in page
     loaded = report.load_result(paths[0])
     assert json.dumps(loaded[0][1].to_dict()) == json.dumps(result.to_dict())  # NaN equals NaN
