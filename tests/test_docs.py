@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 import memwrap
+from memwrap.memories.base import MemoryConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -17,6 +19,15 @@ PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+PARTS = [
+    "What it is",
+    "When to take it",
+    "Settings",
+    "Costs",
+    "What other implementations do, and what memwrap does",
+    "Measured here",
+]
 
 
 def navigation() -> list[str]:
@@ -46,6 +57,19 @@ def test_every_memory_has_a_page_in_the_navigation(memory: str) -> None:
     page = f"methods/{memory}.md"
     assert (DOCS / page).is_file(), f"{memory} has no docs/{page}"
     assert page in navigation(), f"docs/{page} is not in mkdocs.yml's nav"
+
+
+@pytest.mark.parametrize("memory", memwrap.available())
+def test_every_memory_page_has_the_parts_of_all_and_names_its_settings(memory: str) -> None:
+    text = text_of(f"methods/{memory}.md")
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert [h for h in headings if h in PARTS] == PARTS, headings
+    settings = text.partition("\n## Settings\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", settings))
+    shared = {field.name for field in dataclasses.fields(MemoryConfig)}
+    own = {field.name for field in dataclasses.fields(memwrap.config_class(memory))}
+    assert "segment_size" in named
+    assert own - shared <= named, f"docs/methods/{memory}.md: {sorted(own - shared - named)}"
 
 
 def test_navigation_and_pages_are_the_same() -> None:
