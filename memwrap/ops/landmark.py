@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops.fetching import moved
 from memwrap.ops.landmark_naive import attention_naive, grouped_softmax, retrieved_naive
 
 __all__ = [
@@ -382,11 +383,8 @@ def _rows(x: Tensor, flat: Tensor, device: torch.device | None = None) -> Tensor
     if device is None or x.device == device:
         return source.index_select(0, flat.flatten()).view(*flat.shape, *x.shape[3:])
     needed, place = flat.unique(return_inverse=True)
-    picked = source.index_select(0, needed.to(x.device))
-    if device.type == "cuda" and not picked.requires_grad:  # pinning has no gradient
-        picked = picked.pin_memory()
-    moved = picked.to(device, non_blocking=True)
-    return moved.index_select(0, place.flatten()).view(*flat.shape, *x.shape[3:])
+    near = moved(source.index_select(0, needed.to(x.device)), device)
+    return near.index_select(0, place.flatten()).view(*flat.shape, *x.shape[3:])
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> Tensor:
