@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from memwrap.memories.base import Memory
+from memwrap.packing import PackedLoop, documents_in
 from memwrap.reading import check_inputs
 
 if TYPE_CHECKING:
@@ -37,11 +38,16 @@ class SegmentDecoder:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
         state = self._model.new_state(inputs.shape[0])
-        reading = self._model.loop()(inputs, state, hidden_from=0, keep_open=False)
+        packed = documents_in(inputs.real, seq_idx, position_ids, cu_seq_lens_q)
+        loop = PackedLoop(self._model, inputs, packed) if packed else self._model.loop()
+        reading = loop(inputs, state, hidden_from=0, keep_open=False)
         return BaseModelOutputWithPast(last_hidden_state=reading.hidden)
 
     def __getattr__(self, name: str) -> Any:

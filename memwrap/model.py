@@ -19,16 +19,8 @@ from memwrap.decoder import MemoryModules, SegmentDecoder
 from memwrap.fingerprints import fingerprint
 from memwrap.generation import MemoryGenerationMixin
 from memwrap.memories.base import Memory, Sizes
-from memwrap.reading import (
-    IGNORED,
-    Inputs,
-    Loop,
-    as_batch,
-    check_fit,
-    check_inputs,
-    refuse_unknown,
-    shift_targets,
-)
+from memwrap.packing import PackedLoop, documents_in, targets_of
+from memwrap.reading import Inputs, Loop, as_batch, check_fit, check_inputs, refuse_unknown
 from memwrap.registry import config_class, memory_class
 from memwrap.saving import SavingMixin, plain_name
 from memwrap.segments import SegmentReader
@@ -247,6 +239,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         memory_control: str | MemoryState | None = None,
         return_logits: bool | None = None,
         remember: bool = True,
+        seq_idx: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
@@ -256,7 +249,9 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             input_ids: `(B, T)` new tokens; they continue `past_key_values`.
             attention_mask: `(B, T)` or longer (its last T columns count); padding may stand
                 before and after a row's tokens.
-            position_ids: ignored; positions restart in every segment.
+            position_ids: `(B, T)`. Where they do not go on by one a new document begins, which
+                is read as if it had a row alone (`memwrap.packing`); otherwise they are ignored,
+                as positions restart in every segment. Collators' `cu_seq_lens_q` do the same.
             past_key_values: the state to continue. It moves on in place, at the end.
             inputs_embeds: `(B, T, D)` instead of `input_ids`.
             labels: `(B, T)`, shifted inside; -100 is ignored.
@@ -268,6 +263,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             return_logits: with labels, logits are left out unless this is true or
                 `logits_to_keep` is given: those of a long document do not fit.
             remember: False leaves the last segment open however long it grows.
+            seq_idx: `(B, T)`, a number for each document of a packed row.
             shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
                 the keywords: transformers' Trainer takes every named "label" for a needed one.
 
@@ -275,21 +271,23 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             `loss`, `logits` `(B, T, V)` (zeros at padding) or None, `past_key_values`.
 
         Raises:
-            ValueError: for misshapen inputs, a mask with a hole, or a state of another model.
+            ValueError: for misshapen inputs, a mask with a hole, a state of another model, or
+                packed documents with a state.
         """
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels, ends = kwargs.pop("shift_labels", None), kwargs.pop("cu_seq_lens_q", None)
         refuse_unknown(kwargs, type(self).forward)
         inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
-        targets = self._targets(inputs, labels, shift_labels)
+        documents = documents_in(inputs.real, seq_idx, position_ids, ends)
+        targets = targets_of(inputs, labels, shift_labels, documents)
         if use_cache is None:
-            use_cache = targets is None or not self.training
+            use_cache = documents is None and (targets is None or not self.training)
         state = self._state_of(past_key_values, inputs)
         if state.hold_open != (not remember):
             state = state.clone()
             state.hold_open = not remember
         self._check_control(memory_control, state, inputs)
         first = _first_column(logits_to_keep, inputs)
-        loop = self.loop()
+        loop = self.loop() if documents is None else PackedLoop(self, inputs, documents)
         reading = loop(
             inputs,
             state,
@@ -333,21 +331,6 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 "agree (state.repeat, state.select)."
             )
         return given
-
-    def _targets(
-        self, inputs: Inputs, labels: Tensor | None, shift_labels: Tensor | None
-    ) -> Tensor | None:
-        given = shift_labels if shift_labels is not None else labels
-        if given is None:
-            return None
-        if given.shape != inputs.real.shape:
-            raise ValueError(
-                f"The labels have shape {tuple(given.shape)}, the input {tuple(inputs.shape)}; "
-                "they must agree."
-            )
-        if shift_labels is not None:
-            return shift_labels.masked_fill(~inputs.real.to(shift_labels.device), IGNORED)
-        return shift_targets(given, inputs.real)
 
     def _check_control(
         self, control: str | MemoryState | None, state: MemoryState, inputs: Inputs

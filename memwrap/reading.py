@@ -244,7 +244,7 @@ class Loop:
             loss_sum = torch.zeros((), device=inputs.device)
         hidden = None
         if hidden_from is not None:
-            hidden = _assemble(pieces, inputs, hidden_from, self.reader.backbone, collect)
+            hidden = assemble(pieces, inputs, hidden_from, self.reader.backbone, collect)
         count = 0 if targets is None else int((targets != IGNORED).sum()) + named
         return Reading(hidden, loss_sum, count, new)
 
@@ -413,7 +413,7 @@ def _wanted_pieces(hidden: Tensor, columns: Tensor, first: int) -> list[tuple[Te
     return [(hidden[rows.to(hidden.device), places.to(hidden.device)], index)]
 
 
-def _assemble(
+def assemble(
     pieces: list[tuple[Tensor, Tensor]],
     inputs: Inputs,
     first: int,

@@ -32,6 +32,7 @@ FLOORS = (
         "library",
         "mixing",
         "model",
+        "packing",
         "planning",
         "reading",
         "saving",

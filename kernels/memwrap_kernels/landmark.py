@@ -45,7 +45,8 @@ def attention(
         places: `(B, Tq)` positions of the queries among the keys; the last Tq by default.
         landmark: `(B, Tq)` bool, queries that are landmarks and do not see their own key; by
             place by default.
-        valid: `(B, Tk)` bool, keys that are no padding.
+        valid: `(B, Tk)` bool, keys that are no padding. An earlier section without a token has no
+            share.
         documents: `(B, N)`, the document of each section; the sections of one lie together.
         softcap, window: must be None.
 
@@ -243,7 +244,7 @@ def retrieved(
         q: `(B, H, T, R, Dk)`, the query as each of its blocks sees it.
         keys, values: `(B, Hkv, N, m, Dk)` and `(B, Hkv, N, m, Dv)`, on q's device.
         landmarks: `(B, Hkv, N, Dk)`.
-        valid: `(B, N, m)` bool.
+        valid: `(B, N, m)` bool; a block without a token has no share.
         ids: `(B, H, T, R)`, or `(B, H, 1, R)` for all queries; N for none.
         scaling, softcap: of the scores.
 

@@ -42,7 +42,7 @@ def _gradients(
         product = tl.sum(weights * dp, 1)
         value = tl.sum(tl.where((n == M)[None, :], raw, 0.0), 1)
     value = _landmark(
-        q, k, value, j0, end, p, last, there, start, k_t, scale, M, D, BD, JOINED, DIAGONAL,
+        q, k, value, inner, j0, end, p, last, there, start, k_t, scale, M, D, BD, JOINED, DIAGONAL,
         HAS_STARTS, HAS_VALID,
         PRECISION,
     )  # fmt: skip

@@ -72,8 +72,9 @@ def retrieved_kernel(
                 part = part * decay + tl.sum(weights[:, None] * value.to(tl.float32), 0)
                 inner = inner * decay + tl.sum(weights, 0)
                 most = new
+            gate = tl.where(inner == 0.0, -float("inf"), gate)  # no token: no share
             new = tl.maximum(top, gate)
-            decay, share = tl.exp(top - new), tl.exp(gate - new)
+            decay, share = tl.exp(top - _shift(new)), tl.exp(gate - _shift(new))
             total = total * decay + part * (share / tl.where(inner == 0.0, 1.0, inner))
             mass = mass * decay + share
             top = new

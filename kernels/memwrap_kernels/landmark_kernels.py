@@ -68,13 +68,13 @@ def _column(x):
 
 @triton.jit
 def _landmark(
-    q, k, own, j0, end, p, last, there, start, k_t, scale, M: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr,
+    q, k, own, inner, j0, end, p, last, there, start, k_t, scale, M: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
     JOINED: tl.constexpr, DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the landmark of the section at j0; -inf where it is not an earlier one. JOINED:
-    they are known."""
+    """Scores of the landmark of the section at j0; -inf where it is not an earlier one, or has no
+    token that is seen (a sum of weights `inner` of 0). JOINED: they are known."""
     if not JOINED:
         mark = _mark(k, j0 + M, end, k_t, D, BD)
         own = tl.sum(dot(q, tl.trans(mark), PRECISION), 1) * scale
@@ -84,7 +84,7 @@ def _landmark(
         own = tl.where(start <= j0 + M, own, -float("inf"))
     if HAS_VALID:
         real = tl.load(there + j0 + M, mask=j0 + M < end, other=0) != 0
-        own = tl.where(real, own, -float("inf"))
+        own = tl.where(real & (inner > 0.0), own, -float("inf"))
     return own
 
 
@@ -152,7 +152,7 @@ def _forward_section(
         inner = tl.sum(_weights(x, most), 1)
         value = tl.sum(tl.where((n == M)[None, :], raw, 0.0), 1)
     value = _landmark(
-        q, k, value, j0, end, p, last, there, start, k_t, scale, M, D, BD, JOINED, DIAGONAL,
+        q, k, value, inner, j0, end, p, last, there, start, k_t, scale, M, D, BD, JOINED, DIAGONAL,
         HAS_STARTS, HAS_VALID,
         PRECISION,
     )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from memwrap.backbones import LayerAttention, Rows
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
 from memwrap.ops import infllm as ops
+from memwrap.ops.fetching import ahead
 from memwrap.ops.pages import SlotCache, append, number_of, put, take
 from memwrap.ops.rows import earliest, latest, right_valid
 from memwrap.ops.rows import take as take_rows
@@ -20,6 +23,7 @@ from memwrap.trees import HOST, STORE, Tree
 # Queries that attend together: the units that any of them selected are laid out at once.
 QUERIES_AT_ONCE = 128
 HELD = ("key", "value")
+Units = tuple[Tensor, ...]
 UNITS_A_PAGE, REPRESENTATIVES_A_PAGE = 16, 256
 
 
@@ -100,7 +104,6 @@ class Selection:
     Attributes:
         marks: `(B, 1 + S, N)` bool; the first are those that were selected before the step.
         index: `(B, T)`, the selection under which each query stands.
-        units: the store of units and their number.
     """
 
     marks: Tensor
@@ -175,10 +178,11 @@ class InfLLMMemory(Memory):
         outputs = []
         received: Any = 0
         length = attention.query.shape[2]
-        for start in range(0, length, QUERIES_AT_ONCE):
-            stop = min(length, start + QUERIES_AT_ONCE)
-            part = attention if stop - start == length else attention.part(start, stop)
-            out, scores = self._attend_part(layer, part, state, selection, slice(start, stop))
+        starts = range(0, length, QUERIES_AT_ONCE)
+        parts = [slice(start, min(length, start + QUERIES_AT_ONCE)) for start in starts]
+        for own, units in zip(parts, self._fetched(layer, state, selection, parts), strict=True):
+            part = attention if len(parts) == 1 else attention.part(own.start, own.stop)
+            out, scores = self._attend_part(part, state, units)
             outputs.append(out)
             received = received + scores if scores is not None else None
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
@@ -228,12 +232,7 @@ class InfLLMMemory(Memory):
         return Selection(marks, index), noted
 
     def _attend_part(
-        self,
-        layer: int,
-        attention: LayerAttention,
-        state: Tree,
-        selection: Selection | None,
-        columns: slice,
+        self, attention: LayerAttention, state: Tree, units: Units | None
     ) -> tuple[Tensor, Tensor | None]:
         """The output of some queries, and the score that recent and own columns received from
         them, `(B, H, recent + K)`."""
@@ -243,16 +242,14 @@ class InfLLMMemory(Memory):
         positions = torch.arange(-count, 0, device=there.device).expand(len(there), -1)
         distance = places.queries[:, :, None] - positions[:, None]
         near = there[:, None] & (distance < reach)
-        rows = self._far_rows(
-            layer, attention, state, selection, columns, (recent, there, distance)
-        )
+        rows = self._far_rows(attention, state, units, (recent, there, distance))
         far = sum(r.positions.shape[1] for r in rows)
         if count:
             rows.append(Rows(recent["key"], recent["value"], positions, near))
         local = places.queries[:, :, None] - places.keys[:, None] < reach
-        counting = selection is not None and self.config.score == "attention"
+        counting = units is not None and self.config.score == "attention"
         out, weights = attention.join(*rows, local=local, weights=counting)
-        if selection is None:
+        if units is None:
             return out, None
         if weights is not None and counting:
             seen = weights.detach()[..., far:].to(state["score"].dtype)
@@ -266,17 +263,12 @@ class InfLLMMemory(Memory):
         return out, ops.received_products(query, attention.rotated(keys, place), seen)
 
     def _far_rows(
-        self,
-        layer: int,
-        attention: LayerAttention,
-        state: Tree,
-        selection: Selection | None,
-        columns: slice,
+        self, attention: LayerAttention, state: Tree, units: Units | None,
         around: tuple[Tree, Tensor, Tensor],
-    ) -> list[Rows]:
+    ) -> list[Rows]:  # fmt: skip
         """What stands at the constant distance: units, sinks, and tokens past the window."""
         config, window = self.config, self.config.window_size
-        if selection is None and attention.window is not None:
+        if units is None and attention.window is not None:
             return []
         recent, there, distance = around
         batch, length = distance.shape[:2]
@@ -284,7 +276,7 @@ class InfLLMMemory(Memory):
         # Only the first columns can be past the window: a place is less than K.
         past = max(0, min(there.shape[1], there.shape[1] + attention.value.shape[2] - window))
         gone = there[:, None, :past] & (distance[..., :past] >= window)
-        if selection is None:
+        if units is None:
             absolute = tokens[:, None] + torch.arange(-there.shape[1], 0, device=tokens.device)
             gone &= (absolute[:, :past] < config.num_sinks)[:, None]
         elif config.window_mask == "published":
@@ -296,8 +288,8 @@ class InfLLMMemory(Memory):
         keys = [state["sink_key"], recent["key"][:, :, :past]]
         values = [state["sink_value"], recent["value"][:, :, :past]]
         seen = [visible[:, None].expand(-1, length, -1), gone]
-        if selection is not None:
-            key, value, shown = self._units(layer, state, selection, columns)
+        if units is not None:
+            key, value, shown = units
             keys, values, seen = [key, *keys], [value, *values], [shown, *seen]
         mask = torch.cat(seen, 2)
         if not mask.shape[2] or not bool(mask.any()):
@@ -308,9 +300,18 @@ class InfLLMMemory(Memory):
         )
         return [Rows(torch.cat(keys, 2), torch.cat(values, 2), still, mask, query_positions)]
 
-    def _units(
-        self, layer: int, state: Tree, selection: Selection, columns: slice
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _fetched(
+        self, layer: int, state: Tree, selection: Selection | None, parts: list[slice]
+    ) -> Iterable[Units | None]:
+        """What each part of the queries sees of the units; from the host one part ahead."""
+        if selection is None:
+            return [None] * len(parts)
+        fetches = [partial(self._units, layer, state, selection, own) for own in parts]
+        if layer in self.slots and not torch.is_grad_enabled():
+            return ahead(fetches, selection.index.device)
+        return (fetch() for fetch in fetches)
+
+    def _units(self, layer: int, state: Tree, selection: Selection, columns: slice) -> Units:
         """Keys and values `(B, Hkv, U b, D)` of the units that any of the queries selected, and
         which query sees which token `(B, T, U b)`."""
         block = self.config.block_size

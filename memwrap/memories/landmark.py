@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from memwrap.backbones import LayerAttention
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
 from memwrap.ops import landmark as ops
+from memwrap.ops.fetching import ahead, used_blocks
 from memwrap.ops.rows import take
 from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.trees import HOST, Tree
 
 # Buffers grow by so many blocks, so that a short text does not take the room of a long one.
 GROWTH = 16
+HELD = ("key", "value")
 
 
 @dataclass(kw_only=True)
@@ -112,8 +115,9 @@ class LandmarkMemory(Memory):
             if self.retrieves(layer):
                 shape = (batch_size, own.num_kv_heads, room)
                 block = (*shape, config.block_size)
-                tree["key"] = torch.zeros(*block, own.key_dim, device=far, **make)
-                tree["value"] = torch.zeros(*block, own.value_dim, device=far, **make)
+                held = tree.setdefault(HOST, {}) if config.offload else tree
+                held["key"] = torch.zeros(*block, own.key_dim, device=far, **make)
+                held["value"] = torch.zeros(*block, own.value_dim, device=far, **make)
                 tree["landmark"] = torch.zeros(*shape, own.key_dim, device=device, **make)
                 tree["valid"] = torch.zeros(
                     batch_size, 1, room, config.block_size, dtype=torch.bool, device=device
@@ -171,8 +175,9 @@ class LandmarkMemory(Memory):
         order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :room]
         filled = _filled(count, order.shape[1])
         result: Tree = {"count": count}
+        held = {**state, **self._held(state)}
         for name, rows in new.items():
-            old = state[name]
+            old = held[name]
             rows = torch.cat([old, rows.to(old.device, old.dtype)], 2)
             picked = take(rows.flatten(3), order.to(old.device), filled.to(old.device))
             picked = picked.to(old.dtype).unflatten(3, old.shape[3:])
@@ -180,11 +185,16 @@ class LandmarkMemory(Memory):
             if short > 0:
                 empty = picked.new_zeros(*picked.shape[:2], short, *picked.shape[3:])
                 picked = torch.cat([picked, empty], 2)
-            result[name] = picked
+            far = self.config.offload and name in HELD
+            (result.setdefault(HOST, {}) if far else result)[name] = picked
         if "best" in state:
             best = state["best"]
             result["best"] = best.new_zeros(*best.shape[:2], room)
         return result
+
+    def _held(self, state: Tree) -> Tree:
+        """Where the stored blocks' keys and values are."""
+        return state[HOST] if self.config.offload else state
 
     def _any(self, attention: LayerAttention, state: Tree) -> bool:
         """Whether any row has stored blocks; asked once a step."""
@@ -265,15 +275,16 @@ class LandmarkMemory(Memory):
         """What the queries read in their blocks, for `merge`."""
 
         def part(keys: Tensor, values: Tensor, landmarks: Tensor, piece: slice, own: Tensor) -> Any:
-            q = self._queries(attention, piece)
-            back = ops.read_slots(own, state["count"], self.config.top_k) - 1
-            index = back[..., None].expand(*q.shape[:3], -1, q.shape[-1])
+            q = self._turned(attention, state, piece, own)
             return ops.retrieved(
-                q.gather(3, index), keys, values, landmarks, state["valid"].squeeze(1), own,
+                q, keys, values, landmarks, state["valid"].squeeze(1), own,
                 attention.scaling, attention.seen.softcap,
             )  # fmt: skip
 
-        tensors = state["key"], state["value"], state["landmark"]
+        if self.config.offload and not torch.is_grad_enabled():
+            return self._past_fetched(attention, state, ids)
+        held = self._held(state)
+        tensors = held["key"], held["value"], state["landmark"]
         pieces = self._pieces(attention, state)
         each = sum(t[0, 0, 0].numel() for t in tensors) * self.config.top_k
         again = each * attention.seen.query[..., 0].numel() > ops.SAVED
@@ -284,6 +295,47 @@ class LandmarkMemory(Memory):
         if len(found) == 1:
             return found[0]
         return torch.cat([out for out, _ in found], 2), torch.cat([log for _, log in found], 2)
+
+    def _turned(self, attention: LayerAttention, state: Tree, piece: slice, own: Tensor) -> Tensor:
+        """Queries `(B, H, T, R, Dk)` as each of the blocks `own` sees them."""
+        q = self._queries(attention, piece)
+        back = ops.read_slots(own, state["count"], self.config.top_k) - 1
+        return q.gather(3, back[..., None].expand(*q.shape[:3], -1, q.shape[-1]))
+
+    def _past_fetched(
+        self, attention: LayerAttention, state: Tree, ids: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`_past` of blocks in the host's memory, one KV head after the other: the blocks of the
+        next come over while one is read. A single token reads all heads at once."""
+        held, heads, groups = self._held(state), state["landmark"].shape[1], attention.groups
+        at_once = heads if attention.seen.query.shape[2] == 1 else 1
+        pieces = self._pieces(attention, state)
+        work = [(n, first) for n in range(len(pieces)) for first in range(0, heads, at_once)]
+
+        def fetch(n: int, first: int) -> tuple[Tensor, ...]:
+            own = slice(first, first + at_once)
+            chosen = ids[n][:, own.start * groups : own.stop * groups]
+            # Heads are rows here: each has blocks of its own.
+            far = (held[name][:, own].flatten(0, 1) for name in HELD)
+            valid = state["valid"].expand(-1, heads, -1, -1)[:, own].flatten(0, 1)
+            chosen = chosen.unflatten(1, (-1, groups)).flatten(0, 1)
+            return used_blocks(chosen, valid, state["landmark"][:, own].flatten(0, 1), *far)
+
+        outputs: list[list[Tensor]] = [[] for _ in pieces]
+        logs: list[list[Tensor]] = [[] for _ in pieces]
+        fetched = ahead([partial(fetch, *what) for what in work], attention.value.device)
+        for (n, first), found in zip(work, fetched, strict=True):
+            own, valid, landmarks, keys, values = found
+            if not first:
+                turned = self._turned(attention, state, pieces[n], ids[n])
+            q = turned[:, first * groups : (first + at_once) * groups]
+            q = q.unflatten(1, (-1, groups)).flatten(0, 1)
+            one = (t[:, None] for t in (keys, values, landmarks))
+            result = ops.retrieved(q, *one, valid, own, attention.scaling, attention.seen.softcap)
+            for part, into in zip(result, (outputs[n], logs[n]), strict=True):
+                into.append(part.unflatten(0, (-1, at_once)).flatten(1, 2))
+        out, log = (torch.cat([torch.cat(p, 1) for p in x], 2) for x in (outputs, logs))
+        return out, log
 
     def _blocks(self, attention: LayerAttention, state: Tree) -> tuple[Tree, Tensor]:
         """The segment's blocks as they are stored, `(B, Hkv, S, ...)`, and which are there."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops.fetching import moved
 from memwrap.ops.landmark_naive import attention_naive, grouped_softmax, retrieved_naive
 
 __all__ = [
@@ -64,7 +65,8 @@ def attention(
         places: `(B, T)` of the queries; default: the last T of K.
         landmark: `(B, T)` bool, queries that are landmarks: they do not see their own key. Default:
             by place. One that closes a partial block has to be said.
-        valid: `(B, K)` bool; False is padding.
+        valid: `(B, K)` bool; False is padding. An earlier block of nothing but padding has no
+            share, whatever its landmark is.
         documents: `(B, N)`, the document of each block: a query sees blocks of its own one.
         softcap: scores x become `softcap tanh(x / softcap)`.
         window: a query sees so many of its own block's last tokens.
@@ -284,7 +286,7 @@ def retrieved(
         q: `(B, H, T, R, Dk)`, the query as each of its blocks sees it.
         keys, values: `(B, Hkv, N, m, Dk)` and `(B, Hkv, N, m, Dv)`, on any device.
         landmarks: `(B, Hkv, N, Dk)`.
-        valid: `(B, N, m)` bool.
+        valid: `(B, N, m)` bool; a block without a token is as one that is not there.
         ids: `(B, H, T, R)`, or `(B, H, 1, R)` for all queries; N for none.
 
     Returns:
@@ -298,7 +300,9 @@ def retrieved(
     if chosen == "naive":
         return retrieved_naive(q, keys, values, landmarks, valid, ids, scaling, softcap)
     batch, heads, size = ids.shape[0], ids.shape[1], landmarks.shape[2]
-    there = ids < size
+    # A block without a token has no share, as one that is not there.
+    some = torch.nn.functional.pad(valid.any(-1), (0, 1))[:, None, None]
+    there = some.expand(*ids.shape[:3], -1).gather(-1, ids.clamp_max(size))
     kv = torch.arange(heads, device=ids.device) // (heads // landmarks.shape[1])
     row = torch.arange(batch, device=ids.device)[:, None] * landmarks.shape[1] + kv
     flat = row[..., None, None] * size + ids.clamp_max(size - 1)
@@ -379,11 +383,8 @@ def _rows(x: Tensor, flat: Tensor, device: torch.device | None = None) -> Tensor
     if device is None or x.device == device:
         return source.index_select(0, flat.flatten()).view(*flat.shape, *x.shape[3:])
     needed, place = flat.unique(return_inverse=True)
-    picked = source.index_select(0, needed.to(x.device))
-    if device.type == "cuda" and not picked.requires_grad:  # pinning has no gradient
-        picked = picked.pin_memory()
-    moved = picked.to(device, non_blocking=True)
-    return moved.index_select(0, place.flatten()).view(*flat.shape, *x.shape[3:])
+    near = moved(source.index_select(0, needed.to(x.device)), device)
+    return near.index_select(0, place.flatten()).view(*flat.shape, *x.shape[3:])
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> Tensor:

@@ -17,7 +17,8 @@ def grouped_softmax(
     """Attention weights where landmarks stand anywhere.
 
     A landmark belongs to the section that it closes. The landmark of a query's own section has no
-    weight. A landmark whose section has no visible token keeps its share, which is lost.
+    weight. A landmark whose section has no visible token keeps its share, which is lost, as
+    published; `attention` and `retrieved` leave such a section out.
 
     Args:
         scores: `(B, H, T, K)`.
@@ -113,7 +114,7 @@ def retrieved_naive(
                 row = ids[b, h, t if ids.shape[2] > 1 else 0].tolist()
                 parts, gates = [], []
                 for r, block in enumerate(row):
-                    if block >= size:
+                    if block >= size or not valid[b, block].any():
                         continue
                     here = valid[b, block].nonzero().flatten()
                     one = q[b, h, t, r][None, None, None]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memwrap.ops.fetching import moved
+
 Pages = dict[str, dict[str, Tensor]]
 
 
@@ -117,7 +119,7 @@ class SlotCache:
     ) -> list[Tensor]:
         """As `take`, on `device`."""
         if torch.is_grad_enabled():  # what is held here belongs to no graph
-            return [_moved(t, device) for t in take(pages, names, rows, entries, size)]
+            return [moved(t, device) for t in take(pages, names, rows, entries, size)]
         if not self._buffers or self._buffers[0].device != device:
             self._held.clear()
             with torch.inference_mode(False):  # written in whatever mode comes later
@@ -141,7 +143,7 @@ class SlotCache:
         self.misses += len(missing)
         where = [rows[i] for i in missing], [entries[i] for i in missing]
         fetched = take(pages, names, *where, size)
-        fetched = [_moved(t, device) for t in fetched]
+        fetched = [moved(t, device) for t in fetched]
         place = torch.tensor(places, dtype=torch.long, device=device)
         result = []
         for buffer, new in zip(self._buffers, fetched, strict=True):
@@ -176,9 +178,3 @@ class SlotCache:
 
     def _taken(self) -> set[int]:
         return {slot for slot, _ in self._held.values()}
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda" and not tensor.requires_grad:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from memwrap.memories.base import MemoryConfig
 from memwrap.model import MemoryModelForCausalLM
+from memwrap.packing import unpacked
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.batches import (
     IGNORED,
@@ -139,7 +140,7 @@ class MemoryTrainer(Trainer):
         return self.args.segments_at(self.state.global_step)
 
     def prepare_batch(self, batch: Batch, trim: bool = True) -> Batch:
-        """The batch as it is trained on: aligned, trimmed, `loss_on="last"` masked.
+        """The batch as it is trained on: a row a document, aligned, trimmed; `loss_on` is heeded.
 
         Done before the Trainer counts targets, so that the loss is divided by what is really
         predicted. A batch without labels comes back as it is; preparing twice changes nothing.
@@ -150,6 +151,7 @@ class MemoryTrainer(Trainer):
         """
         if not has_labels(batch):
             return batch
+        batch = unpacked(batch)
         config, segments = self._config, self.segments_now() if trim else None
         if not config.count_padding:
             batch = left_aligned(batch)

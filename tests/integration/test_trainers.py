@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    DataCollatorWithFlattening,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -58,8 +59,8 @@ def llama() -> LlamaForCausalLM:
 def wrapped(name: str = "armt", base: Any = None, **settings: Any) -> Any:
     base = llama() if base is None else base
     torch.manual_seed(1)
-    own = {"num_memory_tokens": 2} | ({"d_mem": 8} if name == "armt" else {})
-    return memwrap.wrap(base, name, **{"segment_size": 8} | own | settings)
+    own = {"rmt": {"num_memory_tokens": 2}, "armt": {"num_memory_tokens": 2, "d_mem": 8}}
+    return memwrap.wrap(base, name, **{"segment_size": 8} | own.get(name, {}) | settings)
 
 
 def documents(lengths: list[int]) -> list[dict[str, Tensor]]:
@@ -164,6 +165,59 @@ def test_sft_loss_equals_ours(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
             **{k: batch[k] for k in ("input_ids", "attention_mask", "labels") if k in batch}
         )
     assert abs(one.loss.item() - want) > 1e-3
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_packed_documents_train_as_rows_do(tmp_path: Path, ours: bool) -> None:
+    """transformers' packing collator beside a padded batch of the same documents."""
+    results = []
+    settings = SETTINGS | {
+        "max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "per_device_train_batch_size": 4
+    }  # fmt: skip
+    for collator in (DocumentCollator(), DataCollatorWithFlattening()):
+        model = wrapped("armt", bptt_segments=2, value_init="normal")
+        kind, arguments = (MemoryTrainer, MemoryTrainingArguments) if ours else (
+            Trainer, TrainingArguments
+        )  # fmt: skip
+        trainer = kind(
+            model=model, args=arguments(output_dir=str(tmp_path), **settings),
+            data_collator=collator, train_dataset=documents([30, 5, 9, 26]),
+            eval_dataset=documents([30, 5, 9, 26]),
+        )  # fmt: skip
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert losses_of(trainer)[0] == pytest.approx(before, rel=1e-5)
+        results.append((losses_of(trainer)[0], model.state_dict()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for name, value in results[0][1].items():
+        assert torch.allclose(value, results[1][1][name], atol=1e-6), name
+
+
+def test_sft_packs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    lengths = (20, 9, 14, 30)
+    texts = [" ".join(f"w{(7 * n + j * j) % 60}" for j in range(n)) for n in lengths]
+    model = wrapped("landmark", block_size=4)
+    settings = SETTINGS | {"per_device_train_batch_size": 2, "max_steps": 1}
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(tmp_path), max_length=48, packing=True, bf16=False, **settings
+        ),
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["position_ids"] == 0).sum() == len(lengths) and len(batch["input_ids"]) == 1
+    with torch.no_grad():
+        rows = batch["input_ids"][0].split(batch["position_ids"][0].eq(0).nonzero().diff(
+            dim=0, append=torch.tensor([[batch["input_ids"].shape[1]]])).flatten().tolist()
+        )  # fmt: skip
+        alone = [model(r[None], labels=r[None], num_items_in_batch=1).loss.item() for r in rows]
+    trainer.train()
+    want = sum(alone) / sum(len(r) - 1 for r in rows)
+    assert losses_of(trainer)[0] == pytest.approx(want, rel=1e-5)
 
 
 def peft_around(model: Any) -> Any:

@@ -36,7 +36,8 @@ def reference(
         real = real & (documents[:, section][:, None] == mine[:, :, None])[:, None]
     own = (section == p // stride) & (j <= last) & ~marks & real
     earlier = (section < p // stride) & real
-    outer = (own | (earlier & marks)).expand(x.shape)
+    tokens_of = torch.stack([(earlier & ~marks & (section == s)).any(-1) for s in section], -1)
+    outer = (own | (earlier & marks & tokens_of)).expand(x.shape)
     lse = x.masked_fill(~outer, -torch.inf).logsumexp(-1)
     top = (x - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp().masked_fill(~outer, 0.0)
     weights = top.masked_fill(marks, 0.0)
@@ -70,6 +71,8 @@ def more(name: str, batch: int, queries: int, tokens: int, block_size: int) -> d
         found["documents"] = documents.to(DEVICE)
     if "valid" in name:
         found["valid"] = draw(batch, tokens, seed=4) > -0.8
+        found["valid"][0, :block_size] = False  # a section of nothing but its landmark
+        found["valid"][0, block_size] = True
     if "places" in name:  # rows that lag behind, and a landmark that closes its section early
         places = torch.arange(tokens - queries, tokens) - 3 * torch.arange(batch)[:, None]
         found["places"] = places.clamp_min(0).to(DEVICE)
@@ -212,6 +215,8 @@ def test_chosen_blocks(shared: bool, softcap: float | None, dtype: torch.dtype) 
                     if block == blocks:
                         continue
                     query, here = q[b, h, t, r].double(), valid[b, block]
+                    if not here.any():  # no token: no share
+                        continue
                     gates.append(capped(marks[b, h // 2, block].double() @ query * 0.4))
                     x = capped(keys[b, h // 2, block][here].double() @ query * 0.4)
                     parts.append(x.softmax(0) @ values[b, h // 2, block][here].double())

@@ -115,7 +115,33 @@ def test_the_options_differ() -> None:
         for name in ("chunk", "first layer", "few", "one layer"):
             other = model_of(**OPTIONS[name])(TEXT).logits
             assert error_of(other[:, 2 * SEGMENT :], plain[:, 2 * SEGMENT :]) > 1e-3, name
-        assert torch.equal(model_of(offload=True)(TEXT).logits, plain)
+
+
+@torch.no_grad()
+def test_offloaded_blocks_stay_on_the_host_and_change_nothing(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, far = model_of(), model_of(offload=True)
+    want = plain(TEXT).logits
+    assert_close(far(TEXT).logits, want, 1e-6)
+    with monkeypatch.context() as patch:  # many pieces of the queries, a head at a time
+        patch.setattr(ops, "AT_ONCE", 2 * 4 * 130)
+        assert_close(far(TEXT).logits, want, 1e-6)
+    with memwrap.ops.backend("naive"):
+        assert_close(far(TEXT).logits, want)
+    state = far.read(TEXT)
+    moved = state.to("meta").memories["landmark"]["layers"]["1"]
+    assert moved["landmark"].device.type == moved["valid"].device.type == "meta"
+    assert {t.device.type for t in moved["host"].values()} == {"cpu"}
+    state.save(tmp_path / "state.safetensors")
+    again = type(state).load(tmp_path / "state.safetensors", far)
+    assert_same_states(again, state, 0.0)
+    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    question = TEXT[:1, :3]
+    answers = [
+        m.generate(question, past_key_values=m.read(TEXT[:1]), **settings) for m in (plain, far)
+    ]
+    assert torch.equal(*answers)
 
 
 def test_a_call_that_chooses_together_is_not_causal() -> None:

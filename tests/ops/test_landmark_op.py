@@ -97,6 +97,34 @@ def test_the_weights_are_those_of_the_paper() -> None:
     assert p.sum().item() == pytest.approx(1)
 
 
+def test_a_block_without_a_token_has_no_share() -> None:
+    """Padding but for its landmark: the result is that of the text without the block."""
+    q, k, v = (t[:, :, -3:] if n == 0 else t for n, t in enumerate(tensors()))
+    valid = torch.ones(2, 11, dtype=torch.bool)
+    valid[:, 4:7] = False  # the second of blocks of 3; its landmark, place 7, stays
+    (out, log), (want, want_log) = both(ops.attention, q, k, v, 3, valid=valid)
+    assert_close(out, want, 1e-12)
+    assert_close(log, want_log, 1e-12)
+    rest = [*range(4), *range(8, 11)]
+    alone, alone_log = ops.attention(q, k[:, :, rest], v[:, :, rest], 3)
+    assert_close(out, alone, 1e-12)
+    assert_close(log, alone_log, 1e-12)
+    keys, values, landmarks, here = stored()
+    here[:, 1] = False
+    g = torch.Generator().manual_seed(4)
+    asked = torch.randn(2, 4, 6, 2, 4, generator=g, dtype=torch.float64)
+    for length in (1, 6):  # one choice for all, one for each
+        ids = torch.randint(0, 6, (2, 4, length, 2), generator=g)
+        ids[0, 0] = 1
+        args = (keys, values, landmarks, here)
+        got, want = both(ops.retrieved, asked, *args, ids, 0.6)
+        apart = ops.retrieved(asked, *args, ids.masked_fill(ids == 1, 5), 0.6)
+        for a, b, c in zip(got, want, apart, strict=True):
+            assert_close(a, b, 1e-12)
+            assert_close(a, c, 1e-12)
+        assert float(got[0][0, 0].abs().max()) == 0
+
+
 @pytest.mark.parametrize("name", ["plain", "scaled"])
 def test_gradients(name: str) -> None:
     q, k, v = (t.requires_grad_() for t in tensors(1, 2, 1, 4, 8))
