@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +20,53 @@ IGNORED = -100
 _LOGITS_AT_ONCE = 2**26
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """Last hidden states of a model with the same head, whose distribution is to be followed.
+
+    The loss of a target gets `weight * temperature^2 * KL(teacher || student)` beside the cross
+    entropy, both distributions at that temperature (Hinton et al. 2015, arXiv 1503.02531).
+
+    Attributes:
+        hidden: `(B, T, D)` for every column.
+        weight: of the divergence.
+        temperature: by which both models' logits are divided.
+    """
+
+    hidden: Tensor
+    weight: float = 1.0
+    temperature: float = 1.0
+
+    def at(self, step: Step) -> Teacher:
+        """Of a step's columns."""
+        columns = step.columns.clamp_min(0).to(self.hidden.device)
+        rows = torch.arange(len(columns), device=columns.device)[:, None]
+        return replace(self, hidden=self.hidden[rows, columns])
+
+
+def check_teacher(teacher: Any, shape: tuple[int, ...]) -> Teacher | None:
+    """The teacher of a call over `shape` `(B, T)` tokens, or None.
+
+    Raises:
+        ValueError: if it is none, or of other tokens.
+    """
+    if teacher is None or (isinstance(teacher, Teacher) and teacher.hidden.shape[:2] == shape[:2]):
+        return teacher
+    got = tuple(teacher.hidden.shape) if isinstance(teacher, Teacher) else type(teacher).__name__
+    raise ValueError(f"`teacher` is {got}; it must be a Teacher of {tuple(shape[:2])} tokens.")
+
+
 @dataclass
 class Wanted:
     """What a step is to give: the loss of `targets` `(B, N)`, or what `collect` names of the
-    columns from `first` on. `mixing`: the memory at the logits place takes part."""
+    columns from `first` on. `mixing`: the memory at the logits place takes part. `teacher`: of
+    the step's columns."""
 
     targets: Tensor | None
     collect: str
     first: int | None
     mixing: bool
+    teacher: Teacher | None = None
 
     def places(self, step: Step) -> Tensor:
         """The step's columns of which logits are needed."""
@@ -73,23 +113,36 @@ class Head:
         name, memory = self.mixer
         return memory.mix(logits, on, states[name])
 
-    def cross_entropy(
-        self, out: Outcome, wanted: Tensor, states: dict[str, Tree], *, mixing: bool = True
-    ) -> Tensor:
-        """Summed cross entropy; logits exist for a part of the positions at a time. An inserted
-        token that is a target of the token before it counts too.
+    def loss(self, out: Outcome, want: Wanted, states: dict[str, Tree]) -> Tensor:
+        """Summed cross entropy, and the divergence from the teacher where there is one; logits
+        exist for a part of the positions at a time. An inserted token that is a target of the
+        token before it counts too.
 
         Args:
             out: what the step gave.
-            wanted: `(B, N)` targets, -100 for none.
+            want: targets, teacher, and whether the memory at the logits place takes part.
             states: the memories' trees before the step.
-            mixing: whether the memory at the logits place takes part.
         """
-        wanted = wanted.to(out.hidden.device)
+        wanted: Tensor = want.targets.to(out.hidden.device)  # type: ignore[union-attr]
         inserted = self._inserted(out, wanted)
-        if self.mixer is None or not mixing:
-            return self._plain(out.hidden, wanted) + inserted
-        return self._mixing(out, wanted, states) + inserted
+        if self.mixer is None or not want.mixing:
+            return self._plain(out.hidden, wanted, want.teacher) + inserted
+        return self._mixing(out, wanted, states, want.teacher) + inserted
+
+    def _of_tokens(
+        self, logits: Tensor, targets: Tensor, taught: Tensor | None, teacher: Teacher | None
+    ) -> Tensor:
+        """The sum over tokens with a target: logits `(n, V)`, targets `(n,)`, and the teacher's
+        hidden states `(n, D)`."""
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)
+        if teacher is None or taught is None:
+            return loss
+        t = teacher.temperature
+        with torch.no_grad():
+            follow = F.log_softmax(self.backbone.head(taught[None])[0].float() / t, -1)
+        own = F.log_softmax(logits.float() / t, -1)
+        apart = F.kl_div(own, follow, reduction="none", log_target=True).sum(-1)
+        return loss + teacher.weight * t * t * apart.masked_fill(targets == IGNORED, 0.0).sum()
 
     def _inserted(self, out: Outcome, wanted: Tensor) -> Tensor | float:
         if out.named is None or self.inserting is None or self.inserting.insert_id is None:
@@ -100,39 +153,44 @@ class Head:
             hidden, named.masked_fill(~where.to(wanted.device) | (wanted == IGNORED), IGNORED)
         )
 
-    def _mixing(self, out: Outcome, wanted: Tensor, states: dict[str, Tree]) -> Tensor:
+    def _mixing(
+        self, out: Outcome, wanted: Tensor, states: dict[str, Tree], teacher: Teacher | None
+    ) -> Tensor:
         places = (wanted != IGNORED).any(0).nonzero().squeeze(1)
         hidden, on = self._chosen(out, places)
         wanted = wanted.index_select(1, places)
 
-        def part(h: Tensor, o: Tensor, t: Tensor) -> Tensor:
-            logits = self._mixed(self.backbone.head(h), o, states).float()
-            return F.cross_entropy(
-                logits.flatten(0, 1), t.flatten(), reduction="sum", ignore_index=IGNORED
-            )
+        # Without a teacher its place is taken by what is not looked at.
+        taught = hidden if teacher is None else teacher.hidden.to(hidden)[:, places]
+
+        def part(h: Tensor, o: Tensor, t: Tensor, follow: Tensor) -> Tensor:
+            logits = self._mixed(self.backbone.head(h), o, states)
+            return self._of_tokens(logits.flatten(0, 1), t.flatten(), follow.flatten(0, 1), teacher)
 
         # Mixing holds some four tensors of the logits' size.
         size = max(1, _LOGITS_AT_ONCE // (4 * self.backbone.config.vocab_size * len(wanted)))
-        pieces = list(zip(*[x.split(size, 1) for x in (hidden, on, wanted)], strict=True))
+        pieces = list(zip(*[x.split(size, 1) for x in (hidden, on, wanted, taught)], strict=True))
         if not len(places):
             return hidden.float().sum()
         if len(pieces) > 1 and torch.is_grad_enabled():
             return sum(checkpoint(part, *piece, use_reentrant=False) for piece in pieces)
         return sum(part(*piece) for piece in pieces)  # type: ignore[return-value]
 
-    def _plain(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+    def _plain(self, hidden: Tensor, wanted: Tensor, teacher: Teacher | None = None) -> Tensor:
         chosen = wanted != IGNORED
+        taught = None if teacher is None else teacher.hidden.to(hidden)[chosen]
         hidden, wanted = hidden[chosen], wanted[chosen]
         head = self.backbone.head
 
-        def part(h: Tensor, t: Tensor) -> Tensor:
-            return F.cross_entropy(head(h[None])[0].float(), t, reduction="sum")
+        def part(h: Tensor, t: Tensor, follow: Tensor | None) -> Tensor:
+            return self._of_tokens(head(h[None])[0], t, follow, teacher)
 
         size = max(1, _LOGITS_AT_ONCE // self.backbone.config.vocab_size)
         if hidden.shape[0] <= size:
             # Without targets the sum is a zero that still belongs to the graph.
-            return part(hidden, wanted) if len(wanted) else hidden.float().sum()
-        pairs = zip(hidden.split(size), wanted.split(size), strict=True)
+            return part(hidden, wanted, taught) if len(wanted) else hidden.float().sum()
+        follows = repeat(None) if taught is None else taught.split(size)
+        parts = list(zip(hidden.split(size), wanted.split(size), follows, strict=False))
         if torch.is_grad_enabled():
-            return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in pairs)
-        return sum(part(h, t) for h, t in pairs)  # type: ignore[return-value]
+            return sum(checkpoint(part, *args, use_reentrant=False) for args in parts)
+        return sum(part(*args) for args in parts)  # type: ignore[return-value]

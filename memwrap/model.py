@@ -19,6 +19,7 @@ from memwrap.decoder import MemoryModules, SegmentDecoder
 from memwrap.fingerprints import fingerprint
 from memwrap.generation import MemoryGenerationMixin
 from memwrap.memories.base import Memory, Sizes
+from memwrap.mixing import check_teacher
 from memwrap.packing import PackedLoop, documents_in, targets_of
 from memwrap.reading import Inputs, Loop, as_batch, check_fit, check_inputs, refuse_unknown
 from memwrap.registry import config_class, memory_class
@@ -266,6 +267,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             seq_idx: `(B, T)`, a number for each document of a packed row.
             shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
                 the keywords: transformers' Trainer takes every named "label" for a needed one.
+            teacher: a `Teacher` whose distribution is followed beside the labels (a keyword).
 
         Returns:
             `loss`, `logits` `(B, T, V)` (zeros at padding) or None, `past_key_values`.
@@ -275,6 +277,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 packed documents with a state.
         """
         shift_labels, ends = kwargs.pop("shift_labels", None), kwargs.pop("cu_seq_lens_q", None)
+        teacher = kwargs.pop("teacher", None)
         refuse_unknown(kwargs, type(self).forward)
         inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
         documents = documents_in(inputs.real, seq_idx, position_ids, ends)
@@ -292,6 +295,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             inputs,
             state,
             targets=targets,
+            teacher=None if targets is None else check_teacher(teacher, inputs.shape),
             hidden_from=None if targets is not None else first,
             collect=self._collected,
             keep_open=use_cache or past_key_values is not None,
@@ -302,12 +306,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             count = num_items_in_batch if num_items_in_batch is not None else reading.targets
             loss = reading.loss_sum / _at_least_one(count, inputs.device)
             if return_logits or not isinstance(logits_to_keep, int) or logits_to_keep:
-                with torch.no_grad():
-                    again = loop(
-                        inputs, state, hidden_from=first, collect=self._collected,
-                        keep_open=False, control=memory_control,
-                    )  # fmt: skip
-                    logits = self._logits(again.hidden, logits_to_keep)  # type: ignore[arg-type]
+                logits = self._logits_again(loop, inputs, state, logits_to_keep, memory_control)
         else:
             logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
         result = None
@@ -315,6 +314,17 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             result = self._advanced(past_key_values or state, reading.state)
         out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=result)
         return out.to_tuple() if return_dict is False else out
+
+    @torch.no_grad()
+    def _logits_again(
+        self, loop: Any, inputs: Inputs, state: MemoryState, keep: int | Tensor, control: Any
+    ) -> Tensor:
+        """Logits beside a loss: the text is read once more, without a graph."""
+        again = loop(
+            inputs, state, hidden_from=_first_column(keep, inputs), collect=self._collected,
+            keep_open=False, control=control,
+        )  # fmt: skip
+        return self._logits(again.hidden, keep)
 
     def _inputs(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> Inputs:
         inputs = check_inputs(ids, embeds, mask)

@@ -7,12 +7,13 @@ rows of a batch; whatever the lengths are, at most a quarter of what is read is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from memwrap.mixing import Teacher
 from memwrap.reading import IGNORED, Inputs, Reading, assemble, shift_targets
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ class PackedLoop:
         state: Any,
         *,
         targets: Tensor | None = None,
+        teacher: Teacher | None = None,
         hidden_from: int | None = None,
         collect: str = "hidden",
         keep_open: bool = False,
@@ -215,13 +217,17 @@ class PackedLoop:
         for (rows, columns, real), own, loop in self.groups:
             fresh = self.new_state(len(rows))
             fresh.hold_open = state.hold_open
-            wanted = None
+            wanted = taught = None
             if targets is not None:
                 at = rows.to(targets.device), columns.to(targets.device)
                 wanted = targets[at].masked_fill(~real.to(targets.device), IGNORED)
+            if teacher is not None:
+                device = teacher.hidden.device
+                own_hidden = teacher.hidden[rows.to(device), columns.to(device)]
+                taught = replace(teacher, hidden=own_hidden)
             reading = loop(
-                own, fresh, targets=wanted, hidden_from=None if hidden_from is None else 0,
-                collect=collect, keep_open=False,
+                own, fresh, targets=wanted, teacher=taught,
+                hidden_from=None if hidden_from is None else 0, collect=collect, keep_open=False,
             )  # fmt: skip
             if wanted is not None:
                 loss_sum = reading.loss_sum if loss_sum is None else loss_sum + reading.loss_sum

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from memwrap.backbones import Backbone
 from memwrap.context import Local
 from memwrap.memories.base import MemoryConfig
-from memwrap.mixing import IGNORED, Head, Wanted
+from memwrap.mixing import IGNORED, Head, Teacher, Wanted
 from memwrap.planning import Step, block_ends, plan, plan_columns
 from memwrap.segments import Outcome, SegmentReader
 from memwrap.state import MemoryState
@@ -120,7 +120,7 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
                 f"`{name}` is not collected across segments; model.base_model(...) gives the last "
                 "hidden states, model.backbone(...) everything of one window."
             )
-    own = [*inspect.signature(forward).parameters, "shift_labels"]
+    own = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
     for name in kwargs:
         near = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
         if near:
@@ -192,6 +192,7 @@ class Loop:
         state: MemoryState,
         *,
         targets: Tensor | None = None,
+        teacher: Teacher | None = None,
         hidden_from: int | None = None,
         collect: str = "hidden",
         keep_open: bool = True,
@@ -204,6 +205,7 @@ class Loop:
             inputs: checked inputs of B rows and T columns.
             state: what the rows remember; it is left as it is.
             targets: `(B, T)` the id that each column predicts, -100 for none.
+            teacher: whose distribution is followed beside the targets.
             hidden_from: first column whose last hidden state is wanted; None for none.
             collect: what is wanted of these columns: `"hidden"`, mixed `"logits"`, or the
                 `"keys"` that a memory at the logits place is given.
@@ -226,7 +228,8 @@ class Loop:
                 local.tree = tree_map(Tensor.detach, local.tree)
             keep = keep_open and bool(((step.ends > 0) & ~step.closes).any())
             wanted = None if targets is None else _gather(targets, step, IGNORED)
-            want = Wanted(wanted, collect, hidden_from, control != "off")
+            taught = None if teacher is None else teacher.at(step)
+            want = Wanted(wanted, collect, hidden_from, control != "off", taught)
             before = states
             if control != "off" or keep_open:  # an empty memory needs no state to go on with
                 result, states, local = self._step(inputs, step, states, local, keep, want)
@@ -372,7 +375,7 @@ class Loop:
     def _loss(self, out: Outcome, want: Wanted, states: dict[str, Tree]) -> Tensor:
         """Summed cross entropy, and the memories' own losses once for each target."""
         targets: Tensor = want.targets  # type: ignore[assignment]
-        loss = self.head.cross_entropy(out, targets, states, mixing=want.mixing)
+        loss = self.head.loss(out, want, states)
         if out.auxiliary is None:
             return loss
         count = (targets != IGNORED).sum(1).to(out.auxiliary)

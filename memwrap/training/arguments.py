@@ -68,10 +68,14 @@ class MemoryTrainingArguments(TrainingArguments):
             step: `"0:2,500:4,1000:8"` (default: all).
         vary_segments: draw the number of segments in each step uniformly between 1 and what
             the curriculum says; the draw depends on `seed` and the step only.
+        distillation_weight: weight of a divergence from the backbone as it was, added to the
+            loss of every target: without adapters and memory, with its own attention over the
+            whole row, which must therefore fit into its context. 0: none.
+        distillation_temperature: by which the logits of both are divided there.
 
     Raises:
-        ValueError: for a curriculum that cannot be read, `vary_segments` without one, or a
-            negative rate.
+        ValueError: for a curriculum that cannot be read, `vary_segments` without one, a
+            negative rate or weight, or a temperature that is not positive.
     """
 
     prediction_loss_only: bool = field(
@@ -99,11 +103,23 @@ class MemoryTrainingArguments(TrainingArguments):
         metadata={"help": "Draw the number of segments between 1 and the curriculum's."},
     )
 
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the divergence from the backbone as it was (0: none)."},
+    )
+    distillation_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of both distributions in the distillation."},
+    )
+
     def __post_init__(self) -> None:
-        for name in ("memory_learning_rate", "memory_weight_decay"):
+        for name in ("memory_learning_rate", "memory_weight_decay", "distillation_weight"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise ValueError(f"`{name}` is {value}; it must be 0 or more, or None.")
+                raise ValueError(f"`{name}` is {value}; it must be 0 or more.")
+        if self.distillation_temperature <= 0:
+            got = self.distillation_temperature
+            raise ValueError(f"`distillation_temperature` is {got}; it must be above 0.")
         if self.segment_curriculum is not None:
             parse_curriculum(self.segment_curriculum)
         elif self.vary_segments:

@@ -287,6 +287,8 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArgumen
         adam_beta2=section.adam_beta2,
         segment_curriculum=section.segment_curriculum,
         vary_segments=section.vary_segments,
+        distillation_weight=section.distillation_weight,
+        distillation_temperature=section.distillation_temperature,
         streaming=section.streaming,
         bf16=precision == "bf16",
         fp16=precision == "fp16",

@@ -213,6 +213,8 @@ class TrainerSection:
         adam_beta2: second moment of AdamW.
         segment_curriculum: segments of each document by step, as in `0:2,500:4`.
         vary_segments: draw the number of segments up to the curriculum's.
+        distillation_weight, distillation_temperature: follow the backbone as it was, with its
+            own attention over whole rows; see `MemoryTrainingArguments`.
         streaming: run the backward pass every `memory.bptt_segments` segments.
         gradient_checkpointing: recompute segments in the backward pass.
         precision: `fp32`, `bf16` or `fp16` arithmetic; `auto`: bf16 where the GPU has it.
@@ -237,6 +239,8 @@ class TrainerSection:
     adam_beta2: float = 0.999
     segment_curriculum: str | None = None
     vary_segments: bool = False
+    distillation_weight: float = 0.0
+    distillation_temperature: float = 1.0
     streaming: bool = True
     gradient_checkpointing: bool = False
     precision: str = "auto"
@@ -266,6 +270,9 @@ class TrainerSection:
         ):  # fmt: skip
             value = getattr(self, name)
             need(value in allowed, f"trainer.{name}", value, f"one of {', '.join(allowed)}")
+        weight, temperature = self.distillation_weight, self.distillation_temperature
+        need(weight >= 0, "trainer.distillation_weight", weight, "0 or more")
+        need(temperature > 0, "trainer.distillation_temperature", temperature, "above 0")
         if self.segment_curriculum is not None:
             _parse("trainer.segment_curriculum", self.segment_curriculum)
         elif self.vary_segments:

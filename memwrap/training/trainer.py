@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from memwrap.training.batches import (
     shifted_labels,
 )
 from memwrap.training.data import DocumentCollator
+from memwrap.training.distillation import teacher_of
 
 logger = logging.get_logger(__name__)
 
@@ -163,6 +165,18 @@ class MemoryTrainer(Trainer):
             )
         return batch
 
+    def _taught(self, inputs: Batch) -> Batch:
+        """The batch with its teacher, where there is distillation."""
+        args = self.args
+        if not args.distillation_weight or not has_labels(inputs):
+            return inputs
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            teacher = teacher_of(
+                self.memory_model, inputs, args.distillation_weight, args.distillation_temperature
+            )
+        return {**inputs, "teacher": teacher}
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
@@ -217,7 +231,7 @@ class MemoryTrainer(Trainer):
         done = self.state.global_step / max(1, self.state.max_steps)
         for memory in self.memory_model.memories.values():
             memory.progress(done)
-        inputs = self.prepare_batch(inputs)
+        inputs = self._taught(self.prepare_batch(inputs))
         window = self._stream_window()
         if window is None or not has_labels(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -247,6 +261,9 @@ class MemoryTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, window: int, num_items: Tensor | int | None
     ) -> Tensor:
         """Forward and backward, piece by piece; returns the sum of the losses."""
+        teacher = inputs.pop("teacher", None)
+        if teacher is not None:  # cut with the tokens
+            inputs["teacher_hidden"] = teacher.hidden
         inputs = left_aligned(inputs)
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
@@ -265,6 +282,8 @@ class MemoryTrainer(Trainer):
             reading = rows
             # What predicts nothing and is detached afterwards needs no graph.
             trained = bool((piece["shift_labels"] != IGNORED).any())
+            if teacher is not None:
+                piece["teacher"] = replace(teacher, hidden=piece.pop("teacher_hidden"))
             piece |= {"past_key_values": state, "use_cache": True}
             with torch.set_grad_enabled(trained), self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(
