@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memwrap.training.batches import IGNORED
 from memwrap.training.corpus import SPLITS, Document, split_of, stdlib_corpus
+from memwrap.training.tables import from_datasets
 
 SUFFIXES = (".txt", ".md", ".pdf")
 """Files that a folder is searched for."""
@@ -26,7 +27,12 @@ _CUTS = {"train": (0.0, 0.85), "validation": (0.85, 0.90), "test": (0.90, 1.0)}
 
 
 def load_documents(
-    source: str | Path, split: str | None = None, *, limit: int | None = None, **options: Any
+    source: str | Path,
+    split: str | None = None,
+    *,
+    limit: int | None = None,
+    template: str | None = None,
+    **options: Any,
 ) -> list[Document]:
     """Read documents.
 
@@ -44,6 +50,9 @@ def load_documents(
         split: `"train"`, `"validation"`, `"test"`, or None for all. Of a dataset: any split
             that it has (default: "train").
         limit: at most so many documents.
+        template: text of a dataset's row with its columns in braces, as in
+            `"### Instruction:\\n{instruction}\\n\\n### Response:\\n{output}"`, instead of one
+            column.
         options: keywords for `datasets.load_dataset`, such as `name` or `revision`.
 
     Returns:
@@ -58,7 +67,9 @@ def load_documents(
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` is {limit}; it must be at least 1, or None for all.")
     if name.startswith("datasets:"):
-        return _from_datasets(name.removeprefix("datasets:"), split, limit, options)
+        return from_datasets(name.removeprefix("datasets:"), split, limit, template, options)
+    if template is not None:
+        options = {"template": template}
     if options:
         raise ValueError(
             f"`{next(iter(options))}` is an option of 'datasets:...' sources; {name!r} takes none."
@@ -158,70 +169,6 @@ def _from_folder(folder: Path, split: str | None) -> list[Document]:
             f"a hash of their names); put files into {folder / split}, or use split=None."
         )
     return documents
-
-
-def _from_datasets(
-    source: str, split: str | None, limit: int | None, options: dict[str, Any]
-) -> list[Document]:
-    name, _, rest = source.partition(":")
-    named, _, column = rest.partition(":")
-    if not name or ":" in column:
-        raise ValueError(
-            f"`source` is 'datasets:{source}'; it must be 'datasets:NAME[:SPLIT[:COLUMN]]'."
-        )
-    if named and split and named != split:
-        raise ValueError(
-            f"`split` is {split!r}, but the source 'datasets:{source}' names the split "
-            f"{named!r}; leave one of them out."
-        )
-    split = split or named or "train"
-    rows = _dataset(name, split, options)
-    columns = list(rows.column_names)
-    column = column or "text"
-    if column not in columns:
-        raise ValueError(
-            f"The dataset {name!r} has no column {column!r}; it has {', '.join(columns)}. "
-            f"Name the one with the text: 'datasets:{name}:{split}:COLUMN'."
-        )
-    documents = []
-    for index, row in enumerate(rows):
-        text = row[column]
-        if not isinstance(text, str):
-            raise ValueError(
-                f"Row {index} of {name!r} has a {type(text).__name__} in the column {column!r}; "
-                "it must be text."
-            )
-        if text.strip():
-            documents.append(Document(f"{name}/{split}/{index:08d}", split, text))
-        if limit is not None and len(documents) == limit:
-            break
-    if not documents:
-        raise ValueError(f"The column {column!r} of {name!r} ({split}) holds no text.")
-    return documents
-
-
-def _dataset(name: str, split: str, options: dict[str, Any]) -> Any:
-    """The split of a dataset; errors of `datasets` as ValueError with what was asked."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"Reading {name!r} needs datasets: pip install datasets.") from error
-    folder = Path(name).expanduser()
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(folder))
-        if not isinstance(saved, datasets.DatasetDict):
-            return saved
-        if split not in saved:
-            raise ValueError(
-                f"The dataset {name!r} has no split {split!r}; it has {', '.join(saved)}."
-            )
-        return saved[split]
-    try:
-        return datasets.load_dataset(name, split=split, **options)
-    except (ValueError, OSError, ConnectionError) as error:
-        raise ValueError(
-            f"datasets could not load the split {split!r} of {name!r}: {error}"
-        ) from error
 
 
 def long_documents(

@@ -238,7 +238,9 @@ def build_data(
         raise ValueError("`data` is missing; a 'finetune' recipe needs documents.")
 
     def pieces(split: str | None, limit: int | None) -> DocumentDataset:
-        documents = load_documents(section.source, split, limit=limit, **section.options)
+        documents = load_documents(
+            section.source, split, limit=limit, template=section.template, **section.options
+        )
         if section.join_short:
             documents = long_documents(documents, tokenizer, section.min_tokens)
         return DocumentDataset(documents, tokenizer, section.max_tokens, section.min_tokens)

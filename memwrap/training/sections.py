@@ -98,6 +98,7 @@ class DataSection:
         join_short: join documents shorter than `min_tokens` with their neighbours.
         limit: read at most so many documents.
         eval_limit: evaluate on at most so many pieces.
+        template: text of a dataset's row, its columns in braces, instead of one column.
         options: keywords for `datasets.load_dataset`, such as `name`.
     """
 
@@ -109,6 +110,7 @@ class DataSection:
     join_short: bool = False
     limit: int | None = None
     eval_limit: int = 16
+    template: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -132,6 +132,18 @@ def test_datasets_from_disk_and_from_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names the split 'train'"):
         load_documents(f"datasets:{saved}:train", "test")
 
+    template = "### Instruction:\n{text}\n\n### Response:\n{other}"
+    filled = load_documents(f"datasets:{saved}", template=template)
+    assert filled[2].text == "### Instruction:\ntwo\n\n### Response:\n3"
+    with pytest.raises(ValueError, match="no column 'input'; it has text, other"):
+        load_documents(f"datasets:{saved}", template="{input}")
+    with pytest.raises(ValueError, match="there is a `template`"):
+        load_documents(f"datasets:{saved}:train:other", template=template)
+    with pytest.raises(ValueError, match=r"`template` is '\{text'"):
+        load_documents(f"datasets:{saved}", template="{text")
+    with pytest.raises(ValueError, match="`template` is an option of 'datasets"):
+        load_documents("stdlib", template=template)
+
     files = tmp_path / "files"
     files.mkdir()
     (files / "train.jsonl").write_text('{"text": "three"}\n{"text": "four"}\n')
