@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memwrap.memories.base import Memory, MemoryConfig, SegmentTokens, Sizes
-from memwrap.ops import neighbours, rows
+from memwrap.ops import neighbours, rings, rows
 from memwrap.ops.interpolation import interpolate
 from memwrap.registry import register
 from memwrap.stores import Store, open_store
@@ -44,6 +44,7 @@ class KnnLMConfig(MemoryConfig):
     name: ClassVar[str] = "knnlm"
     places: ClassVar[frozenset[str]] = frozenset({"logits"})
     neutral_start: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
 
     store: str | None = None
     top_k: int = 64
@@ -82,9 +83,11 @@ class KnnLMConfig(MemoryConfig):
 
 @register(KnnLMConfig)
 class KnnLMMemory(Memory):
-    """Entries are (key at a token, next token). Those of the text itself are in the state,
-    `keys` `(B, C, D)` and `tokens` `(B, C)` at the right end of their buffers; the last token of a
-    segment waits in `last` until the next segment tells what followed it."""
+    """Entries are (key at a token, next token). Those of the text itself are in the state, in
+    rings `keys` `(B, 1, C, D)` and `tokens` `(B, 1, C, 1)` that grow up to `cache_size`; the last
+    token of a segment waits in `last` until the next segment tells what followed it."""
+
+    grows = True
 
     config: KnnLMConfig
 
@@ -93,6 +96,7 @@ class KnnLMMemory(Memory):
         self.mixes_on = config.key
         self.width = sizes.hidden_size if config.key == "ffn" else sizes.embedding_size
         if config.cache_size:
+            self.bytes_per_token = self.width * sizes.dtype.itemsize + 8.0
             self.looks_at = frozenset({config.key, "ids"})
         self.store: Store | None = None
         if config.store is not None:
@@ -129,13 +133,12 @@ class KnnLMMemory(Memory):
     # The text itself
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
-        size = self.config.cache_size
-        if not size:
+        if not self.config.cache_size:
             return {}
         make: dict[str, Any] = {"device": device, "dtype": self.sizes.dtype}
         return {
-            "keys": torch.zeros(batch_size, size, self.width, **make),
-            "tokens": torch.zeros(batch_size, size, dtype=torch.long, device=device),
+            "keys": torch.zeros(batch_size, 1, 0, self.width, **make),
+            "tokens": torch.zeros(batch_size, 1, 0, 1, dtype=torch.long, device=device),
             "count": torch.zeros(batch_size, dtype=torch.long, device=device),
             "last": torch.zeros(batch_size, self.width, **make),
             "waits": torch.zeros(batch_size, dtype=torch.bool, device=device),
@@ -155,17 +158,16 @@ class KnnLMMemory(Memory):
         behind = torch.nn.functional.pad(ids, (0, 1), value=-1)
         known = (place < count[:, None]) & (behind >= 0)
         known &= (place > 0) | state["waits"][:, None]
-        candidates = torch.cat([state["keys"], state["last"][:, None], keys], 1)
-        following = torch.cat([state["tokens"], behind], 1)
-        there = torch.cat([rows.right_valid(state["count"], size), known], 1)
-        kept, filled = rows.latest(there, size), there.sum(1).clamp(max=size)
-        mask = rows.right_valid(filled, size)
+        entries = torch.cat([state["last"][:, None], keys], 1)
+        total = state["count"] + known.sum(1)
+        at = rings.places(state["count"], known, size)
+        capacity = rings.capacity(total, state["keys"].shape[2], size)
         some = count > 0
         last = rows.take(keys, (count - 1).clamp_min(0)[:, None])[:, 0]
         return {
-            "keys": rows.take(candidates, kept, mask),
-            "tokens": following.gather(1, kept) * mask,
-            "count": filled,
+            "keys": rings.store(state["keys"], at, entries[:, None], capacity),
+            "tokens": rings.store(state["tokens"], at, behind[:, None, :, None], capacity),
+            "count": total,
             "last": torch.where(some[:, None], last, state["last"]),
             "waits": some | state["waits"],
         }
@@ -210,15 +212,15 @@ class KnnLMMemory(Memory):
 
     def _in_state(self, hidden: Tensor, state: Tree) -> tuple[Tensor, Tensor] | None:
         """The same of those in the text read so far; differentiable in both."""
-        if not state:
+        if not state or not state["keys"].shape[2]:
             return None
-        size = self.config.cache_size
-        there = rows.right_valid(state["count"], size)
-        query = hidden.to(state["keys"].dtype)
-        k = min(self.config.top_k, size)
-        scores, places = neighbours.nearest(query, state["keys"], k, self.config.metric, there)
-        flat = places.clamp_min(0).flatten(1)
-        tokens = state["tokens"].gather(1, flat).view_as(places)
+        keys, tokens = state["keys"][:, 0], state["tokens"][:, 0, :, 0]
+        there = rings.filled(state["count"], keys.shape[1])
+        k = min(self.config.top_k, keys.shape[1])
+        scores, places = neighbours.nearest(
+            hidden.to(keys.dtype), keys, k, self.config.metric, there
+        )
+        tokens = tokens.gather(1, places.clamp_min(0).flatten(1)).view_as(places)
         return (scores if self.config.metric == "l2" else -scores), tokens
 
 
