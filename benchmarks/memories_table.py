@@ -11,13 +11,31 @@ from typing import Any
 
 from memwrap.evaluation.comparison import BASE, read_results
 from memwrap.evaluation.comparison_tables import load_curves, page, recall_table, tokens_of
+from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED
 from memwrap.evaluation.perplexity import PerplexityResult
 from memwrap.evaluation.plots import plot_comparison
+from memwrap.evaluation.report import markdown
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 MARKS = ("<!-- comparison:begin -->", "<!-- comparison:end -->")
 COMMAND = "memwrap bench memories"
+# What a method's paper claims that this comparison can speak to: of perplexity, or of recall.
+CLAIMS = {
+    "rmt": ("recall", "facts survive far beyond the training length (Bulatov et al. 2023)"),
+    "armt": ("recall", "a fact is found far beyond the training length (arXiv 2407.04841)"),
+    "hmt": ("perplexity", "lower perplexity than reading without the memory (NAACL 2025)"),
+    "autocompressor": ("perplexity", "summary vectors lower perplexity (EMNLP 2023)"),
+    "memoryprompt": ("recall", "facts that change are tracked (2024)"),
+    "infini": ("recall", "a passkey is found far beyond the training length (arXiv 2404.07143)"),
+    "compressive": ("perplexity", "older text, compressed, lowers perplexity (arXiv 1911.05507)"),
+    "window": ("perplexity", "stable reading far beyond the window (arXiv 2309.17453)"),
+    "memorizing": ("perplexity", "retrieved keys lower perplexity (arXiv 2203.08913)"),
+    "neurocache": ("perplexity", "retrieved states lower perplexity (arXiv 2407.02486)"),
+    "infllm": ("recall", "facts are found without training for it (arXiv 2402.04617)"),
+    "landmark": ("recall", "blocks of any age are found by their landmarks (arXiv 2305.16300)"),
+    "knnlm": ("perplexity", "neighbours' next tokens lower perplexity (2020)"),
+}
 
 
 def own_page(name: str, result: dict[str, Any], curves: PerplexityResult) -> str:
@@ -37,13 +55,47 @@ def own_page(name: str, result: dict[str, Any], curves: PerplexityResult) -> str
     )
 
 
+def claims(results: dict[str, Any], curves: dict[str, PerplexityResult]) -> str:
+    """What papers claim, and whether it is seen here; linearizations are judged by their own
+    benchmark."""
+    lines = [["memory", "its paper claims (cited)", "here", "seen at this scale"]]
+    for name, (kind, claim) in CLAIMS.items():
+        if name not in results:
+            continue
+        if kind == "perplexity":
+            worth = [(curves[name].curves[c].gain, curves[name].curves[c].gain_error)
+                     for c in (OFF, SHUFFLED)]  # fmt: skip
+            here = "; ".join(
+                f"{label} {gain:+.3f} ± {error:.3f}"
+                for label, (gain, error) in zip(("off", "shuffled"), worth, strict=True)
+            )
+            seen = all(gain > 2 * error for gain, error in worth)
+        else:
+            values = results[name]["recall"]["rewrite"]
+            found = dict(zip(values["distances"], values["accuracy"][MEMORY], strict=True))
+            trained = values["task"]["num_pairs"]
+            far = max(found)
+            here = f"{found[trained]:.2f} at {trained}, {found[far]:.2f} at {far} segments"
+            seen = found[far] >= 0.5
+        lines.append([f"[{name}](methods/{name}.md)", claim, here, "yes" if seen else "**no**"])
+    return (
+        "\n## What the papers claim\n\n"
+        "Claims are the papers', of other models, data and budgets. For perplexity the columns "
+        "give what reading without the memory, or with another document's, costs in nats: a claim "
+        "is seen where both are worse by more than two standard errors. For recall (*rewrite*): "
+        'right at least every other time at the largest distance. "No" says that this budget on '
+        "this model did not "
+        "show it, not that the paper is wrong.\n\n" + markdown(lines) + "\n"
+    )
+
+
 def main() -> None:
     results = read_results(HERE / "results" / "memories")
     curves = load_curves(results)
     text = page(results, COMMAND, link="[{0}](methods/{0}.md)")
     title, _, rest = text.partition("\n\n")
     figure = "![Nats per token and recall of all memories](figures/comparison.png)"
-    (DOCS / "comparison.md").write_text(f"{title}\n\n{figure}\n\n{rest}")
+    (DOCS / "comparison.md").write_text(f"{title}\n\n{figure}\n\n{rest}{claims(results, curves)}")
     plot_comparison(results, DOCS / "figures" / "comparison.png")
     for path in sorted((DOCS / "methods").glob("*.md")):
         before, _, rest = path.read_text().partition(MARKS[0])

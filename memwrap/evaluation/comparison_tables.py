@@ -177,15 +177,18 @@ def advice(results: Results) -> str:
     ]
     columns = [d for d in distances(results) if d > 1]
     for distance in columns[-4:]:
-        good = []
+        good, unknown = [], []
         for name in curves:
             values = results[name]["recall"]["rewrite"]
             found = _accuracy(values, MEMORY).get(distance)
-            if found is not None and found >= 0.5:
+            if found is None:
+                unknown.append(name)
+            elif found >= 0.5:
                 good.append((found, name))
         named = _names(f"{n} ({a:.2f})" for a, n in sorted(good, reverse=True))
         lines.append(
-            f"- **A fact {distance} segments back**, right at least every other time: {named}."
+            f"- **A fact {distance} segments back**, right at least every other time: {named}"
+            + (f" (not measured: {_names(unknown)})." if unknown else ".")
         )
     return "\n".join(lines)
 
