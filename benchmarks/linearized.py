@@ -1,0 +1,164 @@
+"""What linearization costs and gives, on the shipped tiny LM.
+
+    python benchmarks/linearized.py [--minutes 8] [--only quality|decoding]
+
+Quality: nats per token on held-out documents of the base, of the conversion without training, and
+after training by the shipped recipes (LoLCATs in its two stages), each with its branches alone and
+beside the untrained base with a window as long and sinks. Decoding: seconds a token and bytes that
+are kept, with so many tokens behind it, beside the base and its cache of keys and values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import save
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import memwrap
+from memwrap.assets import asset
+from memwrap.evaluation import run
+from memwrap.training.finetune import run_recipe
+from memwrap.training.recipe import load_recipe
+
+DOCUMENTS, TOKENS = 4, 4_096
+CONTEXTS = (1_024, 4_096, 16_384, 65_536)
+STEPS, ROUNDS = 16, 5
+RECIPES = {
+    "liger": [("liger_gla_lora_tiny", [])],
+    "lolcats": [
+        ("lolcats_tiny", ["memory.stage=transfer", "lora=null", "trainer.learning_rate=1e-2"]),
+        ("lolcats_tiny", []),
+    ],
+}
+
+
+def base_model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(asset("tiny-lm"), dtype=torch.float32).eval()
+
+
+def trained(name: str, minutes: float, scratch: Path) -> tuple[Any, list[dict[str, Any]]]:
+    """A memory trained by its recipe, stage after stage, and what each stage was."""
+    facts, before = [], None
+    for number, (recipe, overrides) in enumerate(RECIPES[name]):
+        folder = scratch / f"{name}{number}"
+        share = minutes / len(RECIPES[name])
+        given = [
+            *overrides,
+            f"output={folder}",
+            f"trainer.max_minutes={share}",
+            "data.eval_split=null",
+        ]
+        if before is not None:
+            given.append(f"init_from={before}")
+        started = time.perf_counter()
+        run_recipe(load_recipe(recipe, given))
+        facts.append({"recipe": recipe, "overrides": overrides, "minutes": share,
+                      "seconds": time.perf_counter() - started})  # fmt: skip
+        before = folder
+    return memwrap.load(before), facts
+
+
+def quality(minutes: float) -> dict[str, Any]:
+    """Both conversions, untrained and trained."""
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+    rows = run.documents("stdlib", "test", tokenizer, TOKENS, DOCUMENTS)
+    found: dict[str, Any] = {"documents": DOCUMENTS, "tokens": TOKENS}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in RECIPES:
+            model, facts = trained(name, minutes, Path(scratch))
+            config = model.memory_configs[0]
+            fresh = memwrap.wrap(base_model(), config).eval()
+            found[name] = {
+                "settings": config.to_dict(),
+                "training": facts,
+                "untrained": run.linear_usage(fresh, rows)["linear-usage"].to_dict(),
+                "trained": run.linear_usage(model, rows)["linear-usage"].to_dict(),
+            }
+    return found
+
+
+def full_cache(model: Any, length: int) -> DynamicCache:
+    """Keys and values of `length` tokens; what they say does not change the time."""
+    config, cache = model.config, DynamicCache(config=model.config)
+    heads = config.num_key_value_heads
+    width = config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        shape = (1, heads, length, width)
+        cache.update(torch.randn(shape), torch.randn(shape), layer)
+    return cache
+
+
+@torch.no_grad()
+def base_steps(model: Any, length: int) -> tuple[list[float], int]:
+    """Seconds of steps with a cache of that length, and its bytes."""
+    cache, took = full_cache(model, length), []
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    for _ in range(STEPS):
+        token = torch.randint(10, 4000, (1, 1))
+        start = time.perf_counter()
+        model(token, past_key_values=cache, use_cache=True)
+        took.append(time.perf_counter() - start)
+    return took, kept
+
+
+@torch.no_grad()
+def own_steps(model: Any, length: int) -> tuple[list[float], int]:
+    """The same with a memory that has read so many tokens."""
+    state, took = model.read(torch.randint(10, 4000, (1, length))), []
+    kept = state.nbytes
+    for _ in range(STEPS):
+        token = torch.randint(10, 4000, (1, 1))
+        start = time.perf_counter()
+        model(token, past_key_values=state)
+        took.append(time.perf_counter() - start)
+    return took, kept
+
+
+def decoding() -> list[dict[str, Any]]:
+    """By context: tokens a second and bytes kept, in turns."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    models = {"base": base_model()}
+    models |= {name: memwrap.wrap(base_model(), name).eval() for name in RECIPES}
+    rows = []
+    for length in CONTEXTS:
+        took: dict[str, list[float]] = {name: [] for name in models}
+        kept = {}
+        for _ in range(ROUNDS):
+            for name, model in models.items():
+                spent, kept[name] = (base_steps if name == "base" else own_steps)(model, length)
+                took[name] += spent[1:]
+                gc.collect()
+        middle = {name: statistics.median(values) for name, values in took.items()}
+        rows.append({
+            "tokens": length,
+            "tokens_per_second": {name: 1 / seconds for name, seconds in middle.items()},
+            "over_base": {name: middle["base"] / seconds for name, seconds in middle.items()},
+            "bytes": kept,
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="training of each memory")
+    parser.add_argument("--only", choices=("quality", "decoding"))
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {}
+    if arguments.only != "quality":
+        found["decoding"] = decoding()
+    if arguments.only != "decoding":
+        found["quality"] = quality(arguments.minutes)
+    save("linearized" if arguments.only is None else f"linearized_{arguments.only}", found)
+
+
+if __name__ == "__main__":
+    main()
