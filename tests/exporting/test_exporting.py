@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from peft import LoraConfig
 
 import memwrap
 from memwrap import exporting
+from memwrap.exporting import check
 from memwrap.exporting.card import about_run, card
 from memwrap.exporting.flat import flat_files, rewritten
 from memwrap.model import MemoryModelForCausalLM
@@ -66,6 +68,55 @@ def test_loads_without_memwrap(name: str, tmp_path: Path) -> None:
     scale = before.abs().max()
     assert (again(input_ids=ids).logits - before).abs().max() < 1e-5 * scale
     assert not again.adapters()
+
+
+TRAINS = """
+import json, runpy, sys
+check, folder, again = sys.argv[1:]
+sys.meta_path.insert(0, runpy.run_path(check)["Blocker"]())
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+def load(place):
+    return AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+ids = torch.randint(0, 99, (2, 30))
+model = load(folder).train()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+losses = []
+for _ in range(4):
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+model.eval().save_pretrained(again)
+with torch.no_grad():
+    own, other = (m.eval()(input_ids=ids).logits for m in (model, load(again)))
+adapted = get_peft_model(load(folder), LoraConfig(r=2, target_modules=["q_proj"]))
+adapted(input_ids=ids, labels=ids).loss.backward()
+lora = [float(p.grad.abs().sum()) for n, p in adapted.named_parameters() if "lora_B" in n]
+print(json.dumps({"losses": losses, "apart": float((own - other).abs().max()), "lora": lora,
+                  "clean": "memwrap" not in sys.modules}))
+"""
+
+
+def test_trains_and_saves_itself_without_memwrap(tmp_path: Path) -> None:
+    exporting.export(small("armt"), tmp_path / "out", check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRAINS, check.__file__, tmp_path / "out",
+         tmp_path / "again"],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["clean"] and found["apart"] == 0.0
+    assert found["losses"] == sorted(found["losses"], reverse=True)
+    assert found["losses"][-1] < found["losses"][0] - 0.01
+    assert len(found["lora"]) == 2 and min(found["lora"]) > 0
 
 
 def test_merging_leaves_the_model_as_it_is() -> None:
