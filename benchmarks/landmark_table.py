@@ -46,11 +46,11 @@ def recall(values: dict[str, Any], picture: Path | None) -> str:
     text = (
         f"**Associative recall.** A small model from scratch (recipe `landmark_recall_tiny`) "
         f"learned to store pairs of a key (2 of 16 symbols) and a value, one a block of {size} "
-        f"tokens, and to answer for a key: {training['steps']} steps with at most {most} pairs, loss "
-        f"{training['first_loss']:.2f} at first, {training['last_loss']:.2f} at the end. A token "
-        f"reads {own['memory']['top_k']} blocks a head. Share of right answers among more pairs, "
-        f"the one asked for at five depths, {values['samples']} samples each; chance is 0.06. "
-        f"Window and InfLLM stand around the same trained backbone, with its tokens and no landmarks "
+        f"tokens, and to answer for a key: {training['steps']} steps with at most {most} pairs, "
+        f"loss {training['first_loss']:.2f} at first, {training['last_loss']:.2f} at the end. A "
+        f"query reads {own['memory']['top_k']} blocks a head. Share of right answers among more "
+        f"pairs, the one asked for at five depths, {values['samples']} samples each; chance is "
+        f"0.06. Window and InfLLM stand around the same trained backbone, without landmarks "
         f'({around}); "base, truncated" is that backbone alone on its last 64 tokens.\n\n{table}'
     )
     if picture is not None:
