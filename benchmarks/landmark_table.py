@@ -15,11 +15,14 @@ from memwrap.evaluation.suite import Cell, SuiteResult
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-MARKS = ("<!-- evidence:begin -->", "<!-- evidence:end -->")
+# Beside the evidence of `memories_table.py`, which has marks of its own.
+MARKS = ("<!-- retrieval:begin -->", "<!-- retrieval:end -->")
 
 
 def load(name: str) -> dict[str, Any]:
-    return json.loads((HERE / "results" / f"{name}.json").read_text())
+    """A recorded result; empty where it was not measured yet."""
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def machine(values: dict[str, Any]) -> str:
@@ -155,7 +158,7 @@ def reading(values: dict[str, Any], name: str) -> str:
     )
 
 
-def evidence(name: str, tasks: dict[str, Any], costs: dict[str, Any] | None) -> str:
+def evidence(name: str, tasks: dict[str, Any], costs: dict[str, Any]) -> str:
     """What stands in one page."""
     parts = []
     figures = DOCS / "figures"
@@ -166,14 +169,13 @@ def evidence(name: str, tasks: dict[str, Any], costs: dict[str, Any] | None) -> 
         parts.append(retrieval(tasks["tasks"], name == "landmark"))
     if parts:
         parts.append(f"Made by `python benchmarks/landmark.py` on {machine(tasks)}.")
-    if costs is not None:
+    if costs:
         parts.append(reading(costs, name))
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    tasks = load("landmark")
-    costs = load("offloading") if (HERE / "results/offloading.json").is_file() else None
+    tasks, costs = load("landmark"), load("offloading")
     for name in ("landmark", "infllm"):
         path = DOCS / "methods" / f"{name}.md"
         before, _, rest = path.read_text().partition(MARKS[0])
