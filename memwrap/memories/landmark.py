@@ -330,8 +330,10 @@ class LandmarkMemory(Memory):
                 turned = self._turned(attention, state, pieces[n], ids[n])
             q = turned[:, first * groups : (first + at_once) * groups]
             q = q.unflatten(1, (-1, groups)).flatten(0, 1)
-            one = (t[:, None] for t in (keys, values, landmarks))
-            result = ops.retrieved(q, *one, valid, own, attention.scaling, attention.seen.softcap)
+            result = ops.retrieved(
+                q, keys[:, None], values[:, None], landmarks[:, None], valid, own,
+                attention.scaling, attention.seen.softcap,
+            )  # fmt: skip
             for part, into in zip(result, (outputs[n], logs[n]), strict=True):
                 into.append(part.unflatten(0, (-1, at_once)).flatten(1, 2))
         out, log = (torch.cat([torch.cat(p, 1) for p in x], 2) for x in (outputs, logs))
