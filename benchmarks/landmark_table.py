@@ -48,9 +48,10 @@ def recall(values: dict[str, Any], picture: Path | None) -> str:
     )
     text = (
         f"**Associative recall.** A small model from scratch (recipe `landmark_recall_tiny`) "
-        f"learned to store pairs of a key (2 of 16 symbols) and a value, one a block of {size} "
-        f"tokens, and to answer for a key: {training['steps']} steps with at most {most} pairs, "
-        f"loss {training['first_loss']:.2f} at first, {training['last_loss']:.2f} at the end. A "
+        f"learned to store pairs of a key (one of 16 symbols, which may come again: its last value "
+        f"counts) and a value, one a block of {size} tokens, and to answer for a key: "
+        f"{training['steps']} steps with at most {most} pairs, loss "
+        f"{training['first_loss']:.2f} at first, {training['last_loss']:.2f} at the end. A "
         f"query reads {own['memory']['top_k']} blocks a head. Share of right answers among more "
         f"pairs, the one asked for at five depths, {values['samples']} samples each; chance is "
         f"0.06. Window and InfLLM stand around the same trained backbone, without landmarks "
