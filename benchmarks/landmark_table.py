@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from memwrap.evaluation.plots import plot_depths
@@ -14,11 +15,14 @@ from memwrap.evaluation.suite import Cell, SuiteResult
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-MARKS = ("<!-- evidence:begin -->", "<!-- evidence:end -->")
+# Beside the evidence of `memories_table.py`, which has marks of its own.
+MARKS = ("<!-- retrieval:begin -->", "<!-- retrieval:end -->")
 
 
 def load(name: str) -> dict[str, Any]:
-    return json.loads((HERE / "results" / f"{name}.json").read_text())
+    """A recorded result; empty where it was not measured yet."""
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def machine(values: dict[str, Any]) -> str:
@@ -26,32 +30,70 @@ def machine(values: dict[str, Any]) -> str:
     return f"{own['cpu']}, one thread on a busy machine, GPU: {own['gpu']}, torch {own['torch']}"
 
 
+def recall(values: dict[str, Any], picture: Path | None) -> str:
+    """Associative recall by pairs, with the heat map where a page shows it."""
+    training = values["training"]
+    own = training["recipe"]
+    most, size = own["recall"]["num_pairs"], own["memory"]["segment_size"]
+    counts = sorted({cell["pairs"] for cell in values["cells"]})
+    rows = [["reading", *[f"{n} pairs" for n in counts]]]
+    mean = {(c["curve"], c["pairs"]): sum(c["depth"]) / len(c["depth"]) for c in values["cells"]}
+    for curve in dict.fromkeys(cell["curve"] for cell in values["cells"]):
+        rows.append([curve, *[f"{mean[curve, n]:.2f}" for n in counts]])
+    rows.insert(1, ["---"] * len(rows[0]))
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    around = "; ".join(
+        f"{name}: " + ", ".join(f"`{k}={v}`" for k, v in settings.items())
+        for name, settings in values["around"].items()
+    )
+    text = (
+        f"**Associative recall.** A small model from scratch (recipe `landmark_recall_tiny`) "
+        f"learned to store pairs of a key (one of 16 symbols, which may come again: its last value "
+        f"counts) and a value, one a block of {size} tokens, and to answer for a key: "
+        f"{training['steps']} steps with at most {most} pairs, loss "
+        f"{training['first_loss']:.2f} at first, {training['last_loss']:.2f} at the end. A "
+        f"query reads {own['memory']['top_k']} blocks a head. Share of right answers among more "
+        f"pairs, the one asked for at five depths, {values['samples']} samples each; chance is "
+        f"0.06. Window and InfLLM stand around the same trained backbone, without landmarks "
+        f'({around}); "base, truncated" is that backbone alone on its last 64 tokens.\n\n{table}'
+    )
+    if picture is not None:
+        cells = [
+            SimpleNamespace(curve=c["curve"], length=c["pairs"], depth=c["depth"])
+            for c in values["cells"]
+        ]
+        plot_depths(cells, picture)
+        text += (
+            "\n\nBy depth of the pair asked for (down) and number of pairs (across):\n\n"
+            f"![recall by depth and number of pairs](../figures/{picture.name})"
+        )
+    return text
+
+
 def retrieval(values: dict[str, Any], pictures: bool) -> str:
     """Accuracy by task, reading and length, with the figures where a page shows them."""
     cells = [Cell(**cell) for cell in values["cells"]]
     result = SuiteResult("", 0, 0, 0, cells)
-    training = values["training"]
-    names = ", ".join(f"`{name}`" for name in training["tasks"]["names"])
+    training, own = values["training"], values["training"]["recipe"]
+    names = ", ".join(f"`{name}`" for name in own["tasks"]["names"])
+    longest = max(c.length for c in cells)
     text = (
-        f"The shipped tiny LM (5.8M parameters, a context of 512) with landmarks "
-        f"(`block_size={training['memory']['block_size']}`, `top_k={training['memory']['top_k']}`, "
-        f"segments of {training['memory']['segment_size']}) and LoRA, trained on {names} for "
-        f"{training['steps']} steps of {training['batch_size']} texts of at most "
-        f"{values['length']} tokens (recipe `landmark_passkey_tiny`; loss of the answers "
+        f"**Passkey and RULER's needles.** The shipped tiny LM (5.8M parameters, a context of 512) "
+        f"with landmarks (`block_size={own['memory']['block_size']}`, "
+        f"`top_k={own['memory']['top_k']}`, segments of {own['memory']['segment_size']}) and LoRA, "
+        f"trained on {names} for {training['steps']} steps of {training['batch_size']} texts of at "
+        f"most {values['length']} tokens (recipe `landmark_passkey_tiny`; loss of the answers "
         f"{training['first_loss']:.2f} at first, {training['last_loss']:.2f} at the end), then "
-        f"read at up to {max(c.length for c in cells) // values['length']} times that length. "
-        "RULER's needles (`niah_...`) were not trained on. "
-        f'"infllm" is the untrained base with '
-        f"`window_size={values['infllm']['window_size']}`, "
+        f'read at up to {longest // values["length"]} times that length. "infllm" is the '
+        f"untrained base with `window_size={values['infllm']['window_size']}`, "
         f"`block_size={values['infllm']['block_size']}`, `top_k={values['infllm']['top_k']}`; the "
         f"other readings are those of [evaluation](../evaluation.md). {values['samples']} texts "
-        f"each, with Wilson's 95 % intervals (`python benchmarks/landmark.py`; {machine(values)})."
-        f"\n\n{verdict(cells, values)}\n\n{result.table()}"
+        f"each, with Wilson's 95 % intervals.\n\n{verdict(cells, own)}\n\n{result.table()}"
     )
     for task in result.tasks():
-        own = [cell for cell in cells if cell.task == task]
-        if pictures and len({cell.length for cell in own}) > 2:
-            plot_depths(own, DOCS / "figures" / f"landmark_{task}.png")
+        mine = [cell for cell in cells if cell.task == task]
+        if pictures and len({cell.length for cell in mine}) > 2:
+            plot_depths(mine, DOCS / "figures" / f"landmark_{task}.png")
             text += (
                 f"\n\nBy depth of the fact (down) and length (across), `{task}`:\n\n"
                 f"![{task} by depth and length](../figures/landmark_{task}.png)"
@@ -59,10 +101,10 @@ def retrieval(values: dict[str, Any], pictures: bool) -> str:
     return text
 
 
-def verdict(cells: list[Cell], values: dict[str, Any]) -> str:
+def verdict(cells: list[Cell], recipe: dict[str, Any]) -> str:
     """What the numbers say of each task that was trained on, in plain words."""
     said = []
-    for task in values["training"]["tasks"]["names"]:
+    for task in recipe["tasks"]["names"]:
         own = {(c.curve, c.length): c for c in cells if c.task == task}
         lengths = sorted({length for _, length in own})
         if not lengths:
@@ -112,9 +154,25 @@ def reading(values: dict[str, Any], name: str) -> str:
         else ""
     )
     return (
-        f"Reading {values['tokens']:,} tokens with the shipped tiny LM in float32, {settings} "
+        f"**Reading.** {values['tokens']:,} tokens with the shipped tiny LM in float32, {settings} "
         f"(`python benchmarks/offloading.py`; {machine(values)}).{where}\n\n{table}"
     )
+
+
+def evidence(name: str, tasks: dict[str, Any], costs: dict[str, Any]) -> str:
+    """What stands in one page."""
+    parts = []
+    figures = DOCS / "figures"
+    if "recall" in tasks:
+        picture = figures / "landmark_recall.png" if name == "landmark" else None
+        parts.append(recall(tasks["recall"], picture))
+    if "tasks" in tasks:
+        parts.append(retrieval(tasks["tasks"], name == "landmark"))
+    if parts:
+        parts.append(f"Made by `python benchmarks/landmark.py` on {machine(tasks)}.")
+    if costs:
+        parts.append(reading(costs, name))
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -123,8 +181,9 @@ def main() -> None:
         path = DOCS / "methods" / f"{name}.md"
         before, _, rest = path.read_text().partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
-        own = f"{retrieval(tasks, name == 'landmark')}\n\n{reading(costs, name)}"
-        path.write_text(f"{before}{MARKS[0]}\n\n{own}\n\n{MARKS[1]}{after}")
+        path.write_text(
+            f"{before}{MARKS[0]}\n\n{evidence(name, tasks, costs)}\n\n{MARKS[1]}{after}"
+        )
 
 
 if __name__ == "__main__":

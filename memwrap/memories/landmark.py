@@ -313,13 +313,15 @@ class LandmarkMemory(Memory):
         work = [(n, first) for n in range(len(pieces)) for first in range(0, heads, at_once)]
 
         def fetch(n: int, first: int) -> tuple[Tensor, ...]:
-            own = slice(first, first + at_once)
-            chosen = ids[n][:, own.start * groups : own.stop * groups]
-            # Heads are rows here: each has blocks of its own.
-            far = (held[name][:, own].flatten(0, 1) for name in HELD)
-            valid = state["valid"].expand(-1, heads, -1, -1)[:, own].flatten(0, 1)
-            chosen = chosen.unflatten(1, (-1, groups)).flatten(0, 1)
-            return used_blocks(chosen, valid, state["landmark"][:, own].flatten(0, 1), *far)
+            def rows(x: Tensor) -> Tensor:
+                """Heads are rows here, each with blocks of its own (no copy of the store)."""
+                return x[:, first] if at_once == 1 else x.flatten(0, 1)
+
+            chosen = rows(ids[n].unflatten(1, (heads, groups)))
+            valid = rows(state["valid"].expand(-1, heads, -1, -1))
+            return used_blocks(
+                chosen, valid, rows(state["landmark"]), *(rows(held[name]) for name in HELD)
+            )
 
         outputs: list[list[Tensor]] = [[] for _ in pieces]
         logs: list[list[Tensor]] = [[] for _ in pieces]
@@ -330,9 +332,10 @@ class LandmarkMemory(Memory):
                 turned = self._turned(attention, state, pieces[n], ids[n])
             q = turned[:, first * groups : (first + at_once) * groups]
             q = q.unflatten(1, (-1, groups)).flatten(0, 1)
-            keys, values, landmarks = (t[:, None] for t in (keys, values, landmarks))
-            far = keys, values, landmarks, valid, own
-            result = ops.retrieved(q, *far, attention.scaling, attention.seen.softcap)
+            result = ops.retrieved(
+                q, keys[:, None], values[:, None], landmarks[:, None], valid, own,
+                attention.scaling, attention.seen.softcap,
+            )  # fmt: skip
             for part, into in zip(result, (outputs[n], logs[n]), strict=True):
                 into.append(part.unflatten(0, (-1, at_once)).flatten(1, 2))
         out, log = (torch.cat([torch.cat(p, 1) for p in x], 2) for x in (outputs, logs))

@@ -87,8 +87,7 @@ def used_blocks(ids: Tensor, valid: Tensor, landmarks: Tensor, *far: Tensor) -> 
 
 
 def _taken(rows: Tensor, x: Tensor) -> Tensor:
-    flat = rows + x.shape[1] * torch.arange(len(rows), device=rows.device)[:, None]
-    return x.flatten(0, 1)[flat.to(x.device)]
+    return x[torch.arange(len(rows), device=x.device)[:, None], rows.to(x.device)]
 
 
 __all__ = ["ahead", "moved", "used_blocks"]
