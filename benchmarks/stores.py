@@ -1,9 +1,10 @@
 """Vector stores: a million vectors through faiss and pgvector, and where faiss overtakes torch.
 
-    python stores.py crossover million server [million_server]
+    python stores.py crossover million [million_islands] [million_islands_graph]
 
-Each part is put into `results/stores.json` beside those that are there. The server is started from
-the package `pgserver`, in a temporary folder.
+`million` measures torch, faiss and pgvector in one run, one after the other. Each part is put into
+`results/stores.json` beside those that are there, with the day it was measured. The server is
+started from the package `pgserver`, in a temporary folder.
 """
 
 from __future__ import annotations
@@ -12,48 +13,55 @@ import json
 import os
 import sys
 import tempfile
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
 from common import RESULTS, save
 
-from memwrap.evaluation.stores import bench, crossover
+from memwrap.evaluation.stores import KINDS, bench, crossover
 
 SIZES = (1024, 4096, 16_384, 65_536, 131_072)
-MEMORY = "options=-c%20maintenance_work_mem%3D2GB%20-c%20max_parallel_maintenance_workers%3D0"
+MEMORY, WORKERS = "4GB", 1
+OPTIONS = (
+    f"options=-c%20maintenance_work_mem%3D{MEMORY}"
+    f"%20-c%20max_parallel_maintenance_workers%3D{WORKERS}"
+)
 
 
-def on_server(entries: int) -> dict[str, Any]:
-    """pgvector on a server of its own, with memory for the index and no parallel workers."""
+def with_server(entries: int) -> dict[str, Any]:
+    """All stores; pgvector on a server of its own, with memory for the whole index."""
     folder = tempfile.mkdtemp(prefix="memwrap-pg-")
     os.environ.setdefault("XDG_RUNTIME_DIR", folder)
     import pgserver
 
     server = pgserver.get_server(os.path.join(folder, "data"), cleanup_mode="delete")
     try:
-        url = f"{server.get_uri()}&{MEMORY}"
-        found = bench(entries, 128, kinds=("pgvector",), url=url, say=print)
-        return {**found, "maintenance_work_mem": "2GB", "parallel_workers": 0}
+        url = f"{server.get_uri()}&{OPTIONS}"
+        found = bench(entries, 128, kinds=KINDS, url=url, say=partial(print, flush=True))
+        found["stores"]["pgvector"] |= {
+            "maintenance_work_mem": MEMORY, "workers_beside_the_leader": WORKERS,
+        }  # fmt: skip
+        return found
     finally:
         server.cleanup()
 
 
 PARTS = {
     "crossover": lambda: crossover(SIZES, 128),
-    "million": lambda: bench(1_000_000, 128, kinds=("torch", "faiss"), say=print),
+    "million": lambda: with_server(1_000_000),
     "million_islands": lambda: bench(1_000_000, 128, kinds=("faiss",), apart=1.0, say=print),
     "million_islands_graph": lambda: bench(
         1_000_000, 128, kinds=("faiss",), apart=1.0, factory="HNSW32", say=print
     ),
-    "server": lambda: on_server(100_000),
-    "million_server": lambda: on_server(1_000_000),
 }
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or ("crossover", "million", "server"):
-        result = PARTS[name]()
+    for name in sys.argv[1:] or ("crossover", "million"):
+        result = {"measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", **PARTS[name]()}
         path = RESULTS / "stores.json"
         before = json.loads(path.read_text()) if path.is_file() else {}
         kept = {k: v for k, v in before.items() if k in PARTS}

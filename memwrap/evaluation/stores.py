@@ -91,16 +91,19 @@ def _beside_faiss(store: FaissStore, queries: Tensor, k: int, repeats: int = 15)
     return {"store_over_faiss": {"median": middle, "q1": low, "q3": high}}
 
 
+def _at_effort(store: Store, queries: Tensor, k: int, exact: Tensor) -> dict[str, float]:
+    """Recall and time as the store is set now; all queries at once."""
+    result = store.search(queries, k)
+    spent = _timed(store.search, queries, k)
+    return {"recall": recall_at(result, exact), "query_ms": spent / len(queries) * 1e3}
+
+
 def _by_effort(store: FaissStore, queries: Tensor, k: int, exact: Tensor) -> dict[str, Any]:
     """Recall and time at other numbers of candidates."""
     before, found = store.effort, {}
     for effort in (8, 16, 32, 64, 128):
         store.effort = effort
-        result = store.search(queries, k)
-        spent = _timed(store.search, queries, k)
-        found[str(effort)] = {
-            "recall": recall_at(result, exact), "query_ms": spent / len(queries) * 1e3,
-        }  # fmt: skip
+        found[str(effort)] = _at_effort(store, queries, k, exact)
     store.effort = before
     return found
 
@@ -183,7 +186,13 @@ def _server(url: str, vectors: Tensor, queries: Tensor, k: int, exact: Tensor) -
     store.drop()
     store = PgVectorStore(joined, vectors.shape[1])
     try:
-        return {**_measured(store, vectors, queries, k, exact), "settings": store.settings}
+        found = _measured(store, vectors, queries, k, exact)
+        found |= {"settings": dict(store.settings), "versions": store.versions}
+        efforts = {}
+        for effort in (16, 32, 64, 128, 256):
+            store.settings["ef_search"] = effort
+            efforts[str(effort)] = _at_effort(store, queries, k, exact)
+        return {**found, "by_effort": efforts}
     finally:
         store.drop()
         store.close()

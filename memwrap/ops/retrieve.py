@@ -19,7 +19,7 @@ from memwrap.ops import accumulation_dtype, current_backend
 SIMILARITIES = ("dot", "cosine", "l2")
 # At most so many scores, and so many numbers of gathered rows, exist at one time.
 _SCORES_AT_ONCE = 2**24
-_ENTRIES_AT_ONCE = 2**14
+_ENTRIES_LEAST, _ENTRIES_AT_ONCE = 2**10, 2**14
 _GATHERED_AT_ONCE = 2**25
 _HIDDEN = -1e30
 
@@ -169,12 +169,26 @@ def _search_chunked(
     query: Tensor, keys: Tensor, valid: Tensor, top_k: int, similarity: str
 ) -> tuple[Tensor, Tensor]:
     batch, heads, count, width = keys.shape
-    shape = (*query.shape[:3], -1)
     grouped = query.reshape(batch, heads, -1, width).to(accumulation_dtype(query))
     if similarity == "cosine":
         grouped = normalise(grouped)
-    size = _SCORES_AT_ONCE // max(1, batch * query.shape[1] * query.shape[2])
-    size = min(max(256, size), _ENTRIES_AT_ONCE)
+    # As many queries as leave entries enough for a product worth its name.
+    most = max(1, _SCORES_AT_ONCE // max(1, batch * heads * min(count, _ENTRIES_LEAST)))
+    parts = [_best(q, keys, valid, top_k, similarity) for q in grouped.split(most, 2)]
+    if not parts:
+        parts = [_best(grouped, keys, valid, top_k, similarity)]
+    best, index = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    shape = (*query.shape[:3], best.shape[-1])
+    return best.reshape(shape), index.reshape(shape)
+
+
+def _best(
+    grouped: Tensor, keys: Tensor, valid: Tensor, top_k: int, similarity: str
+) -> tuple[Tensor, Tensor]:
+    """The best of all entries for queries `(B, Hkv, M, D)`, chunk of entries by chunk."""
+    count = keys.shape[2]
+    size = _SCORES_AT_ONCE // max(1, math.prod(grouped.shape[:3]))
+    size = min(max(1, size), _ENTRIES_AT_ONCE)
     best = grouped.new_empty(*grouped.shape[:3], 0)
     index = torch.empty(best.shape, dtype=torch.long, device=keys.device)
     for start in range(0, count, size):
@@ -190,7 +204,7 @@ def _search_chunked(
         order = both.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
         index = torch.cat([index, places + start], -1).gather(-1, order)
         best = both.gather(-1, order)
-    return best.reshape(shape), index.reshape(shape)
+    return best, index
 
 
 def first_largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -355,6 +355,17 @@ class PgVectorStore(Store):
         )
         return size[0]
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the server and of pgvector."""
+        rows = self._retrying(
+            lambda c: c.execute(
+                "SELECT current_setting('server_version'), extversion FROM pg_extension"
+                " WHERE extname = 'vector'"
+            ).fetchone()
+        )
+        return {"postgresql": rows[0], "pgvector": rows[1]}
+
     def save(self, path: str | Path) -> None:
         """Write where the server is (without a password) into a folder; the vectors stay there."""
         write_json(
