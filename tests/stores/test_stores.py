@@ -113,7 +113,7 @@ def test_other_kinds_of_index(factory: str, tmp_path: Path) -> None:
     want = ranked("l2")[1]
     found = store.search(Q, 5).ids
     overlap = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found.tolist(), want.tolist())])  # noqa: B905
-    assert overlap >= (0.7 if factory.startswith("OPQ") else 1.0)
+    assert overlap == 1.0
     store.remove([int(found[0, 0])])
     assert int(found[0, 0]) not in store.search(Q, 5).ids[0].tolist()
     store.close()
