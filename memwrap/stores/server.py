@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 _OPERATORS = {"l2": "<->", "ip": "<#>"}
 _CLASSES = {"l2": "vector_l2_ops", "ip": "vector_ip_ops"}
-_NUMBERS = {"m": 16, "ef_construction": 64, "ef_search": 64}
+_NUMBERS = {"m": 16, "ef_construction": 64, "ef_search": 128}
 _MOST_WIDTH = 2000  # what pgvector's HNSW index takes
 
 

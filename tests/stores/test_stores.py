@@ -245,6 +245,71 @@ def test_a_killed_build_goes_on(tmp_path: Path) -> None:
     assert not list(path.glob(".*.tmp"))
 
 
+_KILLED_AT = """
+import os, signal, sys, tempfile, torch
+torch.set_num_threads(1)
+from memwrap.stores import FaissStore
+
+CALLS = ("open", "fsync", "replace", "unlink")
+
+def write(path):
+    store = FaissStore(4, path=path, shard_size=16, factory="HNSW8", checkpoint_seconds=0)
+    first = (store.cursor or {"next": 0})["next"]
+    for n in range(first, 5):
+        x = torch.arange(n * 10, n * 10 + 10)[:, None] * torch.tensor([1.0, 0.5, 0.25, 2.0])
+        values = range(n * 10, n * 10 + 10)
+        store.add(x / 64, values=values, document=f"d{n}", cursor={"next": n + 1})
+    store.build()
+
+def killed(path, moment):
+    # The process ends just before its call number `moment` that changes or opens a file.
+    child = os.fork()
+    if not child:
+        left = [moment]
+        def counting(real):
+            def call(*args, **kwargs):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+            return call
+        for name in CALLS:
+            setattr(os, name, counting(getattr(os, name)))
+        write(path)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+moment = 1
+while killed(f"{sys.argv[1]}/{moment}", moment):
+    killed(f"{sys.argv[1]}/{moment}", moment // 2 + 1)  # and once more, while it goes on
+    write(f"{sys.argv[1]}/{moment}")
+    moment += 1
+print(moment - 1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL")
+def test_a_build_killed_at_every_step_goes_on(tmp_path: Path) -> None:
+    """SIGKILL before each call that opens, syncs, renames or deletes a file, one after the other."""
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED_AT, str(tmp_path)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    moments = int(done.stdout)
+    assert moments > 25, moments
+    want = torch.arange(50)[:, None] * torch.tensor([1.0, 0.5, 0.25, 2.0]) / 64
+    for moment in range(1, moments + 1):
+        store = FaissStore.load(tmp_path / str(moment))
+        store.verify()
+        assert len(store) == 50 and store._indexed == 50, moment
+        everything = store.entries(np.arange(50))
+        assert everything.values.tolist() == list(range(50)), moment
+        assert everything.documents.tolist() == [n // 10 for n in range(50)], moment
+        assert torch.equal(store.vectors(range(50)), want.half().float()), moment
+        assert not list(store.path.glob(".*.tmp"))  # type: ignore[union-attr]
+
+
 @pytest.fixture()
 def on_disk(tmp_path: Path) -> Path:
     store = filled(FaissStore(DIM, path=tmp_path / "s", shard_size=100))
