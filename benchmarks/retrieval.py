@@ -11,6 +11,7 @@ its recipe. Each part is put into `results/retrieval.json` beside those that are
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -41,7 +42,7 @@ from memwrap.training.recipe import load_recipe
 SIZES = (10_000, 40_000, 120_000)
 SEGMENT, TOKENS, VALIDATION, TEST = 512, 2048, 3, 6
 NEIGHBOURS = 64
-THRESHOLDS, LAYERS = (None, 0.5, 0.7, 0.8, 0.9), (None, [3, 4, 5])
+THRESHOLDS, LAYERS = (None, 0.5, 0.7, 0.9), (None, [3, 4, 5])
 RECIPE, STEPS, SEED = "neurocache_lora_tiny", 100, 0
 OVERRIDES = [
     f"memory.segment_size={SEGMENT}", f"trainer.steps={STEPS}", f"trainer.seed={SEED}",
@@ -153,16 +154,12 @@ def extended_mind() -> dict[str, Any]:
     test, validation = held_out("test"), held_out("validation")
     tried: list[dict[str, Any]] = []
     first = next(shelves())
-    for layers in LAYERS:
-        model = wrapped("extended_mind", layers=layers)
-        state = Library.encode(model, first, special_ids=()).state
-        for threshold in THRESHOLDS:
-            model.memories["extended_mind"].config.similarity_threshold = threshold
-            tried.append({
-                "layers": layers, "similarity_threshold": threshold,
-                "nats": mean(nats(model, validation, state=state)),
-            })  # fmt: skip
-            print(tried[-1], flush=True)
+    for layers, threshold in itertools.product(LAYERS, THRESHOLDS):
+        settings = {"layers": layers, "similarity_threshold": threshold}
+        model = wrapped("extended_mind", **settings)
+        library = Library.encode(model, first, special_ids=())
+        tried.append({**settings, "nats": mean(nats(model, validation, state=library.state))})
+        print(tried[-1], flush=True)
     off = mean(nats(wrapped("extended_mind"), validation, "off"))
     best = min(tried, key=lambda one: one["nats"])
     chosen = {k: best[k] for k in ("layers", "similarity_threshold")}
@@ -198,8 +195,8 @@ def neurocache() -> dict[str, Any]:
         run_recipe(load_recipe(RECIPE, [*OVERRIDES, f"output={path}"]))
         spent = time.perf_counter() - start
         model = memwrap.load(path).eval()
-    found = {name: nats(model, test, control)
-             for name, control in (("memory", None), ("off", "off"), ("shuffled", "shuffled"))}  # fmt: skip
+    controls = {"memory": None, "off": "off", "shuffled": "shuffled"}
+    found = {name: nats(model, test, control) for name, control in controls.items()}
     state = model.close_segment(model.read(test[:1]))
     return {
         "recipe": RECIPE, "overrides": OVERRIDES, "seconds_to_train": spent, "bytes": state.nbytes,

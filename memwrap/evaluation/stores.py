@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memwrap.ops.neighbours import nearest
 from memwrap.stores import FaissStore, Neighbours, Store, TorchStore
-from memwrap.stores.indexes import FLAT_MOST, choose_factory, search_options
+from memwrap.stores.indexes import search_options
 
 KINDS = ("torch", "faiss", "pgvector")
 CLUSTERS = 4096
@@ -50,6 +50,8 @@ def recall_at(found: Neighbours, exact: Tensor) -> float:
 def _timed(function: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
     function(*arguments)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -209,32 +211,44 @@ def line(kind: str, got: dict[str, Any], k: int) -> str:
     )
 
 
-def lists_of(count: int, dim: int) -> str:
-    """The factory string of inverted lists, also below the size at which they are chosen."""
-    return choose_factory(max(count, FLAT_MOST + 1), dim) if count > FLAT_MOST else "IVF256,Flat"
-
-
 def crossover(
-    sizes: Sequence[int], dim: int, k: int = 16, batch: int = 128, repeats: int = 5
+    sizes: Sequence[int],
+    dim: int,
+    k: int = 16,
+    batch: int = 128,
+    repeats: int = 5,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Where an index answers faster than exact search with torch.
 
+    Args:
+        sizes: numbers of entries.
+        dim: width of the vectors.
+        k: neighbours.
+        batch: queries of the larger of two batches.
+        repeats: of each measurement.
+        device: where the torch store lies and queries come from; faiss searches on a GPU where it
+            has one.
+
     Returns:
-        For every size and for batches of 1 and `batch` queries the milliseconds of torch, faiss'
-        flat index and its inverted lists; `from_entries`: the smallest measured size from which on
-        the one that `FaissStore` takes at that size is faster for both.
+        For every size and for batches of 1 and `batch` queries the milliseconds of torch, of faiss'
+        flat index and of the index that `FaissStore` chooses, and its recall; `from_entries`: the
+        smallest measured size from which on the chosen one is faster for both (0: none is).
     """
     rows = []
     for size in sizes:
-        vectors, asked = clustered(size, dim), clustered(batch, dim, seed=1)
+        vectors, asked = clustered(size, dim), clustered(batch, dim, seed=1).to(device)
+        chosen = FaissStore(dim)
         stores: dict[str, Store] = {
-            "torch": TorchStore(dim), "flat": FaissStore(dim, factory="Flat"),
-            "lists": FaissStore(dim, factory=lists_of(size, dim)),
+            "torch": TorchStore(dim, device=device), "flat": FaissStore(dim, factory="Flat"),
+            "chosen": chosen,
         }  # fmt: skip
         row: dict[str, Any] = {"entries": size}
         for name, store in stores.items():
             store.add(vectors)
             row[f"{name}_build_s"] = _timed(store.search, asked, k)
+        row["index"] = chosen.made_by
+        row["recall"] = recall_at(chosen.search(asked, k), stores["torch"].search(asked, k).ids)
         times: dict[str, list[float]] = {}
         for _ in range(repeats):
             for name, store in stores.items():
@@ -245,8 +259,10 @@ def crossover(
         rows.append(row | {name: statistics.median(values) for name, values in times.items()})
 
     def faster(row: dict[str, Any]) -> bool:
-        own = "lists" if row["entries"] > FLAT_MOST else "flat"
-        return all(row[f"{own}_ms_{n}"] < row[f"torch_ms_{n}"] for n in (1, batch))
+        return all(row[f"chosen_ms_{n}"] < row[f"torch_ms_{n}"] for n in (1, batch))
 
     wins = [row["entries"] for i, row in enumerate(rows) if all(map(faster, rows[i:]))]
-    return {"dim": dim, "k": k, "batch": batch, "sizes": rows, "from_entries": min(wins, default=0)}
+    return {
+        "dim": dim, "k": k, "batch": batch, "device": device, "sizes": rows,
+        "from_entries": min(wins, default=0),
+    }  # fmt: skip

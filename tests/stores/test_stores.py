@@ -290,7 +290,7 @@ print(moment - 1)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL")
 def test_a_build_killed_at_every_step_goes_on(tmp_path: Path) -> None:
-    """SIGKILL before each call that opens, syncs, renames or deletes a file, one after the other."""
+    """SIGKILL before each single call that opens, syncs, renames or deletes a file."""
     done = subprocess.run(
         [sys.executable, "-c", _KILLED_AT, str(tmp_path)],
         capture_output=True, text=True, cwd=ROOT, timeout=120, check=True,
