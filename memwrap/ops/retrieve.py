@@ -172,6 +172,8 @@ def _search_chunked(
     grouped = query.reshape(batch, heads, -1, width).to(accumulation_dtype(query))
     if similarity == "cosine":
         grouped = normalise(grouped)
+    elif similarity == "l2":
+        grouped = 2 * grouped
     # As many queries as leave entries enough for a product worth its name.
     most = max(1, _SCORES_AT_ONCE // max(1, batch * heads * min(count, _ENTRIES_LEAST)))
     parts = [_best(q, keys, valid, top_k, similarity) for q in grouped.split(most, 2)]
@@ -185,7 +187,8 @@ def _search_chunked(
 def _best(
     grouped: Tensor, keys: Tensor, valid: Tensor, top_k: int, similarity: str
 ) -> tuple[Tensor, Tensor]:
-    """The best of all entries for queries `(B, Hkv, M, D)`, chunk of entries by chunk."""
+    """The best of all entries for queries `(B, Hkv, M, D)` (unit vectors for `"cosine"`, doubled for
+    `"l2"`), chunk of entries by chunk."""
     count = keys.shape[2]
     size = _SCORES_AT_ONCE // max(1, math.prod(grouped.shape[:3]))
     size = min(max(1, size), _ENTRIES_AT_ONCE)
@@ -193,12 +196,12 @@ def _best(
     index = torch.empty(best.shape, dtype=torch.long, device=keys.device)
     for start in range(0, count, size):
         part = keys[:, :, start : start + size].to(grouped.dtype)
-        scores = grouped @ part.transpose(-1, -2)
         if similarity == "cosine":
-            scores = scores / part.norm(dim=-1).clamp_min(1e-12)[:, :, None]
-        elif similarity == "l2":
-            scores = 2 * scores - part.square().sum(-1)[:, :, None]
-        scores = scores.masked_fill(~valid[:, None, None, start : start + size], -math.inf)
+            part = normalise(part)
+        scores = grouped @ part.transpose(-1, -2)  # from here in place: it is large
+        if similarity == "l2":
+            scores -= part.square().sum(-1)[:, :, None]
+        scores.masked_fill_(~valid[:, None, None, start : start + size], -math.inf)
         values, places = first_largest(scores, top_k)
         both = torch.cat([best, values], -1)
         order = both.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
