@@ -30,7 +30,7 @@ def backbone() -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1,
+            num_attention_heads=1, num_key_value_heads=1, head_dim=32,
         )
     )  # fmt: skip
 

@@ -57,7 +57,7 @@ def readings(result: dict[str, Any]) -> list[tuple[str, str, list[float]]]:
          result["base"]["window_and_sinks"]),
     ]  # fmt: skip
     for one in result["knnlm"]["sizes"]:
-        weight, heat = one["tuned"]["interpolation"], one["tuned"]["temperature"]
+        weight, heat = (one["tuned"][n] for n in ("interpolation", "temperature"))
         settings = f"$\\lambda$ = {weight:g}" + (f", $T$ = {heat:g}" if weight else "")
         rows.append((f"kNN-LM, {settings}", f"{one['entries']:,}", one["nats"]))
     for kind in result["extended_mind"]["settings"]:
@@ -75,6 +75,28 @@ def readings(result: dict[str, Any]) -> list[tuple[str, str, list[float]]]:
     return rows
 
 
+RETRIEVAL = """Retrieval memories on the shipped tiny LM (context 512): {documents} held-out files of
+the standard library, the first {tokens:,} tokens of each, read in segments of {segment}. The last
+column is the difference to the base over the same files, with its standard error across files
+(negative: better).
+
+{table}
+
+kNN-LM and Extended Mind hold the same documents of the train split, on which the LM was trained:
+they look up what it has seen. kNN-LM's $\\lambda$ and $T$ were tuned on {validation} validation
+files for each size ($\\lambda$ = 0: tuning switches it off), Extended Mind's layers and threshold
+with the smallest library ({tried} settings); its defaults are shown with that library too. It also
+reads what it has read of the file itself. Neurocache was trained for {steps} steps of 2 x 2,048
+tokens by `recipes/{recipe}.yaml` with segments of {segment}, together with LoRA, which by itself
+changes the perplexity. What its cache is worth: cache off minus trained {off} nats, another file's
+cache minus trained {shuffled}.
+
+By more than two standard errors better than the base: {better}. Worse: {worse}.
+
+Made by `{command}` and `python benchmarks/retrieval_tables.py`, one run, seed {seed}, {day},
+{machine} (`benchmarks/results/retrieval.json`)."""
+
+
 def retrieval_text(result: dict[str, Any]) -> str:
     base = result["base"]["segments"]
     rows: Rows = [["", "entries", "perplexity", "nats a token", "minus the base's"]]
@@ -82,104 +104,101 @@ def retrieval_text(result: dict[str, Any]) -> str:
     for name, entries, nats in readings(result):
         mean, error = difference(nats, base)
         cells = [f"{math.exp(statistics.mean(nats)):.2f}", f"{statistics.mean(nats):.4f}"]
-        rows.append([name, entries, *cells, f"{mean:+.4f} ± {error:.4f}" if nats != base else ""])
+        rows.append([name, entries, *cells, "" if nats == base else plus_minus(mean, error)])
         if abs(mean) > 2 * error and nats != base:
             label = name if entries == "-" else f"{name} ({entries})"
             (better if mean < 0 else worse).append(label)
-    own = result["neurocache"]
+    own, machine = result["neurocache"], result["knnlm"]["machine"]
+    worth = {n: plus_minus(*difference(own[n], own["memory"])) for n in ("off", "shuffled")}
     steps = next(o for o in own["overrides"] if "steps" in o).partition("=")[2]
-    content = [difference(own[name], own["memory"]) for name in ("off", "shuffled")]
-    tuned = result["extended_mind"]["tuning"]
-    return f"""Retrieval memories on the shipped tiny LM (context 512): {result["test_documents"]} held-out files
-of the standard library, the first {result["tokens_each"]:,} tokens of each, read in segments of
-{result["segment_size"]}. The last column is the difference to the base over the same files with its standard
-error across files (negative: better).
+    return RETRIEVAL.format(
+        documents=result["test_documents"], tokens=result["tokens_each"],
+        segment=result["segment_size"], table=table(rows),
+        validation=result["validation_documents"], tried=len(result["extended_mind"]["tuning"]),
+        steps=steps, recipe=own["recipe"], **worth, better="; ".join(better) or "none",
+        worse="; ".join(worse) or "none", command=result["command"], seed=result["seed"],
+        day=machine["measured"][:10], machine=of_machine(machine),
+    )  # fmt: skip
 
-{table(rows)}
 
-kNN-LM and Extended Mind hold the same documents of the train split, on which the LM was trained:
-they look up what it has seen. kNN-LM's $\\lambda$ and $T$ were tuned on {result["validation_documents"]} validation files for each size
-($\\lambda$ = 0: tuning switches it off), Extended Mind's layers and threshold with the smallest library
-({len(tuned)} settings); its defaults are shown too. Extended Mind also reads what it has read of the file itself.
-Neurocache was trained for {steps} steps of 2 x 2,048 tokens by `recipes/{own["recipe"]}.yaml` with segments of
-{result["segment_size"]}, together with LoRA, which by itself changes the perplexity: what its cache is worth is cache off
-minus trained, {content[0][0]:+.4f} ± {content[0][1]:.4f} nats, and another file's cache minus trained,
-{content[1][0]:+.4f} ± {content[1][1]:.4f}.
-
-By more than two standard errors better than the base: {", ".join(better) or "none"}. Worse: {", ".join(worse) or "none"}.
-
-Made by `{result["command"]}` and `python benchmarks/retrieval_tables.py`, seed {result["seed"]}, {result["knnlm"]["machine"]["measured"][:10]},
-{of_machine(result["knnlm"]["machine"])} (`benchmarks/results/retrieval.json`). One run."""
+def plus_minus(mean: float, error: float) -> str:
+    return f"{mean:+.4f} ± {error:.4f}"
 
 
 # Stores
 
 
-def store_row(label: str, got: dict[str, Any], recall: float, query: float, k: int) -> list[str]:
-    return [label, f"{recall:.3f}", f"{got['load_s']:.0f} s",
-            f"{got['index_s']:.0f} s" if got["index_s"] else "-", f"{query:.2f} ms",
-            f"{got['bytes_per_vector']:,.0f}"]  # fmt: skip
+SHOWN = {"faiss": ("8", "128"), "pgvector": ("128", "256")}
 
 
 def store_rows(part: dict[str, Any]) -> Rows:
     """One run: each store as it is, and with other numbers of candidates."""
-    k, rows = part["k"], []
+    k = part["k"]
+    rows: Rows = [["store", f"recall@{k}", "loaded in", "index built in",
+                   "a query, in batches of 100", "bytes a vector"]]  # fmt: skip
     for kind, got in part["stores"].items():
-        label = {"torch": "torch, exact"}.get(kind, kind)
-        used = 32
+        label, what = "torch, exact", ""
         if kind == "faiss":
-            used = 64 if got["factory"].startswith("HNSW") else 32
-            what = "candidates" if used == 64 else "lists"
-            label = f"faiss, `{got['factory']}`, {used} {what}"
+            label, what = f"faiss, `{got['factory']}`, 32 lists", "lists"
         if kind == "pgvector":
-            used, what = got["settings"]["ef_search"], "candidates"
-            label = f"pgvector, HNSW m {got['settings']['m']}, {used} {what}"
-        rows.append(store_row(label, got, got[f"recall_at_{k}"], got["query_ms_in_batches_of_100"], k))
-        for effort, own in got.get("by_effort", {}).items():
-            if effort in ("8", "128", "256") and int(effort) != used and (kind, effort) != ("faiss", "256"):
-                row = [f"the same, {effort} {what}", f"{own['recall']:.3f}", "", ""]
-                rows.append([*row, f"{own['query_ms']:.2f} ms", ""])
+            used = got["settings"]["ef_search"]
+            label, what = f"pgvector, HNSW, `ef_search` {used}", "candidates"
+        built = f"{got['index_s']:.0f} s" if got["index_s"] else "-"
+        query = f"{got['query_ms_in_batches_of_100']:.2f} ms"
+        rows.append([label, f"{got[f'recall_at_{k}']:.3f}", f"{got['load_s']:.0f} s", built, query,
+                     f"{got['bytes_per_vector']:,.0f}"])  # fmt: skip
+        for effort in SHOWN.get(kind, ()):
+            own = got["by_effort"][effort]
+            cells = [f"{own['recall']:.3f}", "", "", f"{own['query_ms']:.2f} ms", ""]
+            rows.append([f"the same, {effort} {what}", *cells])
     return rows
 
 
-def stores_text(result: dict[str, Any]) -> str:
-    part = result["million"]
-    k, own = part["k"], part["stores"]["faiss"]["store_over_faiss"]
-    head = ["store", f"recall@{k}", "loaded in", "index built in", "a query, in batches of 100",
-            "bytes a vector"]  # fmt: skip
-    server = part["stores"]["pgvector"]
-    versions = server["versions"]
-    text = f"""{part["entries"]:,} vectors of width {part["dim"]}, {k} neighbours, {part["queries"]:,} queries; all of
-one run ({part["measured"]}), one store after the other:
+STORES = """{entries:,} vectors of width {dim}, {k} neighbours, {queries:,} queries; all of one run
+({measured}), one store after the other:
 
-{table([head, *store_rows(part)])}
+{million}
 
-Rows "the same" ask all queries at once. memwrap's faiss store takes {own["median"]:.3f} of the time of faiss
-called directly on the same index (median; quartiles {own["q1"]:.3f} and {own["q3"]:.3f}). Bytes are those in memory, or the
-server's table and index; on disk a faiss store has {part["stores"]["faiss"]["disk_bytes_per_vector"]:,.0f} a vector, the vectors in float16 among
-them. The server: PostgreSQL {versions["postgresql"]}, pgvector {versions["pgvector"]}, `maintenance_work_mem` {server["maintenance_work_mem"]}, {server["workers_beside_the_leader"] + 1}
-processes at the build.
+Rows "the same" ask all queries at once. memwrap's faiss store takes {ratio} of the time of faiss
+called directly on the same index. Bytes are those in memory, or the server's table and index; on
+disk a faiss store has {disk:,.0f} a vector, the vectors in float16 among them. The server:
+PostgreSQL {postgresql}, pgvector {pgvector}, `maintenance_work_mem` {memory}, {processes} processes
+at the build. memwrap asks for `ef_search` 128 where the URL says nothing.
 
-Which index for how many vectors, on two kinds of data ("clusters overlap" and "clusters are
-islands"; recall@{k}, milliseconds a query one thread, seconds to build):
+Which index for how many vectors, on two kinds of data:
 
-{table(kind_rows(result["kinds"]))}
+{kinds}
 
-{million_islands(result)}
+{islands}
 
-The vectors: {part["vectors"]}.
+The vectors: {vectors}.
 
-Where exact search with torch stops being the fastest, on a CPU, milliseconds for one query and for a
-batch of {result["crossover"]["batch"]}:
+Where exact search with torch stops being the fastest on a CPU; milliseconds for one query / for a
+batch of {batch}:
 
-{table(crossover_rows(result["crossover"]))}
+{crossover}
 
-So `new_store` takes faiss from {result["crossover"]["from_entries"]:,} entries on. {gpu_text()}
+So `new_store` takes faiss from {start:,} entries on. {gpu}
 
-Made by `python benchmarks/stores.py` and `python benchmarks/retrieval_tables.py` on {of_machine(result["machine"])};
+Made by `python benchmarks/stores.py` and `python benchmarks/retrieval_tables.py` on {machine};
 other work ran beside, so that times are up to several times those of an idle machine
-(`benchmarks/results/stores.json`). Vectors are synthetic; `memwrap bench stores` measures on yours."""
-    return text
+(`benchmarks/results/stores.json`). The vectors are synthetic; yours decide."""
+
+
+def stores_text(result: dict[str, Any]) -> str:
+    part, found = result["million"], result["crossover"]
+    faiss, server = part["stores"]["faiss"], part["stores"]["pgvector"]
+    own = faiss["store_over_faiss"]
+    return STORES.format(
+        **{n: part[n] for n in ("entries", "dim", "k", "queries", "measured", "vectors")},
+        million=table(store_rows(part)), disk=faiss["disk_bytes_per_vector"],
+        ratio=f"{own['median']:.3f} (quartiles {own['q1']:.3f} and {own['q3']:.3f})",
+        **server["versions"], memory=server["maintenance_work_mem"],
+        processes=server["workers_beside_the_leader"] + 1, kinds=table(kind_rows(result["kinds"])),
+        islands=million_islands(result), batch=found["batch"], start=found["from_entries"],
+        crossover=table(crossover_rows(found)), gpu=gpu_text(),
+        machine=of_machine(result["machine"]),
+    )  # fmt: skip
 
 
 def kind_rows(kinds: dict[str, Any]) -> Rows:
@@ -193,20 +212,24 @@ def kind_rows(kinds: dict[str, Any]) -> Rows:
 
 
 def million_islands(result: dict[str, Any]) -> str:
-    lists, graph = (result[n]["stores"]["faiss"] for n in ("million_islands", "million_islands_graph"))
-    k = result["million_islands"]["k"]
+    names = ("million_islands", "million_islands_graph")
+    lists, graph = (result[name]["stores"]["faiss"] for name in names)
+    own, less, more = lists["by_effort"]["32"], *(graph["by_effort"][n] for n in ("64", "256"))
     return (
-        f"A million vectors on islands, in runs of their own: `{lists['factory']}` finds "
-        f"{lists[f'recall_at_{k}']:.3f}, `{graph['factory']}` {graph[f'recall_at_{k}']:.3f} (with four times the "
-        f"candidates {graph['by_effort']['256']['recall']:.3f}): its links stay inside the islands."
+        f"A million vectors on islands, measured in runs of their own: `{lists['factory']}` finds "
+        f"{own['recall']:.3f} with 32 lists, `{graph['factory']}` {less['recall']:.3f} with 64 "
+        f"candidates and {more['recall']:.3f} with 256: its links stay inside the islands."
     )
 
 
 def crossover_rows(found: dict[str, Any]) -> Rows:
-    batch = found["batch"]
     rows: Rows = [["entries", "torch", "faiss, flat", "faiss, chosen by size", "recall of it"]]
+    batch = found["batch"]
     for one in found["sizes"]:
-        cells = [f"{one[f'{n}_ms_1']:.2f} / {one[f'{n}_ms_{batch}']:.1f}" for n in ("torch", "flat", "chosen")]
+        cells = [
+            f"{one[f'{name}_ms_1']:.2f} / {one[f'{name}_ms_{batch}']:.1f}"
+            for name in ("torch", "flat", "chosen")
+        ]
         cells[2] += f" (`{one['index']}`)"
         rows.append([f"{one['entries']:,}", *cells, f"{one['recall']:.3f}"])
     return rows
@@ -220,8 +243,8 @@ def gpu_text() -> str:
     for path in found:
         own = json.loads(path.read_text())
         start = own["crossover"]["from_entries"]
-        names.append(f"{own['machine']['gpu']}: " + (f"from {start:,}" if start else "no size measured"))
-    return "On a GPU: " + "; ".join(names) + "."
+        names.append(f"{own['machine']['gpu']} " + (f"{start:,}" if start else "at no size"))
+    return f"On a GPU: {'; '.join(names)}."
 
 
 # Reading with memorizing attention
@@ -232,12 +255,14 @@ def reading_text(result: dict[str, Any]) -> str:
     for name in ("growing", "ring"):
         run = result[name]
         last = run["steps"][-1]
-        rows.append([f"{run['cache_size']:,} tokens", f"{last['tokens']:,}", f"{last['grown_bytes']:,} bytes",
-                     f"{last['declared_bytes']:,.0f} bytes", "yes" if run["met"] else "no"])  # fmt: skip
+        grown, declared = (f"{last[f'{n}_bytes']:,.0f} bytes" for n in ("grown", "declared"))
+        cells = [f"{last['tokens']:,}", grown, declared, "yes" if run["met"] else "no"]
+        rows.append([f"{run['cache_size']:,} tokens", *cells])
     run = result["growing"]
     return (
-        f"Reading {result['tokens']:,} tokens in segments of {result['segment_size']} with a random backbone of two layers "
-        f"({run['bytes_per_token']:g} bytes a token declared), compared after each of {len(run['steps'])} pieces "
+        f"Reading {result['tokens']:,} tokens in segments of {result['segment_size']} with a "
+        f"random backbone of two layers ({run['bytes_per_token']:g} bytes a token declared), "
+        f"compared after each of {len(run['steps'])} pieces "
         f"(`python benchmarks/reading_retrieval.py`):\n\n{table(rows)}"
     )
 

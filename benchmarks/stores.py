@@ -1,6 +1,6 @@
 """Vector stores: a million vectors through faiss and pgvector, and where faiss overtakes torch.
 
-    python stores.py crossover million [million_islands] [million_islands_graph]
+    python stores.py crossover kinds million [million_islands] [million_islands_graph]
 
 `million` measures torch, faiss and pgvector in one run, one after the other. Each part is put into
 `results/stores.json` beside those that are there, with the day it was measured. The server is
@@ -9,7 +9,9 @@ started from the package `pgserver`, in a temporary folder.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -21,8 +23,10 @@ import torch
 from common import RESULTS, save
 
 from memwrap.evaluation.stores import KINDS, bench, crossover
+from memwrap.stores.indexes import choose_factory
 
 SIZES = (1024, 4096, 16_384, 65_536, 131_072)
+MIDDLE = (16_384, 65_536, 131_072, 262_144)
 MEMORY, WORKERS = "4GB", 1
 OPTIONS = (
     f"options=-c%20maintenance_work_mem%3D{MEMORY}"
@@ -34,8 +38,11 @@ def with_server(entries: int) -> dict[str, Any]:
     """All stores; pgvector on a server of its own, with memory for the whole index."""
     folder = tempfile.mkdtemp(prefix="memwrap-pg-")
     os.environ.setdefault("XDG_RUNTIME_DIR", folder)
-    import pgserver
-
+    try:
+        import pgserver
+    except ImportError:
+        print("stores: pgvector is not measured, there is no pgserver")
+        return bench(entries, 128, kinds=KINDS[:2], say=partial(print, flush=True))
     server = pgserver.get_server(os.path.join(folder, "data"), cleanup_mode="delete")
     try:
         url = f"{server.get_uri()}&{OPTIONS}"
@@ -48,7 +55,27 @@ def with_server(entries: int) -> dict[str, Any]:
         server.cleanup()
 
 
+def kinds() -> dict[str, Any]:
+    """A graph and lists at middle sizes, on both kinds of data, each with its default effort."""
+    rows = []
+    for entries, apart in itertools.product(MIDDLE, (0.25, 1.0)):
+        lists = 2 ** round(math.log2(4 * math.sqrt(entries)))
+        for factory in (f"IVF{lists},Flat", "HNSW32"):
+            found = bench(entries, 128, kinds=("faiss",), apart=apart, factory=factory)
+            own = found["stores"]["faiss"]
+            rows.append({
+                "entries": entries, "apart": apart, "factory": factory,
+                "chosen": factory == choose_factory(entries, 128),
+                "recall": own[f"recall_at_{found['k']}"], "index_s": own["index_s"],
+                "query_ms": own["query_ms_in_batches_of_100"],
+                "bytes_per_vector": own["bytes_per_vector"],
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    return {"rows": rows}
+
+
 PARTS = {
+    "kinds": kinds,
     "crossover": lambda: crossover(SIZES, 128),
     "million": lambda: with_server(1_000_000),
     "million_islands": lambda: bench(1_000_000, 128, kinds=("faiss",), apart=1.0, say=print),
@@ -60,7 +87,7 @@ PARTS = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or ("crossover", "million"):
+    for name in sys.argv[1:] or ("crossover", "kinds", "million"):
         result = {"measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", **PARTS[name]()}
         path = RESULTS / "stores.json"
         before = json.loads(path.read_text()) if path.is_file() else {}

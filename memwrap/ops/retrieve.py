@@ -187,8 +187,8 @@ def _search_chunked(
 def _best(
     grouped: Tensor, keys: Tensor, valid: Tensor, top_k: int, similarity: str
 ) -> tuple[Tensor, Tensor]:
-    """The best of all entries for queries `(B, Hkv, M, D)` (unit vectors for `"cosine"`, doubled for
-    `"l2"`), chunk of entries by chunk."""
+    """The best of all entries, chunk by chunk, for queries `(B, Hkv, M, D)`: unit vectors for
+    `"cosine"`, doubled for `"l2"`."""
     count = keys.shape[2]
     size = _SCORES_AT_ONCE // max(1, math.prod(grouped.shape[:3]))
     size = min(max(1, size), _ENTRIES_AT_ONCE)

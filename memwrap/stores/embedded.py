@@ -52,7 +52,7 @@ class FaissStore(Store):
         dtype: `"float16"` or `"float32"`, of the vectors kept.
         shard_size: entries that wait in memory before they are written as one shard.
         effort: lists that are searched (`nprobe`), or candidates that a graph looks at
-            (`efSearch`). None: 32 lists, 64 candidates (and at least 2 k).
+            (`efSearch`). None: 32 lists, 128 candidates (and at least 2 k).
         refine: with product codes, `refine * k` candidates are scored anew from the vectors kept.
         mmap: map the index from disk instead of reading it; the store is then read-only.
         checkpoint_seconds: while the index is built, it is written at least so often.
@@ -241,14 +241,20 @@ class FaissStore(Store):
             self._write_index()
         self._write_header()
 
+    def _wanted(self, count: int) -> str:
+        return self.factory or choose_factory(count, self.dim, graph=self.gpu.number is None)
+
     def _outgrown(self, count: int) -> bool:
-        return self.made_by != (self.factory or choose_factory(count, self.dim))
+        fits = {self._wanted(count)}
+        if self.factory is None and self._indexed == count:  # made where there is a GPU: it does
+            fits.add(choose_factory(count, self.dim, graph=False))
+        return self.made_by not in fits
 
     def _grow(self, count: int, *, progress: bool = False, checkpoints: bool = False) -> None:
         """Add to the index what it lacks; make another where the size asks for it."""
         faiss = faiss_module()
-        wanted = self.factory or choose_factory(count, self.dim)
-        if self._index is None or self.made_by != wanted:
+        wanted = self._wanted(count)
+        if self._index is None or self._outgrown(count):
             measure = faiss.METRIC_L2 if self.metric == "l2" else faiss.METRIC_INNER_PRODUCT
             try:
                 self._index = faiss.index_factory(self.dim, wanted, measure)

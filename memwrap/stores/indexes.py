@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-FLAT_MOST, LISTS_MOST = 16_383, 4_000_000
-"""Up to so many entries a flat index, up to so many inverted lists of vectors, then of codes."""
+FLAT_MOST, GRAPH_MOST, LISTS_MOST = 16_383, 200_000, 4_000_000
+"""Up to so many entries a flat index, up to so many a graph, up to so many inverted lists of
+vectors, then of codes."""
 
 
 def faiss_module() -> Any:
@@ -31,18 +32,25 @@ def faiss_module() -> Any:
     return faiss
 
 
-def choose_factory(count: int, dim: int) -> str:
+def choose_factory(count: int, dim: int, graph: bool = True) -> str:
     """The kind of index for `count` vectors, as a faiss factory string.
 
-    Exact up to `FLAT_MOST`; inverted lists of whole vectors up to `LISTS_MOST`; beyond, lists that
-    are found through a graph (HNSW) and hold product codes, whose candidates are scored anew from
-    the vectors on disk. A graph over the vectors themselves ("HNSW32") answers as fast as lists,
-    but takes longer to build, and where many entries are nearly equal, as in text that repeats
-    itself, its links stay among them and others are not reached
-    (`benchmarks/results/stores.json`).
+    Exact up to `FLAT_MOST`; a graph of the vectors (HNSW) up to `GRAPH_MOST`, where lists need
+    many more looked into for the same recall; inverted lists of whole vectors up to `LISTS_MOST`,
+    since a graph takes long to build and in large groups of nearly equal entries, as in text that
+    repeats itself, its links stay inside them; beyond, lists that are found through a graph and
+    hold product codes, whose candidates are scored anew from the vectors on disk. Measured in
+    `benchmarks/results/stores.json`.
+
+    Args:
+        count: vectors.
+        dim: their width.
+        graph: whether a graph can be searched; a GPU looks at all of so few vectors instead.
     """
-    if count <= FLAT_MOST:
+    if count <= (FLAT_MOST if graph else GRAPH_MOST):
         return "Flat"
+    if count <= GRAPH_MOST:
+        return "HNSW32"
     lists = 2 ** round(math.log2(4 * math.sqrt(count)))
     if count <= LISTS_MOST:
         return f"IVF{lists},Flat"
@@ -68,7 +76,7 @@ def search_options(index: Any, k: int, effort: int | None, kept: Any = None) -> 
         return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
     options: dict[str, Any] = {} if kept is None else {"sel": kept}
     if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=max(effort or 64, 2 * k), **options)
+        return faiss.SearchParametersHNSW(efSearch=max(effort or 128, 2 * k), **options)
     if isinstance(index, faiss.IndexIVF):
         probes = min(effort or 32, index.nlist)
         if isinstance(faiss.downcast_index(index.quantizer), faiss.IndexHNSW):

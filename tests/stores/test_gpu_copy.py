@@ -150,6 +150,26 @@ def test_kinds_that_stay_on_the_cpu(gpus: FaissWithGpus, tmp_path: Path) -> None
         FaissStore.load(tmp_path / "s", mmap=True, device="cuda")
 
 
+def test_no_graph_is_chosen_for_a_gpu(
+    gpus: FaissWithGpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memwrap.stores.indexes.FLAT_MOST", 100)
+    there, own = store(device="cpu", path=tmp_path / "cpu"), store(path=tmp_path / "gpu")
+    for one, kind in ((there, "HNSW32"), (own, "Flat")):
+        one.build()
+        assert one.made_by == kind
+        one.close()
+    for folder, device, kind in (
+        ("cpu", None, "Flat"),
+        ("cpu", "cpu", "HNSW32"),
+        ("gpu", None, "Flat"),
+        ("gpu", "cpu", "Flat"),
+    ):
+        found = FaissStore.load(tmp_path / folder, device=device)
+        found.search(Q, 3)
+        assert found.made_by == kind
+
+
 def test_a_full_gpu(gpus: FaissWithGpus) -> None:
     gpus.full = True
     own = store()

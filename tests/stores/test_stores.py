@@ -125,18 +125,19 @@ def test_other_kinds_of_index(factory: str, tmp_path: Path) -> None:
 
 def test_index_kinds_follow_the_size() -> None:
     assert choose_factory(1000, 128) == "Flat"
-    assert choose_factory(10**6, 128) == "IVF4096,Flat"
+    assert choose_factory(16_384, 128) == choose_factory(200_000, 64) == "HNSW32"
+    assert choose_factory(200_000, 128, graph=False) == "Flat"
+    assert choose_factory(10**6, 128) == "IVF4096,Flat" == choose_factory(10**6, 128, graph=False)
     assert choose_factory(10**8, 768) == "IVF32768_HNSW32,PQ64"
     assert choose_factory(10**8, 100).endswith("PQ50")
     store = FaissStore(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("memwrap.stores.indexes.FLAT_MOST", 50)
-        store.add(drawn(50, 2))
-        store.search(Q[:, :2], 1)
-        assert store.made_by == "Flat"
-        store.add(drawn(50, 2, seed=3))
-        store.search(Q[:, :2], 1)
-        assert store.made_by == "IVF32,Flat" and len(store) == 100
+        patch.setattr("memwrap.stores.indexes.GRAPH_MOST", 90)
+        for count, kind in ((50, "Flat"), (80, "HNSW32"), (120, "IVF32,Flat")):
+            store.add(drawn(count - len(store), 2, seed=count))
+            store.search(Q[:, :2], 1)
+            assert store.made_by == kind and len(store) == count
 
 
 def test_kinds_follow_the_measured_crossover() -> None:
