@@ -75,8 +75,8 @@ def readings(result: dict[str, Any]) -> list[tuple[str, str, list[float]]]:
     return rows
 
 
-RETRIEVAL = """Retrieval memories on the shipped tiny LM (context 512): {documents} held-out files of
-the standard library, the first {tokens:,} tokens of each, read in segments of {segment}. The last
+RETRIEVAL = """Retrieval memories on the shipped tiny LM (context 512): {documents} held-out files
+of the standard library, the first {tokens:,} tokens of each, read in segments of {segment}. The last
 column is the difference to the base over the same files, with its standard error across files
 (negative: better).
 
