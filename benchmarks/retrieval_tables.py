@@ -76,8 +76,8 @@ def readings(result: dict[str, Any]) -> list[tuple[str, str, list[float]]]:
 
 
 RETRIEVAL = """Retrieval memories on the shipped tiny LM (context 512): {documents} held-out files
-of the standard library, the first {tokens:,} tokens of each, read in segments of {segment}. The last
-column is the difference to the base over the same files, with its standard error across files
+of the standard library, the first {tokens:,} tokens of each, read in segments of {segment}. The
+last column is the difference to the base over the same files, with its standard error across files
 (negative: better).
 
 {table}
@@ -165,7 +165,7 @@ disk a faiss store has {disk:,.0f} a vector, the vectors in float16 among them. 
 PostgreSQL {postgresql}, pgvector {pgvector}, `maintenance_work_mem` {memory}, {processes} processes
 at the build. memwrap asks for `ef_search` 128 where the URL says nothing.
 
-Which index for how many vectors, on two kinds of data:
+Which index for how many vectors, on two kinds of data, in processor time of one thread:
 
 {kinds}
 
@@ -173,8 +173,8 @@ Which index for how many vectors, on two kinds of data:
 
 The vectors: {vectors}.
 
-Where exact search with torch stops being the fastest on a CPU; milliseconds for one query / for a
-batch of {batch}:
+Where exact search with torch stops being the fastest on a CPU; milliseconds of processor time for
+one query / for a batch of {batch}:
 
 {crossover}
 
@@ -202,12 +202,12 @@ def stores_text(result: dict[str, Any]) -> str:
 
 
 def kind_rows(kinds: dict[str, Any]) -> Rows:
-    rows: Rows = [["entries", "data", "index", "recall", "a query", "built in"]]
+    rows: Rows = [["entries", "clusters", "index", f"recall@{kinds['k']}", "a query", "built in"]]
     for one in kinds["rows"]:
         data = "overlap" if one["apart"] < 0.5 else "islands"
-        own = f"`{one['factory']}`" + (", chosen" if one["chosen"] else "")
+        own = f"`{one['factory']}`" + (" (chosen)" if one["chosen"] else "")
         rows.append([f"{one['entries']:,}", data, own, f"{one['recall']:.3f}",
-                     f"{one['query_ms']:.2f} ms", f"{one['index_s']:.1f} s"])  # fmt: skip
+                     f"{one['query_cpu_ms']:.2f} ms", f"{one['build_cpu_s']:.1f} s"])  # fmt: skip
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FLAT_MOST, GRAPH_MOST, LISTS_MOST = 16_383, 200_000, 4_000_000
+FLAT_MOST, GRAPH_MOST, LISTS_MOST = 32_767, 200_000, 4_000_000
 """Up to so many entries a flat index, up to so many a graph, up to so many inverted lists of
 vectors, then of codes."""
 

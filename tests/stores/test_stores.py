@@ -125,7 +125,7 @@ def test_other_kinds_of_index(factory: str, tmp_path: Path) -> None:
 
 def test_index_kinds_follow_the_size() -> None:
     assert choose_factory(1000, 128) == "Flat"
-    assert choose_factory(16_384, 128) == choose_factory(200_000, 64) == "HNSW32"
+    assert choose_factory(32_768, 128) == choose_factory(200_000, 64) == "HNSW32"
     assert choose_factory(200_000, 128, graph=False) == "Flat"
     assert choose_factory(10**6, 128) == "IVF4096,Flat" == choose_factory(10**6, 128, graph=False)
     assert choose_factory(10**8, 768) == "IVF32768_HNSW32,PQ64"
