@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memwrap.evaluation.stores import overtakes
 from memwrap.stores import (
     CROSSOVER,
     FaissStore,
@@ -142,7 +143,7 @@ def test_index_kinds_follow_the_size() -> None:
 
 def test_kinds_follow_the_measured_crossover() -> None:
     result = json.loads((ROOT / "benchmarks/results/stores.json").read_text())["crossover"]
-    assert CROSSOVER["cpu"] == result["from_entries"]
+    assert CROSSOVER["cpu"] == result["from_entries"] == overtakes(result)
     assert choose_kind(CROSSOVER["cpu"] - 1) == "torch" and choose_kind(None) == "faiss"
     assert choose_kind(CROSSOVER["cpu"], "cpu") == "faiss"
     assert isinstance(new_store(4, entries=10), TorchStore)
