@@ -163,9 +163,11 @@ Rows "the same" ask all queries at once. memwrap's faiss store takes {ratio} of 
 called directly on the same index. Bytes are those in memory, or the server's table and index; on
 disk a faiss store has {disk:,.0f} a vector, the vectors in float16 among them. The server:
 PostgreSQL {postgresql}, pgvector {pgvector}, `maintenance_work_mem` {memory}, {processes} processes
-at the build. memwrap asks for `ef_search` 128 where the URL says nothing.
+at the build. memwrap asks for `ef_search` 128 where the URL says nothing. faiss has as many lists
+here as the vectors have clusters, which suits it.
 
-Which index for how many vectors, on two kinds of data, in processor time of one thread:
+Which index for how many vectors, on two kinds of data, in processor time of one thread; a query of
+a batch of {queries:,}:
 
 {kinds}
 
