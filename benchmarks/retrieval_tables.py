@@ -86,7 +86,7 @@ kNN-LM and Extended Mind hold the same documents of the train split, on which th
 they look up what it has seen. kNN-LM's $\\lambda$ and $T$ were tuned on {validation} validation
 files for each size ($\\lambda$ = 0: tuning switches it off), Extended Mind's layers and threshold
 with the smallest library ({tried} settings); its defaults are shown with that library too. It also
-reads what it has read of the file itself. Neurocache was trained for {steps} steps of 2 x 2,048
+reads what it has read of the file itself.{missing} Neurocache was trained for {steps} steps of 2 x 2,048
 tokens by `recipes/{recipe}.yaml` with segments of {segment}, together with LoRA, which by itself
 changes the perplexity. What its cache is worth: cache off minus trained {off} nats, another file's
 cache minus trained {shuffled}.
@@ -111,7 +111,10 @@ def retrieval_text(result: dict[str, Any]) -> str:
     own, machine = result["neurocache"], result["knnlm"]["machine"]
     worth = {n: plus_minus(*difference(own[n], own["memory"])) for n in ("off", "shuffled")}
     steps = next(o for o in own["overrides"] if "steps" in o).partition("=")[2]
+    sizes = [len(kind["sizes"]) for kind in result["extended_mind"]["settings"]]
+    missing = len(result["knnlm"]["sizes"]) - max(sizes)
     return RETRIEVAL.format(
+        missing=" Its largest library is not measured yet." if missing else "",
         documents=result["test_documents"], tokens=result["tokens_each"],
         segment=result["segment_size"], table=table(rows),
         validation=result["validation_documents"], tried=len(result["extended_mind"]["tuning"]),
