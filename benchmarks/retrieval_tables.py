@@ -82,14 +82,14 @@ last column is the difference to the base over the same files, with its standard
 
 {table}
 
-kNN-LM and Extended Mind hold the same documents of the train split, on which the LM was trained:
-they look up what it has seen. kNN-LM's $\\lambda$ and $T$ were tuned on {validation} validation
-files for each size ($\\lambda$ = 0: tuning switches it off), Extended Mind's layers and threshold
-with the smallest library ({tried} settings); its defaults are shown with that library too. It also
-reads what it has read of the file itself.{missing} Neurocache was trained for {steps} steps of
-2 x 2,048 tokens by `recipes/{recipe}.yaml` with segments of {segment}, together with LoRA, which by itself
-changes the perplexity. What its cache is worth: cache off minus trained {off} nats, another file's
-cache minus trained {shuffled}.
+kNN-LM and Extended Mind hold the same documents of the train split, on which the LM was
+trained: they look up what it has seen. kNN-LM's $\\lambda$ and $T$ were tuned on {validation}
+validation files for each size ($\\lambda$ = 0: tuning switches it off), Extended Mind's layers
+and threshold with the smallest library ({tried} settings); its defaults are shown with that
+library too. It also reads what it has read of the file itself.{missing} Neurocache was trained
+for {steps} steps of 2 x 2,048 tokens by `recipes/{recipe}.yaml` with segments of {segment},
+together with LoRA, which by itself changes the perplexity. What its cache is worth: cache off
+minus trained {off} nats, another file's cache minus trained {shuffled}.
 
 By more than two standard errors better than the base: {better}. Worse: {worse}.
 
