@@ -6,7 +6,8 @@ For each shape, in one run: the kernels, the chunked torch version as it is and 
 torch.compile, and the time that moving the inputs, outputs and states once would take at the
 bandwidth that a large copy reaches on this GPU. Landmark attention, gated linear attention and
 the delta rule stand beside SDPA, chunked torch and flash-linear-attention instead. Writes
-`results/kernels_GPU.json`. Without a GPU it says so and measures nothing.
+`results/kernels_GPU.json`, and runs `stores_on_gpu.py`. Without a GPU it says so and measures
+nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import attention_and_recurrences
+import stores_on_gpu
 from common import save
 
 from memwrap.ops import associative, backend, infini
@@ -204,6 +206,7 @@ def main() -> None:
     result |= attention_and_recurrences.timed(milliseconds, quick)
     gpu = re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_")
     save(f"kernels_{gpu}", result)
+    stores_on_gpu.main()
 
 
 if __name__ == "__main__":

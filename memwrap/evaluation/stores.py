@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memwrap.ops.neighbours import nearest
 from memwrap.stores import FaissStore, Neighbours, Store, TorchStore
-from memwrap.stores.indexes import FLAT_MOST, choose_factory, search_options
+from memwrap.stores.indexes import search_options
 
 KINDS = ("torch", "faiss", "pgvector")
 CLUSTERS = 4096
@@ -47,10 +47,15 @@ def recall_at(found: Neighbours, exact: Tensor) -> float:
     return statistics.mean(len(set(got) & set(want)) / len(want) for got, want in pairs)
 
 
-def _timed(function: Callable[..., Any], *arguments: Any) -> float:
-    start = time.perf_counter()
+def timed(
+    function: Callable[..., Any], *arguments: Any, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of a call, also of what it left to a GPU."""
+    start = clock()
     function(*arguments)
-    return time.perf_counter() - start
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return clock() - start
 
 
 def _measured(
@@ -62,12 +67,12 @@ def _measured(
         for part in vectors.split(65_536):
             store.add(part)
 
-    load = _timed(fill)
+    load = timed(fill)
     build = getattr(store, "build", None)
-    index = 0.0 if build is None else _timed(build)
+    index = 0.0 if build is None else timed(build)
     found = store.search(queries, k)
-    batches = [_timed(store.search, q, k) / len(q) for q in queries.split(100)]
-    singles = [_timed(store.search, queries[i : i + 1], k) for i in range(20)]
+    batches = [timed(store.search, q, k) / len(q) for q in queries.split(100)]
+    singles = [timed(store.search, queries[i : i + 1], k) for i in range(20)]
     return {
         "load_s": load,
         "index_s": index,
@@ -85,10 +90,17 @@ def _beside_faiss(store: FaissStore, queries: Tensor, k: int, repeats: int = 15)
     ask = {} if options is None else {"params": options}
     ratios = []
     for _ in range(repeats):
-        direct = _timed(lambda: index.search(array, k, **ask))
-        ratios.append(_timed(store.search, queries, k) / direct)
+        direct = timed(lambda: index.search(array, k, **ask))
+        ratios.append(timed(store.search, queries, k) / direct)
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {"store_over_faiss": {"median": middle, "q1": low, "q3": high}}
+
+
+def _at_effort(store: Store, queries: Tensor, k: int, exact: Tensor) -> dict[str, float]:
+    """Recall and time as the store is set now; all queries at once."""
+    result = store.search(queries, k)
+    spent = timed(store.search, queries, k)
+    return {"recall": recall_at(result, exact), "query_ms": spent / len(queries) * 1e3}
 
 
 def _by_effort(store: FaissStore, queries: Tensor, k: int, exact: Tensor) -> dict[str, Any]:
@@ -96,11 +108,7 @@ def _by_effort(store: FaissStore, queries: Tensor, k: int, exact: Tensor) -> dic
     before, found = store.effort, {}
     for effort in (8, 16, 32, 64, 128):
         store.effort = effort
-        result = store.search(queries, k)
-        spent = _timed(store.search, queries, k)
-        found[str(effort)] = {
-            "recall": recall_at(result, exact), "query_ms": spent / len(queries) * 1e3,
-        }  # fmt: skip
+        found[str(effort)] = _at_effort(store, queries, k, exact)
     store.effort = before
     return found
 
@@ -183,7 +191,13 @@ def _server(url: str, vectors: Tensor, queries: Tensor, k: int, exact: Tensor) -
     store.drop()
     store = PgVectorStore(joined, vectors.shape[1])
     try:
-        return {**_measured(store, vectors, queries, k, exact), "settings": store.settings}
+        found = _measured(store, vectors, queries, k, exact)
+        found |= {"settings": dict(store.settings), "versions": store.versions}
+        efforts = {}
+        for effort in (16, 32, 64, 128, 256):
+            store.settings["ef_search"] = effort
+            efforts[str(effort)] = _at_effort(store, queries, k, exact)
+        return {**found, "by_effort": efforts}
     finally:
         store.drop()
         store.close()
@@ -200,44 +214,69 @@ def line(kind: str, got: dict[str, Any], k: int) -> str:
     )
 
 
-def lists_of(count: int, dim: int) -> str:
-    """The factory string of inverted lists, also below the size at which they are chosen."""
-    return choose_factory(max(count, FLAT_MOST + 1), dim) if count > FLAT_MOST else "IVF256,Flat"
-
-
 def crossover(
-    sizes: Sequence[int], dim: int, k: int = 16, batch: int = 128, repeats: int = 5
+    sizes: Sequence[int],
+    dim: int,
+    k: int = 16,
+    batch: int = 128,
+    repeats: int = 5,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Where an index answers faster than exact search with torch.
+    """Where an index answers faster than exact search with torch: in processor time on a CPU, which
+    other work hardly disturbs, else in time.
+
+    Args:
+        sizes: numbers of entries.
+        dim: width of the vectors.
+        k: neighbours.
+        batch: queries of the larger of two batches.
+        repeats: of each measurement.
+        device: where the torch store lies and queries come from; faiss searches on a GPU where it
+            has one.
 
     Returns:
-        For every size and for batches of 1 and `batch` queries the milliseconds of torch, faiss'
-        flat index and its inverted lists; `from_entries`: the smallest measured size from which on
-        the one that `FaissStore` takes at that size is faster for both.
+        For every size and for batches of 1 and `batch` queries the milliseconds of torch, of faiss'
+        flat index and of the index that `FaissStore` chooses, and its recall; `from_entries`: the
+        smallest measured size from which on the chosen one is faster, see `overtakes`.
     """
     rows = []
+    clock = time.process_time if device == "cpu" else time.perf_counter
     for size in sizes:
-        vectors, asked = clustered(size, dim), clustered(batch, dim, seed=1)
+        vectors, asked = clustered(size, dim), clustered(batch, dim, seed=1).to(device)
+        chosen = FaissStore(dim)
         stores: dict[str, Store] = {
-            "torch": TorchStore(dim), "flat": FaissStore(dim, factory="Flat"),
-            "lists": FaissStore(dim, factory=lists_of(size, dim)),
+            "torch": TorchStore(dim, device=device), "flat": FaissStore(dim, factory="Flat"),
+            "chosen": chosen,
         }  # fmt: skip
         row: dict[str, Any] = {"entries": size}
         for name, store in stores.items():
             store.add(vectors)
-            row[f"{name}_build_s"] = _timed(store.search, asked, k)
+            row[f"{name}_build_s"] = timed(store.search, asked, k, clock=clock)
+        row["index"] = chosen.made_by
+        row["recall"] = recall_at(chosen.search(asked, k), stores["torch"].search(asked, k).ids)
         times: dict[str, list[float]] = {}
         for _ in range(repeats):
             for name, store in stores.items():
                 for count in (1, batch):
                     piece = asked[:count]
-                    spent = _timed(store.search, piece, k)
+                    spent = timed(store.search, piece, k, clock=clock)
                     times.setdefault(f"{name}_ms_{count}", []).append(spent * 1e3)
         rows.append(row | {name: statistics.median(values) for name, values in times.items()})
 
-    def faster(row: dict[str, Any]) -> bool:
-        own = "lists" if row["entries"] > FLAT_MOST else "flat"
-        return all(row[f"{own}_ms_{n}"] < row[f"torch_ms_{n}"] for n in (1, batch))
+    found = {"dim": dim, "k": k, "batch": batch, "device": device, "sizes": rows}
+    return {**found, "from_entries": overtakes(found)}
 
-    wins = [row["entries"] for i, row in enumerate(rows) if all(map(faster, rows[i:]))]
-    return {"dim": dim, "k": k, "batch": batch, "sizes": rows, "from_entries": min(wins, default=0)}
+
+def overtakes(found: dict[str, Any]) -> int:
+    """The smallest size of a `crossover` from which on the chosen index answers one query alone and
+    a batch in less time, both together, than torch; 0 where there is none."""
+
+    def spent(row: dict[str, Any], name: str) -> float:
+        return row[f"{name}_ms_1"] + row[f"{name}_ms_{found['batch']}"]
+
+    wins = 0
+    for row in sorted(found["sizes"], key=lambda row: -row["entries"]):
+        if spent(row, "chosen") >= spent(row, "torch"):
+            break
+        wins = row["entries"]
+    return wins

@@ -97,16 +97,17 @@ def _search(queries: Tensor, keys: Tensor, k: int, metric: str, valid: Tensor | 
     """Numbers `(..., Q, min(k, N))` of the best entries, unordered, -1 for those not there."""
     work = accumulation_dtype(queries)
     q, count = queries.to(work), keys.shape[-2]
+    q = 2 * q if metric == "l2" else q
     block = max(k, min(_ROWS, _BLOCK // max(1, math.prod(queries.shape[:-1]))))
     best = q.new_empty(*q.shape[:-1], 0)
     index = torch.empty(*q.shape[:-1], 0, dtype=torch.long, device=q.device)
     for start in range(0, count, block):
         part = keys[..., start : start + block, :].to(work)
-        score = q @ part.transpose(-1, -2)  # larger is better
+        score = q @ part.transpose(-1, -2)  # larger is better; from here in place: it is large
         if metric == "l2":
-            score = 2 * score - part.square().sum(-1)[..., None, :]
+            score -= part.square().sum(-1)[..., None, :]
         if valid is not None:
-            score = score.masked_fill(~valid[..., None, start : start + block], -math.inf)
+            score.masked_fill_(~valid[..., None, start : start + block], -math.inf)
         top, place = score.topk(min(k, score.shape[-1]), -1, sorted=False)
         best, index = torch.cat([best, top], -1), torch.cat([index, place + start], -1)
         if best.shape[-1] > k:

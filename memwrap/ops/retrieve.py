@@ -19,7 +19,7 @@ from memwrap.ops import accumulation_dtype, current_backend
 SIMILARITIES = ("dot", "cosine", "l2")
 # At most so many scores, and so many numbers of gathered rows, exist at one time.
 _SCORES_AT_ONCE = 2**24
-_ENTRIES_AT_ONCE = 2**14
+_ENTRIES_LEAST, _ENTRIES_AT_ONCE = 2**10, 2**14
 _GATHERED_AT_ONCE = 2**25
 _HIDDEN = -1e30
 
@@ -169,28 +169,45 @@ def _search_chunked(
     query: Tensor, keys: Tensor, valid: Tensor, top_k: int, similarity: str
 ) -> tuple[Tensor, Tensor]:
     batch, heads, count, width = keys.shape
-    shape = (*query.shape[:3], -1)
     grouped = query.reshape(batch, heads, -1, width).to(accumulation_dtype(query))
     if similarity == "cosine":
         grouped = normalise(grouped)
-    size = _SCORES_AT_ONCE // max(1, batch * query.shape[1] * query.shape[2])
-    size = min(max(256, size), _ENTRIES_AT_ONCE)
+    elif similarity == "l2":
+        grouped = 2 * grouped
+    # As many queries as leave entries enough for a product worth its name.
+    most = max(1, _SCORES_AT_ONCE // max(1, batch * heads * min(count, _ENTRIES_LEAST)))
+    parts = [_best(q, keys, valid, top_k, similarity) for q in grouped.split(most, 2)]
+    if not parts:
+        parts = [_best(grouped, keys, valid, top_k, similarity)]
+    best, index = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    shape = (*query.shape[:3], best.shape[-1])
+    return best.reshape(shape), index.reshape(shape)
+
+
+def _best(
+    grouped: Tensor, keys: Tensor, valid: Tensor, top_k: int, similarity: str
+) -> tuple[Tensor, Tensor]:
+    """The best of all entries, chunk by chunk, for queries `(B, Hkv, M, D)`: unit vectors for
+    `"cosine"`, doubled for `"l2"`."""
+    count = keys.shape[2]
+    size = _SCORES_AT_ONCE // max(1, math.prod(grouped.shape[:3]))
+    size = min(max(1, size), _ENTRIES_AT_ONCE)
     best = grouped.new_empty(*grouped.shape[:3], 0)
     index = torch.empty(best.shape, dtype=torch.long, device=keys.device)
     for start in range(0, count, size):
         part = keys[:, :, start : start + size].to(grouped.dtype)
-        scores = grouped @ part.transpose(-1, -2)
         if similarity == "cosine":
-            scores = scores / part.norm(dim=-1).clamp_min(1e-12)[:, :, None]
-        elif similarity == "l2":
-            scores = 2 * scores - part.square().sum(-1)[:, :, None]
-        scores = scores.masked_fill(~valid[:, None, None, start : start + size], -math.inf)
+            part = normalise(part)
+        scores = grouped @ part.transpose(-1, -2)  # from here in place: it is large
+        if similarity == "l2":
+            scores -= part.square().sum(-1)[:, :, None]
+        scores.masked_fill_(~valid[:, None, None, start : start + size], -math.inf)
         values, places = first_largest(scores, top_k)
         both = torch.cat([best, values], -1)
         order = both.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
         index = torch.cat([index, places + start], -1).gather(-1, order)
         best = both.gather(-1, order)
-    return best.reshape(shape), index.reshape(shape)
+    return best, index
 
 
 def first_largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,11 @@ from memwrap.stores.files import HEADER, read_json
 
 URLS = ("postgresql://", "postgres://")
 
-CROSSOVER = {"cpu": 1024, "cuda": 1_000_000}
-"""From so many entries on `FaissStore` answers faster than exact search with torch, alone and in
-batches: the smallest size that was measured on a CPU (`benchmarks/results/stores.json`). The number
-for GPUs is an estimate that nobody has measured."""
+CROSSOVER = {"cpu": 256, "cuda": 1_000_000}
+"""From so many entries on `FaissStore` answers one query and a batch of them in less time than
+exact search with torch: on a CPU the smallest size that was measured
+(`benchmarks/results/stores.json`). The number for GPUs is an estimate that nobody has measured
+(`benchmarks/kernels/stores_on_gpu.py` does)."""
 
 
 def choose_kind(entries: int | None, device: torch.device | str = "cpu") -> str:

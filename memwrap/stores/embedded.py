@@ -25,7 +25,14 @@ from memwrap.stores.files import (
     read_json,
     write_json,
 )
-from memwrap.stores.indexes import choose_factory, faiss_module, search_options
+from memwrap.stores.gpu import GpuCopy
+from memwrap.stores.indexes import (
+    choose_factory,
+    faiss_module,
+    rescored,
+    search_options,
+    sifted,
+)
 from memwrap.stores.shards import Shards
 
 INDEX = "index.json"
@@ -45,12 +52,15 @@ class FaissStore(Store):
         dtype: `"float16"` or `"float32"`, of the vectors kept.
         shard_size: entries that wait in memory before they are written as one shard.
         effort: lists that are searched (`nprobe`), or candidates that a graph looks at
-            (`efSearch`). None: 32 lists, 64 candidates (and at least 2 k).
+            (`efSearch`). None: 32 lists, 128 candidates (and at least 2 k).
         refine: with product codes, `refine * k` candidates are scored anew from the vectors kept.
         mmap: map the index from disk instead of reading it; the store is then read-only.
         checkpoint_seconds: while the index is built, it is written at least so often.
+        device: where it is searched: `"cpu"`, `"cuda"`, `"cuda:N"`, or None, a GPU where faiss has
+            one and takes the index (not with `mmap`). It is built and kept on the CPU.
 
     Raises:
+        ImportError: if a GPU is asked for and faiss was built without them.
         ValueError: for a bad argument, or a damaged file; names it.
     """
 
@@ -69,12 +79,16 @@ class FaissStore(Store):
         refine: int = 4,
         mmap: bool = False,
         checkpoint_seconds: float = 120.0,
+        device: str | torch.device | None = None,
     ) -> None:
         super().__init__(dim, metric)
         if dtype not in ("float16", "float32"):
             raise ValueError(f"`dtype` is {dtype!r}; allowed: 'float16', 'float32'.")
         if shard_size < 1 or refine < 1:
             raise ValueError("`shard_size` and `refine` must be at least 1.")
+        if mmap and device is not None and str(device) != "cpu":
+            raise ValueError(f"`device` is {device!r}; an index that is mapped is on no GPU.")
+        self.gpu = GpuCopy("cpu" if mmap else device)
         self.factory, self.dtype, self.shard_size = factory, dtype, shard_size
         self.effort, self.refine, self.mmap = effort, refine, mmap
         self.checkpoint_seconds = checkpoint_seconds
@@ -227,14 +241,20 @@ class FaissStore(Store):
             self._write_index()
         self._write_header()
 
+    def _wanted(self, count: int) -> str:
+        return self.factory or choose_factory(count, self.dim, graph=self.gpu.number is None)
+
     def _outgrown(self, count: int) -> bool:
-        return self.made_by != (self.factory or choose_factory(count, self.dim))
+        fits = {self._wanted(count)}
+        if self.factory is None and self._indexed == count:  # made where there is a GPU: it does
+            fits.add(choose_factory(count, self.dim, graph=False))
+        return self.made_by not in fits
 
     def _grow(self, count: int, *, progress: bool = False, checkpoints: bool = False) -> None:
         """Add to the index what it lacks; make another where the size asks for it."""
         faiss = faiss_module()
-        wanted = self.factory or choose_factory(count, self.dim)
-        if self._index is None or self.made_by != wanted:
+        wanted = self._wanted(count)
+        if self._index is None or self._outgrown(count):
             measure = faiss.METRIC_L2 if self.metric == "l2" else faiss.METRIC_INNER_PRODUCT
             try:
                 self._index = faiss.index_factory(self.dim, wanted, measure)
@@ -286,7 +306,7 @@ class FaissStore(Store):
         array = np.ascontiguousarray(flat.cpu().numpy())
         scores, ids = self._searched(array, wanted)
         if lossy:
-            scores, ids = self._refined(array, ids, k)
+            scores, ids = rescored(array, ids, k, self.metric, self._shards.gather)
         scores[ids < 0] = np.inf if self.metric == "l2" else -np.inf  # faiss: its largest number
         shape = (*queries.shape[:-1], k)
         return Neighbours(
@@ -307,6 +327,9 @@ class FaissStore(Store):
     def _searched(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         faiss = faiss_module()
         removed, index = self._shards.removed, self._index
+        on_gpu = self.gpu.of(index, self._indexed, k + len(removed), self.effort)
+        if on_gpu is not None:  # which cannot leave entries out
+            return sifted(on_gpu, queries, k, self.metric, removed)
         kept = None
         if removed:
             if self._selector is None or self._selector[0] != len(removed):
@@ -315,37 +338,8 @@ class FaissStore(Store):
             kept = self._selector[1]
         options = search_options(index, k, self.effort, kept)
         if options is None:
-            return index.search(queries, k) if kept is None else self._sifted(queries, k)
+            return sifted(index, queries, k, self.metric, removed)
         return index.search(queries, k, params=options)
-
-    def _sifted(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """For kinds of index that cannot leave entries out: ask for more and drop them."""
-        most = min(self._indexed, k + len(self._shards.removed))
-        scores, ids = self._index.search(queries, max(most, k))
-        gone = np.isin(ids, np.fromiter(self._shards.removed, np.int64)) | (ids < 0)
-        worst = np.inf if self.metric == "l2" else -np.inf
-        order = np.argsort(gone, axis=1, kind="stable")[:, :k]
-        scores = np.where(gone, np.float32(worst), scores)
-        ids = np.where(gone, -1, ids)
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
-
-    def _refined(
-        self, queries: np.ndarray, ids: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Candidates of a lossy index, scored anew from the vectors kept."""
-        flat = np.unique(ids[ids >= 0])
-        table = self._shards.gather(flat).astype(np.float32)
-        rows = np.searchsorted(flat, np.maximum(ids, flat[0] if len(flat) else 0))
-        worst = np.float32(np.inf if self.metric == "l2" else -np.inf)
-        scores = np.empty(ids.shape, np.float32)
-        for i in range(0, len(queries), 64):
-            near = table[rows[i : i + 64]]
-            q = queries[i : i + 64, None]
-            l2 = self.metric == "l2"
-            scores[i : i + 64] = ((near - q) ** 2).sum(-1) if l2 else (near * q).sum(-1)
-        scores = np.where(ids < 0, worst, scores)
-        order = np.argsort(scores if self.metric == "l2" else -scores, 1, kind="stable")[:, :k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
 
     def entries(self, ids: Tensor | np.ndarray) -> Entries:
         return self._shards.entries(np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids))
@@ -371,6 +365,7 @@ class FaissStore(Store):
             for file in self.path.glob("index-*.faiss"):
                 file.unlink()
         self._index, self._indexed, self.made_by, self._selector = None, 0, "", None
+        self.gpu.drop()
         self._shards.clear()
         self.cursor = None
 

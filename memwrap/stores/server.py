@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memwrap.stores import copying
 from memwrap.stores.base import Entries, Neighbours, Store, check_k, nothing_found
 from memwrap.stores.files import HEADER, read_json, write_json
 
@@ -27,10 +28,8 @@ Result = TypeVar("Result")
 
 _OPERATORS = {"l2": "<->", "ip": "<#>"}
 _CLASSES = {"l2": "vector_l2_ops", "ip": "vector_ip_ops"}
-_NUMBERS = {"m": 16, "ef_construction": 64, "ef_search": 64}
+_NUMBERS = {"m": 16, "ef_construction": 64, "ef_search": 128}
 _MOST_WIDTH = 2000  # what pgvector's HNSW index takes
-_COPY_START = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
-_COPY_END = b"\xff\xff"
 
 
 def _psycopg() -> Any:
@@ -225,11 +224,11 @@ class PgVectorStore(Store):
                 with connection.cursor().copy(
                     f"COPY {self.table} FROM STDIN WITH (FORMAT binary)"
                 ) as copy:
-                    copy.write(_COPY_START)
+                    copy.write(copying.START)
                     for start in range(0, len(array), 4096):
                         piece = slice(start, start + 4096)
-                        copy.write(_rows(first + start, array[piece], entries[piece]))
-                    copy.write(_COPY_END)
+                        copy.write(copying.rows(first + start, array[piece], entries[piece]))
+                    copy.write(copying.END)
                 connection.execute(
                     f"UPDATE {self.table}_about SET added = added + %s,"
                     " cursor = CASE WHEN %s = 'null' THEN cursor ELSE %s END",
@@ -355,6 +354,17 @@ class PgVectorStore(Store):
         )
         return size[0]
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the server and of pgvector."""
+        rows = self._retrying(
+            lambda c: c.execute(
+                "SELECT current_setting('server_version'), extversion FROM pg_extension"
+                " WHERE extname = 'vector'"
+            ).fetchone()
+        )
+        return {"postgresql": rows[0], "pgvector": rows[1]}
+
     def save(self, path: str | Path) -> None:
         """Write where the server is (without a password) into a folder; the vectors stay there."""
         write_json(
@@ -431,19 +441,3 @@ def _hidden(text: str, url: str) -> str:
     """An error's text without the URL's password."""
     password = urlsplit(url).password
     return text.replace(password, "***") if password else text
-
-
-def _rows(first: int, vectors: np.ndarray, entries: Entries) -> bytes:
-    """Rows in the binary format of COPY: counts and lengths before every field, big-endian."""
-    count, width = vectors.shape
-    columns = ("value", "document", "first", "last")
-    fields: list[tuple] = [("fields", ">i2"), ("id_length", ">i4"), ("id", ">i8")]
-    for name in columns:
-        fields += [(f"{name}_length", ">i4"), (name, ">i4")]
-    fields += [("length", ">i4"), ("width", ">i2"), ("unused", ">i2"), ("vector", ">f4", width)]
-    rows = np.zeros(count, np.dtype(fields))
-    rows["fields"], rows["id_length"], rows["id"] = 6, 8, np.arange(first, first + count)
-    for name, column in zip(columns, Entries.FIELDS, strict=True):
-        rows[f"{name}_length"], rows[name] = 4, getattr(entries, column)
-    rows["length"], rows["width"], rows["vector"] = 4 + 4 * width, width, vectors
-    return rows.tobytes()

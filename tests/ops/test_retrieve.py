@@ -66,7 +66,8 @@ def test_chunks_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         return read, [t.grad for t in own.values()]  # type: ignore[misc]
 
     want, gradients = run()
-    monkeypatch.setattr(retrieve, "_SCORES_AT_ONCE", 1)  # chunks of 256 entries
+    monkeypatch.setattr(retrieve, "_SCORES_AT_ONCE", 2 * 4 * 128)  # of few queries and entries
+    monkeypatch.setattr(retrieve, "_ENTRIES_LEAST", 40)
     monkeypatch.setattr(retrieve, "_GATHERED_AT_ONCE", 2 * 4 * 16 * 9 * 2)  # 2 queries at a time
     got, others = run()
     assert torch.equal(got.index, want.index)
