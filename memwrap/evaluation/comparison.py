@@ -177,7 +177,8 @@ def _recall(
     plan: Plan, recipe: Recipe, model: Any, controls: tuple[str, ...], pairs: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Recall by distance on both tasks, at most at `pairs` pairs."""
-    wanted, results = plan.values["recall"]["held_out"], {}
+    own = plan.values["memories"].get((recipe.memory or {})["name"]) or {}
+    wanted, results = {**plan.values["recall"]["held_out"], **own.get("held_out", {})}, {}
     for task in recall_tasks(recipe.recall, model.config.vocab_size):
         # Distinct keys end somewhere; keys that may come again do not.
         most = min(pairs or 10**9, 10**9 if task.rewrite else task.num_keys)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from memwrap.backbones import LayerAttention
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
 from memwrap.ops import landmark as ops
+from memwrap.ops import rings
 from memwrap.ops.fetching import ahead, used_blocks
-from memwrap.ops.rows import take
+from memwrap.ops.rows import earliest, take
 from memwrap.registry import register
 from memwrap.trees import HOST, Tree
 
@@ -164,29 +165,20 @@ class LandmarkMemory(Memory):
         if not self.retrieves(layer):
             return state
         new, there = self._blocks(attention, state)
-        size = state["landmark"].shape[2]
-        both = torch.cat([_filled(state["count"], size), there], 1)
-        rank = both.flip(1).cumsum(1).flip(1)
-        limit = self.config.cache_size
-        kept = both if limit is None else both & (rank <= limit)
-        count = kept.sum(1)
-        room = max(size, -(-int(count.max()) // GROWTH) * GROWTH)
+        size, limit = state["landmark"].shape[2], self.config.cache_size
+        total = state["count"] + there.sum(1)
+        most = int(total.max()) if limit is None else min(int(total.max()), limit)
+        room = max(size, -(-most // GROWTH) * GROWTH)
         room = room if limit is None else min(room, limit)
-        order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :room]
-        filled = _filled(count, order.shape[1])
-        result: Tree = {"count": count}
+        result: Tree = {"count": total if limit is None else total.clamp(max=limit)}
         held = {**state, **self._held(state)}
+        evicting = bool((total > room).any())
         for name, rows in new.items():
-            old = held[name]
-            rows = torch.cat([old, rows.to(old.device, old.dtype)], 2)
-            picked = take(rows.flatten(3), order.to(old.device), filled.to(old.device))
-            picked = picked.to(old.dtype).unflatten(3, old.shape[3:])
-            short = room - picked.shape[2]
-            if short > 0:
-                empty = picked.new_zeros(*picked.shape[:2], short, *picked.shape[3:])
-                picked = torch.cat([picked, empty], 2)
+            rows = rows.to(held[name].device, held[name].dtype)
+            add = _pushed if evicting else _appended
             far = self.config.offload and name in HELD
-            (result.setdefault(HOST, {}) if far else result)[name] = picked
+            into = result.setdefault(HOST, {}) if far else result
+            into[name] = add(held[name], state["count"], rows, there, room)
         if "best" in state:
             best = state["best"]
             result["best"] = best.new_zeros(*best.shape[:2], room)
@@ -364,6 +356,23 @@ class LandmarkMemory(Memory):
             "valid": tokens[:, None],
         }
         return new, tokens.any(-1) & marks.any(-1)
+
+
+def _appended(old: Tensor, count: Tensor, new: Tensor, there: Tensor, room: int) -> Tensor:
+    """Blocks `(B, H, room, ...)`: the `count` `(B,)` of `old`, and behind them those of `new`
+    `(B, H, K, ...)` that `there` `(B, K)` names."""
+    place = rings.places(count, there, room).to(old.device)
+    return rings.store(old.flatten(3), place, new.flatten(3), room).unflatten(3, old.shape[3:])
+
+
+def _pushed(old: Tensor, count: Tensor, new: Tensor, there: Tensor, room: int) -> Tensor:
+    """The same where the oldest have to go: what is left stays in order, from the first place."""
+    both = torch.cat([_filled(count, old.shape[2]), there], 1)
+    kept = both & (both.flip(1).cumsum(1).flip(1) <= room)
+    order = earliest(kept, room).to(old.device)
+    filled = _filled(kept.sum(1), room).to(old.device)
+    rows = torch.cat([old, new], 2)
+    return take(rows.flatten(3), order, filled).to(old.dtype).unflatten(3, old.shape[3:])
 
 
 def _filled(count: Tensor, size: int) -> Tensor:
