@@ -246,7 +246,7 @@ class MemoryTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward, piece by piece; returns the sum of the losses."""
         inputs = left_aligned(inputs)
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.17 has none
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs and num_items is not None
         if num_items is None:

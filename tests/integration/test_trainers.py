@@ -10,15 +10,8 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from small import SETTINGS, documents, llama, losses_of, word_tokenizer, wrapped
+from transformers import Trainer, TrainingArguments
 
 import memwrap
 from memwrap.model import MEMORY_CHILD
@@ -29,13 +22,6 @@ from memwrap.training.trainer import MemoryTrainer
 # peft and TRL still use the names that transformers 5.23 replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
-VOCABULARY = 64
-SETTINGS = {
-    "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
-    "logging_steps": 1, "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
-}  # fmt: skip
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -43,43 +29,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def wrapped(name: str = "armt", base: Any = None, **settings: Any) -> Any:
-    base = llama() if base is None else base
-    torch.manual_seed(1)
-    own = {"num_memory_tokens": 2} | ({"d_mem": 8} if name == "armt" else {})
-    return memwrap.wrap(base, name, **{"segment_size": 8} | own | settings)
-
-
-def documents(lengths: list[int]) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in lengths]
-    return [{"input_ids": row} for row in rows]
-
-
-def losses_of(trainer: Trainer) -> list[float]:
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(VOCABULARY - 3)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
 
 
 @pytest.mark.parametrize("name", ["rmt", "armt"])
@@ -130,7 +79,7 @@ def test_stock_trainer_accumulates_like_one_batch(tmp_path: Path) -> None:
         assert torch.allclose(value, results[1][1][name], atol=1e-6), name
 
 
-def test_sft_loss_equals_ours(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_sft_loss_equals_ours(tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
     texts = [" ".join(f"w{(7 * i + j * j) % 60}" for j in range(20 + i)) for i in range(4)]
@@ -141,7 +90,7 @@ def test_sft_loss_equals_ours(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
         model=model,
         args=SFTConfig(output_dir=str(tmp_path), max_length=None, bf16=False, **settings),
         train_dataset=datasets.Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer,
+        processing_class=word_tokenizer(),
     )
     batch = next(iter(trainer.get_train_dataloader()))
     model.eval()
