@@ -126,7 +126,7 @@ def evaluate(
 )
 @plain_errors
 def run_harness(context: typer.Context) -> None:
-    """EleutherAI's lm_eval, to which a saved model is: --model memwrap --model_args pretrained=DIR."""
+    """EleutherAI's lm_eval with saved models: --model memwrap --model_args pretrained=DIR."""
     from memwrap import harness
 
     harness.main(context.args)

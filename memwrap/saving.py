@@ -24,6 +24,7 @@ from memwrap.assets import asset
 from memwrap.checkpoints import (
     WEIGHTS,
     check_shape,
+    checksums,
     put_weights,
     read_config,
     read_weights,
@@ -31,6 +32,7 @@ from memwrap.checkpoints import (
 )
 from memwrap.files import default_mode
 from memwrap.fingerprints import fingerprint, loaded_parameters
+from memwrap.registry import config_class
 
 VERSION = "0.1.0"
 
@@ -147,7 +149,8 @@ class SavingMixin:
             names = {id(v): k for k, v in reversed(tensors.items())}
             unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
             if unique:
-                huggingface_hub.save_torch_state_dict(untied(unique), scratch, metadata=None)
+                plain = untied(unique)
+                huggingface_hub.save_torch_state_dict(plain, scratch, metadata=checksums(plain))
             else:  # a memory without parameters
                 save_file({}, scratch / WEIGHTS, metadata={"format": "pt"})
             config.save_pretrained(scratch)
@@ -254,12 +257,13 @@ class SavingMixin:
                 "was given; leave them out."
             )
         check_shape(own, base, folder)
+        _check_memories(own, folder)
         if not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
             _warn_of_another_base(own, base, folder)
         own.backbone = copy.deepcopy(base.config)
         model = cls(own, base)  # type: ignore[call-arg]
         for name, values in (own.adapters or {}).items():
-            model.add_lora(PeftConfig.from_peft_type(**values), name)
+            model.add_lora(_adapter(values, folder), name)
         _load_weights(model, folder)
         for memory in model.memories.values():
             memory.load_files(folder)
@@ -301,6 +305,24 @@ def _base_of(config: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
         )
     name = asset(config.base_model) or config.base_model
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+
+
+def _adapter(values: dict[str, Any], folder: Path) -> Any:
+    try:
+        return PeftConfig.from_peft_type(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} has no adapter that PEFT knows: {error}"
+        ) from error
+
+
+def _check_memories(config: Any, folder: Path) -> None:
+    """Refuse settings of memories that are none, naming the file they stand in."""
+    try:
+        for values in config.memories or []:
+            config_class(values["name"]).from_dict(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} does not name a memory: {error}") from error
 
 
 # What loading a base by its name can do, and filling one from the saved model's own file cannot.

@@ -113,12 +113,14 @@ def check_likelihoods(lm: HFLM, model: Any) -> None:
     assert abs(alone - want[-1]) > 1e-2
 
 
+@pytest.mark.proof("lm-eval's `HFLM`: our log-likelihoods", "lm-eval")
 @pytest.mark.parametrize("memory", ["armt", "infini", "window"])
 def test_hflm_gives_our_log_likelihoods(memory: str) -> None:
     model = randomise(wrapped(memory)).eval()
     check_likelihoods(HFLM(pretrained=model, tokenizer=word_tokenizer(), batch_size=3), model)
 
 
+@pytest.mark.proof("lm-eval with an exported checkpoint", "lm-eval")
 def test_hflm_with_an_exported_checkpoint(saved: Path, tmp_path: Path) -> None:
     model = randomise(wrapped("armt")).eval()
     exporting.export(model, tmp_path / "out", tokenizer=word_tokenizer(), check=False)
@@ -128,6 +130,7 @@ def test_hflm_with_an_exported_checkpoint(saved: Path, tmp_path: Path) -> None:
     check_likelihoods(lm, model)
 
 
+@pytest.mark.proof("lm-eval's `HFLM`: our log-likelihoods", "lm-eval")
 def test_tasks_run_with_a_given_model(tasks: Path) -> None:
     model = randomise(wrapped("armt")).eval()
     lm = HFLM(pretrained=model, tokenizer=word_tokenizer(), batch_size=2)
@@ -156,6 +159,7 @@ def check_results(results: dict[str, Any], model: Any) -> None:
     assert results["memory_text"]["word_perplexity,none"] == pytest.approx(want, rel=1e-3)
 
 
+@pytest.mark.proof("`memwrap lm_eval --model memwrap` on a saved folder", "lm-eval")
 def test_the_command_evaluates_a_saved_folder(saved: Path, tasks: Path, tmp_path: Path) -> None:
     """As documented, in a process of its own."""
     done = subprocess.run(

@@ -47,9 +47,7 @@ def _start(rank: int, worker: Any, port: int, folder: str) -> None:
 def trained(folder: Path, **settings: Any) -> MemoryTrainer:
     args = MemoryTrainingArguments(
         output_dir=str(folder),
-        **SETTINGS
-        | {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0}
-        | settings,
+        **SETTINGS | {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0} | settings,
     )
     trainer = MemoryTrainer(wrapped("rmt", bptt_segments=1), args, train_dataset=documents(LENGTHS))
     trainer.train()
@@ -59,12 +57,15 @@ def trained(folder: Path, **settings: Any) -> MemoryTrainer:
 def ddp(rank: int, folder: Path) -> dict[str, Any]:
     """Rows of different lengths give the processes different numbers of backward passes."""
     trainer = trained(
-        folder / "run", per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        folder / "run",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
         ddp_backend="gloo",
     )
     return {"parameters": trainer.memory_model.state_dict(), "losses": losses_of(trainer)}
 
 
+@pytest.mark.proof("accelerate DDP, two CPU processes: the losses of one", "accelerate")
 def test_ddp_gives_the_losses_of_one_process(tmp_path: Path) -> None:
     ranks = run_two(ddp, tmp_path)
     one = trained(tmp_path / "one", per_device_train_batch_size=4)
@@ -78,8 +79,9 @@ def test_ddp_gives_the_losses_of_one_process(tmp_path: Path) -> None:
 
 
 def batches(rank: int | None) -> dict[str, Tensor]:
-    """The rows of one of two processes, or all."""
-    batch = DocumentCollator()(documents(LENGTHS))
+    """The rows of one of two processes, or all. Sharded layers are gathered wherever they run, so
+    that the processes must run them equally often: as many segments in each."""
+    batch = DocumentCollator()(documents([40, 12, 40, 12]))
     return batch if rank is None else {k: v[2 * rank : 2 * rank + 2] for k, v in batch.items()}
 
 
@@ -117,6 +119,7 @@ def fsdp2(rank: int, folder: Path) -> dict[str, Any]:
     return {"losses": losses, "sharded": sharded, "parameters": parameters}
 
 
+@pytest.mark.proof("accelerate FSDP2, two CPU processes: the losses of one", "accelerate")
 def test_fsdp2_gives_the_losses_of_one_process(tmp_path: Path) -> None:
     ranks = run_two(fsdp2, tmp_path)
     model = wrapped("armt", value_init="normal").train()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.proof("transformers' own Trainer", "accelerate")
 @pytest.mark.parametrize("name", ["rmt", "armt"])
 def test_stock_trainer_trains_evaluates_and_reloads(tmp_path: Path, name: str) -> None:
     model = wrapped(name)
@@ -58,6 +61,7 @@ def test_stock_trainer_trains_evaluates_and_reloads(tmp_path: Path, name: str) -
     assert after < before
 
 
+@pytest.mark.proof("transformers' own Trainer", "accelerate")
 def test_stock_trainer_accumulates_like_one_batch(tmp_path: Path) -> None:
     results = []
     for rows, accumulated in ((4, 1), (1, 4)):
@@ -79,6 +83,7 @@ def test_stock_trainer_accumulates_like_one_batch(tmp_path: Path) -> None:
         assert torch.allclose(value, results[1][1][name], atol=1e-6), name
 
 
+@pytest.mark.proof("TRL's SFTTrainer", "trl", "datasets")
 def test_sft_loss_equals_ours(tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
@@ -115,16 +120,19 @@ def test_sft_loss_equals_ours(tmp_path: Path) -> None:
     assert abs(one.loss.item() - want) > 1e-3
 
 
-def peft_around(model: Any) -> Any:
-    return get_peft_model(
-        model,
-        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=[MEMORY_CHILD]),
+def peft_around(model: Any, dora: bool = False) -> Any:
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=[MEMORY_CHILD], use_dora=dora
     )
+    return get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_peft_around_trains_memory_and_adapters(tmp_path: Path, streaming: bool) -> None:
-    model = peft_around(wrapped("armt", bptt_segments=2, value_init="normal"))
+@pytest.mark.proof("`get_peft_model` with LoRA and DoRA", "peft")
+@pytest.mark.parametrize(("dora", "streaming"), [(False, True), (False, False), (True, True)])
+def test_peft_around_trains_memory_and_adapters(
+    tmp_path: Path, dora: bool, streaming: bool
+) -> None:
+    model = peft_around(wrapped("armt", bptt_segments=2, value_init="normal"), dora)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     args = MemoryTrainingArguments(
         output_dir=str(tmp_path / "run"), streaming=streaming, memory_learning_rate=3e-2, **SETTINGS
@@ -135,6 +143,7 @@ def test_peft_around_trains_memory_and_adapters(tmp_path: Path, streaming: bool)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert changed == trainable
     memory = {n for n in changed if MEMORY_CHILD in n}
+    assert any("magnitude" in n for n in changed) == dora
     assert any(n.endswith("tokens") for n in memory)
     assert all("lora_" in n for n in changed - memory)
     rates = {
@@ -147,13 +156,15 @@ def test_peft_around_trains_memory_and_adapters(tmp_path: Path, streaming: bool)
     assert {rates[n] for n in changed - memory} == {1e-2}
 
 
-def test_peft_around_saves_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.proof("`get_peft_model` with LoRA and DoRA", "peft")
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_around_saves_and_resumes(tmp_path: Path, dora: bool) -> None:
     from peft import PeftModel
 
     def trainer(folder: str, steps: int) -> MemoryTrainer:
         settings = SETTINGS | {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
         args = MemoryTrainingArguments(output_dir=str(tmp_path / folder), **settings)
-        model = peft_around(wrapped("armt", bptt_segments=2))
+        model = peft_around(wrapped("armt", bptt_segments=2), dora)
         return MemoryTrainer(model, args, train_dataset=documents([40, 21, 17, 26, 33, 12]))
 
     straight = trainer("straight", 4)
@@ -185,3 +196,34 @@ def test_lora_inside_trains_saves_and_loads(tmp_path: Path) -> None:
     ids = documents([30])[0]["input_ids"][None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+class Rows(torch.utils.data.IterableDataset):
+    """The documents in their order."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+@pytest.mark.proof("`datasets` streaming as training data", "datasets")
+def test_a_streamed_data_set_trains_like_its_rows(tmp_path: Path) -> None:
+    """A file is read line by line while training goes on: nothing is downloaded or cached."""
+    rows = documents([40, 21, 17, 26, 33, 12, 30, 9])
+    text = "".join(json.dumps({"ids": row["input_ids"].tolist()}) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    streamed = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "rows.jsonl"), split="train", streaming=True
+    ).rename_column("ids", "input_ids")
+    assert isinstance(streamed, datasets.IterableDataset)
+    losses = []
+    for data in (streamed, Rows(rows)):
+        args = MemoryTrainingArguments(
+            output_dir=str(tmp_path / "run"), **SETTINGS | {"max_steps": 6}
+        )
+        trainer = MemoryTrainer(wrapped("armt", bptt_segments=2), args, train_dataset=data)
+        trainer.train()
+        losses.append(losses_of(trainer))
+    assert len(losses[0]) == 6 and losses[0] == losses[1]
