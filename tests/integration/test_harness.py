@@ -169,7 +169,7 @@ def test_the_command_evaluates_a_saved_folder(saved: Path, tasks: Path, tmp_path
             "--include_path", str(tasks), "--device", "cpu", "--batch_size", "2",
             "--output_path", str(tmp_path / "out"),
         ],
-        capture_output=True, text=True, cwd=ROOT, timeout=240, check=False,
+        capture_output=True, text=True, cwd=ROOT, timeout=580, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -83,7 +83,7 @@ def test_killed_and_resumed_gives_the_same_losses(tmp_path: Path, seed: int) -> 
     tests = ROOT / "tests"
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, tmp_path, tests, tests / "integration", str(seed)],
-        capture_output=True, text=True, cwd=ROOT, timeout=280, check=False,
+        capture_output=True, text=True, cwd=ROOT, timeout=580, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
