@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from small import SETTINGS, documents, llama, losses_of, word_tokenizer, wrapped
-from support import randomise
+from support import assert_same_states, randomise
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, pipeline
 
@@ -76,21 +76,21 @@ def test_a_saved_base_goes_to_one_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.proof("`torch.compile` (aot_eager)")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_torch_compile(backend: str) -> None:
     torch._dynamo.reset()
     model = randomise(wrapped("rmt")).eval()
     text = TEXT[:, :20]
     with torch.no_grad():
-        want = model(text).logits
+        want = model(text, use_cache=False).logits
         model.compile(backend=backend)
-        assert torch.allclose(model(text).logits, want, atol=1e-5)
-    state = model.read(text)
-    asked = {"max_new_tokens": 3, "do_sample": False}
-    with torch.no_grad():
-        plain = randomise(wrapped("rmt")).eval()
-        own = plain.generate(TEXT[:, :5], past_key_values=plain.read(text), **asked)
-    assert torch.equal(model.generate(TEXT[:, :5], past_key_values=state, **asked), own)
+        assert torch.allclose(model(text, use_cache=False).logits, want, atol=1e-5)
+        assert torch.allclose(model(text, use_cache=False).logits, want, atol=1e-5)
+        # Noting the weights' fingerprint in a state is no work for the compiler: it says so.
+        state = model(text, use_cache=True).past_key_values
+    plain = randomise(wrapped("rmt")).eval()
+    assert_same_states(state, plain.read(text))
 
 
 # pipeline
