@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
+CHECKSUMS = "crc32"
+
+
+def checksums(tensors: dict[str, Tensor], **texts: str) -> dict[str, str]:
+    """The entry of a safetensors file's metadata that says what its tensors (and `texts`, other
+    entries of the metadata) are: a flipped bit is found when they are read."""
+    sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    sums |= {f"__{name}__": zlib.crc32(text.encode()) for name, text in texts.items()}
+    return {CHECKSUMS: json.dumps(sums)}
+
+
+def check_sums(tensors: dict[str, Tensor], metadata: dict[str, str] | None, path: Path) -> None:
+    """Refuse tensors that are not those the file was written with; other programs' files have no
+    checksums and pass.
+
+    Raises:
+        ValueError: names the file and what in it is damaged.
+    """
+    text = (metadata or {}).get(CHECKSUMS)
+    if text is None:
+        return
+    try:
+        sums = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: its checksums cannot be read.") from error
+    for name, tensor in tensors.items():
+        if sums.get(name) != _checksum(tensor):
+            raise ValueError(f"{path} is damaged: {name} does not have its checksum.")
+    for name in (key.strip("_") for key in sums if key.startswith("__")):
+        if zlib.crc32((metadata or {}).get(name, "").encode()) != sums[f"__{name}__"]:
+            raise ValueError(f"{path} is damaged: its {name} does not have its checksum.")
+
+
+def _checksum(tensor: Tensor) -> int:
+    start = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data, start) if flat.numel() else start
 
 
 def check_shape(config: Any, base: PreTrainedModel, folder: Path) -> None:
@@ -41,7 +80,14 @@ def read_config(cls: Any, folder: Path) -> Any:
         raise ValueError(
             f"{folder} holds a {kind!r} model, not a memwrap one; use memwrap.wrap(model, ...)."
         )
-    return cls.config_class.from_dict(values)
+    try:
+        config = cls.config_class.from_dict(values)
+    except Exception as error:  # transformers' and each family's own checks, of every kind
+        raise ValueError(f"{path} does not describe a memwrap model: {error}") from error
+    for name in ("memories", "backbone"):
+        if not getattr(config, name):
+            raise ValueError(f"{path} does not describe a memwrap model: it names no {name}.")
+    return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -49,16 +95,24 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     index = folder / f"{WEIGHTS}.index.json"
     names = [WEIGHTS]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(places.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged: {error}") from error
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; the saved model is not whole.")
         try:
-            tensors |= load_file(path)
+            own = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+        check_sums(own, metadata, path)
+        tensors |= own
     return tensors
 
 

@@ -1,4 +1,5 @@
-"""The command line: `memwrap list | train | eval | read | chat | store | bench | doctor | demo`."""
+"""The command line: `memwrap list | train | eval | read | chat | store | bench | doctor | demo`
+and more; `memwrap --help` lists all."""
 
 from __future__ import annotations
 
@@ -117,6 +118,19 @@ def evaluate(
         output = folder / "eval" if folder.is_dir() and asset(model_dir) is None else Path("eval")
     for path in run.write(results, output, title=model_dir):
         typer.echo(f"wrote {path}")
+
+
+@app.command(
+    "lm_eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+@plain_errors
+def run_harness(context: typer.Context) -> None:
+    """EleutherAI's lm_eval with saved models: --model memwrap --model_args pretrained=DIR."""
+    from memwrap import harness
+
+    harness.main(context.args)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from memwrap.backbones import Backbone
 from memwrap.backbones.backbone import memory_dtype
 from memwrap.configuration import MemoryModelConfig
 from memwrap.decoder import MemoryModules, SegmentDecoder
-from memwrap.fingerprints import fingerprint
+from memwrap.fingerprints import fingerprint, loaded_parameters
 from memwrap.generation import MemoryGenerationMixin
 from memwrap.memories.base import Memory, Sizes
 from memwrap.mixing import check_teacher
@@ -98,7 +98,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             vocab_size=parts.embedding_weight.shape[0],
             dtype=memory_dtype(parts.model),
             backbone_dtype=parts.embedding_weight.dtype,
-            device=parts.embedding_weight.device,
+            device=parts.device,
             attention=parts.attention_sizes() if attention else [],
         )
 
@@ -120,13 +120,17 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         return self.memory_modules.by_name()
 
     @property
+    def device(self) -> torch.device:
+        """Where text is taken in."""
+        return self.parts.device
+
+    @property
     def segment_size(self) -> int:
         return self.memory_configs[0].segment_size
 
     @property
     def base_model(self) -> Any:
-        """The memory loop as a callable that gives last hidden states, for trainers that bring
-        their own head and loss."""
+        """The loop, giving last hidden states: for trainers that bring their own head and loss."""
         return SegmentDecoder(self) if "memory_modules" in self._modules else self
 
     def memory_parameters(self) -> Iterator[nn.Parameter]:
@@ -176,7 +180,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         """Hashes of the backbone's and the memories' weights."""
         memories = {n: m.named_parameters() for n, m in self.memories.items()}
         own = ((f"{n}.{k}", p) for n, ps in memories.items() for k, p in ps)
-        base = ((plain_name(k), p) for k, p in self.backbone.named_parameters())
+        base = ((plain_name(k), p) for k, p in loaded_parameters(self.backbone))
         return {"backbone": fingerprint(base), "memories": fingerprint(own)}
 
     def new_state(self, batch_size: int) -> MemoryState:
@@ -261,8 +265,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             num_items_in_batch: divides the summed loss instead of the number of targets.
             memory_control: for evaluation, what is read instead of the memory: `"off"` (an empty
                 one), `"shuffled"` (the next row's), or a state. Needs closed segments.
-            return_logits: with labels, logits are left out unless this is true or
-                `logits_to_keep` is given: those of a long document do not fit.
+            return_logits: with labels, logits are made only if this or `logits_to_keep` is given.
             remember: False leaves the last segment open however long it grows.
             seq_idx: `(B, T)`, a number for each document of a packed row.
             shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
@@ -364,8 +367,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
 
     @property
     def _collected(self) -> str:
-        """What the loop collects: logits where a memory mixes them, as its state changes from
-        segment to segment."""
+        """What the loop collects: logits where a memory mixes them, hidden states otherwise."""
         mixed = any("logits" in config.places for config in self.memory_configs)
         return "logits" if mixed else "hidden"
 

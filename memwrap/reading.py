@@ -258,7 +258,7 @@ class Loop:
             return state.clone()
         nothing = torch.zeros(state.batch_size, 0, dtype=torch.long)
         step = Step(nothing, nothing, state.fill, torch.zeros_like(closes), closes, closes)
-        device = self.reader.backbone.embedding_weight.device
+        device = self.reader.backbone.device
         embeds = self.reader.backbone.embed(nothing.to(device))
         local = Local(state.open, state.open_positions, state.open_valid)
         new = state.clone()

@@ -24,13 +24,15 @@ from memwrap.assets import asset
 from memwrap.checkpoints import (
     WEIGHTS,
     check_shape,
+    checksums,
     put_weights,
     read_config,
     read_weights,
     untied,
 )
 from memwrap.files import default_mode
-from memwrap.fingerprints import fingerprint
+from memwrap.fingerprints import fingerprint, loaded_parameters
+from memwrap.registry import config_class
 
 VERSION = "0.1.0"
 
@@ -59,7 +61,8 @@ def adapter_keys(backbone: PreTrainedModel) -> set[str]:
 def backbone_fingerprint(backbone: PreTrainedModel) -> str:
     """Which weights the backbone has, adapters not counted."""
     added = adapter_keys(backbone)
-    return fingerprint((plain_name(k), v) for k, v in backbone.named_parameters() if k not in added)
+    kept = loaded_parameters(backbone)
+    return fingerprint((plain_name(k), v) for k, v in kept if k not in added)
 
 
 class SavingMixin:
@@ -146,7 +149,8 @@ class SavingMixin:
             names = {id(v): k for k, v in reversed(tensors.items())}
             unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
             if unique:
-                huggingface_hub.save_torch_state_dict(untied(unique), scratch, metadata=None)
+                plain = untied(unique)
+                huggingface_hub.save_torch_state_dict(plain, scratch, metadata=checksums(plain))
             else:  # a memory without parameters
                 save_file({}, scratch / WEIGHTS, metadata={"format": "pt"})
             config.save_pretrained(scratch)
@@ -242,7 +246,10 @@ class SavingMixin:
         """Load a saved model. See `memwrap.load`."""
         folder = _folder(pretrained_model_name_or_path, revision, token)
         own = read_config(cls, folder)
+        place = None
         if base is None:
+            if own.base_included:
+                place = _one_place(kwargs, folder)
             base = _base_of(own, kwargs)
         elif kwargs and set(kwargs) - _IGNORED_KEYS:
             raise ValueError(
@@ -250,15 +257,18 @@ class SavingMixin:
                 "was given; leave them out."
             )
         check_shape(own, base, folder)
+        _check_memories(own, folder)
         if not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
             _warn_of_another_base(own, base, folder)
         own.backbone = copy.deepcopy(base.config)
         model = cls(own, base)  # type: ignore[call-arg]
         for name, values in (own.adapters or {}).items():
-            model.add_lora(PeftConfig.from_peft_type(**values), name)
+            model.add_lora(_adapter(values, folder), name)
         _load_weights(model, folder)
         for memory in model.memories.values():
             memory.load_files(folder)
+        if place is not None:
+            model.to(place)  # type: ignore[attr-defined]
         return model.eval()  # type: ignore[attr-defined]
 
 
@@ -280,9 +290,14 @@ def _folder(name: str | Path, revision: str | None, token: str | None) -> Path:
 def _base_of(config: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     """The backbone of a saved model: rebuilt to be filled, or found by its recorded name."""
     options = {k: v for k, v in kwargs.items() if k not in _IGNORED_KEYS}
-    dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or config.backbone.dtype
+    given = options.pop("dtype", None) or options.pop("torch_dtype", None)
+    dtype = config.backbone.dtype if given in (None, "auto") else given
     if config.base_included:
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config.backbone), dtype=dtype)
+        attention = options.get("attn_implementation")
+        chosen = {} if attention is None else {"attn_implementation": attention}
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config.backbone), dtype=dtype, **chosen
+        )
     if not config.base_model:
         raise ValueError(
             "The saved model does not name its base (it was wrapped in memory); give it: "
@@ -290,6 +305,48 @@ def _base_of(config: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
         )
     name = asset(config.base_model) or config.base_model
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+
+
+def _adapter(values: dict[str, Any], folder: Path) -> Any:
+    try:
+        return PeftConfig.from_peft_type(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} has no adapter that PEFT knows: {error}"
+        ) from error
+
+
+def _check_memories(config: Any, folder: Path) -> None:
+    """Refuse settings of memories that are none, naming the file they stand in."""
+    try:
+        for values in config.memories or []:
+            config_class(values["name"]).from_dict(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} does not name a memory: {error}") from error
+
+
+# What loading a base by its name can do, and filling one from the saved model's own file cannot.
+_NEEDS_A_NAME = (
+    "quantization_config", "max_memory", "offload_folder", "tp_plan", "load_in_4bit", "load_in_8bit"
+)  # fmt: skip
+
+
+def _one_place(kwargs: dict[str, Any], folder: Path) -> Any:
+    """The device that `device_map` names, for a saved model that holds its base's weights."""
+    wanted = kwargs.get("device_map")
+    places = set(wanted.values()) if isinstance(wanted, dict) else {wanted}
+    refused = [name for name in _NEEDS_A_NAME if kwargs.get(name) is not None]
+    if len(places) > 1 or "disk" in places:
+        refused.append("device_map")
+    if refused:
+        raise ValueError(
+            f"{folder} holds its base's weights, which are loaded onto one device: `{refused[0]}` "
+            "does not go with it. Load the base yourself and give it: memwrap.load(folder, base)."
+        )
+    place = places.pop() if places else None
+    if place in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return place
 
 
 def _warn_of_another_base(config: Any, base: PreTrainedModel, folder: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from memwrap.checkpoints import check_sums, checksums
 from memwrap.files import replacing
 from memwrap.trees import STORE, Tree, aligned, alike, tree_build, tree_leaves, tree_map, tree_to
 
@@ -226,6 +227,7 @@ class MemoryState(Cache):
             "weights": self.weights, "memories": list(self.memories),
         }  # fmt: skip
         metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
+        metadata |= checksums(tensors, about=metadata["about"])
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
 
@@ -258,8 +260,15 @@ class MemoryState(Cache):
                     f"{path} has state format {metadata.get('version')}; this memwrap reads "
                     f"{VERSION}. Read the document again with this version."
                 )
+            check_sums(tensors, metadata, path)
             state = cls._from_file(json.loads(metadata["about"]), tensors)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            json.JSONDecodeError,
+        ) as error:
             raise ValueError(f"{path} is damaged or not a state file: {error}") from error
         if model is not None:
             model.check_state(state)

@@ -115,6 +115,14 @@ def assert_pieces_and_padding(model: Any, lengths: Sequence[int] = (43, 29)) -> 
             assert_same_states(state, want.past_key_values)
 
 
+def checkpointed(model: Any) -> Any:
+    """The model with activations computed again in the backward pass (transformers 5.17 calls
+    it gradient checkpointing)."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
+    return model
+
+
 def gradients(model: Any) -> dict[str, Tensor]:
     """Gradients by parameter name; they are cleared."""
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -41,7 +41,7 @@ FLOORS = (
     },
     {"memwrap"},
     {"evaluation", "exporting", "linearize", "training"},
-    {"__main__", "chat", "cli", "console", "demo", "doctor", "storing"},
+    {"__main__", "chat", "cli", "console", "demo", "doctor", "harness", "storing"},
 )
 
 

@@ -20,6 +20,7 @@ from memwrap.backbones.feedforward import feed_forward, noting_input
 from memwrap.backbones.masks import build_masks, layer_kinds
 from memwrap.backbones.probing import AttentionSizes, probe
 from memwrap.backbones.rotary import Rotary
+from memwrap.fingerprints import hooks_of, loaded
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 _NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
@@ -94,6 +95,13 @@ class Backbone:
         return weight
 
     @property
+    def device(self) -> torch.device:
+        """Where the embeddings are looked up, also where a device map keeps them elsewhere."""
+        places = [getattr(hook, "execution_device", None) for hook in hooks_of(self.embeddings)]
+        place = next((p for p in places if p is not None), self.embedding_weight.device)
+        return torch.device(place)
+
+    @property
     def embedding_size(self) -> int:
         return self.embedding_weight.shape[1]
 
@@ -145,7 +153,7 @@ class Backbone:
                 "embeddings; `zero_positions` must be false here."
             )
         # Rows before that of position 0 (padding) are what the table has beyond its positions.
-        return table.weight[table.num_embeddings - self.config.max_position_embeddings]
+        return loaded(table, "weight")[table.num_embeddings - self.config.max_position_embeddings]
 
     @property
     def attached(self) -> bool:
@@ -191,7 +199,7 @@ class Backbone:
         """
         weight = self.embedding_weight
         noise = torch.randn(1, 1, self.embedding_size, generator=torch.Generator().manual_seed(0))
-        token = (noise * (self.embedding_std() or 1.0)).to(weight.device, weight.dtype)
+        token = (noise * (self.embedding_std() or 1.0)).to(self.device, weight.dtype)
 
         def run(positions: Tensor, context: Any) -> None:
             self.run(token, positions, context=context)
@@ -300,13 +308,12 @@ class Backbone:
 
     def embedding_std(self) -> float:
         """Standard deviation of the input embedding weights."""
-        return float(self.embedding_weight.detach().float().std())
+        return float(loaded(self.embeddings, "weight").detach().float().std())
 
     @torch.no_grad()
     def embedding_mean(self) -> Tensor:
         """The mean `(D,)` of the embeddings of all ids, in float32."""
-        weight = self.embedding_weight
-        ids = torch.arange(weight.shape[0], device=weight.device)
+        ids = torch.arange(self.embedding_weight.shape[0], device=self.device)
         return sum(self.embed(part).float().sum(0) for part in ids.split(8192)) / len(ids)  # type: ignore[return-value]
 
 

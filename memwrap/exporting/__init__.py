@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from memwrap.checkpoints import untied
+from memwrap.checkpoints import checksums, untied
 from memwrap.exporting.card import card
 from memwrap.exporting.flat import flat_files
 from memwrap.files import default_mode
@@ -103,7 +103,7 @@ def _write(
     model: MemoryModelForCausalLM, folder: Path, tokenizer: Any, about: dict[str, Any], name: str
 ) -> None:
     tensors = {k: v.contiguous() for k, v in untied(merged(model)).items()}
-    huggingface_hub.save_torch_state_dict(tensors, folder, metadata=None)
+    huggingface_hub.save_torch_state_dict(tensors, folder, metadata=checksums(tensors))
     config = copy.deepcopy(model.config)
     config.base_included, config.memwrap_version, config.adapters = True, VERSION, None
     config.backbone.dtype = model.backbone.dtype

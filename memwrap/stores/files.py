@@ -27,6 +27,8 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any
         "format": FORMAT, "version": str(VERSION), "about": json.dumps(about),
         "crc32": str(_checksum(arrays)),
     }  # fmt: skip
+    shapes = {name: list(array.shape) for name, array in arrays.items()}
+    metadata["layout"] = str(_text_checksum([metadata["about"], shapes]))
     with replacing(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
         with temporary.open("rb") as file:
@@ -90,6 +92,10 @@ def _head(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
             raise ValueError("it is no file of a store")
         if metadata["version"] != str(VERSION):
             raise ValueError(f"it has version {metadata['version']}, this memwrap reads {VERSION}")
+        shapes = {name: entry["shape"] for name, entry in head.items()}
+        layout = _text_checksum([metadata["about"], shapes])
+        if metadata.get("layout", str(layout)) != str(layout):  # older files have none
+            raise ValueError("its description does not have its checksum")
         end = max((entry["data_offsets"][1] for entry in head.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
@@ -118,7 +124,13 @@ def file_checksum(path: Path) -> int:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file that says what it is."""
     about = {"format": FORMAT, "version": VERSION, **values}
+    about["checksum"] = _text_checksum(about)
     write_text(path, json.dumps(about, indent=2) + "\n")
+
+
+def _text_checksum(values: Any) -> int:
+    plain = json.loads(json.dumps(values))  # as it is read again
+    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -139,6 +151,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has version {values.get('version')}; this memwrap reads {VERSION}."
         )
+    checksum = values.pop("checksum", None)  # older files have none
+    if checksum is not None and checksum != _text_checksum(values):
+        raise ValueError(f"{path} is damaged: its contents do not have their checksum.")
     return values
 
 

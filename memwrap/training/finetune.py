@@ -29,7 +29,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 import memwrap
 from memwrap.assets import asset
@@ -45,6 +44,7 @@ from memwrap.training.data import (
 from memwrap.training.pretrain import pretrain
 from memwrap.training.recall import recall_data
 from memwrap.training.recipe import Recipe
+from memwrap.training.resuming import last_checkpoint
 from memwrap.training.tasks import tasks_data
 from memwrap.training.trainer import MemoryTrainer
 
@@ -136,7 +136,7 @@ def _checkpoint(recipe: Recipe, output: Path) -> Path:
     if recipe.task == "pretrain":
         raise ValueError("A 'pretrain' recipe cannot be resumed; give overwrite=true to restart.")
     folder = output / CHECKPOINTS
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_checkpoint(folder)
     if last is None:
         raise ValueError(
             f"There is no checkpoint in {folder} to resume from (a run with trainer.save_every "
@@ -151,7 +151,7 @@ def _checkpoint(recipe: Recipe, output: Path) -> Path:
                     f"The run in {recipe.output} has `{key}` {before.get(key)}, this recipe has "
                     f"{now[key]}; resume with the same, or give another output=FOLDER."
                 )
-    return Path(last)
+    return last
 
 
 def build_model(

@@ -32,6 +32,7 @@ from memwrap.training.batches import (
 )
 from memwrap.training.data import DocumentCollator
 from memwrap.training.distillation import teacher_of
+from memwrap.training.resuming import last_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -134,6 +135,20 @@ class MemoryTrainer(Trainer):
     def _config(self) -> MemoryConfig:
         """The config that decides segments, truncation and loss, as in the model's own loop."""
         return self.memory_model.memory_configs[0]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *given: Any, **named: Any):
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is
+        whole, whatever a killed run left half written behind it.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir)  # type: ignore[arg-type]
+            if found is None:
+                raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, *given, **named)
 
     # What a step trains on
 
@@ -265,7 +280,7 @@ class MemoryTrainer(Trainer):
         if teacher is not None:  # cut with the tokens
             inputs["teacher_hidden"] = teacher.hidden
         inputs = left_aligned(inputs)
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.17 has none
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs and num_items is not None
         if num_items is None:

@@ -50,6 +50,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(TEXT).logits
 
 
+@pytest.mark.proof("Sharing through the Hub's calls (a stand-in for the server)", "huggingface_hub")
 @pytest.mark.parametrize("memory", memwrap.available())
 def test_pushed_and_loaded_by_repo_id(memory: str, hub: Path) -> None:
     model = wrapped(memory)

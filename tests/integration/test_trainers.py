@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,8 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from transformers import (
-    DataCollatorWithFlattening,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from small import SETTINGS, documents, llama, losses_of, word_tokenizer, wrapped
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import memwrap
 from memwrap.model import MEMORY_CHILD
@@ -30,13 +24,6 @@ from memwrap.training.trainer import MemoryTrainer
 # peft and TRL still use the names that transformers 5.23 replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
-VOCABULARY = 64
-SETTINGS = {
-    "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
-    "logging_steps": 1, "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
-}  # fmt: skip
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -46,43 +33,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def wrapped(name: str = "armt", base: Any = None, **settings: Any) -> Any:
-    base = llama() if base is None else base
-    torch.manual_seed(1)
-    own = {"rmt": {"num_memory_tokens": 2}, "armt": {"num_memory_tokens": 2, "d_mem": 8}}
-    return memwrap.wrap(base, name, **{"segment_size": 8} | own.get(name, {}) | settings)
-
-
-def documents(lengths: list[int]) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in lengths]
-    return [{"input_ids": row} for row in rows]
-
-
-def losses_of(trainer: Trainer) -> list[float]:
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(VOCABULARY - 3)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
+@pytest.mark.proof("transformers' own Trainer", "accelerate")
 @pytest.mark.parametrize("name", ["rmt", "armt"])
 def test_stock_trainer_trains_evaluates_and_reloads(tmp_path: Path, name: str) -> None:
     model = wrapped(name)
@@ -110,6 +61,7 @@ def test_stock_trainer_trains_evaluates_and_reloads(tmp_path: Path, name: str) -
     assert after < before
 
 
+@pytest.mark.proof("transformers' own Trainer", "accelerate")
 def test_stock_trainer_accumulates_like_one_batch(tmp_path: Path) -> None:
     results = []
     for rows, accumulated in ((4, 1), (1, 4)):
@@ -131,7 +83,8 @@ def test_stock_trainer_accumulates_like_one_batch(tmp_path: Path) -> None:
         assert torch.allclose(value, results[1][1][name], atol=1e-6), name
 
 
-def test_sft_loss_equals_ours(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.proof("TRL's SFTTrainer", "trl", "datasets")
+def test_sft_loss_equals_ours(tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
     texts = [" ".join(f"w{(7 * i + j * j) % 60}" for j in range(20 + i)) for i in range(4)]
@@ -142,7 +95,7 @@ def test_sft_loss_equals_ours(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
         model=model,
         args=SFTConfig(output_dir=str(tmp_path), max_length=None, bf16=False, **settings),
         train_dataset=datasets.Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer,
+        processing_class=word_tokenizer(),
     )
     batch = next(iter(trainer.get_train_dataloader()))
     model.eval()
@@ -167,6 +120,7 @@ def test_sft_loss_equals_ours(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
     assert abs(one.loss.item() - want) > 1e-3
 
 
+@pytest.mark.proof("transformers' packing collator", "transformers")
 @pytest.mark.parametrize("ours", [False, True])
 def test_packed_documents_train_as_rows_do(tmp_path: Path, ours: bool) -> None:
     """transformers' packing collator beside a padded batch of the same documents."""
@@ -193,7 +147,8 @@ def test_packed_documents_train_as_rows_do(tmp_path: Path, ours: bool) -> None:
         assert torch.allclose(value, results[1][1][name], atol=1e-6), name
 
 
-def test_sft_packs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.proof("TRL's packing", "trl")
+def test_sft_packs(tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
     lengths = (20, 9, 14, 30)
@@ -206,7 +161,7 @@ def test_sft_packs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
             output_dir=str(tmp_path), max_length=48, packing=True, bf16=False, **settings
         ),
         train_dataset=datasets.Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer,
+        processing_class=word_tokenizer(),
     )
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["position_ids"] == 0).sum() == len(lengths) and len(batch["input_ids"]) == 1
@@ -220,16 +175,19 @@ def test_sft_packs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     assert losses_of(trainer)[0] == pytest.approx(want, rel=1e-5)
 
 
-def peft_around(model: Any) -> Any:
-    return get_peft_model(
-        model,
-        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=[MEMORY_CHILD]),
+def peft_around(model: Any, dora: bool = False) -> Any:
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=[MEMORY_CHILD], use_dora=dora
     )
+    return get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_peft_around_trains_memory_and_adapters(tmp_path: Path, streaming: bool) -> None:
-    model = peft_around(wrapped("armt", bptt_segments=2, value_init="normal"))
+@pytest.mark.proof("`get_peft_model` with LoRA and DoRA", "peft")
+@pytest.mark.parametrize(("dora", "streaming"), [(False, True), (False, False), (True, True)])
+def test_peft_around_trains_memory_and_adapters(
+    tmp_path: Path, dora: bool, streaming: bool
+) -> None:
+    model = peft_around(wrapped("armt", bptt_segments=2, value_init="normal"), dora)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     args = MemoryTrainingArguments(
         output_dir=str(tmp_path / "run"), streaming=streaming, memory_learning_rate=3e-2, **SETTINGS
@@ -240,6 +198,7 @@ def test_peft_around_trains_memory_and_adapters(tmp_path: Path, streaming: bool)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert changed == trainable
     memory = {n for n in changed if MEMORY_CHILD in n}
+    assert any("magnitude" in n for n in changed) == dora
     assert any(n.endswith("tokens") for n in memory)
     assert all("lora_" in n for n in changed - memory)
     rates = {
@@ -252,13 +211,15 @@ def test_peft_around_trains_memory_and_adapters(tmp_path: Path, streaming: bool)
     assert {rates[n] for n in changed - memory} == {1e-2}
 
 
-def test_peft_around_saves_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.proof("`get_peft_model` with LoRA and DoRA", "peft")
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_around_saves_and_resumes(tmp_path: Path, dora: bool) -> None:
     from peft import PeftModel
 
     def trainer(folder: str, steps: int) -> MemoryTrainer:
         settings = SETTINGS | {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
         args = MemoryTrainingArguments(output_dir=str(tmp_path / folder), **settings)
-        model = peft_around(wrapped("armt", bptt_segments=2))
+        model = peft_around(wrapped("armt", bptt_segments=2), dora)
         return MemoryTrainer(model, args, train_dataset=documents([40, 21, 17, 26, 33, 12]))
 
     straight = trainer("straight", 4)
@@ -290,3 +251,34 @@ def test_lora_inside_trains_saves_and_loads(tmp_path: Path) -> None:
     ids = documents([30])[0]["input_ids"][None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+class Rows(torch.utils.data.IterableDataset):
+    """The documents in their order."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+@pytest.mark.proof("`datasets` streaming as training data", "datasets")
+def test_a_streamed_data_set_trains_like_its_rows(tmp_path: Path) -> None:
+    """A file is read line by line while training goes on: nothing is downloaded or cached."""
+    rows = documents([40, 21, 17, 26, 33, 12, 30, 9])
+    text = "".join(json.dumps({"ids": row["input_ids"].tolist()}) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    streamed = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "rows.jsonl"), split="train", streaming=True
+    ).rename_column("ids", "input_ids")
+    assert isinstance(streamed, datasets.IterableDataset)
+    losses = []
+    for data in (streamed, Rows(rows)):
+        args = MemoryTrainingArguments(
+            output_dir=str(tmp_path / "run"), **SETTINGS | {"max_steps": 6}
+        )
+        trainer = MemoryTrainer(wrapped("armt", bptt_segments=2), args, train_dataset=data)
+        trainer.train()
+        losses.append(losses_of(trainer))
+    assert len(losses[0]) == 6 and losses[0] == losses[1]

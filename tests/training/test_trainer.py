@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import checkpointed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -198,7 +197,7 @@ def test_streaming_with_embeddings_and_checkpointing(tmp_path: Path) -> None:
     want = gradients(model)
     items = (shifted_labels(batch) != -100).sum() - 1  # the first token of the padded row
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    checkpointed(model)
     trainer.training_step(model, batch, items)
     assert_close(gradients(model), want)
     model.zero_grad()
@@ -537,49 +536,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         trainer.training_step(trainer.model, batch, torch.tensor(9))
 
 
-# Several processes
-
-
-def _worker(rank: int, port: int, folder: str) -> None:
-    """One of two processes; rows of different lengths give them different numbers of pieces."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    model = wrapped("rmt", bptt_segments=1)
-    trainer = make_trainer(
-        model, Path(folder) / "run", [40, 12, 33, 9], max_steps=2, optim="sgd", learning_rate=0.3,
-        per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo",
-        lr_scheduler_type="constant",
-    )  # fmt: skip
-    trainer.train()
-    torch.save(
-        {"parameters": model.state_dict(), "losses": losses_of(trainer)},
-        Path(folder) / f"{rank}.pt",
-    )
-
-
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    model = wrapped("rmt", bptt_segments=1)
-    trainer = make_trainer(
-        model, tmp_path / "one", [40, 12, 33, 9], max_steps=2, optim="sgd", learning_rate=0.3,
-        per_device_train_batch_size=4, lr_scheduler_type="constant",
-    )  # fmt: skip
-    trainer.train()
-    fresh = wrapped("rmt").state_dict()
-    for name, want in model.state_dict().items():
-        assert torch.equal(ranks[0]["parameters"][name], ranks[1]["parameters"][name]), name
-        assert torch.allclose(ranks[0]["parameters"][name], want, atol=1e-6), name
-    assert not torch.equal(
-        model.state_dict()["memory_modules.rmt.tokens"], fresh["memory_modules.rmt.tokens"]
-    )
-    assert ranks[0]["losses"] == pytest.approx(losses_of(trainer), rel=1e-4)
+# Several processes (more in tests/integration/test_processes.py)
 
 
 def test_average_gradients_of_one_process(tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; None without one.
+
+    transformers writes a checkpoint file by file into its folder, its own state last: where that
+    is missing or cut off, the run was killed while it wrote.
+    """
+    found = []
+    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
+        number = state.parent.name.rpartition("-")[2]
+        try:
+            json.loads(state.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if number.isdecimal():
+            found.append((int(number), state.parent))
+    return max(found)[1] if found else None
