@@ -1,4 +1,4 @@
-# make demo | test | test-full | lint | docs | clean. Everything happens in .venv, made on first use.
+# make demo | test | test-full | test-lowest | lint | docs | clean. Everything happens in .venv, made on first use.
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path another environment.
 
@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-full lint docs install install-dev clean
+.PHONY: demo test test-full test-lowest lint docs install install-dev clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -27,6 +27,21 @@ test: $(VENV)/.installed-dev
 # The whole product of methods and families, slow tests included.
 test-full: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full"
+
+# The same on the lowest supported transformers, in an environment of its own.
+LOWEST := .venv-lowest
+LOWEST_TRANSFORMERS := transformers==5.17.0
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n $(WORKERS)
+
+$(LOWEST)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(LOWEST)/constraints.txt
+	echo '$(LOWEST_TRANSFORMERS)' >> $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt $(TORCH)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable ".[dev]"
+	@touch $@
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -67,4 +82,4 @@ $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
 	@touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,7 +33,7 @@ from memwrap.stores.indexes import (
     search_options,
     sifted,
 )
-from memwrap.stores.shards import Shards
+from memwrap.stores.shards import REMOVED, Shards
 
 INDEX = "index.json"
 
@@ -103,7 +103,7 @@ class FaissStore(Store):
         elif self.path is not None and holds_files(self.path):
             raise ValueError(f"{self.path} is not empty and holds no store; give another folder.")
         elif self.path is not None:
-            self._write_header()
+            self._write_header(removals=False)
         self._shards = Shards(dim, self.dtype, self.path)
         self.cursor = self._shards.cursor
         self._read_index()
@@ -113,9 +113,8 @@ class FaissStore(Store):
     def _continue(self, path: Path) -> None:
         header = read_json(path / HEADER)
         if header.get("kind") != self.kind:
-            raise ValueError(
-                f"{path} is a store of kind {header.get('kind')!r}, not {self.kind!r}."
-            )
+            kind = header.get("kind")
+            raise ValueError(f"{path} is a store of kind {kind!r}, not {self.kind!r}.")
         for name in ("dim", "metric"):
             if header[name] != getattr(self, name):
                 raise ValueError(
@@ -123,12 +122,16 @@ class FaissStore(Store):
                 )
         self.dtype, self.notes = header["dtype"], header["notes"]
         self.factory = self.factory or header["factory"]
+        if header.get("removals") and not (path / REMOVED).is_file():
+            raise FileNotFoundError(f"{path / REMOVED} is missing; the store is not whole.")
 
-    def _write_header(self) -> None:
+    def _write_header(self, removals: bool | None = None) -> None:
         if self.path is not None:
             self._locked()
             names = ("kind", "dim", "metric", "dtype", "factory", "notes")
-            write_json(self.path / HEADER, {name: getattr(self, name) for name in names})
+            some = bool(self._shards.removed) if removals is None else removals
+            about: Any = {name: getattr(self, name) for name in names}
+            write_json(self.path / HEADER, about | {"removals": some})
 
     def _locked(self) -> None:
         """Hold the folder for writing; the system gives it back when the process ends."""
@@ -353,7 +356,9 @@ class FaissStore(Store):
 
     def remove(self, ids: Iterable[int]) -> int:
         self._locked()
-        return self._shards.remove(ids)
+        count = self._shards.remove(ids)
+        self._write_header()  # the file of removals must be there from now on
+        return count
 
     def of_document(self, number: int) -> list[int]:
         return self._shards.of_document(number)
@@ -366,6 +371,7 @@ class FaissStore(Store):
                 file.unlink()
         self._index, self._indexed, self.made_by, self._selector = None, 0, "", None
         self.gpu.drop()
+        self._write_header(removals=False)
         self._shards.clear()
         self.cursor = None
 
@@ -421,7 +427,7 @@ class FaissStore(Store):
             if holds_files(target):
                 raise ValueError(f"{target} is not empty; give another folder.")
             self.path = target
-            self._write_header()
+            self._write_header(removals=False)
             self._shards.folder = target
             self._shards.commit()
             self._shards.save_removed()
@@ -431,9 +437,8 @@ class FaissStore(Store):
             return
         if not self.mmap:
             self.build()
-        if target.resolve() == self.path.resolve():
-            return
-        copy_folder(self.path, target)
+        if target.resolve() != self.path.resolve():
+            copy_folder(self.path, target)
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> FaissStore:

@@ -89,8 +89,8 @@ FILES = {
 }  # fmt: skip
 
 
-# A store may have none: an index is made again, and that entries were removed stands nowhere else.
-OPTIONAL = ("index.json", "removed.safetensors")
+# A store may have none: an index is made again.
+OPTIONAL = ("index.json",)
 
 
 # How
