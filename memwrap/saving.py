@@ -322,7 +322,7 @@ def _check_memories(config: Any, folder: Path) -> None:
         for values in config.memories or []:
             config_class(values["name"]).from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} does not name a memory: {error}") from error
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 # What loading a base by its name can do, and filling one from the saved model's own file cannot.
