@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, build
 from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import memwrap
+from memwrap.assets import asset
 from memwrap.trees import aligned, alike, tree_leaves
 
 SEGMENT = 8
@@ -53,6 +56,20 @@ def wrapped(
     """A tiny wrapped model in evaluation mode, its memory's parameters random."""
     base = build(family, seed=seed) if base is None else base
     return randomise(memwrap.wrap(base, tiny(memory, **settings)))
+
+
+def save_small_base(folder: Path) -> Path:
+    """A tiny random Llama with the shipped tokenizer, saved as any model is."""
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:

@@ -79,7 +79,7 @@ class Plan:
         for name in values["memories"]:
             memwrap.config_class(name)
         for part, tokens in zip(PARTS, (budget, recall_budget), strict=True):
-            values[part]["budget"] = tokens or values[part]["budget"]
+            values[part]["budget"] = values[part]["budget"] if tokens is None else tokens
         plan = cls(model, values)
         for part in PARTS:
             if plan.steps(part) < 1:
@@ -281,7 +281,7 @@ def _speed(plan: Plan, name: str, ids: Tensor) -> dict[str, float]:
     start = time.perf_counter()
     if name == BASE:
         for part in ids.split(plan.values["documents"]["memory"]["segment_size"], 1):
-            model.model(input_ids=part, use_cache=False)
+            model.base_model(input_ids=part, use_cache=False)
     else:
         model.read(ids)
     read = time.perf_counter() - start

@@ -230,6 +230,7 @@ def page(results: Results, command: str, link: str = "{}") -> str:
         "what learns quickly, not what a method can do in the end."
         + (f" Without LoRA, as their method has it: {_names(without)}." if without else "")
         + "".join(f" {n} {v['note']}." for n, v in results.items() if v.get("note"))
+        + "".join(f" {n} {v['source']}." for n, v in results.items() if v.get("source"))
     )
     return PAGE.format(
         about=about, command=command, seed=first["seed"], machine=_machine(first["machine"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from memwrap.evaluation.controls import (
     lora_disabled,
     windowed,
 )
-from memwrap.evaluation.measure import peak_memory
+from memwrap.evaluation.measure import Costs
 from memwrap.evaluation.tasks import Sample, task
 from memwrap.files import write_text
 from memwrap.model import MemoryModelForCausalLM
@@ -188,8 +187,7 @@ class _Scores:
         self.of_samples: dict[str, list[float]] = {}
         self.of_depth: dict[str, list[list[float]]] = {}
         self.answers = 0
-        self.seconds: dict[str, float] = {}
-        self.peak: dict[str, int] = {}
+        self.costs = Costs()
 
     def run(self, samples: int, curves: tuple[str, ...], seed: int, bar: Any) -> None:
         donor: MemoryState | None = None
@@ -201,21 +199,15 @@ class _Scores:
             first = min((a for a, _ in sample.answers), default=sample.ask + 1)
             boundary = (min(first - 1, sample.ask)) // self.model.segment_size
             boundary *= self.model.segment_size
-            start = time.perf_counter()
-            with peak_memory(self.model.device) as peak:
+            # The first text's reading counts for nobody.
+            with (self.costs if index >= 0 else Costs()).of(MEMORY, self.model.device):
                 state = self.model.new_state(1)
                 if boundary:
                     state = self.model.read(ids[:, :boundary], state=state)
             if index >= 0:
-                self._add(MEMORY, time.perf_counter() - start, peak.bytes)
                 self._sample(sample, ids, boundary, {MEMORY: state, SHUFFLED: donor}, curves)
             donor = state
             bar.update()
-
-    def _add(self, curve: str, seconds: float, peak: int | None) -> None:
-        self.seconds[curve] = self.seconds.get(curve, 0.0) + seconds
-        if peak is not None:
-            self.peak[curve] = max(self.peak.get(curve, 0), peak)
 
     def _sample(
         self,
@@ -229,14 +221,12 @@ class _Scores:
         for curve in curves:
             if curve == FULL and not self._reaches():
                 continue
-            start = time.perf_counter()
             with (
-                peak_memory(self.model.device) as peak,
+                self.costs.of(curve, self.model.device),
                 _reader(self.model, curve, states.get(curve), boundary, self.window) as feed,
             ):
                 from_column = boundary if curve in (MEMORY, OFF, SHUFFLED) else 0
                 right = self._right(sample, ids, from_column, curve, feed)
-            self._add(curve, time.perf_counter() - start, peak.bytes)
             self.of_samples.setdefault(curve, []).append(sum(right) / len(right))
             parts = self.of_depth.setdefault(curve, [[] for _ in range(DEPTHS)])
             for facts, value in zip(sample.facts, right, strict=True):
@@ -285,8 +275,8 @@ class _Scores:
                 low,
                 high,
                 depth=[sum(p) / len(p) if p else math.nan for p in self.of_depth[curve]],
-                seconds=round(self.seconds[curve], 3),
-                peak_bytes=self.peak.get(curve),
+                seconds=round(self.costs.seconds[curve], 3),
+                peak_bytes=self.costs.peak_bytes.get(curve),
             )
             found.append(cell)
         return found

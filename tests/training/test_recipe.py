@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from support import save_small_base
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 import memwrap
-from memwrap.assets import asset
 from memwrap.training.corpus import split_of
 from memwrap.training.finetune import build_model, preflight, run_recipe
 from memwrap.training.recipe import Recipe, find_recipe, load_recipe
@@ -31,18 +31,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with the shipped tokenizer, saved as any model is."""
-    folder = tmp_path_factory.mktemp("base") / "llama"
-    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        bos_token_id=1, eos_token_id=2, pad_token_id=3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_small_base(tmp_path_factory.mktemp("base") / "llama")
 
 
 @pytest.fixture(scope="module")
