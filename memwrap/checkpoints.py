@@ -25,25 +25,36 @@ def checksums(tensors: dict[str, Tensor], **texts: str) -> dict[str, str]:
     return {CHECKSUMS: json.dumps(sums)}
 
 
-def check_sums(tensors: dict[str, Tensor], metadata: dict[str, str] | None, path: Path) -> None:
-    """Refuse tensors that are not those the file was written with; other programs' files have no
-    checksums and pass.
+def check_sums(
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None,
+    path: Path,
+    needed: bool = False,
+) -> None:
+    """Refuse tensors that are not those the file was written with.
+
+    Args:
+        needed: the file must have checksums; else one of another program, without any, passes.
 
     Raises:
         ValueError: names the file and what in it is damaged.
     """
     text = (metadata or {}).get(CHECKSUMS)
-    if text is None:
+    if text is None and not needed:
         return
     try:
-        sums = dict(json.loads(text))
+        sums = dict(json.loads(text or "null"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: its checksums cannot be read.") from error
     for name, tensor in tensors.items():
         if sums.get(name) != _checksum(tensor):
             raise ValueError(f"{path} is damaged: {name} does not have its checksum.")
-    for name in (key.strip("_") for key in sums if key.startswith("__")):
-        if zlib.crc32((metadata or {}).get(name, "").encode()) != sums[f"__{name}__"]:
+    texts = sums.keys() - tensors.keys()
+    if not needed:  # those of a file's other parts are among them
+        texts = {key for key in texts if key.startswith("__")}
+    for key in texts:
+        name = key.strip("_")
+        if zlib.crc32((metadata or {}).get(name, "").encode()) != sums[key]:
             raise ValueError(f"{path} is damaged: its {name} does not have its checksum.")
 
 

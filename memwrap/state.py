@@ -260,7 +260,7 @@ class MemoryState(Cache):
                     f"{path} has state format {metadata.get('version')}; this memwrap reads "
                     f"{VERSION}. Read the document again with this version."
                 )
-            check_sums(tensors, metadata, path)
+            check_sums(tensors, metadata, path, needed=True)
             state = cls._from_file(json.loads(metadata["about"]), tensors)
         except (
             SafetensorError,

@@ -27,8 +27,9 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any
         "format": FORMAT, "version": str(VERSION), "about": json.dumps(about),
         "crc32": str(_checksum(arrays)),
     }  # fmt: skip
-    shapes = {name: list(array.shape) for name, array in arrays.items()}
-    metadata["layout"] = str(_text_checksum([metadata["about"], shapes]))
+    codes = {np.dtype(kind): code for code, kind in _TYPES.items()}
+    places = {n: [codes[array.dtype], list(array.shape)] for n, array in arrays.items()}
+    metadata["layout"] = str(_text_checksum([metadata["about"], places]))
     with replacing(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
         with temporary.open("rb") as file:
@@ -92,15 +93,14 @@ def _head(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
             raise ValueError("it is no file of a store")
         if metadata["version"] != str(VERSION):
             raise ValueError(f"it has version {metadata['version']}, this memwrap reads {VERSION}")
-        shapes = {name: entry["shape"] for name, entry in head.items()}
-        layout = _text_checksum([metadata["about"], shapes])
-        if metadata.get("layout", str(layout)) != str(layout):  # older files have none
+        places = {name: [entry["dtype"], entry["shape"]] for name, entry in head.items()}
+        if metadata["layout"] != str(_text_checksum([metadata["about"], places])):
             raise ValueError("its description does not have its checksum")
         end = max((entry["data_offsets"][1] for entry in head.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
         return json.loads(metadata["about"]), head, int(metadata["crc32"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
 
 
@@ -151,8 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has version {values.get('version')}; this memwrap reads {VERSION}."
         )
-    checksum = values.pop("checksum", None)  # older files have none
-    if checksum is not None and checksum != _text_checksum(values):
+    if values.pop("checksum", None) != _text_checksum(values):
         raise ValueError(f"{path} is damaged: its contents do not have their checksum.")
     return values
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import memwrap
 from memwrap.backbones.rotary import rotate
+from memwrap.checkpoints import checksums
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
@@ -279,7 +280,6 @@ def test_a_state_with_a_damaged_store_is_refused(tmp_path: Path) -> None:
 
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    metadata.pop("crc32")  # as a program that knows of no checksums writes it
     name = "memories.infllm.layers.0.units.store.1.key"
     for damage, words in (
         (lambda t: t.pop(name), "lacks"),
@@ -289,7 +289,8 @@ def test_a_state_with_a_damaged_store_is_refused(tmp_path: Path) -> None:
         tensors = load_file(path)
         assert name in tensors
         damage(tensors)
-        save_file(tensors, tmp_path / "damaged.safetensors", metadata=metadata)
+        sums = checksums(tensors, about=metadata["about"])  # as one who edits the file would
+        save_file(tensors, tmp_path / "damaged.safetensors", metadata=metadata | sums)
         with pytest.raises(ValueError, match=words):
             memwrap.MemoryState.load(tmp_path / "damaged.safetensors", model)
 
