@@ -5,24 +5,14 @@ python benchmarks/landmark_table.py
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pages import DOCS, load, put, table
+
 from memwrap.evaluation.plots import plot_depths
 from memwrap.evaluation.suite import Cell, SuiteResult
-
-HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
-# Beside the evidence of `memories_table.py`, which has marks of its own.
-MARKS = ("<!-- retrieval:begin -->", "<!-- retrieval:end -->")
-
-
-def load(name: str) -> dict[str, Any]:
-    """A recorded result; empty where it was not measured yet."""
-    path = HERE / "results" / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def machine(values: dict[str, Any]) -> str:
@@ -40,8 +30,6 @@ def recall(values: dict[str, Any], picture: Path | None) -> str:
     mean = {(c["curve"], c["pairs"]): sum(c["depth"]) / len(c["depth"]) for c in values["cells"]}
     for curve in dict.fromkeys(cell["curve"] for cell in values["cells"]):
         rows.append([curve, *[f"{mean[curve, n]:.2f}" for n in counts]])
-    rows.insert(1, ["---"] * len(rows[0]))
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     around = "; ".join(
         f"{name}: " + ", ".join(f"`{k}={v}`" for k, v in settings.items())
         for name, settings in values["around"].items()
@@ -55,7 +43,8 @@ def recall(values: dict[str, Any], picture: Path | None) -> str:
         f"query reads {own['memory']['top_k']} blocks a head. Share of right answers among more "
         f"pairs, the one asked for at five depths, {values['samples']} samples each; chance is "
         f"0.06. Window and InfLLM stand around the same trained backbone, without landmarks "
-        f'({around}); "base, truncated" is that backbone alone on its last 64 tokens.\n\n{table}'
+        f'({around}); "base, truncated" is that backbone alone on its last 64 tokens.'
+        f"\n\n{table(rows)}"
     )
     if picture is not None:
         cells = [
@@ -145,8 +134,6 @@ def reading(values: dict[str, Any], name: str) -> str:
                     slots if own["slot_hits"] + own["slot_misses"] else "-",
                 ]
             )
-    rows.insert(1, ["---"] * len(rows[0]))
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     where = (
         " There is no GPU here: device and host are the same memory, and what is measured is the "
         "bookkeeping, not a transfer."
@@ -155,7 +142,7 @@ def reading(values: dict[str, Any], name: str) -> str:
     )
     return (
         f"**Reading.** {values['tokens']:,} tokens with the shipped tiny LM in float32, {settings} "
-        f"(`python benchmarks/offloading.py`; {machine(values)}).{where}\n\n{table}"
+        f"(`python benchmarks/offloading.py`; {machine(values)}).{where}\n\n{table(rows)}"
     )
 
 
@@ -178,12 +165,8 @@ def evidence(name: str, tasks: dict[str, Any], costs: dict[str, Any]) -> str:
 def main() -> None:
     tasks, costs = load("landmark"), load("offloading")
     for name in ("landmark", "infllm"):
-        path = DOCS / "methods" / f"{name}.md"
-        before, _, rest = path.read_text().partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        path.write_text(
-            f"{before}{MARKS[0]}\n\n{evidence(name, tasks, costs)}\n\n{MARKS[1]}{after}"
-        )
+        # Beside the evidence of `memories_table.py`, which has marks of its own.
+        put(f"methods/{name}.md", "retrieval", evidence(name, tasks, costs))
 
 
 if __name__ == "__main__":

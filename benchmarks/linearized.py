@@ -5,13 +5,15 @@
 Quality: nats per token on held-out documents of the base, of the conversion without training, and
 after training by the shipped recipes (LoLCATs in its two stages), each with its branches alone and
 beside the untrained base with a window as long and sinks. Decoding: seconds a token and bytes that
-are kept, with so many tokens behind it, beside the base and its cache of keys and values.
+are kept, with so many tokens behind it, beside the base and its cache of keys and values. `--only`
+leaves the other part of the recorded result as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import tempfile
 import time
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import save
+from common import RESULTS, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import memwrap
@@ -152,12 +154,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="training of each memory")
     parser.add_argument("--only", choices=("quality", "decoding"))
     arguments = parser.parse_args()
-    found: dict[str, Any] = {}
+    path = RESULTS / "linearized.json"
+    before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found = {part: before[part] for part in ("decoding", "quality") if part in before}
     if arguments.only != "quality":
         found["decoding"] = decoding()
     if arguments.only != "decoding":
         found["quality"] = quality(arguments.minutes)
-    save("linearized" if arguments.only is None else f"linearized_{arguments.only}", found)
+    save("linearized", found)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ python benchmarks/memories_table.py
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
+
+from pages import DOCS, HERE, put
 
 from memwrap.evaluation.comparison import BASE, read_results
 from memwrap.evaluation.comparison_tables import load_curves, page, recall_table, tokens_of
@@ -16,9 +17,6 @@ from memwrap.evaluation.perplexity import PerplexityResult
 from memwrap.evaluation.plots import plot_comparison
 from memwrap.evaluation.report import markdown
 
-HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
-MARKS = ("<!-- comparison:begin -->", "<!-- comparison:end -->")
 COMMAND = "memwrap bench memories"
 # What a method's paper claims that this comparison can speak to: of perplexity, or of recall.
 CLAIMS = {
@@ -98,12 +96,10 @@ def main() -> None:
     (DOCS / "comparison.md").write_text(f"{title}\n\n{figure}\n\n{rest}{claims(results, curves)}")
     plot_comparison(results, DOCS / "figures" / "comparison.png")
     for path in sorted((DOCS / "methods").glob("*.md")):
-        before, _, rest = path.read_text().partition(MARKS[0])
-        _, _, after = rest.partition(MARKS[1])
         own = "Not among the memories of the [comparison](../comparison.md) yet."
         if path.stem in results and path.stem != BASE:
             own = own_page(path.stem, results[path.stem], curves[path.stem])
-        path.write_text(f"{before}{MARKS[0]}\n\n{own}\n\n{MARKS[1]}{after}")
+        put(f"methods/{path.name}", "comparison", own)
 
 
 if __name__ == "__main__":

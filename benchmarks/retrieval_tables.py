@@ -8,42 +8,15 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
-Rows = list[list[str]]
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((HERE / "results" / f"{name}.json").read_text())
-
-
-def put(page: str, mark: str, text: str) -> None:
-    """Replace what stands between a page's marks."""
-    path = DOCS / page
-    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
-    before, found, rest = path.read_text().partition(begin)
-    after = rest.partition(end)[2]
-    if not found or not after:
-        raise SystemExit(f"{path} has no marks {begin} and {end}.")
-    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
-
-
-def table(rows: Rows) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+from pages import HERE, Rows, load, of_machine, put, table
 
 
 def difference(one: list[float], other: list[float]) -> tuple[float, float]:
     """Mean of one - other over documents, and its standard error."""
     values = [a - b for a, b in zip(one, other, strict=True)]
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def of_machine(values: dict[str, Any]) -> str:
-    return f"{values['cpu']}, {values['cores']} cores, one thread, torch {values['torch']}"
 
 
 # The tiny LM with retrieval memories
