@@ -6,6 +6,7 @@ the features again: autograd's own graph would hold several float32 copies of ev
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memwrap.ops import accumulation_dtype
+
+LOG2_E = math.log2(math.e)
 
 
 def phi(x: Tensor) -> Tensor:
@@ -72,9 +75,10 @@ def scan_chunked(
 
 
 def _fast_phi(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`phi` where no gradient is asked for, in fewer passes."""
+    """`phi` where no gradient is asked for, in fewer passes; powers of two take a third of `exp`'s
+    time where torch leaves that to MKL."""
     x = x.to(dtype)
-    return x.clamp_max(0).exp_().add_(F.relu(x))
+    return x.clamp_max(0).mul_(LOG2_E).exp2_().add_(F.relu(x))
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
