@@ -61,8 +61,11 @@ def store(buffer: Tensor, place: Tensor, rows: Tensor, capacity: int) -> Tensor:
     Returns:
         `(B, H, capacity, D)` in the buffer's dtype.
     """
-    more = buffer.new_zeros(*buffer.shape[:2], capacity + 1 - buffer.shape[2], buffer.shape[3])
+    # What is not stored goes to one place behind the end, which is cut off again: one more copy,
+    # and not needed where it costs nothing to see that all is stored.
+    spare = int(place.device.type != "cpu" or bool((place >= capacity).any()))
+    missing = capacity + spare - buffer.shape[2]
+    more = buffer.new_zeros(*buffer.shape[:2], missing, buffer.shape[3])
     index = place.clamp_max(capacity)[:, None, :, None].expand(rows.shape)
-    # What is not stored goes to one place behind the end, which is cut off.
-    grown = torch.cat([buffer, more], 2).scatter(2, index, rows.to(buffer.dtype))
+    grown = torch.cat([buffer, more], 2).scatter_(2, index, rows.to(buffer.dtype))
     return grown[:, :, :capacity].contiguous()

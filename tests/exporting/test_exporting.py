@@ -109,7 +109,7 @@ def test_trains_and_saves_itself_without_memwrap(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", TRAINS, check.__file__, tmp_path / "out",
          tmp_path / "again"],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        capture_output=True, text=True, timeout=580, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
