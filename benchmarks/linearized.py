@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import memwrap
 from memwrap.assets import asset
 from memwrap.evaluation import run
-from memwrap.training.finetune import run_recipe
+from memwrap.training.finetune import LOG, run_recipe
 from memwrap.training.recipe import load_recipe
 
 DOCUMENTS, TOKENS = 4, 4_096
@@ -62,8 +62,11 @@ def trained(name: str, minutes: float, scratch: Path) -> tuple[Any, list[dict[st
             given.append(f"init_from={before}")
         started = time.perf_counter()
         run_recipe(load_recipe(recipe, given))
-        facts.append({"recipe": recipe, "overrides": overrides, "minutes": share,
-                      "seconds": time.perf_counter() - started})  # fmt: skip
+        log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+        facts.append({
+            "recipe": recipe, "overrides": overrides, "minutes": share,
+            "seconds": time.perf_counter() - started, "steps": log[-1]["step"],
+        })  # fmt: skip
         before = folder
     return memwrap.load(before), facts
 

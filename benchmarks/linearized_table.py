@@ -5,6 +5,8 @@ python benchmarks/linearized_table.py
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Any
 
 from pages import load, of_machine, put, table
@@ -16,53 +18,50 @@ BRANCHES = {MEMORY: "both branches", "only window": "window alone",
             "only recurrent": "recurrence alone"}  # fmt: skip
 
 
-def curves(values: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Nats per token by conversion (untrained, trained) and reading."""
-    results = {kind: PerplexityResult.from_dict(values[kind]) for kind in ("untrained", "trained")}
-    return {
-        kind: {name: curve.overall for name, curve in result.curves.items()}
-        for kind, result in results.items()
-    }
+def worth(result: PerplexityResult, span: int, other: str) -> float:
+    """How much better reading with both branches is than another reading, in nats."""
+    return result.curves[other].mean[span] - result.curves[MEMORY].mean[span]
 
 
-def verdict(own: dict[str, float]) -> str:
-    """What the branches are worth, in plain words."""
-    alone = own["only window"] - own[MEMORY]
-    missed = own[MEMORY] - own[WINDOW]
-    branch = (
-        f"After training the recurrence is worth {alone:.3f} nats to its window"
-        if alone > 0
-        else f"After training the window alone is better by {-alone:.3f} nats than both branches"
-    )
-    return f"{branch}; both together are {abs(missed):.3f} nats " + (
-        "worse than the untrained base with window and sinks."
-        if missed > 0
-        else "better than the untrained base with window and sinks."
-    )
+def verdict(result: PerplexityResult) -> str:
+    """What the recurrence is worth, within the length that was trained on and beyond it."""
+    said = []
+    for span, where in ((0, "Within the length it was trained on"), (-1, "At the end")):
+        alone, base = (worth(result, span, other) for other in ("only window", WINDOW))
+        better = "better" if alone > 0 else "worse"
+        beyond = "better" if base > 0 else "worse"
+        said.append(
+            f"{where} the trained conversion is {abs(alone):.2f} nats {better} than its window "
+            f"alone and {abs(base):.2f} {beyond} than the untrained base with window and sinks."
+        )
+    return " ".join(said)
 
 
 def quality(name: str, values: dict[str, Any]) -> str:
-    own = curves(values[name])
-    settings = values[name]["settings"]
-    rows = [["nats per token", "untrained", "trained"]]
-    for key, said in BRANCHES.items():
-        rows.append([said, *[f"{own[kind][key]:.3f}" for kind in ("untrained", "trained")]])
-    window = settings["window_size"]
-    for key, said in (
-        (WINDOW, f"base, window of {window} and sinks"),
-        (FULL, "base, full context"),
-    ):
-        rows.append([said, f"{own['untrained'][key]:.3f}", "-"])
+    own = values[name]
+    results = {n: PerplexityResult.from_dict(own[n]) for n in ("untrained", "trained")}
+    edges = results["trained"].edges
+    spans = [f"trained, tokens {a:,} to {b - 1:,}" for a, b in pairwise(edges)]
+    rows = [["nats per token", "untrained, all", "trained, all", *spans]]
+    window = own["settings"]["window_size"]
+    base = {WINDOW: f"base, window of {window} and sinks", FULL: "base, full context"}
+    for key, said in (BRANCHES | base).items():
+        curves = [results[n].curves[key] for n in ("untrained", "trained")]
+        shown = ["-" if math.isnan(v) else f"{v:.3f}" for v in curves[1].mean]
+        # The base is the same in both; beyond its context it was followed only so far.
+        trained = "" if key in base else f"{curves[1].overall:.3f}"
+        rows.append([said, f"{curves[0].overall:.3f}", trained, *shown])
     stages = " and then ".join(
-        f"`memwrap train {' '.join([stage['recipe'], *stage['overrides']])}`"
-        for stage in values[name]["training"]
+        f"`memwrap train {' '.join([stage['recipe'], *stage['overrides']])}` ({stage['steps']} "
+        "steps)"
+        for stage in own["training"]
     )
-    minutes = sum(stage["minutes"] for stage in values[name]["training"])
+    minutes = sum(stage["minutes"] for stage in own["training"])
     return (
         f"**Quality.** The shipped tiny LM, {values['documents']} held-out documents of "
-        f"{values['tokens']:,} tokens, seed 0; trained for {minutes:.0f} minutes by {stages}. "
-        'The base\'s "full context" goes beyond the 512 tokens it was trained on.\n\n'
-        f"{table(rows)}\n\n{verdict(own['trained'])}"
+        f"{values['tokens']:,} tokens, seed 0; trained for {minutes:.0f} minutes on texts of "
+        f'{edges[1]} tokens by {stages}. The base\'s "full context" goes beyond the 512 tokens it '
+        f"was trained on.\n\n{table(rows)}\n\n{verdict(results['trained'])}"
     )
 
 
