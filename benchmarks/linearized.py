@@ -102,46 +102,37 @@ def full_cache(model: Any, length: int) -> DynamicCache:
 
 
 @torch.no_grad()
-def base_steps(model: Any, length: int) -> tuple[list[float], int]:
-    """Seconds of steps with a cache of that length, and its bytes."""
-    cache, took = full_cache(model, length), []
-    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+def steps(model: Any, cache: Any) -> list[float]:
+    """Seconds of the processor for each of some steps behind what a cache or state holds."""
+    took = []
     for _ in range(STEPS):
         token = torch.randint(10, 4000, (1, 1))
-        start = time.perf_counter()
+        start = time.process_time()
         model(token, past_key_values=cache, use_cache=True)
-        took.append(time.perf_counter() - start)
-    return took, kept
-
-
-@torch.no_grad()
-def own_steps(model: Any, length: int) -> tuple[list[float], int]:
-    """The same with a memory that has read so many tokens."""
-    state, took = model.read(torch.randint(10, 4000, (1, length))), []
-    kept = state.nbytes
-    for _ in range(STEPS):
-        token = torch.randint(10, 4000, (1, 1))
-        start = time.perf_counter()
-        model(token, past_key_values=state)
-        took.append(time.perf_counter() - start)
-    return took, kept
+        took.append(time.process_time() - start)
+    return took
 
 
 def decoding() -> list[dict[str, Any]]:
     """By context: tokens a second and bytes kept, in turns."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    models = {"base": base_model()}
-    models |= {name: memwrap.wrap(base_model(), name).eval() for name in RECIPES}
+    base = base_model()
+    memories = {name: memwrap.wrap(base_model(), name).eval() for name in RECIPES}
     rows = []
     for length in CONTEXTS:
-        took: dict[str, list[float]] = {name: [] for name in models}
-        kept = {}
+        ids = torch.randint(10, 4000, (1, length))
+        states = {name: model.read(ids) for name, model in memories.items()}
+        kept = {name: state.nbytes for name, state in states.items()}
+        took: dict[str, list[float]] = {name: [] for name in ("base", *memories)}
         for _ in range(ROUNDS):
-            for name, model in models.items():
-                spent, kept[name] = (base_steps if name == "base" else own_steps)(model, length)
-                took[name] += spent[1:]
-                gc.collect()
+            cache = full_cache(base, length)
+            kept["base"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            took["base"] += steps(base, cache)[1:]
+            for name, model in memories.items():
+                took[name] += steps(model, states[name].clone())[1:]
+            del cache
+            gc.collect()
         middle = {name: statistics.median(values) for name, values in took.items()}
         rows.append({
             "tokens": length,
