@@ -18,7 +18,7 @@ from torch import Tensor
 from memwrap_kernels import infini
 from memwrap_kernels import infini_scan_kernels as kernels
 from memwrap_kernels.launch import flags, is_hip, on_device_of, rows
-from memwrap_kernels.tiles import infini_tiles, precision
+from memwrap_kernels.tiles import Tiles, infini_tiles, precision
 
 PATHS = ("auto", "fused", "launches")
 # The path that `scan` takes: tests and benchmarks set another than "auto".
@@ -50,13 +50,14 @@ def fuses(M: Tensor, dtype: torch.dtype) -> bool:
     if path != "auto":
         return path == "fused"
     batch, heads, keys, values = M.shape
-    programs = batch * heads * _blocks(keys, values, dtype)
+    passes = (infini_tiles(x, keys, values, dtype, is_hip()) for x in ("scan", "scan_bwd"))
+    programs = batch * heads * min(_blocks(own, values) for own in passes)
     return programs >= multiprocessors(M.device)
 
 
-def _blocks(keys: int, values: int, dtype: torch.dtype) -> int:
-    """Programs of a memory: as many in the forward as in the backward."""
-    return max(1, triton.cdiv(values, infini_tiles("scan", keys, values, dtype, is_hip()).values))
+def _blocks(own: Tiles, values: int) -> int:
+    """Programs of a memory."""
+    return max(1, triton.cdiv(values, own.values))
 
 
 def scan(
@@ -100,7 +101,7 @@ def fused(
     q, k, v = rows(q), rows(k), rows(v)
     own = infini_tiles("scan", keys, values, q.dtype, is_hip())
     with on_device_of(q):
-        kernels.scan_kernel[(batch * heads * _blocks(keys, values, q.dtype),)](
+        kernels.scan_kernel[(batch * heads * _blocks(own, values),)](
             q, k, v, flags(mask, k), M.contiguous(), z.contiguous(), out, states, zs, last_M,
             last_z, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             tokens, segment_size, triton.cdiv(tokens, segment_size), heads, readers // heads, eps,
@@ -138,7 +139,7 @@ def fused_backward(
     q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)
     own = infini_tiles("scan_bwd", keys, values, q.dtype, is_hip())
     across = infini_tiles("scan_bwd_across", keys, values, q.dtype, is_hip())
-    blocks = _blocks(keys, values, q.dtype)
+    blocks = _blocks(own, values)
     grads = torch.empty_like(states)
     grads_z = states.new_empty(batch, heads, segments + 1, blocks, keys)
     arrived = torch.zeros(batch, heads, segments + 1, dtype=torch.int32, device=q.device)
@@ -150,7 +151,8 @@ def fused_backward(
             tokens, segment_size, segments, heads, readers // heads, eps,
             DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
             CV=across.values, CT=across.tokens, DELTA=delta, HAS_MASK=mask is not None,
-            PRECISION=precision(q.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
+            HIP=is_hip(), PRECISION=precision(q.dtype, is_hip()), num_warps=own.warps,
+            num_stages=own.stages,
         )  # fmt: skip
     return dq, dk, dv, first_dM, first_dz
 

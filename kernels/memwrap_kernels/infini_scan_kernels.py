@@ -89,6 +89,19 @@ def scan_kernel(
 
 
 @triton.jit
+def _settled(x, HIP: tl.constexpr):
+    """x, after this thread's stores have arrived: on AMD a barrier alone does not wait for them.
+    x must be spread over all threads."""
+    if HIP:
+        return tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+    else:
+        return x
+
+
+@triton.jit
 def _total(parts, blocks, DK: tl.constexpr, BK: tl.constexpr):
     """The sum of what the programs of a memory left of the gradient of z."""
     i_k = tl.arange(0, BK)
@@ -105,8 +118,8 @@ def scan_bwd_kernel(
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t,
     tokens, segment_size, segments, heads, group, eps,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    CV: tl.constexpr, CT: tl.constexpr,
-    DELTA: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    CV: tl.constexpr, CT: tl.constexpr, DELTA: tl.constexpr, HAS_MASK: tl.constexpr,
+    HIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients, from the last segment to the first.
 
@@ -137,6 +150,7 @@ def scan_bwd_kernel(
         after = slot + memory + 1
         tl.store(own_grads + here, grad, mask=within)
         tl.store(grads_z + (after * blocks + block) * DK + i_k, grad_z, mask=i_k < DK)
+        grad = _settled(grad, HIP)
         tl.debug_barrier()  # all threads have stored before one of them counts
         earlier = tl.atomic_add(arrived + after, 1, sem="acq_rel", scope="gpu")
         tl.debug_barrier()
@@ -191,6 +205,7 @@ def scan_bwd_kernel(
     tl.store(first_dM + memory * DK * DV + here, grad, mask=within)
     before = memory * (segments + 1)
     tl.store(grads_z + (before * blocks + block) * DK + i_k, grad_z, mask=i_k < DK)
+    _settled(grad, HIP)
     tl.debug_barrier()
     earlier = tl.atomic_add(arrived + before, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()

@@ -205,6 +205,7 @@ def main() -> None:
             "shared": compiled.metadata.shared, "keys": signature.get("k", ""),
             "spilled": spilled(compiled, target),
             "fences": barriers_wait(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else True,
+            "counts": counts_last(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else True,
         }  # fmt: skip
         print(json.dumps(about), flush=True)
 
@@ -223,6 +224,24 @@ def barriers_wait(assembly: str) -> bool:
         elif line.startswith("s_barrier") and pending:
             return False
     return True
+
+
+def counts_last(assembly: str) -> bool:
+    """Whether stores to memory are waited for before the barrier that precedes an atomic (AMD)."""
+    pending = before = False
+    atomics = 0
+    for line in map(str.strip, assembly.splitlines()):
+        if line.startswith(("global_atomic", "buffer_atomic", "flat_atomic")):
+            atomics += 1
+            if before:
+                return False
+        elif line.startswith(("global_store", "buffer_store", "flat_store")):
+            pending = True
+        elif line.startswith("s_waitcnt") and "vmcnt(0)" in line:
+            pending = False
+        elif line.startswith("s_barrier"):
+            before = pending
+    return atomics > 0
 
 
 if __name__ == "__main__":

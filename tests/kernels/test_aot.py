@@ -46,10 +46,13 @@ def check(target: str, found: list[dict[str, Any]], kernels: set[str]) -> None:
             assert launch["spilled"] <= MORE_SPILLED.get(launch["kernel"], SPILLED), launch
         if launch["kernel"] == "recurrence_kernel":
             assert launch["fences"], "a step may read the state before it is stored"
+        if launch["kernel"] == "scan_bwd_kernel":
+            assert launch["counts"], "a program may count itself in before it has stored its part"
 
 
 INFINI = {"outer_kernel", "recurrence_kernel", "lookup_kernel", "lookup_bwd_kernel",
           "write_bwd_kernel"}  # fmt: skip
+INFINI_SCAN = {"scan_kernel", "scan_bwd_kernel"}
 LANDMARK = {"forward_kernel", "query_bwd_kernel", "key_bwd_kernel", "retrieved_kernel"}
 GLA = {"cumulate_kernel", "states_kernel", "scores_kernel", "output_kernel", "values_bwd_kernel",
        "keys_bwd_kernel"}  # fmt: skip
@@ -63,6 +66,7 @@ ARMT = {"read_kernel", "project_kernel", "write_kernel", "features_bwd_kernel"}
     [
         ("sm_90", "infini:bf16:128", INFINI),
         ("gfx942", "infini:bf16:128", INFINI),
+        ("sm_90", "infini_scan:bf16:128", INFINI_SCAN),
         ("sm_80", "armt:bf16:64", ARMT),
         ("sm_90", "landmark:bf16:128:63", LANDMARK),
         ("sm_90", "delta:bf16:128:128", DELTA),
@@ -85,6 +89,17 @@ def test_what_is_launched_most(target: str, case: str, kernels: set[str]) -> Non
 )
 def test_infini_everywhere(target: str, dtype: str, size: int) -> None:
     check(target, compiled(target, f"infini:{dtype}:{size}"), INFINI)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize(
+    "case",
+    [f"{t}:{n}" for t in ("bf16", "fp16") for n in (16, 64, 80, 128, 256)]
+    + ["fp32:64", "fp32:128"],
+)
+def test_infini_scan_everywhere(target: str, case: str) -> None:
+    check(target, compiled(target, f"infini_scan:{case}"), INFINI_SCAN)
 
 
 @pytest.mark.full

@@ -62,17 +62,23 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     ],
 )
 def test_scans_agree(
-    shape: str, filled: bool, masked: bool, dtype: torch.dtype, update: str, path: str
-) -> None:
+    shape: str, filled: bool, masked: bool, dtype: torch.dtype, update: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Both ways of the kernels, torch and naive."""
     mask = mask_of(shape) if masked else None
 
     def run(*x: Tensor) -> Any:
         return infini.scan(*x, SHAPES[shape][-1], update=update, mask=mask)
 
     own = leaves(shape, filled, dtype)
-    got = results("triton", run, *own)
-    for name in ("torch", *(["naive"] if shape != "tiles" else [])):
-        agree(got, results(name, run, *own), TOLERANCE, dtype)
+    names = ("torch", *(["naive"] if shape != "tiles" else []))
+    want = [results(name, run, *own) for name in names]
+    for path in ("fused", "launches"):
+        monkeypatch.setattr(infini_scan, "path", path)
+        got = results("triton", run, *own)
+        for reference in want:
+            agree(got, reference, TOLERANCE, dtype)
 
 
 @pytest.mark.parametrize("update", infini.UPDATES)
