@@ -227,7 +227,9 @@ def main() -> None:
                 infini_run(update), own, tokens <= COMPILED_UP_TO, bandwidth, infini_ways(update)
             )
             for update in infini.UPDATES
-        } | {"taken": "fused" if infini_scan.fuses(own[3], torch.bfloat16) else "launches"}
+        }
+        fuses = infini_scan.fuses(own[3], torch.bfloat16, True, True)
+        result["infini"][name]["taken"] = "fused" if fuses else "launches"
         del own
         torch.cuda.empty_cache()
     for batch, hidden in itertools.product(BATCHES, ARMT["hidden"]):  # type: ignore[call-overload]

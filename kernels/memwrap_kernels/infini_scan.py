@@ -18,7 +18,7 @@ from torch import Tensor
 from memwrap_kernels import infini
 from memwrap_kernels import infini_scan_kernels as kernels
 from memwrap_kernels.launch import flags, is_hip, on_device_of, rows
-from memwrap_kernels.tiles import Tiles, infini_tiles, precision
+from memwrap_kernels.tiles import MAX_HEAD_DIM, Tiles, infini_tiles, precision
 
 PATHS = ("auto", "fused", "launches")
 # The path that `scan` takes: tests and benchmarks set another than "auto".
@@ -38,18 +38,22 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors(device.type, device.index)
 
 
-def fuses(M: Tensor, dtype: torch.dtype) -> bool:
+def fuses(M: Tensor, dtype: torch.dtype, delta: bool, keep: bool) -> bool:
     """Whether one launch a pass keeps the device busy.
 
     A program of the fused path owns `BLOCK_V` value channels of one memory for the whole
     sequence, so there are B * Hkv * ceil(Dv / BLOCK_V) of them whatever its length. They are
     enough where they are no fewer than the device's multiprocessors; below that the path of
-    several launches is taken, which is also parallel over segments and tokens. The rule counts
-    programs and nothing else: no GPU has run either path yet.
+    several launches is taken, which is also parallel over segments and tokens. So it is where
+    gradients through the delta rule are wanted (`keep`) at more than half of the largest head
+    dim: the fused backward spills registers there. The rule counts programs and nothing else: no
+    GPU has run either path yet.
     """
     if path != "auto":
         return path == "fused"
     batch, heads, keys, values = M.shape
+    if delta and keep and keys > MAX_HEAD_DIM[dtype] // 2:
+        return False
     passes = (infini_tiles(x, keys, values, dtype, is_hip()) for x in ("scan", "scan_bwd"))
     programs = batch * heads * min(_blocks(own, values) for own in passes)
     return programs >= multiprocessors(M.device)
@@ -66,13 +70,19 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Read each segment with the memory before it, then write it: `(B, H, T, Dv)` in float32, and
     the memory after the last segment."""
-    if fuses(M, q.dtype):
-        keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, M, z))
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, M, z))
+    if fuses(M, _widest(q, k, v), delta, keep):
         return fused(q, k, v, M, z, mask, segment_size, delta, eps, keep)[:3]
     states, zs = infini.states(k, v, M, z, mask, segment_size, delta, eps)
     out = infini.lookup(q, states, zs, segment_size, eps)
     # Copies: a view would keep the states of all segments alive.
     return out, states[:, :, -1].clone(), zs[:, :, -1].clone()
+
+
+def _widest(*inputs: Tensor) -> torch.dtype:
+    """float32 where any of the inputs is: the dtype that tiles and precision go by."""
+    full = any(x.dtype == torch.float32 for x in inputs)
+    return torch.float32 if full else inputs[0].dtype
 
 
 def _kept(k: Tensor, M: Tensor, segment_size: int, keep: bool) -> list[int]:
@@ -99,14 +109,15 @@ def fused(
     if not batch * heads * tokens:
         return out, last_M.copy_(M), last_z.copy_(z), states, zs
     q, k, v = rows(q), rows(k), rows(v)
-    own = infini_tiles("scan", keys, values, q.dtype, is_hip())
+    dtype = _widest(q, k, v)
+    own = infini_tiles("scan", keys, values, dtype, is_hip())
     with on_device_of(q):
         kernels.scan_kernel[(batch * heads * _blocks(own, values),)](
             q, k, v, flags(mask, k), M.contiguous(), z.contiguous(), out, states, zs, last_M,
             last_z, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             tokens, segment_size, triton.cdiv(tokens, segment_size), heads, readers // heads, eps,
             DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens, DELTA=delta,
-            HAS_MASK=mask is not None, KEEP=keep, PRECISION=precision(q.dtype, is_hip()),
+            HAS_MASK=mask is not None, KEEP=keep, PRECISION=precision(dtype, is_hip()),
             num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
     return out, last_M, last_z, states, zs
@@ -137,8 +148,9 @@ def fused_backward(
     if not batch * heads * tokens:
         return dq, dk, dv, first_dM.copy_(dM), first_dz.copy_(dz)
     q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)
-    own = infini_tiles("scan_bwd", keys, values, q.dtype, is_hip())
-    across = infini_tiles("scan_bwd_across", keys, values, q.dtype, is_hip())
+    dtype = _widest(q, k, v)
+    own = infini_tiles("scan_bwd", keys, values, dtype, is_hip())
+    across = infini_tiles("scan_bwd_across", keys, values, dtype, is_hip())
     blocks = _blocks(own, values)
     grads = torch.empty_like(states)
     grads_z = states.new_empty(batch, heads, segments + 1, blocks, keys)
@@ -151,7 +163,7 @@ def fused_backward(
             tokens, segment_size, segments, heads, readers // heads, eps,
             DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
             CV=across.values, CT=across.tokens, DELTA=delta, HAS_MASK=mask is not None,
-            HIP=is_hip(), PRECISION=precision(q.dtype, is_hip()), num_warps=own.warps,
+            HIP=is_hip(), PRECISION=precision(dtype, is_hip()), num_warps=own.warps,
             num_stages=own.stages,
         )  # fmt: skip
     return dq, dk, dv, first_dM, first_dz

@@ -24,6 +24,9 @@ MORE_SPILLED = {"forward_kernel": 256, "query_bwd_kernel": 256, "key_bwd_kernel"
 # Right but slow with float32 inputs: three TF32 parts of operands as wide as a head do not fit.
 SLOW_IN_FLOAT32 = {"forward_kernel", "query_bwd_kernel", "key_bwd_kernel", "changes_kernel",
                    "changes_bwd_kernel"}  # fmt: skip
+# Above half of the largest head dim the delta rule's backward in one launch does not fit either;
+# `infini_scan.fuses` does not take it there.
+SPILLED_WIDE = 512
 
 
 def compiled(target: str, *cases: str) -> list[dict[str, Any]]:
@@ -38,12 +41,20 @@ def compiled(target: str, *cases: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def allowed(launch: dict[str, Any]) -> int:
+    constants = launch["constants"]
+    half = 64 if launch["keys"] == "*fp32" else 128
+    if launch["kernel"] == "scan_bwd_kernel" and constants["DELTA"] and constants["DK"] > half:
+        return SPILLED_WIDE
+    return MORE_SPILLED.get(launch["kernel"], SPILLED)
+
+
 def check(target: str, found: list[dict[str, Any]], kernels: set[str]) -> None:
     assert {x["kernel"] for x in found} == kernels
     for launch in found:
         assert launch["shared"] <= SHARED[target], launch
         if launch["kernel"] not in SLOW_IN_FLOAT32 or launch["keys"] != "*fp32":
-            assert launch["spilled"] <= MORE_SPILLED.get(launch["kernel"], SPILLED), launch
+            assert launch["spilled"] <= allowed(launch), launch
         if launch["kernel"] == "recurrence_kernel":
             assert launch["fences"], "a step may read the state before it is stored"
         if launch["kernel"] == "scan_bwd_kernel":

@@ -9,6 +9,7 @@ import torch
 from compare import DEVICE, draw, results
 from torch import Tensor
 
+import memwrap_kernels
 from memwrap.ops import backend, infini
 from memwrap_kernels import infini_kernels, infini_scan, infini_scan_kernels
 
@@ -120,10 +121,20 @@ def test_the_path_follows_the_number_of_programs(
     """8 rows of 1 memory and 2 blocks of values are 16 programs."""
     monkeypatch.setattr(infini_scan, "multiprocessors", lambda device: processors)
     M = leaves(batch=8)[3]
-    assert infini_scan.fuses(M, torch.bfloat16) == (processors <= 16)
+    assert infini_scan.fuses(M, torch.bfloat16, True, True) == (processors <= 16)
     for path in ("fused", "launches"):
         monkeypatch.setattr(infini_scan, "path", path)
-        assert infini_scan.fuses(M, torch.bfloat16) == (path == "fused")
+        assert infini_scan.fuses(M, torch.bfloat16, True, True) == (path == "fused")
+
+
+def test_a_backward_that_spills_is_not_taken() -> None:
+    """The delta rule's, above half of the largest head dim."""
+    for dtype, limit in memwrap_kernels.MAX_HEAD_DIM.items():
+        for keys, expected in ((limit // 2, True), (limit // 2 + 1, False)):
+            M = torch.zeros(200, 1, keys, 1, device="meta")
+            assert infini_scan.fuses(M, dtype, True, True) is expected
+            assert infini_scan.fuses(M, dtype, False, True)
+            assert infini_scan.fuses(M, dtype, True, False)
 
 
 def test_long_texts_in_many_segments(monkeypatch: pytest.MonkeyPatch) -> None:
