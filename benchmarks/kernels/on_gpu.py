@@ -4,10 +4,11 @@ python benchmarks/kernels/on_gpu.py [--quick]
 
 For each shape, in one run: the kernels, the chunked torch version as it is and under
 torch.compile, and the time that moving the inputs, outputs and states once would take at the
-bandwidth that a large copy reaches on this GPU. Landmark attention, gated linear attention and
-the delta rule stand beside SDPA, chunked torch and flash-linear-attention instead. Writes
-`results/kernels_GPU.json`, and runs `stores_on_gpu.py`. Without a GPU it says so and measures
-nothing.
+bandwidth that a large copy reaches on this GPU. The compressive memory is checked and timed both
+ways, all in one launch a pass and in several, with the one that memwrap would take. Landmark
+attention, gated linear attention and the delta rule stand beside SDPA, chunked torch and
+flash-linear-attention instead. Writes `results/kernels_GPU.json`, and runs `stores_on_gpu.py`.
+Without a GPU it says so and measures nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import itertools
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import stores_on_gpu
 from common import save
 
 from memwrap.ops import associative, backend, infini
+from memwrap_kernels import infini_scan
 
 BATCHES, HEADS, WIDTHS = (1, 8), (8, 32), (64, 128)
 LENGTHS = (8_192, 32_768, 131_072)
@@ -56,8 +59,31 @@ def infini_inputs(batch: int, heads: int, width: int, tokens: int, dtype: Any) -
     ]
 
 
+@contextmanager
+def forced(path: str) -> Iterator[None]:
+    """One way of the compressive memory's kernels: "fused" or "launches"."""
+    before, infini_scan.path = infini_scan.path, path
+    try:
+        yield
+    finally:
+        infini_scan.path = before
+
+
 def infini_run(update: str) -> Run:
     return lambda *x: infini.scan(*x, SEGMENT, update=update)  # type: ignore[misc]
+
+
+def infini_ways(update: str) -> dict[str, Run]:
+    """The kernels' two ways of the same."""
+
+    def way(path: str) -> Run:
+        def run(*x: Tensor) -> Sequence[Tensor]:
+            with forced(path):
+                return infini.scan(*x, SEGMENT, update=update)  # type: ignore[misc]
+
+        return run
+
+    return {f"triton, {path}": way(path) for path in infini_scan.PATHS if path != "auto"}
 
 
 def armt_inputs(batch: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
@@ -145,14 +171,18 @@ def bytes_a_second() -> float:
     return 2 * source.nbytes / (float(time) / 1e3)
 
 
-def timed(run: Run, inputs: list[Tensor], compiled: bool, bandwidth: float) -> dict[str, Any]:
-    """Forward, and forward with backward, of every implementation."""
+def timed(
+    run: Run, inputs: list[Tensor], compiled: bool, bandwidth: float,
+    ways: dict[str, Run] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Forward, and forward with backward, of every implementation; `ways`: those of the kernels."""
     with torch.no_grad(), backend("triton"):
         outputs = run(*inputs)
     moved = sum(x.nbytes for x in [*inputs, *outputs])
     del outputs
     found: dict[str, Any] = {"floor": {"forward": 1e3 * moved / bandwidth}}
-    versions: dict[str, tuple[str, Run]] = {"triton": ("triton", run), "torch": ("torch", run)}
+    versions = {name: ("triton", way) for name, way in (ways or {"triton": run}).items()}
+    versions["torch"] = ("torch", run)
     if compiled:
         torch._dynamo.reset()
         versions["torch.compile"] = ("torch", torch.compile(run))
@@ -184,8 +214,8 @@ def main() -> None:
     for dtype, update in itertools.product(LIMITS, infini.UPDATES):
         for width in WIDTHS:
             own = infini_inputs(2, 8, width, 3 * SEGMENT + 77, dtype)
-            name = f"infini {update} {dtype} {width}"
-            wrong[name] = errors(infini_run(update), own, dtype)
+            for way, run in infini_ways(update).items():
+                wrong[f"infini {update} {dtype} {width}, {way}"] = errors(run, own, dtype)
     for dtype in LIMITS:
         wrong[f"armt {dtype}"] = errors(armt_run, armt_inputs(2, 512, dtype), dtype)
     shapes = list(itertools.product(BATCHES, HEADS, WIDTHS, LENGTHS))
@@ -193,9 +223,13 @@ def main() -> None:
         own = infini_inputs(batch, heads, width, tokens, torch.bfloat16)
         name = f"batch {batch}, {heads} heads, head dim {width}, {tokens} tokens"
         result["infini"][name] = {
-            update: timed(infini_run(update), own, tokens <= COMPILED_UP_TO, bandwidth)
+            update: timed(
+                infini_run(update), own, tokens <= COMPILED_UP_TO, bandwidth, infini_ways(update)
+            )
             for update in infini.UPDATES
         }
+        fuses = infini_scan.fuses(own[3], torch.bfloat16, True, True)
+        result["infini"][name]["taken"] = "fused" if fuses else "launches"
         del own
         torch.cuda.empty_cache()
     for batch, hidden in itertools.product(BATCHES, ARMT["hidden"]):  # type: ignore[call-overload]

@@ -25,6 +25,15 @@ def _phi(x):
 
 
 @triton.jit
+def _features(at, t, x_t, real, DK: tl.constexpr, BK: tl.constexpr):
+    """phi of a tile of tokens of the head at `at`; 0 where `real` is false."""
+    i_k = tl.arange(0, BK)
+    valid = real[:, None] & (i_k < DK)[None, :]
+    x = tl.load(at + t[:, None] * x_t + i_k[None, :], mask=valid, other=0.0)
+    return tl.where(valid, _phi(x), 0.0)
+
+
+@triton.jit
 def _inverse(phi, z, eps):
     """1 / max(phi z, eps), 0 where the memory is empty; and phi z."""
     denominator = tl.sum(phi * z[None, :], 1)
@@ -68,9 +77,7 @@ def outer_kernel(
             real = t < end
             if HAS_MASK:
                 real = real & (tl.load(mask + row * tokens + t, mask=real, other=0) != 0)
-            at = x + row * x_b + reader * x_h + t[:, None] * x_t
-            valid = real[:, None] & (i_k < DK)[None, :]
-            phi = tl.where(valid, _phi(tl.load(at + i_k[None, :], mask=valid, other=0.0)), 0.0)
+            phi = _features(x + row * x_b + reader * x_h, t, x_t, real, DK, BK)
             if OWN:
                 at = x + row * x_b + reader * x_h + t[:, None] * x_t
                 valid = real[:, None] & (i_v < DV)[None, :]
@@ -165,13 +172,44 @@ def lookup_kernel(
     for offset in range(0, span, BT):
         t = segment * segment_size + first + offset + i_t
         real = t < end
-        at = q + row * q_b + reader * q_h + t[:, None] * q_t + i_k[None, :]
-        valid = real[:, None] & (i_k < DK)[None, :]
-        phi = tl.where(valid, _phi(tl.load(at, mask=valid, other=0.0)), 0.0)
+        phi = _features(q + row * q_b + reader * q_h, t, q_t, real, DK, BK)
         inverse, _ = _inverse(phi, own_z, eps)
         value = tl.dot(phi, own, input_precision=PRECISION) * inverse[:, None]
         at = out + ((row * readers + reader) * tokens + t[:, None]) * DV + i_v[None, :]
         tl.store(at, value, mask=real[:, None] & (i_v < DV)[None, :])
+
+
+@triton.jit
+def _queries_bwd(
+    at_q, at_dout, at_dq, states, own_z, t, real, q_t, d_t, eps,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of a tile of queries; return phi and each token's weight in that of z.
+
+    `at_q`, `at_dout` and `at_dq` point to the first token of a head, `states` to M of the slot.
+    """
+    i_k = tl.arange(0, BK)
+    phi = _features(at_q, t, q_t, real, DK, BK)
+    inverse, denominator = _inverse(phi, own_z, eps)
+    product = tl.zeros([BT, BK], tl.float32)
+    for v in range(0, DV, BV):
+        i_v = v + tl.arange(0, BV)
+        at_d = at_dout + t[:, None] * d_t + i_v[None, :]
+        value = tl.load(at_d, mask=real[:, None] & (i_v < DV)[None, :], other=0.0).to(tl.float32)
+        own = tl.load(
+            states + i_k[None, :] * DV + i_v[:, None],
+            mask=(i_k < DK)[None, :] & (i_v < DV)[:, None], other=0.0,
+        )  # fmt: skip
+        product += tl.dot(value, own, input_precision=PRECISION)
+    share = -tl.sum(phi * product, 1) * inverse * inverse
+    share = tl.where(denominator >= eps, share, 0.0)
+    gradient = product * inverse[:, None] + share[:, None] * own_z[None, :]
+    gradient = gradient * tl.minimum(phi, 1.0)
+    at = at_dq + t[:, None] * DK + i_k[None, :]
+    valid = real[:, None] & (i_k < DK)[None, :]
+    tl.store(at, gradient.to(at_dq.dtype.element_ty), mask=valid)
+    return phi, share
 
 
 @triton.jit
@@ -188,33 +226,70 @@ def lookup_bwd_kernel(
     row = (tl.program_id(1) // readers).to(tl.int64)
     reader = (tl.program_id(1) % readers).to(tl.int64)
     slot = (row * heads + reader // group) * slots + segment
-    i_k, i_t = tl.arange(0, BK), tl.arange(0, BT)
+    i_k = tl.arange(0, BK)
     start = segment * segment_size
-    t = start + first + i_t
+    t = start + first + tl.arange(0, BT)
     real = t < tl.minimum(start + segment_size, tokens)
-    valid = real[:, None] & (i_k < DK)[None, :]
-    at_q = q + row * q_b + reader * q_h + t[:, None] * q_t + i_k[None, :]
-    phi = tl.where(valid, _phi(tl.load(at_q, mask=valid, other=0.0)), 0.0)
     own_z = tl.load(z + slot * DK + i_k, mask=i_k < DK, other=0.0)
-    inverse, denominator = _inverse(phi, own_z, eps)
+    place = (row * readers + reader) * tokens
+    _, share = _queries_bwd(
+        q + row * q_b + reader * q_h, dout + row * d_b + reader * d_h, dq + place * DK,
+        states + slot * DK * DV, own_z, t, real, q_t, d_t, eps, DK, DV, BK, BV, BT, PRECISION,
+    )  # fmt: skip
+    tl.store(weight + place + t, share, mask=real)
+
+
+@triton.jit
+def _keys_bwd(
+    at_k, at_v, at_dk, at_dv, states, grads, own_z, after, t, inside, real, k_t, v_t, eps,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    DELTA: tl.constexpr, ONLY_Z: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of a tile of keys and values (unless ONLY_Z); return what the delta
+    rule's denominators give to z of the segment.
+
+    `at_k`, `at_v`, `at_dk` and `at_dv` point to the first token of a head; `states` to M before
+    the segment; `grads` and `after` are the gradients of M and z after it. `inside` are the
+    segment's tokens, `real` those that the mask keeps.
+    """
+    i_k = tl.arange(0, BK)
+    phi = _features(at_k, t, k_t, real, DK, BK)
+    inverse = tl.zeros([BT], tl.float32)
+    denominator = inverse
+    if DELTA:
+        inverse, denominator = _inverse(phi, own_z, eps)
+    direct = tl.zeros([BT, BK], tl.float32)
     product = tl.zeros([BT, BK], tl.float32)
-    for v in range(0, DV, BV):
-        i_v = v + tl.arange(0, BV)
-        at_d = dout + row * d_b + reader * d_h + t[:, None] * d_t + i_v[None, :]
-        value = tl.load(at_d, mask=real[:, None] & (i_v < DV)[None, :], other=0.0).to(tl.float32)
-        own = tl.load(
-            states + (slot * DK + i_k[None, :]) * DV + i_v[:, None],
-            mask=(i_k < DK)[None, :] & (i_v < DV)[:, None], other=0.0,
-        )  # fmt: skip
-        product += tl.dot(value, own, input_precision=PRECISION)
-    share = -tl.sum(phi * product, 1) * inverse * inverse
+    for first in range(0, DV, BV):
+        i_v = first + tl.arange(0, BV)
+        within = (i_k < DK)[:, None] & (i_v < DV)[None, :]
+        here = i_k[:, None] * DV + i_v[None, :]
+        grad = tl.load(grads + here, mask=within, other=0.0)
+        change = tl.dot(phi, grad, input_precision=PRECISION)  # the gradient of the values
+        chosen = real[:, None] & (i_v < DV)[None, :]
+        if DELTA:
+            own = tl.load(states + here, mask=within, other=0.0)
+            product += tl.dot(change, tl.trans(own), input_precision=PRECISION)
+        if not ONLY_Z:
+            at = at_v + t[:, None] * v_t + i_v[None, :]
+            value = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
+            if DELTA:
+                value -= tl.dot(phi, own, input_precision=PRECISION) * inverse[:, None]
+            direct += tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+            at = at_dv + t[:, None] * DV + i_v[None, :]
+            present = inside[:, None] & (i_v < DV)[None, :]  # zeros where the mask is false
+            tl.store(at, change.to(at_dv.dtype.element_ty), mask=present)
+    share = tl.sum(phi * product, 1) * inverse * inverse
     share = tl.where(denominator >= eps, share, 0.0)
-    gradient = product * inverse[:, None] + share[:, None] * own_z[None, :]
-    place = (row * readers + reader) * tokens + t
-    at_dq = dq + place[:, None] * DK + i_k[None, :]
-    gradient = gradient * tl.minimum(phi, 1.0)
-    tl.store(at_dq, gradient.to(dq.dtype.element_ty), mask=valid)
-    tl.store(weight + place, share, mask=real)
+    if not ONLY_Z:
+        gradient = direct + after[None, :]
+        if DELTA:
+            gradient += share[:, None] * own_z[None, :] - product * inverse[:, None]
+        gradient = gradient * tl.minimum(phi, 1.0)  # phi is 0 where the mask is false
+        at = at_dk + t[:, None] * DK + i_k[None, :]
+        shown = inside[:, None] & (i_k < DK)[None, :]
+        tl.store(at, gradient.to(at_dk.dtype.element_ty), mask=shown)
+    return tl.sum(share[:, None] * phi, 0)
 
 
 @triton.jit
@@ -242,47 +317,18 @@ def write_bwd_kernel(
     real = inside
     if HAS_MASK:
         real = real & (tl.load(mask + row * tokens + t, mask=real, other=0) != 0)
-    valid = real[:, None] & (i_k < DK)[None, :]
-    at_k = k + row * k_b + head * k_h + t[:, None] * k_t + i_k[None, :]
-    phi = tl.where(valid, _phi(tl.load(at_k, mask=valid, other=0.0)), 0.0)
     own_z = tl.zeros([BK], tl.float32)
-    inverse = tl.zeros([BT], tl.float32)
-    denominator = inverse
+    after = own_z
     if DELTA:
         own_z = tl.load(z + slot * DK + i_k, mask=i_k < DK, other=0.0)
-        inverse, denominator = _inverse(phi, own_z, eps)
-    direct = tl.zeros([BT, BK], tl.float32)
-    product = tl.zeros([BT, BK], tl.float32)
-    for first in range(0, DV, BV):
-        i_v = first + tl.arange(0, BV)
-        within = (i_k < DK)[:, None] & (i_v < DV)[None, :]
-        here = i_k[:, None] * DV + i_v[None, :]
-        grad = tl.load(grads + (slot + 1) * DK * DV + here, mask=within, other=0.0)
-        change = tl.dot(phi, grad, input_precision=PRECISION)  # the gradient of the values
-        chosen = real[:, None] & (i_v < DV)[None, :]
-        if DELTA:
-            own = tl.load(states + slot * DK * DV + here, mask=within, other=0.0)
-            product += tl.dot(change, tl.trans(own), input_precision=PRECISION)
-        if not ONLY_Z:
-            at_v = v + row * v_b + head * v_h + t[:, None] * v_t + i_v[None, :]
-            value = tl.load(at_v, mask=chosen, other=0.0).to(tl.float32)
-            if DELTA:
-                value -= tl.dot(phi, own, input_precision=PRECISION) * inverse[:, None]
-            direct += tl.dot(value, tl.trans(grad), input_precision=PRECISION)
-            at_dv = dv + (memory * tokens + t[:, None]) * DV + i_v[None, :]
-            present = inside[:, None] & (i_v < DV)[None, :]  # zeros where the mask is false
-            tl.store(at_dv, change.to(dv.dtype.element_ty), mask=present)
-    share = tl.sum(phi * product, 1) * inverse * inverse
-    share = tl.where(denominator >= eps, share, 0.0)
+    if not ONLY_Z:
+        after = tl.load(grads_z + (slot + 1) * DK + i_k, mask=i_k < DK, other=0.0)
+    place = memory * tokens
+    part = _keys_bwd(
+        k + row * k_b + head * k_h, v + row * v_b + head * v_h, dk + place * DK, dv + place * DV,
+        states + slot * DK * DV, grads + (slot + 1) * DK * DV, own_z, after, t, inside, real,
+        k_t, v_t, eps, DK, DV, BK, BV, BT, DELTA, ONLY_Z, PRECISION,
+    )  # fmt: skip
     if ONLY_Z:
         at_dz = dz + ((memory * segments + segment) * tiles + tile) * DK + i_k
-        tl.store(at_dz, tl.sum(share[:, None] * phi, 0), mask=i_k < DK)
-    else:
-        after = tl.load(grads_z + (slot + 1) * DK + i_k, mask=i_k < DK, other=0.0)
-        gradient = direct + after[None, :]
-        if DELTA:
-            gradient += share[:, None] * own_z[None, :] - product * inverse[:, None]
-        at_dk = dk + (memory * tokens + t[:, None]) * DK + i_k[None, :]
-        gradient = gradient * tl.minimum(phi, 1.0)  # phi is 0 where the mask is false
-        shown = inside[:, None] & (i_k < DK)[None, :]
-        tl.store(at_dk, gradient.to(dk.dtype.element_ty), mask=shown)
+        tl.store(at_dz, part, mask=i_k < DK)

@@ -40,11 +40,17 @@ _INFINI = {
     "lookup_bwd": ((32, 32, 4), (32, 32, 8), (16, 32, 8)),
     "write_bwd": ((32, 32, 8), (16, 16, 8), (16, 16, 8)),
     "recurrence": ((32, 0, 4), (32, 0, 8), (16, 0, 8)),
+    "scan": ((32, 64, 4), (32, 32, 8), (16, 32, 8)),
+    "scan_bwd": ((32, 32, 8), (16, 16, 8), (16, 16, 8)),
+    "scan_bwd_across": ((32, 16, 8), (16, 16, 8), (16, 16, 8)),
 }
 _INFINI_FLOAT32 = _INFINI | {
     "outer": ((32, 32, 8), (32, 16, 8)),
     "lookup": ((64, 64, 4), (64, 32, 8)),
     "write_bwd": ((32, 16, 4), (16, 16, 8)),
+    "scan": ((32, 32, 8), (16, 16, 8)),
+    "scan_bwd": ((16, 16, 8), (16, 16, 8)),
+    "scan_bwd_across": ((16, 16, 8), (16, 16, 8)),
 }
 
 
@@ -52,7 +58,8 @@ def infini_tiles(kernel: str, keys: int, values: int, dtype: torch.dtype, hip: b
     """Tiles of a kernel of the compressive memory for head dims up to 256.
 
     Args:
-        kernel: "outer", "recurrence", "lookup", "lookup_bwd" or "write_bwd".
+        kernel: "outer", "recurrence", "lookup", "lookup_bwd", "write_bwd", "scan", "scan_bwd", or
+            "scan_bwd_across": its tiles where it walks over all value channels.
         keys, values: Dk and Dv.
         dtype: of the queries or keys.
         hip: AMD: 64 KB of shared memory a program instead of 163 KB or more.

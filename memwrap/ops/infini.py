@@ -185,12 +185,9 @@ def _scan_triton(
     q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
     mask: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from memwrap_kernels import infini as kernels
+    from memwrap_kernels import infini_scan as kernels
 
-    states, zs = kernels.states(k, v, M, z, mask, segment_size, delta, eps)
-    out = kernels.lookup(q, states, zs, segment_size, eps)
-    # Copies: a view would keep the states of all segments alive.
-    return out, states[:, :, -1].clone(), zs[:, :, -1].clone()
+    return kernels.scan(q, k, v, M, z, mask, segment_size, delta, eps)
 
 
 # The specification

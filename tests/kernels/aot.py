@@ -32,6 +32,8 @@ from memwrap_kernels import (
     gla_kernels,
     infini,
     infini_kernels,
+    infini_scan,
+    infini_scan_kernels,
     landmark,
     landmark_bwd_kernels,
     landmark_decode_kernels,
@@ -52,7 +54,7 @@ DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 MODULES = (
     infini_kernels, armt_kernels, landmark_kernels, landmark_bwd_kernels, gla_kernels,
-    gla_bwd_kernels, delta_kernels, landmark_decode_kernels,
+    gla_bwd_kernels, delta_kernels, landmark_decode_kernels, infini_scan_kernels,
 )  # fmt: skip
 # Compiled for any strides; the others for those that are given.
 OLD = (infini_kernels, armt_kernels)
@@ -89,20 +91,20 @@ class Recorder:
 
 
 def launches_of(cases: list[str], hip: bool) -> dict[str, tuple[Any, ...]]:
-    """What the cases would launch: `infini:DTYPE:HEAD_DIM`, `armt:DTYPE:WIDTH`,
-    `landmark:DTYPE:HEAD_DIM:BLOCK_SIZE` `gla:DTYPE:KEYS:VALUES` or
+    """What the cases would launch: `infini:DTYPE:HEAD_DIM`, `infini_scan:DTYPE:HEAD_DIM`,
+    `armt:DTYPE:WIDTH`, `landmark:DTYPE:HEAD_DIM:BLOCK_SIZE`, `gla:DTYPE:KEYS:VALUES` or
     `delta:DTYPE:KEYS:VALUES`."""
     launches: dict[str, tuple[Any, ...]] = {}
     for module in MODULES:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             setattr(module, name, Recorder(getattr(module, name), launches, module not in OLD))
     launching.interpreted = lambda: False  # the recorders are no kernels either
-    for module in (infini, armt, landmark, gla, delta):
+    for module in (infini, infini_scan, armt, landmark, gla, delta):
         module.is_hip = lambda: hip
     for case in cases:
         memory, dtype, *sizes = case.split(":")
-        run = {"infini": run_infini, "armt": run_armt, "landmark": run_landmark, "gla": run_gla,
-               "delta": run_delta}[memory]  # fmt: skip
+        run = {"infini": run_infini, "infini_scan": run_infini_scan, "armt": run_armt,
+               "landmark": run_landmark, "gla": run_gla, "delta": run_delta}[memory]  # fmt: skip
         run(DTYPES[dtype], *map(int, sizes))
     return launches
 
@@ -114,6 +116,17 @@ def run_infini(dtype: torch.dtype, size: int) -> None:
         for mask in (None, torch.ones(1, 3, dtype=torch.bool)):
             states, zs = infini.states(k, v, M, z, mask, 2, by_delta, 1e-10)
             infini.lookup(q, states, zs, 2, 1e-10).sum().backward()
+
+
+def run_infini_scan(dtype: torch.dtype, size: int) -> None:
+    q, k, v = (torch.zeros(1, h, 3, size, dtype=dtype, requires_grad=True) for h in (2, 1, 1))
+    M, z = torch.zeros(1, 1, size, size), torch.zeros(1, 1, size)
+    infini_scan.path = "fused"
+    for by_delta in (False, True):
+        for mask in (None, torch.ones(1, 3, dtype=torch.bool)):
+            infini_scan.scan(q, k, v, M, z, mask, 2, by_delta, 1e-10)[0].sum().backward()
+            with torch.no_grad():
+                infini_scan.scan(q, k, v, M, z, mask, 2, by_delta, 1e-10)
 
 
 def run_armt(dtype: torch.dtype, width: int) -> None:
@@ -192,6 +205,7 @@ def main() -> None:
             "shared": compiled.metadata.shared, "keys": signature.get("k", ""),
             "spilled": spilled(compiled, target),
             "fences": barriers_wait(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else True,
+            "counts": counts_last(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else True,
         }  # fmt: skip
         print(json.dumps(about), flush=True)
 
@@ -210,6 +224,24 @@ def barriers_wait(assembly: str) -> bool:
         elif line.startswith("s_barrier") and pending:
             return False
     return True
+
+
+def counts_last(assembly: str) -> bool:
+    """Whether stores to memory are waited for before the barrier that precedes an atomic (AMD)."""
+    pending = before = False
+    atomics = 0
+    for line in map(str.strip, assembly.splitlines()):
+        if line.startswith(("global_atomic", "buffer_atomic", "flat_atomic")):
+            atomics += 1
+            if before:
+                return False
+        elif line.startswith(("global_store", "buffer_store", "flat_store")):
+            pending = True
+        elif line.startswith("s_waitcnt") and "vmcnt(0)" in line:
+            pending = False
+        elif line.startswith("s_barrier"):
+            before = pending
+    return atomics > 0
 
 
 if __name__ == "__main__":

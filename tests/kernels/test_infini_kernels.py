@@ -11,6 +11,7 @@ from torch import Tensor
 
 import memwrap_kernels
 from memwrap.ops import backend, infini
+from memwrap_kernels import infini_scan
 
 # Both sum in float32, in another order. On a GPU half types multiply in TF32 (11 bits).
 TOLERANCE = 2e-5 if DEVICE == "cpu" else 2e-3
@@ -34,11 +35,18 @@ def leaves(shape: str, filled: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def mask_of(shape: str) -> Tensor:
-    """Ragged rows; the last row is padding throughout."""
+    """Ragged rows; the last row of several is padding throughout."""
     batch, _, _, tokens, *_ = SHAPES[shape]
     mask = draw(batch, tokens, seed=6) > -0.5
-    mask[-1] = False
+    mask[-1] &= batch == 1
     return mask
+
+
+@pytest.fixture(params=["fused", "launches"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of `scan`."""
+    monkeypatch.setattr(infini_scan, "path", request.param)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("update", infini.UPDATES)
@@ -54,17 +62,23 @@ def mask_of(shape: str) -> Tensor:
     ],
 )
 def test_scans_agree(
-    shape: str, filled: bool, masked: bool, dtype: torch.dtype, update: str
-) -> None:
+    shape: str, filled: bool, masked: bool, dtype: torch.dtype, update: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Both ways of the kernels, torch and naive."""
     mask = mask_of(shape) if masked else None
 
     def run(*x: Tensor) -> Any:
         return infini.scan(*x, SHAPES[shape][-1], update=update, mask=mask)
 
     own = leaves(shape, filled, dtype)
-    got = results("triton", run, *own)
-    for name in ("torch", *(["naive"] if shape != "tiles" else [])):
-        agree(got, results(name, run, *own), TOLERANCE, dtype)
+    names = ("torch", *(["naive"] if shape != "tiles" else []))
+    want = [results(name, run, *own) for name in names]
+    for path in ("fused", "launches"):
+        monkeypatch.setattr(infini_scan, "path", path)
+        got = results("triton", run, *own)
+        for reference in want:
+            agree(got, reference, TOLERANCE, dtype)
 
 
 @pytest.mark.parametrize("update", infini.UPDATES)
@@ -79,7 +93,7 @@ def test_reads_and_writes_agree(update: str) -> None:
     agree(results("triton", run, *own), results("naive", run, *own), TOLERANCE, torch.float32)
 
 
-def test_views_in_any_layout() -> None:
+def test_views_in_any_layout(path: str) -> None:
     """Heads before or after tokens, expanded rows: what models hand over, without a copy."""
     q, k, v, M, z = leaves("ragged", True, torch.float32)
     seen = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -94,7 +108,7 @@ def test_views_in_any_layout() -> None:
 
 
 @pytest.mark.parametrize("update", infini.UPDATES)
-def test_no_tokens(update: str) -> None:
+def test_no_tokens(update: str, path: str) -> None:
     q, k, v, M, z = leaves("ragged", True, torch.float32)
     empty = [x[:, :, :0].requires_grad_() for x in (q, k, v)]
     with backend("triton"):
@@ -103,7 +117,7 @@ def test_no_tokens(update: str) -> None:
     (out.sum() + new_M.sum()).backward()
 
 
-def test_padding_may_hold_anything() -> None:
+def test_padding_may_hold_anything(path: str) -> None:
     """NaN in what the mask hides reaches neither the memory nor a gradient."""
     q, k, v, M, z = leaves("ragged", True, torch.float32)
     mask = mask_of("ragged")
@@ -140,10 +154,14 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
     torch.library.opcheck(own.states, (k, v, M, z, mask, 4, True, 1e-10))
     memory, zs = (x.detach().requires_grad_() for x in own.states(k, v, M, z, None, 4, True, 0.0))
     torch.library.opcheck(own.lookup, (q, memory, zs, 4, 1e-10))
+    torch.library.opcheck(infini_scan.fused, (q, k, v, M, z, mask, 4, True, 1e-10, True))
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compiled_whole(compiler: str) -> None:
+@pytest.mark.parametrize(
+    ("compiler", "chosen"), [("eager", "auto"), ("aot_eager", "fused"), ("aot_eager", "launches")]
+)
+def test_compiled_whole(compiler: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infini_scan, "path", chosen)
     own = leaves("ragged", True, torch.float32)
 
     def run(q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor) -> Any:
