@@ -54,6 +54,11 @@ def own_page(name: str, result: dict[str, Any], curves: PerplexityResult) -> str
     )
 
 
+def reach(accuracy: dict[int, float]) -> int:
+    """The distance up to which it is right at least every other time."""
+    return max(takewhile(lambda distance: accuracy[distance] >= 0.5, sorted(accuracy)), default=0)
+
+
 def claims(results: dict[str, Any], curves: dict[str, PerplexityResult]) -> str:
     """What papers claim, and whether it is seen here; linearizations are judged by their own
     benchmark."""
@@ -75,7 +80,7 @@ def claims(results: dict[str, Any], curves: dict[str, PerplexityResult]) -> str:
             trained = values["task"]["num_pairs"]
             far = max(found)
             here = f"{found[trained]:.2f} at {trained}, {found[far]:.2f} at {far} segments"
-            reached = max(takewhile(lambda d: found[d] >= 0.5, sorted(found)), default=0)
+            reached = reach(found)
             seen = "yes" if reached == far else f"up to {reached} segments"
             seen = seen if reached > trained else "**no**"
         lines.append([f"[{name}](methods/{name}.md)", claim, here, seen])
@@ -84,9 +89,8 @@ def claims(results: dict[str, Any], curves: dict[str, PerplexityResult]) -> str:
         "Claims are the papers', of other models, data and budgets. For perplexity the columns "
         "give what reading without the memory, or with another document's, costs in nats: a claim "
         "is seen where both are worse by more than two standard errors. For recall (*rewrite*): "
-        "right at least every other time at the largest distance, or up to the one that is named if "
-        'that is more than the training had. "No" says that this budget on '
-        "this model did not "
+        "right at least every other time at the largest distance, or up to the one that is named "
+        'if that is more than the training had. "No" says that this budget on this model did not '
         "show it, not that the paper is wrong.\n\n" + markdown(lines) + "\n"
     )
 
