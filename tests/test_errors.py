@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import memwrap
+from memwrap.checkpoints import checksums
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
 
@@ -373,11 +374,18 @@ def test_damaged_and_foreign_state_files(model: Any, state_file: Path) -> None:
     about = json.loads(read_metadata(state_file)["about"])
 
     def write(tensors: dict, **metadata: Any) -> None:
-        save_file(tensors, bad, metadata={k: str(v) for k, v in metadata.items()})
+        """As one who knows of the checksums would."""
+        texts = {k: str(v) for k, v in metadata.items()}
+        if "about" in texts:
+            texts |= checksums(tensors, about=texts["about"])
+        save_file(tensors, bad, metadata=texts)
 
     whole_about = {"format": "memwrap-state", "version": 1, "about": json.dumps(about)}
     write(tensors, **whole_about)
     assert_same_states(load(bad, model), load(state_file, model), 0.0)
+    save_file(tensors, bad, metadata={k: str(v) for k, v in whole_about.items()})
+    with refused("bad.safetensors", "damaged: its checksums"):
+        load(bad)
     write({"x": torch.ones(2)})
     with refused("bad.safetensors", "not a memwrap state"):
         load(bad)
