@@ -77,8 +77,13 @@ def retrieval(values: dict[str, Any], pictures: bool) -> str:
         f"untrained base with `window_size={values['infllm']['window_size']}`, "
         f"`block_size={values['infllm']['block_size']}`, `top_k={values['infllm']['top_k']}`; the "
         f"other readings are those of [evaluation](../evaluation.md). {values['samples']} texts "
-        f"each, with Wilson's 95 % intervals.\n\n{verdict(cells, own)}\n\n{result.table()}"
+        f"each.\n\n{verdict(cells, own)}"
     )
+    if not any(cell.accuracy for cell in cells):
+        return (
+            f"{text} No reading found anything, those around it no more than it: {nothing(cells)}."
+        )
+    text += f"\n\nIn brackets Wilson's 95 % intervals:\n\n{result.table()}"
     for task in result.tasks():
         mine = [cell for cell in cells if cell.task == task]
         if pictures and len({cell.length for cell in mine}) > 2:
@@ -88,6 +93,17 @@ def retrieval(values: dict[str, Any], pictures: bool) -> str:
                 f"![{task} by depth and length](../figures/landmark_{task}.png)"
             )
     return text
+
+
+def nothing(cells: list[Cell]) -> str:
+    """What was asked for, where a table would hold zeros alone."""
+    lengths: dict[str, list[int]] = {}
+    for cell in cells:
+        lengths.setdefault(cell.task, []).append(cell.length)
+    return "; ".join(
+        f"`{task}` at {', '.join(f'{n:,}' for n in sorted(set(found)))} tokens"
+        for task, found in lengths.items()
+    )
 
 
 def verdict(cells: list[Cell], recipe: dict[str, Any]) -> str:
