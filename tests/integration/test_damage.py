@@ -14,6 +14,7 @@ import shutil
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -300,10 +301,6 @@ def test_there_are_enough() -> None:
     assert sum(len(list(cases(target))) for target in FILES) >= NUMBER
 
 
-def bits(first: int, end: int) -> Iterator[tuple[int, int]]:
-    return ((place, bit) for place in range(first, end) for bit in range(8))
-
-
 @pytest.mark.parametrize("name", ["removed.safetensors", "index.json", "store.json"])
 def test_no_flipped_bit_of_a_small_file_of_a_store_passes(
     whole: Path, tmp_path: Path, name: str
@@ -313,7 +310,7 @@ def test_no_flipped_bit_of_a_small_file_of_a_store_passes(
     shutil.copytree(whole / "faiss", folder)
     data = (folder / name).read_bytes()
     wrong = []
-    for place, bit in bits(0, len(data)):
+    for place, bit in product(range(len(data)), range(8)):
         new = bytearray(data)
         new[place] ^= 1 << bit
         if json_of(bytes(new)) == json_of(data) is not None:
