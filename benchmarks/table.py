@@ -37,7 +37,7 @@ def infini_rows(infini: dict[str, Any]) -> list[tuple[str, str, str]]:
                 )
         for kind in ("reading", "training"):
             lengths = own[f"{kind}_by_length"]
-            first, last = "16384", max(lengths, key=int)
+            first, last = min(lengths, key=int), max(lengths, key=int)
             for what, unit in (("microseconds_per_token", "µs"), ("bytes_per_token", "bytes")):
                 a, b = (lengths[length][what] for length in (first, last))
                 values = f"{a:,.1f} / {b:,.1f} {unit}"
