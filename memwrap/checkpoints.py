@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
@@ -136,7 +136,9 @@ def put_weights(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
                 f"{tuple(shapes[key])}."
             )
     model.load_state_dict(tensors, strict=False)
-    model.backbone.tie_weights()
+    # PEFT's trainable tokens tie their own wrappers; transformers would look for a parameter there.
+    if isinstance(model.backbone.get_input_embeddings().weight, nn.Parameter):
+        model.backbone.tie_weights()
 
 
 def untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """EleutherAI's evaluation harness (lm-eval) with saved memory models as a model type of its own.
 
 Importing this module registers the type: `simple_evaluate(model="memwrap", ...)` then knows it.
-The harness's own command imports nothing of others, so `memwrap lm_eval` is that command with
-this module imported first.
+Releases of the harness after 0.4.13 find it by themselves, as an entry point of `lm_eval.models`.
+Up to there its command imports nothing of others: `memwrap lm_eval` is that command with this
+module imported first.
 """
 
 from __future__ import annotations

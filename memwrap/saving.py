@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memwrap.assets import asset
+from memwrap.backbones.vocabulary import extend
 from memwrap.checkpoints import (
     WEIGHTS,
     check_shape,
@@ -39,7 +40,9 @@ VERSION = "0.1.0"
 
 def plain_name(name: str) -> str:
     """A backbone parameter's name as it is without adapters."""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    for part in (".token_adapter.base_layer.", ".base_layer.", ".original_module."):
+        name = name.replace(part, ".")
+    return name
 
 
 def adapter_keys(backbone: PreTrainedModel) -> set[str]:
@@ -257,6 +260,8 @@ class SavingMixin:
                 "was given; leave them out."
             )
         check_shape(own, base, folder)
+        # Tokens that were added before it was wrapped.
+        extend(base, own.backbone.get_text_config(decoder=True).vocab_size)
         _check_memories(own, folder)
         if not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
             _warn_of_another_base(own, base, folder)
@@ -363,7 +368,9 @@ def _load_weights(model: Any, folder: Path) -> None:
     tensors = read_weights(folder)
     needed = {k for k in model.weights_to_save(False) if not k.startswith("backbone.")}
     needed |= {f"backbone.{k}" for k in adapter_keys(model.backbone)}
-    missing = sorted(needed - tensors.keys())
+    own = model.state_dict(keep_vars=True)
+    there = {id(own[k]) for k in tensors.keys() & own.keys()}  # tied ones have one name in the file
+    missing = sorted(k for k in needed - tensors.keys() if id(own[k]) not in there)
     foreign = sorted(tensors.keys() - model.state_dict().keys())
     if missing or foreign:
         what = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which the model has not"

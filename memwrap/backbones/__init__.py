@@ -5,6 +5,7 @@ from memwrap.backbones.backbone import Backbone
 from memwrap.backbones.layers import LayerReader
 from memwrap.backbones.places import Places, Rows
 from memwrap.backbones.probing import AttentionSizes
+from memwrap.backbones.vocabulary import add_token
 from memwrap.backbones.windows import SlidingWindow
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "Places",
     "Rows",
     "SlidingWindow",
+    "add_token",
 ]

@@ -133,8 +133,9 @@ class Backbone:
 
     @property
     def _position_table(self) -> nn.Embedding | None:
-        own = self.embeddings
-        tables = [m for m in self.decoder.modules() if isinstance(m, nn.Embedding) and m is not own]
+        own = set(self.embeddings.modules())  # an adapter holds the table that it wraps
+        modules = self.decoder.modules()
+        tables = [m for m in modules if isinstance(m, nn.Embedding) and m not in own]
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is None:
             return None

@@ -153,7 +153,7 @@ def merged(model: MemoryModelForCausalLM) -> dict[str, Tensor]:
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise ValueError(f"The adapter of {name} cannot be merged: {error}") from error
         for key, value in own.get_base_layer().state_dict().items():
-            tensors[f"backbone.{plain_name(name)}.{key}"] = value
+            tensors[f"backbone.{plain_name(f'{name}.base_layer.{key}')}"] = value
     return tensors
 
 

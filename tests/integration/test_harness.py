@@ -159,23 +159,49 @@ def check_results(results: dict[str, Any], model: Any) -> None:
     assert results["memory_text"]["word_perplexity,none"] == pytest.approx(want, rel=1e-3)
 
 
-@pytest.mark.proof("`memwrap lm_eval --model memwrap` on a saved folder", "lm-eval")
-def test_the_command_evaluates_a_saved_folder(saved: Path, tasks: Path, tmp_path: Path) -> None:
-    """As documented, in a process of its own."""
+def run_harness(saved: Path, tasks: Path, out: Path, *command: str) -> None:
+    """The harness's command in a process of its own; what it writes is what we compute."""
     done = subprocess.run(
         [
-            sys.executable, "-m", "memwrap", "lm_eval", "--model", "memwrap", "--model_args",
+            sys.executable, *command, "--model", "memwrap", "--model_args",
             f"pretrained={saved},dtype=float32", "--tasks", "memory_choice,memory_text",
             "--include_path", str(tasks), "--device", "cpu", "--batch_size", "2",
-            "--output_path", str(tmp_path / "out"),
+            "--output_path", str(out),
         ],
         capture_output=True, text=True, cwd=ROOT, timeout=580, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|memory_choice|" in done.stdout and "|memory_text" in done.stdout
-    written = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
+    written = json.loads(next(out.rglob("results_*.json")).read_text())
     check_results(written["results"], memwrap.load(saved))
+
+
+@pytest.mark.proof("`memwrap lm_eval --model memwrap` on a saved folder", "lm-eval")
+def test_the_command_evaluates_a_saved_folder(saved: Path, tasks: Path, tmp_path: Path) -> None:
+    run_harness(saved, tasks, tmp_path / "out", "-m", "memwrap", "lm_eval")
+
+
+# What lm-eval does of itself after 0.4.13: entry points become placeholders before the command
+# looks a name up. A release that has done so already keeps what it found.
+DISCOVER = """
+import importlib.metadata, sys
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import model_registry
+import lm_eval.models
+for point in importlib.metadata.entry_points(group="lm_eval.models"):
+    if point.name not in model_registry:
+        model_registry.register(point.name, target=point.value)
+assert "memwrap.harness" not in sys.modules
+cli_evaluate()
+"""
+
+
+@pytest.mark.proof("lm-eval's plugins: `--model memwrap` by the entry point", "lm-eval")
+def test_the_harness_finds_the_type_by_its_entry_point(
+    saved: Path, tasks: Path, tmp_path: Path
+) -> None:
+    run_harness(saved, tasks, tmp_path / "out", "-c", DISCOVER)
 
 
 def test_the_type_reads_whole_texts_and_says_what_it_does_not_take(saved: Path) -> None:
