@@ -1,8 +1,11 @@
-"""A token that the model does not have yet: an id, and embeddings that say nothing in particular."""
+"""Tokens that a model does not have yet: an id, and embeddings that say nothing in particular."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -26,12 +29,16 @@ def add_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token:
 @torch.no_grad()
 def extend(model: PreTrainedModel, size: int) -> None:
     """Give the model embeddings for at least `size` ids; new rows are the mean of those there."""
-    before = model.get_input_embeddings().weight.shape[0]
+    before = len(_tables(model)[0])
     if size <= before:
         return
     model.resize_token_embeddings(size, mean_resizing=False)
-    output = model.get_output_embeddings()
-    modules = [model.get_input_embeddings(), *([output] if output is not None else [])]
-    tensors = [t for m in modules for t in (m.weight, getattr(m, "bias", None)) if t is not None]
-    for tensor in {id(t): t for t in tensors}.values():
-        tensor[before:] = tensor[:before].double().mean(0).to(tensor.dtype)
+    for table in _tables(model):
+        table[before:] = table[:before].double().mean(0).to(table.dtype)
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """Tensors with a row for every id: embeddings, and the head's where it has its own."""
+    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tables = [getattr(m, name, None) for m in modules for name in ("weight", "bias")]
+    return list({id(t): t for t in tables if t is not None}.values())
