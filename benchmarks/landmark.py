@@ -3,13 +3,13 @@
     memwrap train landmark_recall_tiny
     python benchmarks/landmark.py recall runs/landmark_recall_tiny
     memwrap train landmark_passkey_tiny
-    python benchmarks/landmark.py tasks runs/landmark_passkey_tiny [--samples 10] [--length 128]
+    python benchmarks/landmark.py tasks runs/landmark_passkey_tiny [--samples 10] [--length 256]
     python benchmarks/landmark_table.py
 
 `recall`: associative recall by the number of pairs and how deep the pair asked for lies; window and
 InfLLM stand around the same trained backbone. `tasks`: passkey and RULER's needles at 1, 2, 4, 8
-and 16 times the longest text of training; InfLLM stands around the untrained base. Results go to
-`results/landmark.json`; of `tasks`, what is there already is not measured again.
+and 16 times the longest text of training; InfLLM, window and base are the same trained backbone.
+Results go to `results/landmark.json`; of `tasks`, what is there already is not measured again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 from common import RESULTS, save
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import memwrap
 from memwrap.assets import asset
@@ -96,8 +96,7 @@ def tasks(folder: Path, samples: int, length: int, old: dict[str, Any], keep: An
     """Tasks of the evaluation suite; `keep` is given the result so far after every length."""
     tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
     model = memwrap.load(folder)
-    base = AutoModelForCausalLM.from_pretrained(asset("tiny-lm"), dtype=torch.float32)
-    infllm = memwrap.wrap(base, "infllm", **INFLLM)
+    infllm = memwrap.wrap(memwrap.unwrap(memwrap.load(folder)), "infllm", **INFLLM)
     settings = {
         "training": training_of(folder), "length": length, "samples": samples, "infllm": INFLLM
     }  # fmt: skip
@@ -125,7 +124,7 @@ def main() -> None:
     parser.add_argument("what", choices=("recall", "tasks"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=256)
     given = parser.parse_args()
     path = RESULTS / "landmark.json"
     before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
