@@ -42,6 +42,7 @@ def untied(family: str) -> Any:
     return base
 
 
+@pytest.mark.proof("PEFT's adapters on the embeddings: LoRA, rows, a copy", "peft")
 @pytest.mark.parametrize("memory", ["rmt", "landmark"])
 @pytest.mark.parametrize("family", list(TABLES))
 @pytest.mark.parametrize("kind", list(ADAPTERS))
