@@ -60,7 +60,8 @@ class TaskDataset(IterableDataset):
             length = draw.randint(self.min_tokens, self.longest(batch))
             for _ in range(self.batch_size):
                 seed = FIRST_SEED + draw.getrandbits(40)
-                row = chosen.sample(self.tokenizer, length, seed).training_row()
+                sample = chosen.sample(self.tokenizer, length, seed)
+                row = sample.training_row(self.tokenizer.eos_token_id)
                 yield {name: torch.tensor(values) for name, values in row.items()}
             batch += 1
 

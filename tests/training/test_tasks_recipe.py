@@ -41,6 +41,17 @@ def test_batches(tokenizer: PreTrainedTokenizerBase) -> None:
     assert not torch.equal(rows[0]["input_ids"], rows[1]["input_ids"])
 
 
+def test_a_generated_answer_is_taught_with_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Or a model that has found the number goes on writing digits, which makes another number."""
+    data = TaskDataset(["passkey"], tokenizer, batch_size=4, min_tokens=120, max_tokens=120)
+    for row in islice(data, 4):
+        answer = row["labels"][row["labels"] != -100]
+        assert answer[-1] == tokenizer.eos_token_id == row["input_ids"][-1]
+        key = tokenizer.decode(answer[:-1]).strip()
+        assert key.isdigit()
+        assert tokenizer.decode(row["input_ids"]).count(key) >= 3  # twice told, once asked for
+
+
 def test_a_tasks_recipe_trains_and_is_refused_where_it_cannot(tmp_path: Path) -> None:
     text = (
         "task: tasks\nmodel: {name: tiny-lm, dtype: float32}\n"

@@ -39,11 +39,16 @@ class Sample:
     answer: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
 
-    def training_row(self) -> dict[str, list[int]]:
-        """`input_ids` and `labels`; the loss is on the answers alone."""
+    def training_row(self, end: int | None = None) -> dict[str, list[int]]:
+        """`input_ids` and `labels`; the loss is on the answers alone.
+
+        Args:
+            end: the id that ends a generated answer, part of it: a number that goes on and on is
+                another number.
+        """
         if self.labels is not None:
             return {"input_ids": self.ids, "labels": self.labels}
-        answer = list(self.answer)
+        answer = [*self.answer, *([] if end is None else [end])]
         return {"input_ids": self.ids + answer, "labels": [-100] * len(self.ids) + answer}
 
 
