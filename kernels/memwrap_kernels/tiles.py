@@ -109,9 +109,9 @@ def armt_tiles(kernel: str, values: int, dtype: torch.dtype, hip: bool) -> Tiles
 
 # (queries, keys, warps, stages) by kernel, for head dims up to 64, 128 and 256.
 _LANDMARK = {
-    "forward": ((128, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "forward": ((128, 64, 4, 2), (128, 64, 8, 3), (32, 64, 8, 2)),
     "query_bwd": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
-    "key_bwd": ((64, 64, 8, 1), (32, 64, 8, 2), (16, 64, 8, 1)),
+    "key_bwd": ((64, 64, 8, 1), (32, 64, 8, 2), (16, 32, 8, 1)),
 }
 _LANDMARK_FLOAT32 = {
     "forward": ((32, 32, 8, 1), (32, 32, 8, 1)),
@@ -141,10 +141,11 @@ def landmark_tiles(
         queries, stages = max(queries // (4 if kernel == "key_bwd" else 2), 16), 1
     # A landmark that is a tile of its own, and a section that is walked twice, take registers.
     apart = block_size % keys == 0 and wide > 64 and kernel != "forward"
-    heavy = kernel == "query_bwd" or (kernel == "forward" and wide != 128)
-    twice = block_size > keys and heavy
-    if not hip and (apart or twice):
+    twice = block_size > keys
+    if not hip and (apart or (twice and (kernel == "query_bwd" or wide <= 64))):
         queries = max(queries // 2, 16)
+    if twice:
+        stages = min(stages, 2)
     return Tiles(wide, keys, queries, warps, stages)
 
 
