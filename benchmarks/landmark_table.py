@@ -69,14 +69,14 @@ def retrieval(values: dict[str, Any], pictures: bool) -> str:
     text = (
         f"**Passkey and RULER's needles.** The shipped tiny LM (5.8M parameters, a context of 512) "
         f"with landmarks (`block_size={own['memory']['block_size']}`, "
-        f"`top_k={own['memory']['top_k']}`, segments of {own['memory']['segment_size']}) and LoRA, "
-        f"trained on {names} for {training['steps']} steps of {training['batch_size']} texts of at "
-        f"most {values['length']} tokens (recipe `landmark_passkey_tiny`; loss of the answers "
+        f"`top_k={own['memory']['top_k']}`, segments of {own['memory']['segment_size']}), all of "
+        f"it trained on {names} for {training['steps']} steps of {training['batch_size']} texts of "
+        f"at most {values['length']} tokens (recipe `landmark_passkey_tiny`; loss of the answers "
         f"{training['first_loss']:.2f} at first, {training['last_loss']:.2f} at the end), then "
-        f'read at up to {longest // values["length"]} times that length. "infllm" is the '
-        f"untrained base with `window_size={values['infllm']['window_size']}`, "
+        f"read at up to {longest // values['length']} times that length. All readings have the "
+        f'same trained backbone: "infllm" with `window_size={values["infllm"]["window_size"]}`, '
         f"`block_size={values['infllm']['block_size']}`, `top_k={values['infllm']['top_k']}`; the "
-        f"other readings are those of [evaluation](../evaluation.md). {values['samples']} texts "
+        f"others are those of [evaluation](../evaluation.md). {values['samples']} texts "
         f"each.\n\n{verdict(cells, own)}"
     )
     if not any(cell.accuracy for cell in cells):
@@ -128,6 +128,10 @@ def verdict(cells: list[Cell], recipe: dict[str, Any]) -> str:
             f"{lengths[-1]:,} tokens, {helped} the same reading with the memory off "
             f"({off.accuracy:.2f})."
         )
+    others = [f"`{task}`" for task in dict.fromkeys(c.task for c in cells)
+              if task not in recipe["tasks"]["names"]]  # fmt: skip
+    if others:
+        said.append(f"It was not trained on {' and '.join(others)}.")
     return " ".join(said)
 
 
