@@ -61,10 +61,12 @@ def adapter_keys(backbone: PreTrainedModel) -> set[str]:
     return keys
 
 
-def backbone_fingerprint(backbone: PreTrainedModel) -> str:
-    """Which weights the backbone has, adapters not counted."""
-    added = adapter_keys(backbone)
-    kept = loaded_parameters(backbone)
+def backbone_fingerprint(
+    backbone: PreTrainedModel, gathered: dict[str, Tensor] | None = None
+) -> str:
+    """Which weights the backbone has, adapters not counted; `gathered` ones where given."""
+    added, found = adapter_keys(backbone), gathered or {}
+    kept = ((k, found.get(f"backbone.{k}", v)) for k, v in loaded_parameters(backbone))
     return fingerprint((plain_name(k), v) for k, v in kept if k not in added)
 
 
@@ -100,9 +102,11 @@ class SavingMixin:
         configs = getattr(self.backbone, "peft_config", None) or getattr(self, "peft_config", None)
         return dict(configs or {})
 
-    def weights_to_save(self, include_base: bool) -> dict[str, Tensor]:
+    def weights_to_save(
+        self, include_base: bool, gathered: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """What a saved model holds: memories and adapters, and all of the backbone if asked."""
-        tensors = {
+        own = {
             f"memory_modules.{name}.{key}": value
             for name, memory in self.memories.items()
             for key, value in memory.state_dict().items()
@@ -110,8 +114,15 @@ class SavingMixin:
         added = adapter_keys(self.backbone)
         for key, value in self.backbone.state_dict().items():
             if include_base or key in added:
-                tensors[f"backbone.{key}"] = value
-        return tensors
+                own[f"backbone.{key}"] = value
+        if gathered is None:
+            return own
+        found = {k: gathered.get(k, v) for k, v in own.items()}
+        # What was gathered may be a part of a larger tensor, which safetensors would refuse.
+        return {
+            k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone()
+            for k, v in found.items()
+        }
 
     def save_pretrained(
         self,
@@ -119,6 +130,7 @@ class SavingMixin:
         *,
         include_base: bool | None = None,
         is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         token: str | None = None,
@@ -131,24 +143,38 @@ class SavingMixin:
             include_base: also save the backbone's weights. Default: only if training changed
                 them, since a base from the Hub would then no longer be the right one.
             is_main_process: False does nothing (other ranks).
+            state_dict: the model's weights by name, where they are spread over processes (FSDP2):
+                gathered on all of them, with `get_model_state_dict(model,
+                options=StateDictOptions(full_state_dict=True))` of
+                `torch.distributed.checkpoint.state_dict`.
             push_to_hub, repo_id, token: upload the folder afterwards.
             kwargs: accepted for transformers' callers, without effect here.
+
+        Raises:
+            ValueError: if weights are spread over processes and `state_dict` is not given.
         """
         if not is_main_process:
             return
+        for name, value in self.named_parameters():  # type: ignore[attr-defined]
+            if hasattr((state_dict or {}).get(name, value), "full_tensor"):
+                raise ValueError(
+                    f"{name} is spread over several processes; give the gathered weights as "
+                    "`state_dict` (torch's get_model_state_dict with full_state_dict=True)."
+                )
         if include_base is None:
-            changed = backbone_fingerprint(self.backbone) != self.config.base_fingerprint
+            now = backbone_fingerprint(self.backbone, state_dict)
+            changed = now != self.config.base_fingerprint
             include_base = changed or self.config.base_included
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = copy.deepcopy(self.config)
         config.base_included, config.memwrap_version = include_base, VERSION
         config.backbone.dtype = self.backbone.dtype  # as it is now, not as it was loaded
-        config.architectures = [type(self).__name__]
+        config.architectures = [type(self).__name__.removeprefix("FSDP")]  # as sharding names it
         config.adapters = {n: _json_able(c.to_dict()) for n, c in self.adapters().items()}
         scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
         try:
-            tensors = self.weights_to_save(include_base)
+            tensors = self.weights_to_save(include_base, state_dict)
             names = {id(v): k for k, v in reversed(tensors.items())}
             unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
             if unique:

@@ -14,8 +14,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from small import SETTINGS, documents, losses_of, wrapped
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+import memwrap
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.batches import shifted_labels
 from memwrap.training.data import DocumentCollator
@@ -116,6 +118,11 @@ def fsdp2(rank: int, folder: Path) -> dict[str, Any]:
         n: p.full_tensor() if isinstance(p, DTensor) else p.detach().clone()
         for n, p in model.named_parameters()
     }
+    inner = accelerator.unwrap_model(model)
+    with pytest.raises(ValueError, match="get_model_state_dict"):
+        inner.save_pretrained(folder / "parts")
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    inner.save_pretrained(folder / "saved", state_dict=whole, is_main_process=rank == 0)
     return {"losses": losses, "sharded": sharded, "parameters": parameters}
 
 
@@ -137,6 +144,12 @@ def test_fsdp2_gives_the_losses_of_one_process(tmp_path: Path) -> None:
         for name, want in model.named_parameters():
             assert torch.allclose(rank["parameters"][name], want, atol=1e-5), name
     assert losses[-1] < losses[0]
+    saved = memwrap.load(tmp_path / "saved")  # with its base, which was trained too
+    assert saved.config.architectures == ["MemoryModelForCausalLM"]
+    text = batches(None)["input_ids"]
+    with torch.no_grad():
+        want = model.eval()(text).logits
+        assert torch.allclose(saved(text).logits, want, atol=1e-4)
 
 
 @pytest.fixture(autouse=True)
