@@ -139,6 +139,7 @@ def landmark_tiles(
     keys = min(most, padded(block_size))
     if hip:
         queries, stages = max(queries // (4 if kernel == "key_bwd" else 2), 16), 1
+        warps = 4  # of 64 lanes each
     # A landmark that is a tile of its own, and a section that is walked twice, take registers.
     apart = block_size % keys == 0 and wide > 64 and kernel != "forward"
     twice = block_size > keys
