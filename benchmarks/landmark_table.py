@@ -62,12 +62,11 @@ def recall(values: dict[str, Any], picture: Path | None) -> str:
 def retrieval(values: dict[str, Any], pictures: bool) -> str:
     """Accuracy by task, reading and length, with the figures where a page shows them."""
     cells = [Cell(**cell) for cell in values["cells"]]
-    result = SuiteResult("", 0, 0, 0, cells)
     training, own = values["training"], values["training"]["recipe"]
     names = ", ".join(f"`{name}`" for name in own["tasks"]["names"])
     longest = max(c.length for c in cells)
     text = (
-        f"**Passkey and RULER's needles.** The shipped tiny LM (5.8M parameters, a context of 512) "
+        f"**Passkey and RULER.** The shipped tiny LM (5.8M parameters, a context of 512) "
         f"with landmarks (`block_size={own['memory']['block_size']}`, "
         f"`top_k={own['memory']['top_k']}`, segments of {own['memory']['segment_size']}), all of "
         f"it trained on {names} for {training['steps']} steps of {training['batch_size']} texts of "
@@ -79,10 +78,13 @@ def retrieval(values: dict[str, Any], pictures: bool) -> str:
         f"others are those of [evaluation](../evaluation.md). {values['samples']} texts "
         f"each.\n\n{verdict(cells, own)}"
     )
-    if not any(cell.accuracy for cell in cells):
-        return (
-            f"{text} No reading found anything, those around it no more than it: {nothing(cells)}."
-        )
+    found = {cell.task for cell in cells if cell.accuracy}
+    empty = [cell for cell in cells if cell.task not in found]
+    if empty:
+        text += f" No reading found anything, those around it no more than it: {nothing(empty)}."
+    if not found:
+        return text
+    result = SuiteResult("", 0, 0, 0, [cell for cell in cells if cell.task in found])
     text += f"\n\nIn brackets Wilson's 95 % intervals:\n\n{result.table()}"
     for task in result.tasks():
         mine = [cell for cell in cells if cell.task == task]
@@ -131,7 +133,7 @@ def verdict(cells: list[Cell], recipe: dict[str, Any]) -> str:
     others = [f"`{task}`" for task in dict.fromkeys(c.task for c in cells)
               if task not in recipe["tasks"]["names"]]  # fmt: skip
     if others:
-        said.append(f"It was not trained on {' and '.join(others)}.")
+        said.append(f"It was not trained on {', '.join(others)}.")
     return " ".join(said)
 
 

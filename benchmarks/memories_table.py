@@ -105,8 +105,8 @@ def longer() -> str:
     far = max(length for _, length in cells)
     return (
         f"\nAn hour of training on the task itself is more than this budget: all of the tiny LM "
-        f"trained on `passkey` with `landmark`, on texts of at most {found['length']} tokens, finds "
-        f"{cells['landmark', found['length']]:.2f} of the keys there and "
+        f"trained on `passkey` with `landmark`, on texts of at most {found['length']} tokens, "
+        f"finds {cells['landmark', found['length']]:.2f} of the keys there and "
         f"{cells['landmark', far]:.2f} at {far:,} tokens, {cells['memory off', far]:.2f} with the "
         f"memory off ([landmark](methods/landmark.md)).\n"
     )
