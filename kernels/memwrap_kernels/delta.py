@@ -59,8 +59,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> str:
     """Why the kernels cannot take a call; empty if they can."""
     if beta.dim() != 3:
         return "a beta for each value channel"
-    if k.shape[-1] > MAX_HEAD_DIM[torch.bfloat16]:
-        return f"keys of {k.shape[-1]} channels; they go up to {MAX_HEAD_DIM[torch.bfloat16]}"
+    # float32 states of wider keys take more than AMD's 64 KB of shared memory.
+    limit = MAX_HEAD_DIM[k.dtype if is_hip() and k.dtype in MAX_HEAD_DIM else torch.bfloat16]
+    if k.shape[-1] > limit:
+        return f"keys of {k.shape[-1]} channels; with {k.dtype} they go up to {limit}"
     return gla.unsupported(q, k, v)
 
 

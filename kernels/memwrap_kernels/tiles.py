@@ -190,7 +190,7 @@ def gla_tiles(
     """
     wide, most, warps = (_GLA_FLOAT32 if dtype == torch.float32 else _GLA)[kernel]
     if hip and kernel == "keys_bwd":
-        wide = 16
+        wide, warps = 16, 4  # of 64 lanes each
     # Scores run over channels of keys, or of values for their gradients.
     width = max(keys, values) if kernel == "scores" else keys
     return Tiles(min(wide, padded(width)), min(most, padded(values)), 0, warps, 1 if hip else 2)

@@ -149,3 +149,15 @@ def test_compiled_whole() -> None:
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     want = compared(lambda *x: reference(*x, 0.3, True), own)
     agree(compared(compiled, own), want, TOLERANCE, torch.float32)
+
+
+def test_wide_keys_in_float32_are_refused_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their states do not fit into its shared memory; half types' do."""
+    wide, beta = torch.zeros(1, 1, 4, 256), torch.zeros(1, 1, 4)
+    assert not delta.unsupported(wide, wide, wide, beta)
+    monkeypatch.setattr(delta, "is_hip", lambda: True)
+    assert "go up to 128" in delta.unsupported(wide, wide, wide, beta)
+    half = wide.to(torch.bfloat16)
+    assert not delta.unsupported(half, half, half, beta)
+    narrow = wide[..., :128]
+    assert not delta.unsupported(narrow, narrow, wide, beta)
