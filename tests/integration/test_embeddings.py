@@ -61,12 +61,16 @@ def test_an_adapter_on_the_embeddings(kind: str, family: str, memory: str, tmp_p
     assert error_of(want, plain) > 1e-2
     model.save_pretrained(tmp_path, include_base=False)
     assert torch.equal(logits(memwrap.load(tmp_path, untied(family))), want)
-    other = untied(family)
-    weights = merged(model)
-    found = {k.removeprefix("backbone."): v for k, v in weights.items() if k[:9] == "backbone."}
-    other.load_state_dict(found)
-    again = wrapped(memory, base=other)
+    again = wrapped(memory, base=with_merged(untied(family), model))
     assert_close(logits(again), want)
+
+
+def with_merged(base: Any, model: Any) -> Any:
+    """A base with the weights of a model whose adapters are merged."""
+    weights = merged(model)
+    prefix = "backbone."
+    base.load_state_dict({k[len(prefix) :]: weights[k] for k in weights if k.startswith(prefix)})
+    return base
 
 
 def trained_rows(model: Any, text: Tensor) -> None:
@@ -113,6 +117,10 @@ def test_a_landmark_that_is_a_token(tied: bool, tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "model.safetensors").stat().st_size < 20_000
     for given in (None, type(base).from_pretrained(tmp_path / "base")):
         assert torch.equal(logits(memwrap.load(tmp_path / "adapter", given), text), want)
+    other = type(base).from_pretrained(tmp_path / "base")
+    add_token(other, tokenizer, "<landmark>")
+    again = memwrap.wrap(with_merged(other, model), tiny("landmark", landmark_id=index))
+    assert_close(logits(again, text), want)
 
 
 def test_tokens_of_a_base_that_has_room_for_them() -> None:
