@@ -12,21 +12,18 @@ Keys longer than 1 make the recurrence unstable for beta near 1: give unit keys,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
-from memwrap.ops.delta_chunked import scan_chunked
+from memwrap.ops.delta_chunked import EPS, scan_chunked, unit
 from memwrap.ops.sequences import by_sequence, check_sequences, masked_tokens
 
-EPS = 1e-6
 __all__ = ["EPS", "scan", "unit"]
-
-
-def unit(x: Tensor) -> Tensor:
-    """`x / sqrt(sum(x^2) + 1e-6)` over the last dimension, in x's dtype."""
-    wide = x.to(accumulation_dtype(x))
-    return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 
 def scan(
@@ -75,9 +72,8 @@ def scan(
     chosen = _implementation(q, k, v, beta, g, state)
     if chosen == "triton":
         return _scan_triton(q, k, v, beta, g, state, scale, l2norm, cu_seqlens)
-    if l2norm:
-        q, k = unit(q.to(state.dtype)), unit(k.to(state.dtype))
-    function = {"naive": _scan_naive, "torch": scan_chunked}[chosen]
+    scans: dict[str, Callable[..., Any]] = {"naive": _scan_naive, "torch": scan_chunked}
+    function = partial(scans[chosen], l2norm=l2norm)
     if cu_seqlens is None:
         return function(q, k, v, beta, g, state, scale)
     return by_sequence(function, cu_seqlens, (q, k, v, beta, g), state, scale)
@@ -121,9 +117,12 @@ def _scan_triton(
 
 
 def _scan_naive(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
+    l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     group, dtype = q.shape[1] // k.shape[1], state.dtype
+    if l2norm:
+        q, k = unit(q.to(dtype)), unit(k.to(dtype))
     S, rows = state.clone(), []
     for t in range(q.shape[2]):
         key, value, strength = (x[:, :, t].to(dtype) for x in (k, v, beta))

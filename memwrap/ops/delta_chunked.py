@@ -2,8 +2,8 @@
 
 Inside a chunk the changes `u_t = beta_t (v_t - k_t S')` depend on each other through one triangular
 system (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", section 3): with
-`A_ti = beta_t (k_t k_i) exp(g_i+1 + ... + g_t)` below the diagonal, `(1 + A) u` is what the tokens
-would write if the state before the chunk were all there is.
+`A_ti = beta_t (k_t k_i) exp(g_i+1 + ... + g_t)` below the diagonal, `(1 + A) u = beta (v - k S)`,
+S the state before the chunk. Its inverse is found for all chunks at once; only `k S` waits for S.
 """
 
 from __future__ import annotations
@@ -13,21 +13,42 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memwrap.ops.gla_chunked import between, chunk_size, chunked, grouped, in_blocks, ungrouped
+from memwrap.ops import accumulation_dtype
+from memwrap.ops.gla_chunked import (
+    LOG2_E,
+    between,
+    chunk_size,
+    chunked,
+    grouped,
+    in_blocks,
+    ungrouped,
+)
+
+EPS = 1e-6
+CHUNK = 32  # at 64 the triangular systems take longer than all else
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x / sqrt(sum(x^2) + 1e-6)` over the last dimension, in x's dtype."""
+    wide = x.to(accumulation_dtype(x))
+    return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 
 def scan_chunked(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
+    l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`delta.scan`."""
     if beta.dim() == 4:
-        return _by_channel(q, k, v, beta, g, state, scale)
-    return in_blocks(partial(_block, scale=scale), (q, k, v, beta, g), state)
+        return _by_channel(q, k, v, beta, g, state, scale, l2norm)
+    function = partial(_block, scale=scale, l2norm=l2norm)
+    return in_blocks(function, (q, k, v, beta, g), state)
 
 
 def _by_channel(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
+    l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """With a strength for each value channel the channels are heads of one channel each."""
     heads, width = v.shape[1], v.shape[3]
     q = q.unflatten(1, (heads, 1, -1)).expand(-1, -1, width, -1, -1, -1)
@@ -36,44 +57,65 @@ def _by_channel(
     g = None if g is None else g.repeat_interleave(width, 1)
     v, beta = (x.transpose(2, 3).flatten(1, 2) for x in (v, beta))
     state = state.transpose(2, 3).flatten(1, 2)[..., None]
-    out, state = scan_chunked(q.flatten(1, 3), k, v[..., None], beta, g, state, scale)
+    out, state = scan_chunked(q.flatten(1, 3), k, v[..., None], beta, g, state, scale, l2norm)
     out = out.squeeze(-1).unflatten(1, (heads, width, group)).permute(0, 1, 3, 4, 2).flatten(1, 2)
     return out, state.squeeze(-1).unflatten(1, (heads, width)).transpose(2, 3)
 
 
 def _block(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, *, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, *,
+    scale: float, l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens, dtype = q.shape[2], state.dtype
-    size = chunk_size(tokens)
-    queries = grouped(q, k.shape[1], size, dtype) * scale
+    size = min(CHUNK, chunk_size(tokens))
+    if l2norm:
+        q, k = unit(q.to(dtype)), unit(k.to(dtype))
+    queries = grouped(q, k.shape[1], size, scale, dtype)
     keys, values = chunked(k, size, dtype), chunked(v, size, dtype)
-    strength = chunked(beta, size, dtype)[..., None]
-    scores = (queries.flatten(-3, -2) @ keys.transpose(-1, -2)).unflatten(-2, queries.shape[-3:-1])
-    same = keys @ keys.transpose(-1, -2)
+    strength = chunked(beta, size, dtype)
+    same = (keys @ keys.mT) * strength[..., None]
+    scores = (queries.flatten(-3, -2) @ keys.mT).unflatten(-2, queries.shape[-3:-1])
     first_keys, last_keys, decay = keys, keys, None  # as the chunk's first, last state sees them
     if g is None:
         scores = scores * torch.ones_like(same[0, 0, 0]).tril()[:, None]
     else:
-        logs = chunked(g, size, dtype)
-        pairs = between(logs)
-        prefix, weights = logs.cumsum(-1).exp()[..., None], pairs.exp().tril()
-        scores, same = scores * weights[..., None, :], same * weights
-        first_keys, last_keys = keys * prefix, keys * pairs[..., -1, :, None].exp()
+        logs = chunked(g, size, dtype) * LOG2_E
+        pairs, prefix = between(logs).exp2(), logs.cumsum(-1).exp2()[..., None]
+        scores, same = scores * pairs.tril()[..., None, :], same * pairs
+        first_keys, last_keys = keys * prefix, keys * pairs[..., -1, :, None]
         queries, decay = queries * prefix[..., None], prefix[..., -1:, :]
-    wanted = torch.cat([values, first_keys], -1) * strength
-    solved = torch.linalg.solve_triangular(
-        (same * strength).tril(-1), wanted, upper=False, unitriangular=True
+    inverse = torch.linalg.solve_triangular(
+        same.tril(-1), torch.diag_embed(strength), upper=False, unitriangular=True
     )
-    new, old = solved.split([values.shape[-1], keys.shape[-1]], -1)
-    new, old = solved.split([values.shape[-1], keys.shape[-1]], -1)
-    last_keys = last_keys.transpose(-1, -2)
-    states, changes = [state], []
-    for n in range(keys.shape[2]):
-        changes.append(new[:, :, n] - old[:, :, n] @ states[-1])
-        written = last_keys[:, :, n] @ changes[-1]
-        kept = states[-1] if decay is None else states[-1] * decay[:, :, n]
-        states.append(kept + written)
-    before, change = torch.stack(states[:-1], 2), torch.stack(changes, 2)
+    before, change, state = _changes(first_keys, last_keys, values, inverse, decay, state)
     out = queries.flatten(-3, -2) @ before + scores.flatten(-3, -2) @ change
-    return ungrouped(out.unflatten(-2, queries.shape[-3:-1]), tokens, v.dtype), states[-1]
+    return ungrouped(out.unflatten(-2, queries.shape[-3:-1]), tokens, v.dtype), state
+
+
+def _changes(
+    first_keys: Tensor, last_keys: Tensor, values: Tensor, inverse: Tensor, decay: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Chunk after chunk: `u = (1 + A)^-1 beta (v - k S)`, then `S' = decay S + k^T u`.
+
+    Args:
+        first_keys, last_keys, values: `(B, H, N, C, D)`.
+        inverse: `(1 + A)^-1 beta`, `(B, H, N, C, C)`.
+        decay: `(B, H, N, 1, 1)`; None for 1.
+        state: `(B, H, Dk, Dv)`.
+
+    Returns:
+        States before each chunk, all changes u, and the state after the last chunk.
+    """
+    # Rows and heads as one dimension: products with a sum (`baddbmm`) know three.
+    steps = [x.flatten(0, 1).unbind(1) for x in (first_keys, last_keys.mT, values, inverse)]
+    decays = [None] * len(steps[0]) if decay is None else decay.flatten(0, 1).unbind(1)
+    states, changes = [state.flatten(0, 1)], []
+    for first, last, own_values, solved, own_decay in zip(*steps, decays, strict=True):
+        old = states[-1]
+        changes.append(solved @ torch.baddbmm(own_values, first, old, alpha=-1))
+        kept = old if own_decay is None else old * own_decay
+        states.append(torch.baddbmm(kept, last, changes[-1]))
+    shape = values.shape[:2]
+    before = torch.stack(states[:-1], 1).unflatten(0, shape)
+    return before, torch.stack(changes, 1).unflatten(0, shape), states[-1].unflatten(0, shape)

@@ -2,13 +2,15 @@
 
 Tokens are cut into chunks. Between chunks only the state travels; inside a chunk all pairs of
 tokens are done by matrix products. With a gate a channel the decay between two tokens is split
-into a factor of the query and one of the key. Where the gates of a chunk are weak enough, these
-are taken from its middle. Otherwise it is halved again and again, and the pairs of a later half
-with an earlier one meet at the seam: no factor is above 1 then, however strong the gates are.
+into a factor of the query and one of the key, each from the chunk's first token on, and chunks are
+made so short that both stay in range. Where even the shortest are too long, a chunk is halved again
+and again, and the pairs of a later half with an earlier one meet at the seam: no factor is above 1
+then, however strong the gates are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +21,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 64
-WEAK = 40.0  # most a chunk's gates may sum to for one product: factors from exp(-20) to exp(20)
+SHORTEST = 16  # tokens of a chunk whose gates are strong
+WEAK = 60.0  # a chunk's gates may halve a state so often: factors from 2 ** -60 to 2 ** 60
+LOG2_E = math.log2(math.e)  # powers of two take torch a third of the time of powers of e
 BLOCK = 512  # tokens whose intermediate results exist at a time
 Parts = tuple[Tensor | None, ...]
 
@@ -50,14 +54,20 @@ def in_blocks(
         return v.new_zeros(*q.shape[:3], v.shape[3]), state.clone()  # type: ignore[union-attr]
     if tokens <= BLOCK:
         return function(*tensors, state)
-    outs = []
-    for start in range(0, tokens, BLOCK):
-        part = [None if x is None else x[:, :, start : start + BLOCK] for x in tensors]
-        if torch.is_grad_enabled():
-            again: Any = {"use_reentrant": False, "preserve_rng_state": False}
-            out, state = checkpoint(function, *part, state, **again)
-        else:
+    parts = [
+        [None if x is None else x[:, :, start : start + BLOCK] for x in tensors]
+        for start in range(0, tokens, BLOCK)
+    ]
+    if not torch.is_grad_enabled():
+        whole = v.new_empty(*q.shape[:3], v.shape[3])  # type: ignore[union-attr]
+        for part, place in zip(parts, whole.split(BLOCK, 2), strict=True):
             out, state = function(*part, state)
+            place.copy_(out)
+        return whole, state
+    again: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    outs = []
+    for part in parts:
+        out, state = checkpoint(function, *part, state, **again)
         outs.append(out)
     return torch.cat(outs, 2), state
 
@@ -68,17 +78,18 @@ def chunk_size(tokens: int) -> int:
 
 
 def chunked(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """`(B, H, T, ...)` -> `(B, H, N, C, ...)`, the last chunk filled with zeros."""
+    """`(B, H, T, ...)` -> `(B, H, N, C, ...)`, the last chunk filled with zeros. Contiguous, or
+    every product with it would copy it."""
     missing = -x.shape[2] % size
     x = x.to(dtype)
     if missing:
         x = F.pad(x, (*[0, 0] * (x.dim() - 3), 0, missing))
-    return x.unflatten(2, (-1, size))
+    return x.contiguous().unflatten(2, (-1, size))
 
 
-def grouped(q: Tensor, heads: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Queries `(B, H, T, D)` -> `(B, Hkv, N, C, G, D)`: those that share a state, together."""
-    return chunked(q.unflatten(1, (heads, -1)).transpose(2, 3), size, dtype)
+def grouped(q: Tensor, heads: int, size: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """Queries `(B, H, T, D)`, scaled -> `(B, Hkv, N, C, G, D)`: those of one state together."""
+    return chunked(q.unflatten(1, (heads, -1)).transpose(2, 3).to(dtype) * scale, size, dtype)
 
 
 def ungrouped(out: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
@@ -94,12 +105,10 @@ def carried(state: Tensor, decay: Tensor | None, written: Tensor) -> tuple[Tenso
         decay: a chunk's factor, that broadcasts against `written`; None for 1.
         written: `(B, H, N, Dk, Dv)`.
     """
-    if decay is None:
-        after = written.cumsum(2) + state[:, :, None]
-        return torch.cat([state[:, :, None], after[:, :, :-1]], 2), after[:, :, -1]
     states = [state]
-    for n in range(written.shape[2]):
-        states.append(torch.addcmul(written[:, :, n], decay[:, :, n], states[-1]))
+    for n, new in enumerate(written.unbind(2)):
+        old = states[-1]
+        states.append(old + new if decay is None else torch.addcmul(new, decay[:, :, n], old))
     return torch.stack(states[:-1], 2), states[-1]
 
 
@@ -107,34 +116,27 @@ def _block(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, state: Tensor, *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gates = gv if g is None else g
+    if gates is not None and gates.dim() == 4:
+        return _by_channel(q, k, v, gates, gv is None, state, scale)
     tokens, dtype = q.shape[2], state.dtype
     size = chunk_size(tokens)
-    queries = grouped(q, k.shape[1], size, dtype) * scale
+    queries = grouped(q, k.shape[1], size, scale, dtype)
     keys, values = chunked(k, size, dtype), chunked(v, size, dtype)
     after: Tensor | None = None  # what a read of the chunk's first state is multiplied with
     decay: Tensor | None = None  # what the state is multiplied with over a chunk
-    if g is None and gv is None:
+    if gates is None:
         out = _at_once(queries, keys, values, None)
-    elif g is not None and g.dim() == 3:
-        logs = chunked(g, size, dtype)
-        pairs = between(logs)
-        out = _at_once(queries, keys, values, pairs.exp().tril())
-        after = logs.cumsum(-1).exp()[..., None, None]
-        keys = keys * pairs[..., -1, :, None].exp()
-        decay = after[..., -1, :, :]
-    elif g is not None:
-        out, prefix, suffix = _by_channel(queries, keys, values, chunked(g, size, dtype), "keys")
-        prefix = prefix.exp()
-        queries, keys = queries * prefix[..., None, :], keys * suffix.exp()
-        decay = prefix[..., -1, :, None]
     else:
-        gates = chunked(gv, size, dtype)  # type: ignore[arg-type]
-        out, prefix, suffix = _by_channel(queries, keys, values, gates, "values")
-        after, values = prefix.exp()[..., None, :], values * suffix.exp()
+        logs = chunked(gates, size, dtype) * LOG2_E
+        pairs = between(logs).exp2()
+        out = _at_once(queries, keys, values, pairs.tril())
+        after = logs.cumsum(-1).exp2()[..., None, None]
+        keys = keys * pairs[..., -1, :, None]
         decay = after[..., -1, :, :]
     before, state = carried(state, decay, keys.transpose(-1, -2) @ values)
     read = (queries.flatten(-3, -2) @ before).view_as(out)
-    out = out + (read if after is None else read * after)
+    out = out + read if after is None else torch.addcmul(out, read, after)
     return ungrouped(out, tokens, v.dtype), state
 
 
@@ -156,35 +158,59 @@ def _at_once(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
 
 
 def _by_channel(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gated: str
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, of_keys: bool, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`_block` with a gate for each channel, of the keys or of the values."""
+    tokens, dtype = q.shape[2], state.dtype
+    g = g.to(dtype) * LOG2_E
+    size, strong = _length(chunked(g, chunk_size(tokens), dtype))
+    logs = chunked(g, size, dtype)
+    queries = grouped(q, k.shape[1], size, scale, dtype)
+    keys, values = chunked(k, size, dtype), chunked(v, size, dtype)
+    if strong:
+        out, prefix, suffix = _by_halves(queries, keys, values, logs, of_keys)
+        after, rest = prefix.exp2(), suffix.exp2()
+    else:  # what is left of a token is told from the first one on: above 1, times decay below
+        prefix = logs.cumsum(-2)
+        after, rest = prefix.exp2(), prefix.neg().exp2()
+    if of_keys:
+        queries, keys = queries * after[..., None, :], keys * rest
+    else:
+        values = values * rest
+    if not strong:
+        out = _at_once(queries, keys, values, None)
+        out = out if of_keys else out * after[..., None, :]
+    decay = after[..., -1, :, None] if of_keys else after[..., -1:, :]
+    written = keys.transpose(-1, -2) @ values
+    before, state = carried(state, decay, written if strong else written * decay)
+    read = (queries.flatten(-3, -2) @ before).view_as(out)
+    out = out + read if of_keys else torch.addcmul(out, read, after[..., None, :])
+    return ungrouped(out, tokens, v.dtype), state
+
+
+def _length(logs: Tensor) -> tuple[int, bool]:
+    """How many tokens a chunk may have, of at most C in `(..., C, D)`, for the gates to stay in
+    range; and whether they are so strong that none may."""
+    longest = size = logs.shape[-2]
+    while float(logs.detach().unflatten(-2, (-1, size)).sum(-2).amin()) < -WEAK:
+        if size <= SHORTEST:
+            return longest, True
+        size //= 2
+    return size, False
+
+
+def _by_halves(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, of_keys: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the tokens of a chunk read of the same chunk, with a gate for each channel.
+    """What the tokens of a chunk read of the same chunk, for gates of any strength.
 
     Args:
-        g: of the `gated` "keys" or "values".
+        g: a gate a channel, of the keys or of the values.
 
     Returns:
         The output, and sums of the gates from the chunk's first token up to each one, and from
         behind each one up to the last.
     """
-    prefix = g.cumsum(-2)
-    whole = prefix[..., -1:, :]
-    if float(whole.detach().amin()) < -WEAK:
-        return _by_halves(q, k, v, g, gated)
-    here = prefix - whole / 2
-    there = here.neg().exp()
-    here = here.exp()[..., None, :]
-    if gated == "keys":
-        out = _at_once(q * here, k * there, v, None)
-    else:
-        out = _at_once(q, k, v * there, None) * here
-    return out, prefix, whole - prefix
-
-
-def _by_halves(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gated: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_by_channel` for gates of any strength."""
     out = (q * k[..., None, :]).sum(-1, keepdim=True) * v[..., None, :]  # a token and itself
     prefix, suffix, size = g, torch.zeros_like(g), 1
     while size < k.shape[-2]:
@@ -193,15 +219,15 @@ def _by_halves(
         early_k, early_v = (x.unflatten(-2, halves)[..., 0, :, :] for x in (k, v))
         early_sum, late_sum = prefix.unflatten(-2, halves).unbind(-3)
         early_rest, late_rest = suffix.unflatten(-2, halves).unbind(-3)
-        here, there = late_sum.exp()[..., None, :], early_rest.exp()
-        if gated == "keys":
+        here, there = late_sum.exp2()[..., None, :], early_rest.exp2()
+        if of_keys:
             late_q, early_k = late_q * here, early_k * there
         else:
             early_v = early_v * there
         scores = late_q.flatten(-3, -2) @ early_k.transpose(-1, -2)
         read = (scores @ early_v).unflatten(-2, late_q.shape[-3:-1])
         late_out = out.unflatten(-3, halves)[..., 1, :, :, :]
-        late_out += read if gated == "keys" else read * here
+        late_out += read if of_keys else read * here
         whole_early, whole_late = early_sum[..., -1:, :], late_sum[..., -1:, :]
         prefix = torch.stack([early_sum, late_sum + whole_early], -3).flatten(-4, -2)
         suffix = torch.stack([early_rest + whole_late, late_rest], -3).flatten(-4, -2)

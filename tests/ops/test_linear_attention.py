@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memwrap.ops import backend, delta, gla, gsa
+from memwrap.ops import backend, delta, gla, gla_chunked, gsa
 from memwrap.ops.delta import unit
 from memwrap.ops.features import FEATURE_MAPS, feature_width, features
 
@@ -90,7 +90,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("strength", [0.05, 1.0, 60.0])
+@pytest.mark.parametrize("strength", [0.05, 1.0, 2.0, 60.0])
 @pytest.mark.parametrize("tokens", [1, 2, 37, 64, 129, 520])
 def test_chunked_is_naive(kind: str, strength: float, tokens: int) -> None:
     """Weak gates, strong ones that leave nothing of the past, one chunk, several blocks."""
@@ -98,6 +98,28 @@ def test_chunked_is_naive(kind: str, strength: float, tokens: int) -> None:
     naive, chunked = (results(scan, given, name) for name in BACKENDS)
     for got, want in zip(chunked, naive, strict=True):
         assert got.shape == want.shape and relative(got, want) < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_is_training(kind: str) -> None:
+    """Without gradients, the outputs of several blocks are written into one place."""
+    scan, given = problem(kind, 2, 2, 2, 1100, 6, 5)
+    with backend("torch"):
+        want = scan(*given)
+        with torch.no_grad():
+            got = scan(*given)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "gate, length, strong",
+    [(0.9, 64, False), (1.8, 32, False), (3.7, 16, False), (3.8, 64, True), (1e4, 64, True)],
+)
+def test_chunks_are_as_long_as_their_gates_allow(gate: float, length: int, strong: bool) -> None:
+    """Factors stay within 2 ** 60: 64 tokens with gates of 0.9, 32 of 1.8, 16 of 3.7."""
+    logs = torch.full((1, 2, 3, 64, 4), -gate)
+    assert gla_chunked._length(logs) == (length, strong)
 
 
 @pytest.mark.parametrize("kind", KINDS)
