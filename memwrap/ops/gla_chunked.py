@@ -190,8 +190,10 @@ def _by_channel(
 
 def _length(logs: Tensor) -> tuple[int, bool]:
     """How many tokens a chunk may have, of at most C in `(..., C, D)`, for the gates to stay in
-    range; and whether they are so strong that none may."""
+    range; and whether they are so strong that none may (a compiler must think so)."""
     longest = size = logs.shape[-2]
+    if torch.compiler.is_compiling():
+        return longest, True
     while float(logs.detach().unflatten(-2, (-1, size)).sum(-2).amin()) < -WEAK:
         if size <= SHORTEST:
             return longest, True

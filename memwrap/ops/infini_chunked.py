@@ -69,16 +69,65 @@ def scan_chunked(
     mask: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`infini.scan`."""
+    if torch.compiler.is_compiling():  # which fuses what is plain, and knows no scratch
+        return _scan_plain(q, k, v, M, z, segment_size, delta, mask, eps)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v, M, z)):
         return _forward(q, k, v, M, z, segment_size, delta, mask, eps, None)
     return _Scan.apply(q, k, v, M, z, segment_size, delta, mask, eps)
 
 
-def _fast_phi(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`phi` where no gradient is asked for, in fewer passes; powers of two take a third of `exp`'s
-    time where torch leaves that to MKL."""
-    x = x.to(dtype)
-    return x.clamp_max(0).mul_(LOG2_E).exp2_().add_(F.relu(x))
+def _scan_plain(
+    q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
+    mask: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The scan as its parts."""
+    out = [M.new_empty(*q.shape[:2], 0, M.shape[-1])]
+    for start in range(0, q.shape[2], segment_size):
+        part = slice(start, start + segment_size)
+        own = None if mask is None else mask[:, part]
+        out.append(read_chunked(q[:, :, part], M, z, eps))
+        M, z = write_chunked(k[:, :, part], v[:, :, part], M, z, delta, own, eps)
+    return torch.cat(out, 2), (M if len(out) > 1 else M.clone()), (z if len(out) > 1 else z.clone())
+
+
+class _Scratch:
+    """Tensors that the segments of a scan use one after another: fresh ones would cost the time in
+    which their pages are mapped. A result is good until the same name and shape are taken again."""
+
+    def __init__(self, M: Tensor) -> None:
+        self.M = M
+        self.kept: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        place = (name, shape)
+        if place not in self.kept:
+            self.kept[place] = self.M.new_empty(shape)
+        return self.kept[place]
+
+    def phi(self, x: Tensor) -> Tensor:
+        """`phi` of `(B, H, T, D)`, the heads of one memory joined: `(B, Hkv, G * T, D)`. Powers of
+        two take a third of `exp`'s time where torch leaves that to MKL."""
+        x = _grouped(x, self.M.shape[1]).to(self.M.dtype)
+        out, above = self.take("features", *x.shape), self.take("above", *x.shape)
+        torch.clamp(x, max=0, out=out)
+        torch.clamp(x, min=0, out=above)
+        return out.mul_(LOG2_E).exp2_().add_(above).flatten(2, 3)
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """`a @ b` of `(B, Hkv, ...)`."""
+        out = self.take(name, *a.shape[:3], b.shape[3])
+        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+        return out
+
+    def sums(self, a: Tensor, b: Tensor, dim: int) -> Tensor:
+        """`(a * b).sum(dim)`: torch is slow at products with a single column."""
+        return torch.mul(a, b, out=self.take("terms", *a.shape)).sum(dim, keepdim=True)
+
+    def inverse(self, features: Tensor, z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """1 / denominator (0 for an empty memory), and where its gradient is not clamped."""
+        denominator = self.sums(features, z.unsqueeze(-2), -1)
+        inverse = denominator.clamp_min(eps).reciprocal_().masked_fill_(denominator == 0, 0.0)
+        return inverse, denominator >= eps
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
@@ -90,38 +139,43 @@ def _parts(x: Tensor | None, segment_size: int, count: int, dim: int) -> list[An
     return [None] * count if x is None else list(x.split(segment_size, dim=dim))
 
 
+def _add_product(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """`a + b^T c` of `(B, Hkv, ...)`."""
+    joined = torch.baddbmm(a.flatten(0, 1), b.flatten(0, 1).mT, c.flatten(0, 1))
+    return joined.view(a.shape)
+
+
+def _is_empty(z: Tensor) -> bool:
+    """Nothing was written: then nothing needs to be read."""
+    return not bool(z.any())
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
     mask: Tensor | None, eps: float, states: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The scan without a graph; M and z before each segment, joined, go into `states`, if any."""
-    heads = M.shape[1]
+    """The scan without a graph; M and z before each segment go into `states`, if any."""
+    heads, work, empty = M.shape[1], _Scratch(M), _is_empty(z)
     out = M.new_empty(*q.shape[:3], v.shape[-1])
     parts = [x.split(segment_size, dim=2) for x in (q, k, v, out)]
     masks = _parts(mask, segment_size, len(parts[0]), 1)
     for own_q, own_k, own_v, own_out, own_mask in zip(*parts, masks, strict=True):
         own_k, own_v = _masked(own_k, own_v, own_mask)
-        both = torch.cat([M, z.unsqueeze(-1)], dim=-1)
         if states is not None:
-            states.append(both)
-        # Features first: they are dense, so that joining heads and tokens copies nothing.
-        features = _fast_phi(_grouped(own_q, heads), M.dtype).flatten(2, 3)
-        found, inverse, _ = _divide(features @ both, eps)
-        shape = _grouped(own_out, heads)
-        torch.mul(found.view(shape.shape), inverse.view(*shape.shape[:4], 1), out=shape)
-        features, own_v = _fast_phi(own_k, M.dtype), own_v.to(M.dtype)
-        if delta:
-            found, inverse, _ = _divide(features @ both, eps)
-            own_v = own_v - found * inverse
-        M, z = M + features.transpose(-1, -2) @ own_v, z + features.sum(-2)
+            states += [M, z]
+        if empty:
+            own_out.zero_()
+        else:
+            features = work.phi(own_q)
+            inverse, _ = work.inverse(features, z, eps)
+            found, place = work.product("found", features, M), _grouped(own_out, heads)
+            torch.mul(found.view(place.shape), inverse.view(*place.shape[:4], 1), out=place)
+        features, own_v = work.phi(own_k), own_v.to(M.dtype)
+        if delta and not empty:
+            inverse, _ = work.inverse(features, z, eps)
+            own_v = own_v - work.product("found", features, M).mul_(inverse)
+        M, z, empty = _add_product(M, features, own_v), z + features.sum(-2), False
     return out, (M if parts[0] else M.clone()), (z if parts[0] else z.clone())
-
-
-def _divide(both: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Numerators, 1 / denominator (0 for an empty memory), where its gradient is not clamped."""
-    denominator = both[..., -1:]
-    inverse = denominator.clamp_min(eps).reciprocal_().masked_fill_(denominator == 0, 0.0)
-    return both[..., :-1], inverse, denominator >= eps
 
 
 class _Scan(torch.autograd.Function):
@@ -143,54 +197,63 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, E: Tensor, e: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, *states = ctx.saved_tensors
         segment_size, delta, eps = ctx.settings
+        work = _Scratch(E)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         parts = [x.split(segment_size, dim=2) for x in (q, k, v, d_out, *grads)]
-        masks = _parts(mask, segment_size, len(states), 1)
-        for s in reversed(range(len(states))):
+        masks = _parts(mask, segment_size, len(parts[0]), 1)
+        for s in reversed(range(len(parts[0]))):
             own_q, own_k, own_v, own_d, dq, dk, dv = (x[s] for x in parts)
             own_k, own_v = _masked(own_k, own_v, masks[s])
-            before = _write_backward(own_k, own_v, states[s], E, e, delta, eps, dk, dv)
-            read = _read_backward(own_q, own_d, states[s], eps, dq)
-            E, e = (a + b for a, b in zip(before, read, strict=True))
+            M, z = states[2 * s : 2 * s + 2]
+            empty = s == 0 and _is_empty(z)
+            E, e = _write_backward(work, own_k, own_v, M, z, E, e, delta and not empty, eps, dk, dv)
+            if empty:
+                dq.zero_()
+            else:
+                E, e = _read_backward(work, own_q, own_d, M, z, E, e, eps, dq)
         return (*grads, E, e, None, None, None, None)
 
 
 def _write_backward(
-    k: Tensor, v: Tensor, both: Tensor, E: Tensor, e: Tensor, delta: bool, eps: float,
-    dk: Tensor, dv: Tensor,
+    work: _Scratch, k: Tensor, v: Tensor, M: Tensor, z: Tensor, E: Tensor, e: Tensor, delta: bool,
+    eps: float, dk: Tensor, dv: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of one segment's keys and values (into dk and dv), and of the memory before it."""
-    features, v = _fast_phi(k, both.dtype), v.to(both.dtype)
-    change = features @ E
+    features, v = work.phi(k), v.to(M.dtype)
+    change = work.product("change", features, E)
     dv.copy_(change)
     if not delta:
-        d_features = (v @ E.transpose(-1, -2)).add_(e.unsqueeze(-2))
+        d_features = work.product("d_features", v, E.mT).add_(e.unsqueeze(-2))
         torch.mul(d_features, features.clamp_max_(1), out=dk)
         return E, e
-    found, inverse, free = _divide(features @ both, eps)
-    found = found * inverse
-    share = (change * found).sum(-1, keepdim=True).mul_(inverse).mul_(free)
-    d_both = torch.cat([change.mul_(-inverse), share], dim=-1)
-    d_features = ((v - found) @ E.transpose(-1, -2)).add_(e.unsqueeze(-2))
-    d_features += d_both @ both.transpose(-1, -2)
-    own = features.transpose(-1, -2) @ d_both
+    inverse, free = work.inverse(features, z, eps)
+    found = work.product("found", features, M).mul_(inverse)
+    share = work.sums(change, found, -1).mul_(inverse).mul_(free)
+    d_found = change.mul_(inverse.neg_())
+    d_features = work.product("d_features", torch.sub(v, found, out=found), E.mT)
+    d_features += work.product("found", d_found, M.mT)
+    d_features.add_(e.unsqueeze(-2)).addcmul_(share, z.unsqueeze(-2))
+    E, e = _add_product(E, features, d_found), e + work.sums(features, share, -2).squeeze(-2)
     torch.mul(d_features, features.clamp_max_(1), out=dk)
-    return E + own[..., :-1], e + own[..., -1]
+    return E, e
 
 
 def _read_backward(
-    q: Tensor, d_out: Tensor, both: Tensor, eps: float, dq: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of one segment's queries (into dq), and of the memory that they read."""
-    heads = both.shape[1]
-    shape = _grouped(q, heads).shape
-    features = _fast_phi(_grouped(q, heads), both.dtype).flatten(2, 3)
-    _, inverse, free = _divide(features @ both[..., -1:], eps)
-    d_found = (_grouped(d_out, heads) * inverse.view(*shape[:4], 1)).flatten(2, 3)
-    d_features = d_found @ both[..., :-1].transpose(-1, -2)
-    share = (features * d_features).sum(-1, keepdim=True).mul_(inverse).mul_(free).neg_()
-    own_M, own_z = features.transpose(-1, -2) @ d_found, features.transpose(-1, -2) @ share
-    d_features += share * both[..., -1].unsqueeze(-2)
-    slope = features.clamp_max_(1).view(shape)
-    torch.mul(d_features.view(shape), slope, out=_grouped(dq, heads))
-    return own_M, own_z.squeeze(-1)
+    work: _Scratch, q: Tensor, d_out: Tensor, M: Tensor, z: Tensor, E: Tensor, e: Tensor,
+    eps: float, dq: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of one segment's queries (into dq), and of the memory that they read, added to
+    E and e."""
+    heads = M.shape[1]
+    features, d_out = work.phi(q), _grouped(d_out, heads)
+    inverse, free = work.inverse(features, z, eps)
+    d_found = work.take("d_found", *d_out.shape)
+    torch.mul(d_out, inverse.view(*d_out.shape[:4], 1), out=d_found)
+    d_found = d_found.flatten(2, 3)
+    d_features = work.product("d_features", d_found, M.mT)
+    share = work.sums(features, d_features, -1).mul_(inverse).mul_(free).neg_()
+    E, e = _add_product(E, features, d_found), e + work.sums(features, share, -2).squeeze(-2)
+    d_features.addcmul_(share, z.unsqueeze(-2))
+    place = _grouped(dq, heads)
+    torch.mul(d_features.view(place.shape), features.clamp_max_(1).view(place.shape), out=place)
+    return E, e

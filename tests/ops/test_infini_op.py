@@ -243,3 +243,23 @@ def test_wrong_input_is_explained() -> None:
         infini.write(k, v, M, z, mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="q has 4 tokens"):
         infini.scan(q[:, :, :4], k, v, M, z, 2)
+
+
+@pytest.mark.parametrize("update", infini.UPDATES)
+def test_compiled_whole(update: str) -> None:
+    """The fast torch way in one graph, forward and backward."""
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        leaves = [x.requires_grad_() for x in inputs(1, 4, 2, 10, 3, 3, dtype=DOUBLE)]
+
+        def run(*x: Tensor) -> Any:
+            return infini.scan(*x, 4, update=update)  # type: ignore[misc]
+
+        with backend("torch"):
+            whole = torch.compile(run, fullgraph=True, backend="aot_eager")
+            outs = (whole if compiled else run)(*leaves)
+            sum((x * x).sum() for x in outs).backward()
+        found.append([*outs, *(x.grad for x in leaves)])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert relative(got, want) < 1e-12

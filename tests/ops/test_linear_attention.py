@@ -112,6 +112,17 @@ def test_reading_is_training(kind: str) -> None:
         assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_whole(kind: str) -> None:
+    """The fast torch way in one graph, forward and backward, weak gates taken for strong ones."""
+    torch._dynamo.reset()
+    scan, given = problem(kind, 1, 1, 2, 9, 3, 3)
+    want = results(scan, given, "torch")
+    whole = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    for got, eager in zip(results(whole, given, "torch"), want, strict=True):
+        assert relative(got, eager) < 1e-12
+
+
 @pytest.mark.parametrize(
     "gate, length, strong",
     [(0.9, 64, False), (1.8, 32, False), (3.7, 16, False), (3.8, 64, True), (1e4, 64, True)],
