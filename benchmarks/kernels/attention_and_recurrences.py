@@ -223,6 +223,11 @@ def timed(clock: Clock, quick: bool) -> dict[str, Any]:
             }
             for leaf in leaves:
                 leaf.grad = None
+        # What a kernel that mixed in the window's output itself could save at most.
+        v, local = leaves[2].detach(), torch.randn_like(leaves[2])
+        found["recurrences"][name]["mixing two branches"] = clock(
+            partial(torch.lerp, v, local, 0.5)
+        )
         q, k, v, state, g, beta = (x.detach()[:, :, :1] for x in leaves)
         state = leaves[3].detach()
         by_channel = partial(delta.step, q, k, v, g, None, state, width**-0.5)

@@ -198,9 +198,11 @@ class LigerMemory(Memory):
             read, state = self._recurrent(attention, state)
         if window is None:
             return read * (self.config.window_weight + self.config.recurrent_weight), state
-        weights = self._weights(read)
+        of_window, own = self._weights(read)
         local = _softmax(window, attention, state).to(read.dtype)
-        return weights[0] * local + weights[1] * read, state
+        if not isinstance(own, Tensor) and of_window + own == 1:
+            return torch.lerp(local, read, own), state  # one pass over the tokens instead of three
+        return of_window * local + own * read, state
 
     def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         window = self._window(layer)
