@@ -103,7 +103,12 @@ def changes_bwd_kernel(
             total = _last(sums, end, i_k, DK, GATE)
             each = _sums(sums, t, i_k, real, DK, GATE)
             key = key * _decay(total[None, :] - each)
-        change = dot(key, state, PRECISION)
+        if BK > 128:
+            # With keys on the left sm_90 multiplies by groups of four warps, whose operands and
+            # descriptors fill the registers; with a few value channels on the left it does not.
+            change = tl.trans(dot(tl.trans(state), tl.trans(key), PRECISION))
+        else:
+            change = dot(key, state, PRECISION)
         if GATE:
             state = state * _decay(total)[:, None]
         for g in range(0, group):

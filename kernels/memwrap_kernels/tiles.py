@@ -202,4 +202,6 @@ def delta_tiles(keys: int, dtype: torch.dtype, hip: bool) -> Tiles:
     values, warps = _DELTA[0 if wide <= 64 else 1 if wide == 128 else 2]
     if hip or dtype == torch.float32:
         values = 16
+    if hip and wide > 128:
+        warps = 4  # of 64 lanes each
     return Tiles(wide, values, 0, warps, 1)

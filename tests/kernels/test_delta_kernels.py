@@ -83,6 +83,7 @@ def exact(leaves: Leaves) -> Leaves:
         ((1, 2, 1, 70, 6, 5), False, True, torch.float32),
         ((1, 3, 1, 21, 5, 7), True, True, torch.bfloat16),
         ((1, 1, 1, 1, 1, 1), True, False, torch.float32),
+        ((1, 2, 1, 70, 130, 5), True, False, torch.float32),  # wide keys
     ],
 )
 def test_numbers(sizes: tuple[int, ...], gated: bool, l2norm: bool, dtype: torch.dtype) -> None:
