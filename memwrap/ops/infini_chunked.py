@@ -124,10 +124,9 @@ class _Scratch:
         return torch.mul(a, b, out=self.take("terms", *a.shape)).sum(dim, keepdim=True)
 
     def inverse(self, features: Tensor, z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """1 / denominator (0 for an empty memory), and where its gradient is not clamped."""
-        denominator = self.sums(features, z.unsqueeze(-2), -1)
-        inverse = denominator.clamp_min(eps).reciprocal_().masked_fill_(denominator == 0, 0.0)
-        return inverse, denominator >= eps
+        """The denominators `(B, Hkv, T, 1)`, and 1 over them (0 for an empty memory)."""
+        below = self.sums(features, z.unsqueeze(-2), -1)
+        return below, below.clamp_min(eps).reciprocal_().masked_fill_(below == 0, 0.0)
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
@@ -167,12 +166,12 @@ def _forward(
             own_out.zero_()
         else:
             features = work.phi(own_q)
-            inverse, _ = work.inverse(features, z, eps)
+            _, inverse = work.inverse(features, z, eps)
             found, place = work.product("found", features, M), _grouped(own_out, heads)
             torch.mul(found.view(place.shape), inverse.view(*place.shape[:4], 1), out=place)
         features, own_v = work.phi(own_k), own_v.to(M.dtype)
         if delta and not empty:
-            inverse, _ = work.inverse(features, z, eps)
+            _, inverse = work.inverse(features, z, eps)
             own_v = own_v - work.product("found", features, M).mul_(inverse)
         M, z, empty = _add_product(M, features, own_v), z + features.sum(-2), False
     return out, (M if parts[0] else M.clone()), (z if parts[0] else z.clone())
@@ -226,9 +225,9 @@ def _write_backward(
         d_features = work.product("d_features", v, E.mT).add_(e.unsqueeze(-2))
         torch.mul(d_features, features.clamp_max_(1), out=dk)
         return E, e
-    inverse, free = work.inverse(features, z, eps)
+    below, inverse = work.inverse(features, z, eps)
     found = work.product("found", features, M).mul_(inverse)
-    share = work.sums(change, found, -1).mul_(inverse).mul_(free)
+    share = work.sums(change, found, -1).mul_(inverse).mul_(below >= eps)
     d_found = change.mul_(inverse.neg_())
     d_features = work.product("d_features", torch.sub(v, found, out=found), E.mT)
     d_features += work.product("found", d_found, M.mT)
@@ -246,12 +245,12 @@ def _read_backward(
     E and e."""
     heads = M.shape[1]
     features, d_out = work.phi(q), _grouped(d_out, heads)
-    inverse, free = work.inverse(features, z, eps)
+    below, inverse = work.inverse(features, z, eps)
     d_found = work.take("d_found", *d_out.shape)
     torch.mul(d_out, inverse.view(*d_out.shape[:4], 1), out=d_found)
     d_found = d_found.flatten(2, 3)
     d_features = work.product("d_features", d_found, M.mT)
-    share = work.sums(features, d_features, -1).mul_(inverse).mul_(free).neg_()
+    share = work.sums(features, d_features, -1).mul_(inverse).mul_(below >= eps).neg_()
     E, e = _add_product(E, features, d_found), e + work.sums(features, share, -2).squeeze(-2)
     d_features.addcmul_(share, z.unsqueeze(-2))
     place = _grouped(dq, heads)
