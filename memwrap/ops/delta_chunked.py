@@ -16,7 +16,6 @@ from torch import Tensor
 from memwrap.ops import accumulation_dtype
 from memwrap.ops.gla_chunked import (
     LOG2_E,
-    between,
     chunk_size,
     chunked,
     grouped,
@@ -32,6 +31,13 @@ def unit(x: Tensor) -> Tensor:
     """`x / sqrt(sum(x^2) + 1e-6)` over the last dimension, in x's dtype."""
     wide = x.to(accumulation_dtype(x))
     return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
+
+
+def between(g: Tensor) -> Tensor:
+    """`(..., C)` -> `(..., C, C)`: what a gate sums to from behind token i up to token t (0 where
+    i >= t). Summed, not subtracted: a strong gate before i leaves no rounding error behind."""
+    size = g.shape[-1]
+    return g[..., None].expand(*g.shape, size).tril(-1).cumsum(-2)
 
 
 def scan_chunked(
@@ -88,8 +94,9 @@ def _block(
         same.tril(-1), torch.diag_embed(strength), upper=False, unitriangular=True
     )
     before, change, state = _changes(first_keys, last_keys, values, inverse, decay, state)
-    out = queries.flatten(-3, -2) @ before + scores.flatten(-3, -2) @ change
-    return ungrouped(out.unflatten(-2, queries.shape[-3:-1]), tokens, v.dtype), state
+    own = (scores.flatten(-3, -2) @ change).flatten(0, 2)
+    out = torch.baddbmm(own, queries.flatten(-3, -2).flatten(0, 2), before.flatten(0, 2))
+    return ungrouped(out.view(*queries.shape[:-1], -1), tokens, v.dtype), state
 
 
 def _changes(

@@ -116,76 +116,66 @@ def _block(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, state: Tensor, *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    gates = gv if g is None else g
-    if gates is not None and gates.dim() == 4:
-        return _by_channel(q, k, v, gates, gv is None, state, scale)
+    """`g` gates channels of keys, `(B, Hkv, T, Dk)`, or whole heads, `gv` channels of values."""
     tokens, dtype = q.shape[2], state.dtype
-    size = chunk_size(tokens)
+    size, logs, strong = chunk_size(tokens), None, False
+    if g is not None or gv is not None:
+        gates = gv if g is None else g if g.dim() == 4 else g[..., None]
+        gates = gates.to(dtype) * LOG2_E  # type: ignore[union-attr]
+        size, strong = _length(chunked(gates, size, dtype))
+        logs = chunked(gates, size, dtype)
     queries = grouped(q, k.shape[1], size, scale, dtype)
     keys, values = chunked(k, size, dtype), chunked(v, size, dtype)
-    after: Tensor | None = None  # what a read of the chunk's first state is multiplied with
-    decay: Tensor | None = None  # what the state is multiplied with over a chunk
-    if gates is None:
-        out = _at_once(queries, keys, values, None)
+    if logs is None:
+        before, state = carried(state, None, keys.mT @ values)
+        out = _read(queries, keys, values, before)
     else:
-        logs = chunked(gates, size, dtype) * LOG2_E
-        pairs = between(logs).exp2()
-        out = _at_once(queries, keys, values, pairs.tril())
-        after = logs.cumsum(-1).exp2()[..., None, None]
-        keys = keys * pairs[..., -1, :, None]
-        decay = after[..., -1, :, :]
-    before, state = carried(state, decay, keys.transpose(-1, -2) @ values)
-    read = (queries.flatten(-3, -2) @ before).view_as(out)
-    out = out + read if after is None else torch.addcmul(out, read, after)
+        function = _halved if strong else _scaled
+        out, state = function(queries, keys, values, logs, gv is None, state)
     return ungrouped(out, tokens, v.dtype), state
 
 
-def between(g: Tensor) -> Tensor:
-    """`(..., C)` -> `(..., C, C)`: what a gate sums to from behind token i up to token t (0 where
-    i >= t). Summed, not subtracted: a strong gate before i leaves no rounding error behind."""
-    size = g.shape[-1]
-    return g[..., None].expand(*g.shape, size).tril(-1).cumsum(-2)
+def _read(q: Tensor, k: Tensor, v: Tensor, before: Tensor) -> Tensor:
+    """What tokens read of their own chunk and of the state before it, both without decay."""
+    rows, size = q.flatten(-3, -2), k.shape[-2]
+    seen = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
+    scores = (rows @ k.mT).unflatten(-2, q.shape[-3:-1]) * seen[:, None]
+    own = (scores.flatten(-3, -2) @ v).flatten(0, 2)
+    out = torch.baddbmm(own, rows.flatten(0, 2), before.flatten(0, 2))
+    return out.view(*q.shape[:-1], v.shape[-1])
 
 
-def _at_once(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
-    """What the tokens of a chunk read of the same chunk; `decay` `(..., C, C)` of pairs."""
-    scores = (q.flatten(-3, -2) @ k.transpose(-1, -2)).unflatten(-2, q.shape[-3:-1])
-    if decay is None:
-        size = k.shape[-2]
-        decay = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
-    scores = scores * decay[..., None, :]
-    return (scores.flatten(-3, -2) @ v).unflatten(-2, q.shape[-3:-1])
-
-
-def _by_channel(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, of_keys: bool, state: Tensor, scale: float
+def _scaled(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, of_keys: bool, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`_block` with a gate for each channel, of the keys or of the values."""
-    tokens, dtype = q.shape[2], state.dtype
-    g = g.to(dtype) * LOG2_E
-    size, strong = _length(chunked(g, chunk_size(tokens), dtype))
-    logs = chunked(g, size, dtype)
-    queries = grouped(q, k.shape[1], size, scale, dtype)
-    keys, values = chunked(k, size, dtype), chunked(v, size, dtype)
-    if strong:
-        out, prefix, suffix = _by_halves(queries, keys, values, logs, of_keys)
-        after, rest = prefix.exp2(), suffix.exp2()
-    else:  # what is left of a token is told from the first one on: above 1, times decay below
-        prefix = logs.cumsum(-2)
-        after, rest = prefix.exp2(), prefix.neg().exp2()
+    """Gates in range: everything is told from a chunk's first token on. Rows of a state, or its
+    columns, then do not decay inside the chunk, but all at once behind it."""
+    prefix = g.cumsum(-2)
+    after, rest = prefix.exp2(), prefix.neg().exp2()
     if of_keys:
-        queries, keys = queries * after[..., None, :], keys * rest
+        q, k = q * after[..., None, :], k * rest
+        decay = after[..., -1, :, None]
     else:
-        values = values * rest
-    if not strong:
-        out = _at_once(queries, keys, values, None)
-        out = out if of_keys else out * after[..., None, :]
-    decay = after[..., -1, :, None] if of_keys else after[..., -1:, :]
-    written = keys.transpose(-1, -2) @ values
-    before, state = carried(state, decay, written if strong else written * decay)
-    read = (queries.flatten(-3, -2) @ before).view_as(out)
-    out = out + read if of_keys else torch.addcmul(out, read, after[..., None, :])
-    return ungrouped(out, tokens, v.dtype), state
+        v = v * rest
+        decay = after[..., -1:, :]
+    before, state = carried(state, decay, (k.mT @ v) * decay)
+    out = _read(q, k, v, before)
+    return (out if of_keys else out * after[..., None, :]), state
+
+
+def _halved(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, of_keys: bool, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gates of any strength."""
+    out, prefix, suffix = _by_halves(q, k, v, g, of_keys)
+    after, rest = prefix.exp2(), suffix.exp2()
+    k, v = (k * rest, v) if of_keys else (k, v * rest)
+    before, state = carried(
+        state, after[..., -1, :, None] if of_keys else after[..., -1:, :], k.mT @ v
+    )
+    q = q * after[..., None, :] if of_keys else q
+    read = (q.flatten(-3, -2) @ before).view_as(out)
+    return out + (read if of_keys else read * after[..., None, :]), state
 
 
 def _length(logs: Tensor) -> tuple[int, bool]:
