@@ -99,7 +99,29 @@ def against_peer(heads: int, own: int, width: int, update: str) -> dict[str, Any
         ratios = [a / b for a, b in zip(times["peer"], times["memwrap"], strict=True)]
         milliseconds = {n: 1e3 * statistics.median(t) for n, t in times.items()}
         result[name] = {"milliseconds": milliseconds, "peer_over_memwrap": spread(ratios)}
+    result["products_alone"] = products_alone(heads, own, width, update)
     return result
+
+
+def products_alone(heads: int, own: int, width: int, update: str) -> float:
+    """Milliseconds of the matrix products that reading 4,096 tokens needs, the least of several:
+    every segment is read and written, for the delta rule read by its keys too; the first, with an
+    empty memory, is written only."""
+    q, k = torch.randn(own, heads // own * SEGMENT, width), torch.randn(own, SEGMENT, width)
+    M, segments = torch.randn(own, width, width), 4_096 // SEGMENT
+    out, kept, written = torch.empty_like(q), torch.empty_like(k), torch.empty_like(M)
+
+    def least(function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(30):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return 1e3 * min(times)
+
+    read = least(lambda: torch.bmm(q, M, out=out))
+    read += least(lambda: torch.bmm(k, M, out=kept)) if update == "delta" else 0.0
+    return (segments - 1) * read + segments * least(lambda: torch.bmm(k.mT, k, out=written))
 
 
 def against_naive(update: str) -> dict[str, float]:
