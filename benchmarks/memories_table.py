@@ -13,7 +13,7 @@ from pages import DOCS, HERE, load, put
 
 from memwrap.evaluation.comparison import BASE, read_results
 from memwrap.evaluation.comparison_tables import load_curves, page, recall_table, tokens_of
-from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED
+from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED, WINDOW
 from memwrap.evaluation.perplexity import PerplexityResult
 from memwrap.evaluation.plots import plot_comparison
 from memwrap.evaluation.report import markdown
@@ -48,10 +48,24 @@ def own_page(name: str, result: dict[str, Any], curves: PerplexityResult) -> str
         f"memories side by side: [comparison](../comparison.md)).{note}\n\n"
         f"Nats per token by segment on {curves.documents} held-out documents of "
         f"{tokens_of(curves):,} tokens, after {result['steps']['documents']} steps with "
-        f"{settings[0]}:\n\n{curves.table()}\n\n"
+        f"{settings[0]}:\n\n{curves.table()}\n\n{beside_window(curves)}"
         f"Associative recall by distance, after {result['steps']['recall']} steps with "
         f"{settings[1]}:\n\n{tasks}"
     )
+
+
+def beside_window(curves: PerplexityResult) -> str:
+    """Whether it was worth more than the trivial bounded memory."""
+    found = curves.curves.get(WINDOW)
+    if found is None:
+        return ""
+    gain, error = found.gain, found.gain_error
+    size = f"{abs(gain):.3f} ± {error:.3f} nats a token"
+    if abs(gain) <= 2 * error:
+        return f"No different here from the untrained base with a window and sinks ({size}).\n\n"
+    if gain > 0:
+        return f"Better here than the untrained base with a window and sinks, by {size}.\n\n"
+    return f"**Does not beat** the untrained base with a window and sinks here: {size} worse.\n\n"
 
 
 def reach(accuracy: dict[int, float]) -> int:

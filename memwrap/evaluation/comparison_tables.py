@@ -160,18 +160,20 @@ def advice(results: Results) -> str:
     curves = load_curves(results)
     any_result = next(iter(curves.values()))
     baseline = any_result.curves[WINDOW].overall
-    helped = [
-        n
-        for n, r in curves.items()
-        if all(r.curves[c].gain > 2 * r.curves[c].gain_error for c in (OFF, SHUFFLED))
-    ]
+
+    def is_worse(name: str, *controls: str) -> bool:
+        """Every one of the controls, by more than two standard errors."""
+        found = [curves[name].curves[c] for c in controls]
+        return all(c.gain > 2 * c.gain_error for c in found)
+
+    helped = [n for n in curves if is_worse(n, OFF, SHUFFLED)]
     order = sorted(curves, key=lambda n: curves[n].curves[MEMORY].overall)
-    better = [n for n in order if curves[n].curves[MEMORY].overall < baseline]
+    better = [n for n in order if is_worse(n, WINDOW)]
     lines = [
         f"- **The next token of a long document** (perplexity): lowest with "
         f"{_names(f'{n} ({curves[n].curves[MEMORY].overall:.3f})' for n in order[:3])}; the "
-        f"untrained base with window and sinks has {baseline:.3f} and is beaten by "
-        f"{_names(better)}.",
+        f"untrained base with window and sinks has {baseline:.3f} and is beaten, by "
+        f"more than two standard errors, by {_names(better)}.",
         f"- **What was read helped**, by more than two standard errors against both controls: "
         f"{_names(helped)}.",
     ]
