@@ -172,7 +172,9 @@ def _forward(
         features, own_v = work.phi(own_k), own_v.to(M.dtype)
         if delta and not empty:
             _, inverse = work.inverse(features, z, eps)
-            own_v = own_v - work.product("found", features, M).mul_(inverse)
+            found = work.product("found", features, M)
+            changes = work.take("changes", *found.shape)
+            own_v = torch.addcmul(own_v, found, inverse, value=-1, out=changes)
         M, z, empty = _add_product(M, features, own_v), z + features.sum(-2), False
     return out, (M if parts[0] else M.clone()), (z if parts[0] else z.clone())
 
