@@ -1,11 +1,11 @@
 """Gated linear attention in fast torch; formulas in `memwrap.ops.gla`.
 
 Tokens are cut into chunks. Between chunks only the state travels; inside a chunk all pairs of
-tokens are done by matrix products. With a gate a channel the decay between two tokens is split
-into a factor of the query and one of the key, each from the chunk's first token on, and chunks are
-made so short that both stay in range. Where even the shortest are too long, a chunk is halved again
-and again, and the pairs of a later half with an earlier one meet at the seam: no factor is above 1
-then, however strong the gates are.
+tokens are done by matrix products. The decay between two tokens is split into a factor of the query
+and one of the key, each from the chunk's first token on, and chunks are made so short that both
+stay in range. Where even the shortest are too long, a chunk is halved again and again, and the
+pairs of a later half with an earlier one meet at the seam: no factor is above 1 then, however
+strong the gates are.
 """
 
 from __future__ import annotations
