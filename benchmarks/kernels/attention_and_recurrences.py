@@ -37,6 +37,8 @@ RECURRENCES = {  # B, H, T, D: the shapes of flash-linear-attention's own benchm
     "batch 8, 8 heads, head dim 64, 1024 tokens": (8, 8, 1_024, 64),
 }
 RULES = ("no gate", "a gate a head", "a gate a channel", "delta", "gated delta")
+HEAD_GATED = ("a gate a head", "gated delta")
+UNGATED = ("no gate", "delta")
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -75,9 +77,9 @@ def token_by_token(rule: str) -> Run:
     ) -> tuple[Tensor, Tensor]:
         rows, group = [], q.shape[1] // k.shape[1]
         for t in range(q.shape[2]):
-            if rule in ("a gate a head", "gated delta"):
-                state = state * g[:, :, t, :1, None].exp()
-            elif rule == "a gate a channel":
+            if rule in HEAD_GATED:
+                state = state * g[:, :, t, None, None].exp()
+            elif rule not in UNGATED:
                 state = state * g[:, :, t, :, None].exp()
             change = v[:, :, t]
             if "delta" in rule:
@@ -95,11 +97,10 @@ def by_kernel(rule: str) -> Run:
     def run(
         q: Tensor, k: Tensor, v: Tensor, state: Tensor, g: Tensor, beta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        scale = q.shape[-1] ** -0.5
-        gates = {"a gate a channel": g, "a gate a head": g[..., 0], "gated delta": g[..., 0]}
+        scale, gates = q.shape[-1] ** -0.5, None if rule in UNGATED else g
         if "delta" in rule:
-            return delta.scan(q, k, v, beta, gates.get(rule), state, scale)
-        return gla.scan(q, k, v, gates.get(rule), state, scale)
+            return delta.scan(q, k, v, beta, gates, state, scale)
+        return gla.scan(q, k, v, gates, state, scale)
 
     return run
 
@@ -115,11 +116,11 @@ def by_torch(rule: str) -> Run | None:
     def run(
         q: Tensor, k: Tensor, v: Tensor, state: Tensor, g: Tensor, beta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        gates = {"a gate a channel": g, "a gate a head": g[..., 0], "gated delta": g[..., 0]}
+        gates = None if rule in UNGATED else g
         with backend("torch"):
             if "delta" in rule:
-                return ops.scan(q, k, v, beta, gates.get(rule), state)
-            return ops.scan(q, k, v, gates.get(rule), state)
+                return ops.scan(q, k, v, beta, gates, state)
+            return ops.scan(q, k, v, gates, state)
 
     return run
 
@@ -140,28 +141,29 @@ def by_fla(rule: str) -> Run | None:
         if rule == "delta":
             return found.chunk_delta_rule(q, k, v, beta, **given)
         if rule == "gated delta":
-            return found.chunk_gated_delta_rule(q, k, v, g[..., 0].contiguous(), beta, **given)
+            return found.chunk_gated_delta_rule(q, k, v, g, beta, **given)
         if rule == "a gate a channel":
             return found.chunk_gla(q, k, v, g, **given)
-        gate = g[..., 0].contiguous() if rule == "a gate a head" else None
-        return found.chunk_simple_gla(q, k, v, gate, **given)
+        return found.chunk_simple_gla(q, k, v, None if rule in UNGATED else g, **given)
 
     return run
 
 
 def inputs(
-    batch: int, heads: int, own: int, tokens: int, keys: int, values: int, dtype: torch.dtype
-) -> list[Tensor]:
-    """q, unit keys, v, states, gates and betas."""
+    rule: str, batch: int, heads: int, own: int, tokens: int, keys: int, values: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """q, unit keys, v, states, gates (one a head or one a channel) and betas."""
     kept = torch.promote_types(dtype, torch.float32)
-    key = draw(batch, own, tokens, keys, dtype=torch.float32)
+    rows = (batch, own, tokens)
+    key = draw(*rows, keys, dtype=torch.float32)
     return [
         draw(batch, heads, tokens, keys, dtype=dtype),
         (key / key.norm(dim=-1, keepdim=True)).to(dtype),
-        draw(batch, own, tokens, values, dtype=dtype),
+        draw(*rows, values, dtype=dtype),
         draw(batch, own, keys, values, dtype=kept),
-        -draw(batch, own, tokens, keys, dtype=kept).abs() * 0.1,
-        torch.rand(batch, own, tokens, device="cuda", dtype=kept),
+        -draw(*rows, *(() if rule in HEAD_GATED else (keys,)), dtype=kept).abs() * 0.1,
+        torch.rand(*rows, device="cuda", dtype=kept),
     ]
 
 
@@ -181,7 +183,7 @@ def checked(check: Check, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
             )  # fmt: skip
         for rule in RULES:
             for keys, values in ((64, 64), (128, 128), (80, 96), (256, 128)):
-                own = inputs(2, 4, 2, 333, keys, values, dtype)
+                own = inputs(rule, 2, 4, 2, 333, keys, values, dtype)
                 name = f"{rule} {dtype} {keys} and {values}"
                 found[name] = check(by_kernel(rule), token_by_token(rule), own, dtype)
     return found
@@ -228,15 +230,14 @@ def timed(clock: Clock, quick: bool) -> dict[str, Any]:
         }
     rows = list(RECURRENCES.items())
     for name, (batch, heads, tokens, width) in rows[:1] if quick else rows:
-        leaves = as_in_models(inputs(batch, heads, heads, tokens, width, width, torch.bfloat16))
         found["recurrences"][name] = {}
         for rule in RULES:
+            given = inputs(rule, batch, heads, heads, tokens, width, width, torch.bfloat16)
+            leaves = as_in_models(given)
             versions = {"triton": by_kernel(rule), "torch": by_torch(rule), "fla": by_fla(rule)}
             found["recurrences"][name][rule] = {
                 label: both(run, leaves, clock) for label, run in versions.items() if run
             }
-            for leaf in leaves:
-                leaf.grad = None
         # What a kernel that mixed in the window's output itself could save at most.
         v, local = leaves[2].detach(), torch.randn_like(leaves[2])
         found["recurrences"][name]["mixing two branches"] = clock(
@@ -244,8 +245,9 @@ def timed(clock: Clock, quick: bool) -> dict[str, Any]:
         )
         q, k, v, state, g, beta = (x.detach()[:, :, :1] for x in leaves)
         state = leaves[3].detach()
-        by_channel = partial(delta.step, q, k, v, g, None, state, width**-0.5)
-        by_delta = partial(delta.step, q, k, v, g[..., 0], beta, state, width**-0.5)
+        by_delta = partial(delta.step, q, k, v, g, beta, state, width**-0.5)
+        wide = g[..., None].expand_as(k).contiguous()
+        by_channel = partial(delta.step, q, k, v, wide, None, state, width**-0.5)
         found["recurrences"][name]["one step"] = {
             "a gate a channel": clock(by_channel), "gated delta": clock(by_delta),
         }  # fmt: skip

@@ -69,7 +69,7 @@ def scan(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:
         q, k, v, beta, g = masked_tokens(mask, q, k, v, beta, g)
-    chosen = _implementation(q, k, v, beta, g, state)
+    chosen = _implementation(q, k, v, beta, state)
     if chosen == "triton":
         return _scan_triton(q, k, v, beta, g, state, scale, l2norm, cu_seqlens)
     scans: dict[str, Callable[..., Any]] = {"naive": _scan_naive, "torch": scan_chunked}
@@ -79,14 +79,12 @@ def scan(
     return by_sequence(function, cu_seqlens, (q, k, v, beta, g), state, scale)
 
 
-def _implementation(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor
-) -> str:
+def _implementation(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> str:
     reason = unsupported_dtypes(state, q, k, v)
-    if beta.dim() == 4:
-        reason = "a beta for each value channel"
-    if k.shape[-1] > 256:
-        reason = f"keys of {k.shape[-1]} channels; they go up to 256"
+    if not reason and current_backend(q) == "triton":
+        from memwrap_kernels import delta as kernels
+
+        reason = kernels.unsupported(q, k, v, beta)
     return current_backend(q, reason)
 
 

@@ -45,6 +45,15 @@ def test_delta_rule() -> None:
         delta.scan(q, k, v, torch.rand(1, 1, 7, 16))
 
 
+def test_delta_rule_where_the_kernels_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op asks the kernels themselves, and says that torch can do it."""
+    wide, beta = torch.randn(1, 1, 2, 256), torch.rand(1, 1, 2)
+    monkeypatch.setattr("memwrap_kernels.delta.is_hip", lambda: True)
+    with backend("triton"), pytest.raises(ValueError, match=r"go up to 128\. Use 'torch'\."):
+        delta.scan(wide, wide, wide, beta)
+    assert bool(delta.scan(wide, wide, wide, beta, l2norm=True)[0].isfinite().all())
+
+
 def test_landmark_attention() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, 9, 16) for h in (2, 1, 1))
