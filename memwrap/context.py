@@ -9,8 +9,10 @@ from torch import Tensor
 
 from memwrap.backbones import LayerAttention, Places
 from memwrap.backbones.attention import SeenAttention, cached_attention
+from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.memories.base import Memory
+from memwrap.state import BACKBONE
 from memwrap.trees import Tree, where_rows
 
 
@@ -44,6 +46,7 @@ class LayerContext:
         noted: layer states after reading; written: layer states after closing.
         hidden: the attention's inputs at all K columns, for memories that need them.
         losses: auxiliary losses `(B,)`.
+        recurrence: the states of the backbone's own recurrent layers, if it has any.
     """
 
     layered: dict[str, Memory]
@@ -60,6 +63,7 @@ class LayerContext:
     written: dict[str, Tree] = field(default_factory=dict)
     hidden: Tree = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
+    recurrence: Recurrence | None = None
     _shared: dict = field(default_factory=dict)
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
@@ -116,6 +120,8 @@ class LayerContext:
                 closed = _with_layers(new, self.written[name])
                 new = closed if bool(closes.all()) else where_rows(closes, closed, new)
             result[name] = new
+        if self.recurrence is not None:
+            result[BACKBONE] = {**self.states[BACKBONE], **self.recurrence.after}
         return result
 
     def _state(self, name: str, layer: int) -> Tree | None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 import memwrap
 from memwrap import ops
 from memwrap.assets import asset
+from memwrap.backbones.masks import ATTENDING
 
 _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "triton", "datasets",
@@ -24,7 +25,10 @@ _SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "word_embed_proj_dim": 64,
     "hidden_size_per_layer_input": 8, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "num_experts_per_token": 2, "n_group": 1,
+    "topk_group": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
 _VOCABULARY = 256
 
@@ -99,7 +103,8 @@ def try_model(name: str) -> tuple[str, list[Trial]]:
 
 
 def small_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A random model of the config's architecture with two layers, narrow if it can be.
+    """A random model of the config's architecture with two layers (and one of every kind that
+    does not attend), narrow if it can be.
 
     Raises:
         ValueError: if none can be built; says what the architecture complained of.
@@ -119,12 +124,14 @@ def small_model(config: PreTrainedConfig) -> PreTrainedModel:
 def _reduced(config: PreTrainedConfig, widths: dict[str, Any]) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
-    layers = min(2, text.num_hidden_layers)
-    kinds = getattr(text, "layer_types", None)
+    before, kinds = text.num_hidden_layers, getattr(text, "layer_types", None)
+    layers = min(2, before)
     if kinds and not isinstance(getattr(type(text), "layer_types", None), property):
-        # Keep one of each kind: the first and the last that differs.
-        other = next((k for k in kinds if k != kinds[0]), kinds[0])
-        text.layer_types = [kinds[0], other][:layers]
+        text.layer_types = _one_of_each(kinds)
+        layers = len(text.layer_types)
+    for key, value in list(vars(text).items()):  # what else is said of every layer
+        if key != "layer_types" and isinstance(value, list) and len(value) == before:
+            setattr(text, key, value[-layers:])
     text.num_hidden_layers = layers
     for key, value in {**widths, "vocab_size": _VOCABULARY}.items():
         if getattr(text, key, None) is not None:
@@ -134,6 +141,15 @@ def _reduced(config: PreTrainedConfig, widths: dict[str, Any]) -> PreTrainedConf
             if getattr(owner, key, None) is not None:
                 setattr(owner, key, 0)
     return config
+
+
+def _one_of_each(kinds: list[str]) -> list[str]:
+    """Layers of every kind among `kinds`, two that attend first: tiny memories name these."""
+    attending = [kind for kind in kinds if kind in ATTENDING]
+    others = [kind for kind in kinds if kind not in ATTENDING]
+    second = next((kind for kind in attending if kind != attending[0]), None)
+    first = [attending[0], second or attending[0]] if attending else []
+    return (first + list(dict.fromkeys(others)))[: len(kinds)]
 
 
 def _try(name: str, config: PreTrainedConfig, memory: str) -> Trial:

@@ -18,7 +18,7 @@ from memwrap.memories.base import MemoryConfig
 from memwrap.mixing import IGNORED, Head, Teacher, Wanted
 from memwrap.planning import Step, block_ends, plan, plan_columns
 from memwrap.segments import Outcome, SegmentReader
-from memwrap.state import MemoryState
+from memwrap.state import BACKBONE, MemoryState
 from memwrap.trees import Tree, tree_map
 
 
@@ -222,6 +222,7 @@ class Loop:
         pieces: list[tuple[Tensor, Tensor]] = []
         loss_sum: Tensor | None = None
         new, named = state.clone(), 0
+        apart: dict[str, Tree] = {}
         for index, step in enumerate(progress(steps)):
             if index and torch.is_grad_enabled() and self.config.detach_before(index):
                 states = {name: tree_map(Tensor.detach, tree) for name, tree in states.items()}
@@ -234,7 +235,7 @@ class Loop:
             if control != "off" or keep_open:  # an empty memory needs no state to go on with
                 result, states, local = self._step(inputs, step, states, local, keep, want)
             if control is not None:
-                result = self._controlled(inputs, step, before, control, want)
+                result, apart = self._controlled(inputs, step, before | apart, control, want)
             if wanted is not None:
                 named += self._named(step, wanted)
                 loss_sum = result if loss_sum is None else loss_sum + result
@@ -331,17 +332,20 @@ class Loop:
         states: dict[str, Tree],
         control: str | MemoryState,
         want: Wanted,
-    ) -> Tensor:
-        """The step once more, reading other memories and writing none."""
+    ) -> tuple[Tensor, dict[str, Tree]]:
+        """The step once more, reading other memories and writing none; what the backbone itself
+        remembers is its own, without a memory ("off") what it then remembers."""
+        rows = step.columns.shape[0]
         if isinstance(control, MemoryState):
             read = control.memories
-        elif control == "off":
-            rows = step.columns.shape[0]
-            read = {n: m.init_state(rows, inputs.device) for n, m in self.reader.memories.items()}
-        else:
+        elif control == "shuffled":
             read = {n: tree_map(lambda t: t.roll(-1, 0), tree) for n, tree in states.items()}
+        else:
+            read = {n: m.init_state(rows, inputs.device) for n, m in self.reader.memories.items()}
+        own = {BACKBONE: states[BACKBONE]} if BACKBONE in states else {}
         nothing = Local({}, step.columns[:, :0], step.columns[:, :0] >= 0)
-        return self._step(inputs, step, read, nothing, False, want)[0]
+        result, after, _ = self._step(inputs, step, read | own, nothing, False, want)
+        return result, {n: after[n] for n in own if control == "off"}
 
     def _embeds(self, inputs: Inputs, step: Step) -> Tensor:
         source = inputs.ids if inputs.ids is not None else inputs.embeds

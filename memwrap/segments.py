@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from memwrap.backbones import Backbone, Places
-from memwrap.backbones.attention import attention_modules
+from memwrap.backbones.masks import layers_without_attention
+from memwrap.backbones.recurrence import Recurrence
 from memwrap.context import LayerContext, Local
 from memwrap.memories.base import Memory, SegmentTokens
 from memwrap.planning import Inserted, Step, insert, inserted_before
-from memwrap.state import cache_of, tree_of
+from memwrap.state import BACKBONE, cache_of, tree_of
 from memwrap.trees import Tree, tree_map, where_rows
 
 
@@ -170,11 +171,13 @@ class SegmentReader:
         visible, counted = visible.cpu(), counted.cpu()
         places = (counted.long().cumsum(1) - 1).clamp(min=0)
         plain = bool(visible.all()) and bool(counted.all())
+        recurrence = Recurrence({}, visible) if self.backbone.recurrent else None
         return self.backbone.run(
             embeds,
             places,
             key_positions=None if plain else places,
             key_valid=None if plain else visible,
+            recurrence=recurrence,
         )
 
     def _hidden(
@@ -205,6 +208,7 @@ class SegmentReader:
             position_ids=layout.position_ids,
             cache=cache,
             context=context if self.layers or self.attending else None,
+            recurrence=context.recurrence,
         )
         self._check_met(context)
         return hidden
@@ -212,6 +216,7 @@ class SegmentReader:
     def _context(
         self, step: Step, states: dict[str, Tree], local: Local, places: Places
     ) -> LayerContext:
+        recurrent, own = self.backbone.recurrent, places.query_valid
         return LayerContext(
             layered=self.layers,
             attending=self.attending,
@@ -221,23 +226,25 @@ class SegmentReader:
             places=places,
             local=local,
             rotary=self.backbone.rotary,
+            recurrence=Recurrence(states[BACKBONE], own) if recurrent else None,
         )
 
     def _close_cached(self, context: LayerContext) -> None:
         if self.attending and context.closing and not context.local.empty:
-            for layer, module in enumerate(attention_modules(self.backbone.layers)):
+            for layer, module in self.backbone.attention_modules.items():
                 context.close_attention(layer, module)
 
     def _check_met(self, context: LayerContext) -> None:
         """Every layer must have met its memories: a model that drops keywords is refused."""
         name = type(self.backbone.model).__name__
         count = len(self.backbone.layers) if self.layers or self.attending else 0
+        with_attention = count - len(layers_without_attention(self.backbone.config))
         if self.layers and len(context.seen) != count:
             raise ValueError(
                 f"{name} does not hand keyword arguments down to its decoder layers, which "
                 "layer-level memories need; use a token-level one (rmt)."
             )
-        if self.attending and len(context.attended) != count:
+        if self.attending and len(context.attended) != with_attention:
             raise ValueError(
                 f"{name}'s attention no longer meets the memory: its attention implementation "
                 f"was changed to {self.backbone.config._attn_implementation!r} after wrapping. "

@@ -18,6 +18,7 @@ from memwrap.files import replacing
 from memwrap.trees import STORE, Tree, aligned, alike, tree_build, tree_leaves, tree_map, tree_to
 
 FORMAT, VERSION = "memwrap-state", 1
+BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers of its own remember
 _HASH_BASE = 6364136223846793005
 _COUNTERS = ("fill", "segments", "tokens_seen")
 
@@ -30,7 +31,8 @@ class MemoryState(Cache):
     two states never see each other.
 
     Attributes:
-        memories: a tree of tensors for each memory, batch first.
+        memories: a tree of tensors for each memory, batch first; with the name "backbone" also
+            for what the backbone's own recurrent layers remember, where it has any.
         fill: `(B,)` tokens in each row's open segment.
         segments: `(B,)` segments closed.
         tokens_seen: `(B,)` tokens read, padding not counted.
@@ -309,8 +311,8 @@ def tree_of(cache: DynamicCache) -> Tree:
     """The inverse of `cache_of`."""
     layers: list[Any] = cache.layers
     return {
-        "keys": {str(i): layer.keys for i, layer in enumerate(layers)},
-        "values": {str(i): layer.values for i, layer in enumerate(layers)},
+        "keys": {str(i): layer.keys for i, layer in enumerate(layers) if layer.is_initialized},
+        "values": {str(i): layer.values for i, layer in enumerate(layers) if layer.is_initialized},
     }
 
 

@@ -19,6 +19,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -27,7 +28,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -40,6 +43,15 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 _MIXED = ["sliding_attention", "full_attention"]
+# Tiny memories that name their layers name the first two.
+_RECURRENT = {
+    "num_hidden_layers": 3, "head_dim": 8, "tie_word_embeddings": False,
+    "layer_types": ["full_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+_DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
 
 
 def _with(config: type[PreTrainedConfig], **own: Any) -> Callable[[], PreTrainedConfig]:
@@ -96,6 +108,16 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
     "opt": _opt,
+    # With recurrent layers of their own.
+    "qwen3_next": _with(
+        Qwen3NextConfig, **_RECURRENT, **_DELTA, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    ),
+    "qwen3_5": _with(Qwen3_5TextConfig, **_RECURRENT, **_DELTA),
+    "lfm2": _with(
+        Lfm2Config, **{**_RECURRENT, "layer_types": ["full_attention", "full_attention", "conv"]},
+        conv_L_cache=3, block_auto_adjust_ff_dim=False,
+    ),
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
 

@@ -43,7 +43,7 @@ class OneLayer:
         )  # fmt: skip
         sizes = Sizes(
             hidden_size=1, embedding_size=1, num_layers=1, embedding_std=1.0, dtype=dtype,
-            backbone_dtype=dtype, attention=[AttentionSizes(heads, kv_heads, width, width)],
+            backbone_dtype=dtype, attention={0: AttentionSizes(heads, kv_heads, width, width)},
         )  # fmt: skip
         self.memory = memory_class(config.name)(config, sizes)
         self.state = self.memory.init_state(rows, torch.device("cpu"))["layers"]["0"]

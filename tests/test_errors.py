@@ -140,7 +140,7 @@ def no_models() -> dict[str, Any]:
         "Linear": nn.Linear(2, 2),
         "LlamaModel": build("llama").model,
         "encoder-decoder": T5ForConditionalGeneration(t5),
-        "linear_attention": MambaForCausalLM(MambaConfig(**SMALL, state_size=4)),
+        "no attention layers": MambaForCausalLM(MambaConfig(**SMALL, state_size=4)),
         "Bert": BertForMaskedLM(bert),
         "NoneType": None,
     }
@@ -148,7 +148,7 @@ def no_models() -> dict[str, Any]:
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(
-    "kind", ["Linear", "LlamaModel", "encoder-decoder", "linear_attention", "Bert", "NoneType"]
+    "kind", ["Linear", "LlamaModel", "encoder-decoder", "no attention layers", "Bert", "NoneType"]
 )
 def test_a_model_without_what_is_needed(memory: str, kind: str) -> None:
     with refused(kind):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Protocol
@@ -365,36 +365,38 @@ def _memory_attention(parent: type[nn.Module]) -> type[nn.Module]:
     return type(f"Memory{parent.__name__}", (parent,), members)
 
 
-def attention_modules(layers: nn.ModuleList) -> list[nn.Module]:
-    """The attention module of every decoder layer.
+def attention_modules(layers: nn.ModuleList, without: Collection[int]) -> dict[int, nn.Module]:
+    """The attention module of every decoder layer but those `without`.
 
     Raises:
         ValueError: if a layer has none, or several.
     """
-    found = []
+    found = {}
     for index, layer in enumerate(layers):
+        if index in without:
+            continue
         own = [m for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
         if len(own) != 1 or own[0].layer_idx != index:
             raise ValueError(
                 f"Layer {index} ({type(layer).__name__}) has {len(own)} attention modules with a "
                 "layer number; memories at the attention place need exactly one a layer."
             )
-        found.append(own[0])
+        found[index] = own[0]
     return found
 
 
-def attach(model: Any, layers: nn.ModuleList) -> None:
-    """Let every layer's attention meet a memory."""
-    for module in attention_modules(layers):
+def attach(model: Any, modules: Iterable[nn.Module]) -> None:
+    """Let attention modules meet a memory."""
+    for module in modules:
         if not hasattr(type(module), "_memwrap_parent"):
             swap_class(module, _memory_attention(type(module)))  # type: ignore[arg-type]
     name = implementation(model.config.get_text_config(decoder=True))
     model.set_attn_implementation(PREFIX + name)
 
 
-def detach(model: Any, layers: nn.ModuleList) -> None:
-    """Give every attention its own class and function back."""
-    for module in attention_modules(layers):
+def detach(model: Any, modules: Iterable[nn.Module]) -> None:
+    """Give attention modules their own class and function back."""
+    for module in modules:
         parent = getattr(type(module), "_memwrap_parent", None)
         if parent is not None:
             swap_class(module, parent)

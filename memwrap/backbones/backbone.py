@@ -16,22 +16,34 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from memwrap.backbones import attention as attention_place
 from memwrap.backbones import layers as layer_place
+from memwrap.backbones import recurrence as recurrent_place
 from memwrap.backbones.feedforward import feed_forward, noting_input
-from memwrap.backbones.masks import build_masks, layer_kinds
+from memwrap.backbones.masks import (
+    build_masks,
+    layer_kinds,
+    layers_without_attention,
+    recurrent_layers,
+)
 from memwrap.backbones.probing import AttentionSizes, probe
+from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.fingerprints import hooks_of, loaded
+from memwrap.trees import Tree, tree_map
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 _NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 
 
 class _Facade:
-    """Looks like `target` but for the attributes given: lets a model's own `forward` run its
-    head (soft caps, scaling and all) on hidden states that were computed elsewhere."""
+    """Looks like `target` but for the attributes given, and for what a call gives: lets a model's
+    own `forward` run its head (soft caps, scaling and all) on hidden states that were computed
+    elsewhere."""
 
-    def __init__(self, target: Any, **overrides: Any) -> None:
-        self.__dict__.update(overrides, _target=target)
+    def __init__(self, target: Any, given: Any = None, **overrides: Any) -> None:
+        self.__dict__.update(overrides, _target=target, _given=given)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_given"]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_target"], name)
@@ -69,6 +81,8 @@ class Backbone:
                 "causal LM with both."
             )
         layer_kinds(self.config)
+        self.recurrent = recurrent_layers(self.config)
+        self._remembered: Tree = {}
         taken = inspect.signature(type(decoder).forward).parameters
         missing = [name for name in _NEEDED if name not in taken]
         if missing:
@@ -162,11 +176,36 @@ class Backbone:
         return any(hasattr(type(m), "_memwrap_parent") for m in self.decoder.modules())
 
     def attach(self, places: Collection[str]) -> None:
-        """Let the layers ("layer") and their attention ("attention") meet a memory."""
-        if "layer" in places:
+        """Let the layers ("layer") and their attention ("attention") meet a memory, and recurrent
+        layers what they remember.
+
+        Raises:
+            ValueError: if the model lacks what a place needs, or its recurrent layers cannot go on
+                from what they remember.
+        """
+        if "layer" in places or self.recurrent:
             layer_place.attach(self.layers)
         if "attention" in places:
-            attention_place.attach(self.model, self.layers)
+            attention_place.attach(self.model, self.attention_modules.values())
+        if self.recurrent:
+            try:
+                self._remembered = self._carry_on()
+            except ValueError:
+                self.detach()
+                raise
+
+    def _carry_on(self) -> Tree:
+        """Let recurrent layers carry their states; what they remember of a row without tokens."""
+        recurrent_place.attach([self.layers[n] for n in self.recurrent])
+        met, name = recurrent_place.Probe(), type(self.model).__name__
+        try:
+            self._probe(met.TOKENS, recurrence=met)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{name} keeps what its recurrent layers remember in another way than "
+                f"transformers' LinearAttentionLayer; memwrap cannot carry it ({error})."
+            ) from error
+        return met.empty(len(self.recurrent), name)
 
     def detach(self) -> None:
         """Give every layer and attention its own class and function back."""
@@ -174,7 +213,26 @@ class Backbone:
             return
         layer_place.detach(self.layers)
         if self._attending:
-            attention_place.detach(self.model, self.layers)
+            attention_place.detach(self.model, self.attention_modules.values())
+        recurrent_place.detach([self.layers[n] for n in self.recurrent])
+
+    @property
+    def attention_modules(self) -> dict[int, nn.Module]:
+        """The attention module of every layer that has one.
+
+        Raises:
+            ValueError: if a layer's cannot be found.
+        """
+        without = layers_without_attention(self.config)
+        return attention_place.attention_modules(self.layers, without)
+
+    def remembered(self, batch_size: int) -> Tree:
+        """What the recurrent layers remember of `batch_size` rows that have read nothing: a tree
+        for each of them by its number; empty for a backbone that has none."""
+        return tree_map(
+            lambda t: t.new_zeros(batch_size, *t.shape[1:]),  # fresh, as devices may differ
+            self._remembered,
+        )
 
     @property
     def _attending(self) -> bool:
@@ -189,28 +247,35 @@ class Backbone:
             yield
         finally:
             if not before:
-                attention_place.detach(self.model, self.layers)
+                attention_place.detach(self.model, self.attention_modules.values())
 
-    @torch.no_grad()
-    def attention_sizes(self) -> list[AttentionSizes]:
+    def attention_sizes(self) -> dict[int, AttentionSizes]:
         """Heads and widths of every layer's attention, seen by running one token through it.
 
         Raises:
             ValueError: if the model does not offer what the attention place needs.
         """
-        weight = self.embedding_weight
-        noise = torch.randn(1, 1, self.embedding_size, generator=torch.Generator().manual_seed(0))
-        token = (noise * (self.embedding_std() or 1.0)).to(self.device, weight.dtype)
 
         def run(positions: Tensor, context: Any) -> None:
-            self.run(token, positions, context=context)
+            self._probe(1, positions, context=context)
 
+        with self.attention_lent():
+            name = type(self.model).__name__
+            return probe(run, len(self.attention_modules), self.rotary, name)
+
+    @torch.no_grad()
+    def _probe(self, tokens: int, positions: Tensor | None = None, **passed: Any) -> None:
+        """Run one row of noise through the decoder, in evaluation mode."""
+        weight = self.embedding_weight
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1, tokens, self.embedding_size, generator=generator)
+        noise = (noise * (self.embedding_std() or 1.0)).to(self.device, weight.dtype)
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            with self.attention_lent():
-                name = type(self.model).__name__
-                return probe(run, len(self.layers), self.rotary, name)
+            self.run(
+                noise, torch.arange(tokens)[None] if positions is None else positions, **passed
+            )
         finally:
             for module, training in modes:
                 module.training = training
@@ -242,9 +307,11 @@ class Backbone:
         Raises:
             ValueError: if the model's layers or their parts cannot be found.
         """
-        layers = self.layers
-        attention = attention_place.attention_modules(layers)[-1]
-        with noting_input(feed_forward(layers[-1], attention)) as seen:
+        last = len(self.layers) - 1
+        mixer = self.attention_modules.get(last)
+        if mixer is None:
+            mixer = recurrent_place.recurrent_module(self.layers[last])
+        with noting_input(feed_forward(self.layers[last], mixer)) as seen:
             yield seen
 
     def run(
@@ -257,6 +324,7 @@ class Backbone:
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         context: Any = None,
+        recurrence: Recurrence | None = None,
     ) -> Tensor:
         """Run the decoder over embeddings.
 
@@ -269,6 +337,7 @@ class Backbone:
                 the order that masks are made of.
             cache: holds the keys and values of the open segment and takes up the new ones.
             context: read and written by the layers (`LayerReader`, `AttentionReader`).
+            recurrence: what recurrent layers remember of the rows, and will.
 
         Returns:
             The last hidden states `(B, T, D)`, after the final norm.
@@ -282,7 +351,8 @@ class Backbone:
                 self.config, positions, key_positions, key_valid,
                 dtype=embeds.dtype, device=embeds.device,
             )  # fmt: skip
-        extra = {} if context is None else {"memory_context": context}
+        given = {"memory_context": context, "memory_recurrence": recurrence}
+        extra = {name: value for name, value in given.items() if value is not None}
         return self.decoder(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -294,13 +364,9 @@ class Backbone:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `(B, T, V)` of last hidden states, through the model's own forward."""
-
-        def decoder(*args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-            out = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
-            out.router_logits = None  # mixtures of experts ask for it
-            return out
-
-        stand_in: Any = decoder
+        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        given.router_logits = None  # mixtures of experts ask for it
+        stand_in = _Facade(self.decoder, given)
         for depth in range(len(self._path) - 1, -1, -1):
             owner = self.model.get_submodule(".".join(self._path[:depth]))
             stand_in = _Facade(owner, **{self._path[depth]: stand_in})

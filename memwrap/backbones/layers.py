@@ -21,6 +21,12 @@ class LayerReader(Protocol):
     def after_layer(self, layer: int, hidden: Tensor) -> None: ...
 
 
+class Meeting(Protocol):
+    """What travels down the backbone as the keyword `memory_recurrence`."""
+
+    def meet(self, layer: nn.Module) -> None: ...
+
+
 def swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Give one instance another class, also where accelerate's hooks stand before its forward."""
     module.__class__ = kind
@@ -35,8 +41,11 @@ def _memory_layer(parent: type[nn.Module], index: int) -> type[nn.Module]:
         hidden_states: Tensor,
         *args: Any,
         memory_context: LayerReader | None = None,
+        memory_recurrence: Meeting | None = None,
         **kwargs: Any,
     ) -> Any:
+        if memory_recurrence is not None:
+            memory_recurrence.meet(self)
         if memory_context is None:
             return parent.forward(self, hidden_states, *args, **kwargs)
         hidden_states = memory_context.before_layer(index, hidden_states)

@@ -7,29 +7,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memwrap.backbones import recurrence
 from memwrap.backbones.attention import implementation
 
 KINDS = ("full_attention", "sliding_attention")
+ATTENDING = (*KINDS, "hybrid")
+PLAIN = ("mlp", "moe")  # layers of a feed-forward block alone
+_ALLOWED = (*KINDS, *recurrence.KINDS, *PLAIN)
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """The kinds of attention among a backbone's layers, sorted.
+    """The kinds of a backbone's layers, sorted.
 
     Raises:
-        ValueError: for a kind that an explicit mask cannot express.
+        ValueError: for a kind that an explicit mask cannot express, or layers without attention.
     """
     types = getattr(config, "layer_types", None)
     if types:
         kinds = sorted(set(types))
     else:
         kinds = [KINDS[1] if getattr(config, "sliding_window", None) else KINDS[0]]
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in kinds if kind not in _ALLOWED]
     if unknown:
         raise ValueError(
             f"The backbone ({config.model_type}) has layers of type {', '.join(unknown)}; memwrap "
-            f"reads segments through {' and '.join(KINDS)} layers only."
+            f"reads segments through {', '.join(_ALLOWED)} layers only."
+        )
+    if not set(kinds) & set(ATTENDING):
+        raise ValueError(
+            f"The backbone ({config.model_type}) has no attention layers; memwrap needs some."
         )
     return kinds
+
+
+def recurrent_layers(config: Any) -> list[int]:
+    """Numbers of a backbone's recurrent layers."""
+    types = getattr(config, "layer_types", None) or []
+    return [number for number, kind in enumerate(types) if kind in recurrence.KINDS]
+
+
+def layers_without_attention(config: Any) -> list[int]:
+    """Numbers of a backbone's layers that do not attend."""
+    types = getattr(config, "layer_types", None) or []
+    return [number for number, kind in enumerate(types) if kind not in ATTENDING]
 
 
 def build_masks(
@@ -40,8 +60,9 @@ def build_masks(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> Tensor | dict[str, Tensor]:
-    """The mask a backbone takes: one `(B, 1, T, K)` tensor, or one for each kind of layer.
+) -> Tensor | dict[str, Tensor | None] | None:
+    """The mask a backbone takes: one `(B, 1, T, K)` tensor, or one for each kind of layer (None
+    for those that do not attend).
 
     Args:
         config: the backbone's (text) config.
@@ -57,8 +78,14 @@ def build_masks(
     length = query_positions.shape[1]
     past = key_positions.shape[1] - length
     visible[:, torch.arange(length), past + torch.arange(length)] = True
-    result = {}
-    for kind in layer_kinds(config):
+    result: dict[str, Tensor | None] = {}
+    kinds = layer_kinds(config)
+    if "hybrid" in kinds:  # asks for those of its parts
+        kinds = sorted({*kinds, "full_attention", "linear_attention"} - {"hybrid"})
+    for kind in kinds:
+        if kind not in KINDS:  # sees tokens only: `recurrence` leaves padding out
+            result[kind] = None
+            continue
         mask = visible & (distance < config.sliding_window) if kind == KINDS[1] else visible
         mask = mask[:, None].to(device)
         if implementation(config) == "eager":

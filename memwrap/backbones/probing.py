@@ -43,15 +43,15 @@ class _Probe:
 
 def probe(
     run: Callable[[Tensor, Any], Any], num_layers: int, rotary: Rotary, name: str
-) -> list[AttentionSizes]:
-    """Learn heads and widths of every layer, and whether it rotates, from one token.
+) -> dict[int, AttentionSizes]:
+    """Learn heads and widths of every layer with attention, and whether it rotates, from one token.
 
     The attention of a single token is its value wherever it stands, so between two positions
     only the rotation may differ: what is un-rotated must agree.
 
     Args:
         run: runs the decoder on one token at a position `(1, 1)`, with a context.
-        num_layers: decoder layers.
+        num_layers: decoder layers with attention.
         rotary: its `rotated` is filled.
         name: of the model, for errors.
 
@@ -66,18 +66,18 @@ def probe(
             f"{name} does not hand keyword arguments down to its attention function, which "
             "memories at the attention place need; use a token-level one (rmt)."
         )
-    sizes = [
-        AttentionSizes(
+    sizes = {
+        layer: AttentionSizes(
             s.query.shape[1], s.key.shape[1], s.key.shape[-1], s.value.shape[-1], s.window
         )
-        for _, s in sorted(first.seen.items())
-    ]
+        for layer, s in sorted(first.seen.items())
+    }
     if not rotary.present:
         return sizes
     place = torch.full((1, 1), 3)
     run(place, second)
-    rotated = []
-    for layer in range(num_layers):
+    rotated = {}
+    for layer in sizes:
         start, moved = first.seen[layer].key, second.seen[layer].key
         plain = unrotate(start, rotary.angles(torch.zeros_like(place), layer, start))
         turned = unrotate(moved, rotary.angles(place, layer, moved))
@@ -88,6 +88,6 @@ def probe(
                 f"{name} rotates the keys of layer {layer} in a way that memwrap cannot take back; "
                 "use a memory at another place (rmt, armt)."
             )
-        rotated.append(bool(error < still))
+        rotated[layer] = bool(error < still)
     rotary.rotated = rotated
     return sizes

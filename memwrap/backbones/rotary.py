@@ -52,7 +52,7 @@ class Rotary:
         self._by_type = (
             bool(found) and "layer_type" in inspect.signature(type(found[0]).forward).parameters
         )
-        self.rotated: list[bool] | None = None  # which layers rotate, once that is known
+        self.rotated: dict[int, bool] | None = None  # which layers rotate, once that is known
 
     @property
     def present(self) -> bool:

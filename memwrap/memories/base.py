@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -156,7 +156,8 @@ class Sizes:
         embedding_mean: mean `(D,)` of all ids' embeddings, as the backbone embeds them.
         vocab_size: rows of the input embeddings.
         device: device of the memory's parameters.
-        attention: heads and widths of each layer's attention, for memories at that place.
+        attention: heads and widths of attention by layer, for memories at that place. Recurrent
+            layers have none.
     """
 
     hidden_size: int
@@ -168,7 +169,7 @@ class Sizes:
     embedding_mean: Tensor | None = None
     vocab_size: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    attention: list[AttentionSizes] = field(default_factory=list)
+    attention: dict[int, AttentionSizes] = field(default_factory=dict)
 
 
 @dataclass
@@ -340,24 +341,44 @@ class Memory(nn.Module):
 
 
 def chosen_layers(config: Any, sizes: Sizes) -> list[int]:
-    """The layers that `config.layers` names; all of them for None.
+    """The layers that `config.layers` names; for None all of them, at the attention place all with
+    attention.
 
     Raises:
-        ValueError: for a layer that the backbone does not have.
+        ValueError: for a layer that the backbone does not have, or that has no attention.
     """
+    attending = "attention" in config.places
     if config.layers is None:
-        return list(range(sizes.num_layers))
+        return list(sizes.attention if attending else range(sizes.num_layers))
     if max(config.layers) >= sizes.num_layers:
         raise ValueError(
             f"{type(config).__name__}.layers names layer {max(config.layers)}; the backbone has "
             f"layers 0 to {sizes.num_layers - 1}."
         )
+    if attending:
+        check_attention(config, "layers", config.layers, sizes)
     return sorted(config.layers)
 
 
+def check_attention(config: Any, name: str, layers: Collection[int], sizes: Sizes) -> None:
+    """Refuse layers, given in the field `name`, that have no attention.
+
+    Raises:
+        ValueError: names them, and those that have.
+    """
+    without = sorted(set(layers) - set(sizes.attention))
+    if without:
+        raise ValueError(
+            f"{type(config).__name__}.{name} names layers without attention, {without}; the "
+            f"backbone has some in {sorted(sizes.attention)}."
+        )
+
+
 def three_quarters(sizes: Sizes) -> int:
-    """The layer at three quarters of the depth, where methods with one memory layer have it."""
-    return 3 * sizes.num_layers // 4
+    """The first layer with attention from three quarters of the depth on (else the last), where
+    methods with one memory layer have it."""
+    late = [layer for layer in sizes.attention if layer >= 3 * sizes.num_layers // 4]
+    return late[0] if late else max(sizes.attention)
 
 
 def memory_tokens(count: int, sizes: Sizes) -> nn.Parameter:

@@ -124,8 +124,8 @@ class InfLLMMemory(Memory):
     def __init__(self, config: InfLLMConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.kept = config.window_size + config.block_size - 1
-        free = [n for n, own in enumerate(sizes.attention) if own.window is None]
-        chosen = free or list(range(sizes.num_layers))
+        free = [n for n, own in sizes.attention.items() if own.window is None]
+        chosen = free or list(sizes.attention)
         self.retrieving = set(chosen if config.layers is None else chosen_layers(config, sizes))
         self.where = HOST if config.offload else "units"
         self.slots = {n: SlotCache(config.cache_size) for n in self.retrieving if config.offload}
@@ -137,8 +137,7 @@ class InfLLMMemory(Memory):
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         return {
             "layers": {
-                str(layer): self._empty(layer, batch_size, device)
-                for layer in range(self.sizes.num_layers)
+                str(layer): self._empty(layer, batch_size, device) for layer in self.sizes.attention
             }
         }
 

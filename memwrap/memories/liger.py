@@ -161,7 +161,7 @@ class LigerMemory(Memory):
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         layers: Tree = {}
-        for layer, own in enumerate(self.sizes.attention):
+        for layer, own in self.sizes.attention.items():
             tree: Tree = {}
             window = self._window(layer)
             if window is not None:

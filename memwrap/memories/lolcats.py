@@ -113,8 +113,7 @@ class LoLCATsMemory(Memory):
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         return {
             "layers": {
-                str(layer): self._empty(layer, batch_size, device)
-                for layer in range(len(self.sizes.attention))
+                str(layer): self._empty(layer, batch_size, device) for layer in self.sizes.attention
             }
         }
 

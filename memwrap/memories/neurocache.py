@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers, three_quarters
+from memwrap.memories.base import (
+    Memory,
+    MemoryConfig,
+    Sizes,
+    check_attention,
+    chosen_layers,
+    three_quarters,
+)
 from memwrap.ops import neurocache as ops
 from memwrap.ops import retrieve, rings
 from memwrap.registry import register
@@ -132,12 +139,13 @@ class NeurocacheMemory(Memory):
         one = config.layers is None
         self.storing = [three_quarters(sizes)] if one else chosen_layers(config, sizes)
         reading = config.attention_layers
-        self.reading = sorted(reading or range(self.storing[0], sizes.num_layers))
+        self.reading = sorted(reading or (n for n in sizes.attention if n >= self.storing[0]))
         if not self.storing[0] <= self.reading[0] <= self.reading[-1] < sizes.num_layers:
             raise ValueError(
                 f"NeurocacheConfig.attention_layers are {self.reading}; they must be from the "
                 f"first retrieving layer {self.storing[0]} to the last, {sizes.num_layers - 1}."
             )
+        check_attention(config, "attention_layers", self.reading, sizes)
         if sizes.hidden_size % config.compression_factor:
             raise ValueError(
                 f"NeurocacheConfig.compression_factor is {config.compression_factor}; it must "

@@ -65,7 +65,7 @@ class WindowMemory(Memory):
         return {
             "layers": {
                 str(layer): self.window.empty(batch_size, own, dtype, device)
-                for layer, own in enumerate(self.sizes.attention)
+                for layer, own in self.sizes.attention.items()
             }
         }
 
