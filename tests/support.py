@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +194,18 @@ def greedy_by_recomputation(model: Any, text: Tensor, new_tokens: int) -> Tensor
         logits = model(text, use_cache=False).logits[:, -1]
         text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
     return text
+
+
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """The block raises a short error whose text holds all the words (regular expressions)."""
+    with pytest.raises(USER_ERRORS) as caught:
+        yield
+    text = str(caught.value)
+    assert len(text.splitlines()) <= 2 and len(text) <= 320, f"too long: {text}"
+    assert len(text) >= 20, f"too short: {text}"
+    for word in words:
+        assert re.search(word, text, re.IGNORECASE), f"{word!r} is not in: {text}"

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,16 @@ import pytest
 import torch
 from families import build
 from safetensors.torch import load_file, save_file
-from support import MEMORIES, SEGMENT, assert_same_states, ids, randomise, tiny, wrapped
+from support import (
+    MEMORIES,
+    SEGMENT,
+    assert_same_states,
+    ids,
+    randomise,
+    refused,
+    tiny,
+    wrapped,
+)
 from torch import nn
 from transformers import (
     BertConfig,
@@ -29,21 +36,6 @@ from transformers import (
 
 import memwrap
 from memwrap.checkpoints import checksums
-
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
-
-
-@contextmanager
-def refused(*words: str) -> Iterator[None]:
-    """The block raises a short error whose text holds all the words (regular expressions)."""
-    with pytest.raises(USER_ERRORS) as caught:
-        yield
-    text = str(caught.value)
-    assert len(text.splitlines()) <= 2 and len(text) <= 320, f"too long: {text}"
-    assert len(text) >= 20, f"too short: {text}"
-    for word in words:
-        assert re.search(word, text, re.IGNORECASE), f"{word!r} is not in: {text}"
-
 
 # Configs
 

@@ -241,13 +241,13 @@ class Backbone:
     @contextmanager
     def attention_lent(self) -> Iterator[None]:
         """Let the attention meet a memory inside the block, whoever holds the backbone."""
-        before = self._attending
-        self.attach(("attention",))
+        before, modules = self._attending, self.attention_modules.values()
+        attention_place.attach(self.model, modules)
         try:
             yield
         finally:
             if not before:
-                attention_place.detach(self.model, self.attention_modules.values())
+                attention_place.detach(self.model, modules)
 
     def attention_sizes(self) -> dict[int, AttentionSizes]:
         """Heads and widths of every layer's attention, seen by running one token through it.

@@ -1,0 +1,200 @@
+"""Backbones that have recurrent layers of their own, in the order in which they come: what such
+layers remember travels from segment to segment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import assert_close, error_of, refused
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import memwrap
+
+SEGMENT, LENGTH = 8, 30
+_COMMON: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+_DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}  # fmt: skip
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_d_head": 8}
+_THIRD = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+_SHORT = ["conv", "conv", "full_attention", "conv"]
+
+# Delta rules (gated, by channel), state spaces, short convolutions; layers that do both, and
+# layers that do neither.
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": _DELTA | _EXPERTS | {"layer_types": _THIRD},
+    "qwen3_5_text": _DELTA | {"layer_types": _THIRD},
+    "qwen3_5_moe_text": _DELTA | _EXPERTS | {"layer_types": _THIRD},
+    "olmo_hybrid": _DELTA | {"layer_types": _THIRD},
+    "kimi_linear": {
+        "num_key_value_heads": 4, "head_dim": None, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+        "v_head_dim": 8, "kv_lora_rank": 16, "linear_num_attention_heads": 4,
+        "layer_types": _THIRD, "num_experts": 4, "num_experts_per_token": 2,
+        "moe_intermediate_size": 16,
+    },
+    "lfm2": {"layer_types": _SHORT, "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": _EXPERTS | {"layer_types": _SHORT, "conv_L_cache": 3},
+    "granitemoehybrid": _MAMBA | {"num_local_experts": 4, "layer_types": _THIRD},
+    "bamba": _MAMBA | {"attn_layer_indices": [2]},
+    "nemotron_h": {
+        "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8,
+        "layer_types": ["linear_attention", "mlp", "full_attention", "mlp"],
+    },
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 64},
+}  # fmt: skip
+
+
+def small(kind: str, **own: Any) -> Any:
+    """A random model, weights four times as large as drawn, so that logits are not flat."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**_COMMON, **KINDS.get(kind, {}), **own})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() >= 2:
+                    parameter.mul_(4)
+    return model
+
+
+def text(rows: int = 2) -> Tensor:
+    return torch.randint(3, 64, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def wide(base: Any) -> memwrap.MemoryModelForCausalLM:
+    """A window that sees all of the text: the base, read in segments."""
+    return memwrap.wrap(
+        base, memwrap.WindowConfig(segment_size=SEGMENT, window_size=64, num_sinks=0)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_segments_give_what_the_base_gives_at_once(kind: str) -> None:
+    base, ids = small(kind), text()
+    want = base(ids).logits
+    model = wide(base)
+    assert_close(model(ids).logits, want, 1e-5)
+    state, parts = None, []
+    for piece in ids.split([5, 1, 1, 12, 11], dim=1):
+        out = model(piece, past_key_values=state, use_cache=True)
+        state = out.past_key_values
+        parts.append(out.logits)
+    assert_close(torch.cat(parts, 1), want, 1e-5)
+    # The base itself goes astray at padding inside what it has read; rows alone do not.
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[1, -4:] = 0, 0
+    logits = model(ids, attention_mask=mask).logits
+    assert_close(logits[0, 5:], base_alone(kind, ids[:1, 5:])[0], 1e-5)
+    assert_close(logits[1, :-4], base_alone(kind, ids[1:, :-4])[0], 1e-5)
+
+
+def base_alone(kind: str, ids: Tensor) -> Tensor:
+    return small(kind)(ids).logits
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "bamba"])
+@torch.no_grad()
+def test_rows_at_different_places_do_not_meet(kind: str) -> None:
+    """Rows that have read 3, 11 and 0 tokens are read on together: as each alone."""
+    ids, model = text(3), wide(small(kind))
+    lengths = (3, 11, 0)
+    mask = torch.stack([torch.arange(11) >= 11 - n for n in lengths]).long()
+    state = model.new_state(3)
+    left = [torch.nn.functional.pad(r[:n], (11 - n, 0)) for r, n in zip(ids, lengths, strict=True)]
+    model(torch.stack(left), attention_mask=mask, past_key_values=state)
+    together = model(ids[:, 11:17], past_key_values=state).logits
+    for row, length in enumerate(lengths):
+        alone = torch.cat([ids[row, :length], ids[row, 11:17]])[None]
+        assert_close(together[row], model(alone).logits[0, length:], 1e-5)
+
+
+@torch.no_grad()
+def test_memory_off_keeps_what_the_base_remembers() -> None:
+    """Without its memory the model still is the base it was: other tokens are felt behind
+    their segment in a recurrent base, and nowhere in one without."""
+    ids = text(1)
+    other = torch.cat([ids[:, :4], ids[:, 4:SEGMENT] % 60 + 3, ids[:, SEGMENT:]], 1)
+    for kind, felt in (("qwen3_5_text", True), ("llama", False)):
+        model = memwrap.wrap(small(kind), memwrap.ARMTConfig(segment_size=SEGMENT))
+        first, second = (model(x, memory_control="off").logits for x in (ids, other))
+        assert (error_of(second[:, SEGMENT:], first[:, SEGMENT:]) > 1e-3) == felt
+        # However much is asked for beside it.
+        kept = model(ids, memory_control="off", use_cache=True).logits
+        assert_close(kept, model(ids, memory_control="off", use_cache=False).logits, 1e-6)
+
+
+@torch.no_grad()
+def test_memory_off_with_nothing_ever_written_changes_nothing() -> None:
+    base, ids = small("qwen3_5_text"), text()
+    model = memwrap.wrap(base, memwrap.InfiniConfig(segment_size=64))
+    assert_close(model(ids, memory_control="off").logits, model(ids).logits, 1e-6)
+
+
+def test_the_state_holds_it_and_counts_it() -> None:
+    model = wide(small("qwen3_5_text"))
+    state = model.read(text())
+    trees = state.memories["backbone"]
+    assert sorted(trees) == ["0", "1", "3"]
+    assert trees["0"]["recurrent"]["0"].shape == (2, 4, 8, 8)
+    assert state.nbytes > sum(t["recurrent"]["0"].numel() * 4 for t in trees.values())
+
+
+def test_gradients_flow_through_what_the_base_remembers() -> None:
+    """In segments as at once; cut where the memory's gradients are cut."""
+    ids, grads = text(), {}
+    for name, size, kept in (("base", 64, None), ("segments", SEGMENT, None), ("cut", SEGMENT, 1)):
+        base = small("qwen3_5_text")
+        config = memwrap.WindowConfig(
+            segment_size=size, window_size=64, num_sinks=0, bptt_segments=kept
+        )
+        model = memwrap.wrap(base, config).train()
+        embeds = base.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embeds).logits[:, SEGMENT:].square().mean().backward()
+        grads[name] = embeds.grad
+    assert_close(grads["segments"], grads["base"], 1e-4)
+    assert grads["base"][:, :SEGMENT].abs().max() > 0
+    assert grads["cut"][:, :SEGMENT].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "said"),
+    [
+        (  # continues its convolution, but not its state
+            "jamba",
+            {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 2},
+            ("does not go on", "several tokens"),
+        ),
+        ("minimax", {"num_local_experts": 4}, ("MiniMax", "cannot carry")),
+    ],
+)
+def test_what_cannot_be_carried_is_refused(
+    kind: str, own: dict[str, Any], said: tuple[str, ...]
+) -> None:
+    base = small(kind, **own)
+    classes = [type(m) for m in base.modules()]
+    with refused(*said):
+        memwrap.wrap(base, memwrap.RMTConfig(segment_size=SEGMENT))
+    assert [type(m) for m in base.modules()] == classes
+
+
+def test_layers_without_attention_are_not_chosen_for_it() -> None:
+    base = small("qwen3_5_text")
+    with refused("InfiniConfig.layers", "[0]", "[2]"):
+        memwrap.wrap(base, memwrap.InfiniConfig(layers=[0, 2]))
+    assert list(memwrap.wrap(base, "liger").memories["liger"].chosen) == [2]
+    memwrap.unwrap(memwrap.wrap(small("lfm2"), "memorizing"))
+    with refused("NeurocacheConfig.attention_layers", "[3]"):
+        memwrap.wrap(small("lfm2"), memwrap.NeurocacheConfig(attention_layers=[2, 3]))
