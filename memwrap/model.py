@@ -25,7 +25,7 @@ from memwrap.reading import Inputs, Loop, as_batch, check_fit, check_inputs, ref
 from memwrap.registry import config_class, memory_class
 from memwrap.saving import SavingMixin, plain_name
 from memwrap.segments import SegmentReader
-from memwrap.state import BACKBONE, MemoryState, check_shapes, signature_difference
+from memwrap.state import MemoryState, check_shapes, signature_difference
 
 MEMORY_CHILD = "memory_modules"
 
@@ -185,10 +185,10 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
 
     def new_state(self, batch_size: int) -> MemoryState:
         """The state of `batch_size` rows that have read nothing."""
-        trees = {n: m.init_state(batch_size, self.device) for n, m in self.memories.items()}
-        if self.parts.recurrent:
-            trees[BACKBONE] = self.parts.remembered(batch_size)
-        return MemoryState(trees, batch_size, self.signature())
+        reader = SegmentReader(self.parts, self.memories)
+        return MemoryState(
+            reader.init_states(batch_size, self.device), batch_size, self.signature()
+        )
 
     def check_state(self, state: MemoryState) -> None:
         """Refuse a state of another model.

@@ -210,7 +210,8 @@ class Loop:
             collect: what is wanted of these columns: `"hidden"`, mixed `"logits"`, or the
                 `"keys"` that a memory at the logits place is given.
             keep_open: keep the open segments' keys and values.
-            control: "off", "shuffled" or a state whose memories are read instead.
+            control: "off" (without `keep_open` nothing is written, either), "shuffled" or a state
+                whose memories are read instead.
             progress: wraps the steps, for a progress bar.
         """
         steps = self._steps(inputs, state)
@@ -243,7 +244,7 @@ class Loop:
                 pieces += _wanted_pieces(result, want.columns(step), hidden_from)
             new.segments = new.segments + step.closes.long()
             new.fill = step.ends.masked_fill(step.closes, 0)
-        self._finish(new, inputs, states, local)
+        self._finish(new, inputs, states if keep_open else states | apart, local)
         if targets is not None and loss_sum is None:  # nothing but padding
             loss_sum = torch.zeros((), device=inputs.device)
         hidden = None
@@ -333,15 +334,14 @@ class Loop:
         control: str | MemoryState,
         want: Wanted,
     ) -> tuple[Tensor, dict[str, Tree]]:
-        """The step once more, reading other memories and writing none; what the backbone itself
-        remembers is its own, without a memory ("off") what it then remembers."""
+        """The step once more, reading other memories; "off" also what the backbone remembers."""
         rows = step.columns.shape[0]
         if isinstance(control, MemoryState):
             read = control.memories
         elif control == "shuffled":
             read = {n: tree_map(lambda t: t.roll(-1, 0), tree) for n, tree in states.items()}
         else:
-            read = {n: m.init_state(rows, inputs.device) for n, m in self.reader.memories.items()}
+            read = self.reader.init_states(rows, inputs.device)
         own = {BACKBONE: states[BACKBONE]} if BACKBONE in states else {}
         nothing = Local({}, step.columns[:, :0], step.columns[:, :0] >= 0)
         result, after, _ = self._step(inputs, step, read | own, nothing, False, want)

@@ -108,6 +108,13 @@ class SegmentReader:
         zero = any(m.zero_positions for m in self.tokens.values())
         self.zero_positions = zero and backbone.max_positions is not None
 
+    def init_states(self, batch_size: int, device: torch.device) -> dict[str, Tree]:
+        """The trees of rows that have read nothing, of the memories and of the backbone itself."""
+        trees = {n: m.init_state(batch_size, device) for n, m in self.memories.items()}
+        if self.backbone.recurrent:
+            trees[BACKBONE] = self.backbone.remembered(batch_size)
+        return trees
+
     @property
     def prefix_positions(self) -> int:
         """Most positions that the prefix takes in front of a segment's tokens."""

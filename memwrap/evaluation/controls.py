@@ -61,8 +61,9 @@ def windowed(
     )
     with lora_disabled(model.backbone), model.parts.attention_lent():
         memory = WindowMemory(config, model.sizes(attention=True)).to(model.device)
-        loop = Loop(SegmentReader(model.parts, {config.name: memory}), config, False)
-        state = MemoryState({config.name: memory.init_state(batch, model.device)}, batch)
+        reader = SegmentReader(model.parts, {config.name: memory})
+        loop = Loop(reader, config, False)
+        state = MemoryState(reader.init_states(batch, model.device), batch)
 
         def feed(ids: Tensor, mask: Tensor | None = None) -> Tensor:
             nonlocal state

@@ -31,6 +31,7 @@ from memwrap.evaluation.controls import (
 from memwrap.evaluation.measure import peak_memory
 from memwrap.files import write_text
 from memwrap.model import MemoryModelForCausalLM
+from memwrap.reading import check_inputs
 
 BRANCH = "only "  # and the name of a branch of the memory
 VERSION = 1
@@ -226,18 +227,21 @@ def _memory(
     progress: bool,
 ) -> Tensor:
     nll = torch.full(ids.shape, math.nan)
-    state = None if control == "off" else model.new_state(ids.shape[0])
+    state, loop = model.new_state(ids.shape[0]), model.loop()
     name = MEMORY if control is None else f"memory {control}"
     for first in tqdm(range(0, ids.shape[1], piece), desc=name, disable=not progress):
         part, own = ids[:, first : first + piece], mask[:, first : first + piece]
-        out = model(
-            input_ids=part,
-            attention_mask=own,
-            past_key_values=state,
-            use_cache=state is not None,
-            memory_control=control,
+        reading = loop(
+            check_inputs(part, None, own),
+            state,
+            hidden_from=0,
+            collect=model._collected,
+            keep_open=control != "off",  # then nothing is written, either
+            control=control,
         )
-        _place(nll, token_nll(out.logits, ids, mask, first), first)
+        state = reading.state
+        logits = model._logits(reading.hidden, 0)  # type: ignore[arg-type]
+        _place(nll, token_nll(logits, ids, mask, first), first)
     return nll
 
 

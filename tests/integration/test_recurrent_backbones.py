@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import memwrap
+from memwrap.evaluation.perplexity import perplexity_by_position
 
 SEGMENT, LENGTH = 8, 30
 _COMMON: dict[str, Any] = {
@@ -141,6 +142,20 @@ def test_memory_off_with_nothing_ever_written_changes_nothing() -> None:
     base, ids = small("qwen3_5_text"), text()
     model = memwrap.wrap(base, memwrap.InfiniConfig(segment_size=64))
     assert_close(model(ids, memory_control="off").logits, model(ids).logits, 1e-6)
+
+
+def test_an_evaluation_is_the_same_however_much_is_fed_at_once() -> None:
+    model = memwrap.wrap(small("qwen3_5_text"), memwrap.ARMTConfig(segment_size=SEGMENT))
+    one, many = (
+        perplexity_by_position(
+            model, list(text()), window=SEGMENT, piece_tokens=piece, progress=False
+        ).curves
+        for piece in (SEGMENT, 64)
+    )
+    assert len(one) == 6
+    for name, curve in one.items():
+        assert curve.overall == pytest.approx(many[name].overall, rel=1e-5)
+    assert one["memory off"].overall != pytest.approx(one["base, truncated"].overall, rel=1e-5)
 
 
 def test_the_state_holds_it_and_counts_it() -> None:
