@@ -34,6 +34,8 @@ from transformers import (
     SmolLM3Config,
 )
 
+from memwrap.backbones.recurrence import SUPPORTED
+
 VOCABULARY = 128
 WINDOW = 5
 
@@ -108,7 +110,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
     "opt": _opt,
-    # With recurrent layers of their own.
+}  # fmt: skip
+# With recurrent layers of their own.
+RECURRENT: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_next": _with(
         Qwen3NextConfig, **_RECURRENT, **_DELTA, num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=16, shared_expert_intermediate_size=16,
@@ -119,6 +123,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         conv_L_cache=3, block_auto_adjust_ff_dim=False,
     ),
 }  # fmt: skip
+if SUPPORTED:  # by the installed transformers; otherwise they are refused (tests/integration)
+    CONFIGS |= RECURRENT
 FAMILIES = tuple(CONFIGS)
 
 

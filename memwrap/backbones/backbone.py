@@ -82,6 +82,11 @@ class Backbone:
             )
         layer_kinds(self.config)
         self.recurrent = recurrent_layers(self.config)
+        if self.recurrent and not recurrent_place.SUPPORTED:
+            raise ValueError(
+                f"{type(model).__name__} has recurrent layers of its own, whose state memwrap can "
+                "carry from transformers 5.21 on; install it, or take another backbone."
+            )
         self._remembered: Tree = {}
         taken = inspect.signature(type(decoder).forward).parameters
         missing = [name for name in _NEEDED if name not in taken]

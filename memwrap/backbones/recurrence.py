@@ -25,6 +25,8 @@ from memwrap.trees import Tree, tree_leaves, tree_map
 KINDS = ("conv", "linear_attention", "hybrid")
 _CACHES = ("cache_params", "past_key_values")
 _MOST_STATES = 8  # of one kind in a layer
+# Before 5.21, layers began anew or went astray where several tokens followed others.
+SUPPORTED = hasattr(Cache, "get_conv_state")
 Call = Callable[[Tensor, Cache], Any]
 
 

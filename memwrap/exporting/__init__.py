@@ -170,9 +170,10 @@ def _checked(model: MemoryModelForCausalLM, folder: Path) -> Checked:
     with _evaluating(model), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
         device = model.device
         logits = model(input_ids=sample.to(device)).logits.float().cpu()
+        prompt = sample[:, :8].to(device)
         generated = model.generate(
-            sample[:, :8].to(device), max_new_tokens=8, min_new_tokens=8, do_sample=False,
-            pad_token_id=0,
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, min_new_tokens=8,
+            do_sample=False, pad_token_id=0,
         ).cpu()  # fmt: skip
         expected = Path(scratch) / "expected.safetensors"
         save_file({"ids": sample, "logits": logits, "generated": generated}, expected)

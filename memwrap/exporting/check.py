@@ -36,8 +36,9 @@ def main(folder: str, expected: str) -> None:
         ids = wanted["ids"][:, :8]
         count = wanted["generated"].shape[1] - ids.shape[1]
         found = model.generate(
-            ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-        )
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
     difference = float((logits - wanted["logits"]).abs().max())
     scale = float(wanted["logits"].abs().max())
     result = {

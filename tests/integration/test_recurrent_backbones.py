@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import memwrap
+from memwrap.backbones.recurrence import SUPPORTED
 from memwrap.evaluation.perplexity import perplexity_by_position
 
 SEGMENT, LENGTH = 8, 30
@@ -34,7 +35,7 @@ _SHORT = ["conv", "conv", "full_attention", "conv"]
 
 # Delta rules (gated, by channel), state spaces, short convolutions; layers that do both, and
 # layers that do neither.
-KINDS: dict[str, dict[str, Any]] = {
+ALL: dict[str, dict[str, Any]] = {
     "qwen3_next": _DELTA | _EXPERTS | {"layer_types": _THIRD},
     "qwen3_5_text": _DELTA | {"layer_types": _THIRD},
     "qwen3_5_moe_text": _DELTA | _EXPERTS | {"layer_types": _THIRD},
@@ -55,13 +56,14 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 64},
 }  # fmt: skip
+carried = pytest.mark.skipif(not SUPPORTED, reason="refused before transformers 5.21")
 
 
 def small(kind: str, **own: Any) -> Any:
     """A random model, weights four times as large as drawn, so that logits are not flat."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **{**_COMMON, **KINDS.get(kind, {}), **own})
+        config = AutoConfig.for_model(kind, **{**_COMMON, **ALL.get(kind, {}), **own})
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -81,7 +83,8 @@ def wide(base: Any) -> memwrap.MemoryModelForCausalLM:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@carried
+@pytest.mark.parametrize("kind", ALL)
 @torch.no_grad()
 def test_segments_give_what_the_base_gives_at_once(kind: str) -> None:
     base, ids = small(kind), text()
@@ -106,6 +109,7 @@ def base_alone(kind: str, ids: Tensor) -> Tensor:
     return small(kind)(ids).logits
 
 
+@carried
 @pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "bamba"])
 @torch.no_grad()
 def test_rows_at_different_places_do_not_meet(kind: str) -> None:
@@ -122,6 +126,7 @@ def test_rows_at_different_places_do_not_meet(kind: str) -> None:
         assert_close(together[row], model(alone).logits[0, length:], 1e-5)
 
 
+@carried
 @torch.no_grad()
 def test_memory_off_keeps_what_the_base_remembers() -> None:
     """Without its memory the model still is the base it was: other tokens are felt behind
@@ -137,6 +142,7 @@ def test_memory_off_keeps_what_the_base_remembers() -> None:
         assert_close(kept, model(ids, memory_control="off", use_cache=False).logits, 1e-6)
 
 
+@carried
 @torch.no_grad()
 def test_memory_off_with_nothing_ever_written_changes_nothing() -> None:
     base, ids = small("qwen3_5_text"), text()
@@ -144,6 +150,7 @@ def test_memory_off_with_nothing_ever_written_changes_nothing() -> None:
     assert_close(model(ids, memory_control="off").logits, model(ids).logits, 1e-6)
 
 
+@carried
 def test_an_evaluation_is_the_same_however_much_is_fed_at_once() -> None:
     model = memwrap.wrap(small("qwen3_5_text"), memwrap.ARMTConfig(segment_size=SEGMENT))
     one, many = (
@@ -158,6 +165,7 @@ def test_an_evaluation_is_the_same_however_much_is_fed_at_once() -> None:
     assert one["memory off"].overall != pytest.approx(one["base, truncated"].overall, rel=1e-5)
 
 
+@carried
 def test_the_state_holds_it_and_counts_it() -> None:
     model = wide(small("qwen3_5_text"))
     state = model.read(text())
@@ -167,6 +175,7 @@ def test_the_state_holds_it_and_counts_it() -> None:
     assert state.nbytes > sum(t["recurrent"]["0"].numel() * 4 for t in trees.values())
 
 
+@carried
 def test_gradients_flow_through_what_the_base_remembers() -> None:
     """In segments as at once; cut where the memory's gradients are cut."""
     ids, grads = text(), {}
@@ -184,6 +193,7 @@ def test_gradients_flow_through_what_the_base_remembers() -> None:
     assert grads["cut"][:, :SEGMENT].abs().max() == 0
 
 
+@carried
 @pytest.mark.parametrize(
     ("kind", "own", "said"),
     [
@@ -205,11 +215,19 @@ def test_what_cannot_be_carried_is_refused(
     assert [type(m) for m in base.modules()] == classes
 
 
+@carried
 def test_layers_without_attention_are_not_chosen_for_it() -> None:
     base = small("qwen3_5_text")
-    with refused("InfiniConfig.layers", "[0]", "[2]"):
+    with refused("InfiniConfig.layers", r"\[0\]", r"\[2\]"):
         memwrap.wrap(base, memwrap.InfiniConfig(layers=[0, 2]))
     assert list(memwrap.wrap(base, "liger").memories["liger"].chosen) == [2]
     memwrap.unwrap(memwrap.wrap(small("lfm2"), "memorizing"))
-    with refused("NeurocacheConfig.attention_layers", "[3]"):
+    with refused("NeurocacheConfig.attention_layers", r"\[3\]"):
         memwrap.wrap(small("lfm2"), memwrap.NeurocacheConfig(attention_layers=[2, 3]))
+
+
+def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memwrap.backbones.recurrence.SUPPORTED", False)
+    for kind in ALL:
+        with refused("recurrent layers", "transformers 5.21"):
+            memwrap.wrap(small(kind), "rmt")
