@@ -313,10 +313,10 @@ class Backbone:
             ValueError: if the model's layers or their parts cannot be found.
         """
         last = len(self.layers) - 1
-        mixer = self.attention_modules.get(last)
-        if mixer is None:
-            mixer = recurrent_place.recurrent_module(self.layers[last])
-        with noting_input(feed_forward(self.layers[last], mixer)) as seen:
+        mixers = [module for n, module in self.attention_modules.items() if n == last]
+        if last in self.recurrent:
+            mixers.append(recurrent_place.recurrent_module(self.layers[last]))
+        with noting_input(feed_forward(self.layers[last], mixers)) as seen:
             yield seen
 
     def run(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 
-def feed_forward(layer: nn.Module, attention: nn.Module) -> nn.Module:
-    """The first part of a decoder layer that holds matrices and is not its attention.
+def feed_forward(layer: nn.Module, mixers: Collection[nn.Module]) -> nn.Module:
+    """The first part of a decoder layer that holds matrices and none of its `mixers` (attention,
+    a recurrent module).
 
     Raises:
         ValueError: if there is none.
     """
     for child in layer.children():
-        inside = any(module is attention for module in child.modules())
+        inside = any(module in mixers for module in child.modules())
         if not inside and any(parameter.dim() >= 2 for parameter in child.parameters()):
             return child
     raise ValueError(

@@ -166,6 +166,23 @@ def test_an_evaluation_is_the_same_however_much_is_fed_at_once() -> None:
 
 
 @carried
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "nemotron_h", "falcon_h1"])
+@torch.no_grad()
+def test_the_feed_forward_block_of_a_last_layer_that_does_not_only_attend(kind: str) -> None:
+    base = small(kind)
+    model = memwrap.wrap(base, "knnlm")
+    with model.parts.noting_feed_forward() as given:
+        base(text())
+    blocks = {n: m for n, m in base.get_decoder().layers[-1].named_modules()}
+    name = {"nemotron_h": "mixer", "falcon_h1": "feed_forward"}.get(kind, "mlp")
+    seen: list[Tensor] = []
+    handle = blocks[name].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    base(text())
+    handle.remove()
+    assert_close(given[0], seen[0], 1e-6)
+
+
+@carried
 def test_the_state_holds_it_and_counts_it() -> None:
     model = wide(small("qwen3_5_text"))
     state = model.read(text())
