@@ -2,25 +2,27 @@
 
 python benchmarks/linear_ops.py
 
-4,096 tokens of one row, head width 64, float32, one thread. Times are of the processor, so that
-other work on the machine hardly shows in the ratios.
+4,096 tokens of one row, head width 64, float32: on one thread, and on as many as torch takes by
+itself. Both implementations run in turn; the least time of each counts, so that other work on the
+machine hardly shows.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import save
+from common import save, seconds
 from torch import Tensor
 
 from memwrap.ops import backend, delta, gla, gsa
 
 TOKENS, WIDTH = 4_096, 64
 HEADS = (1, 2, 8)
+ALL_THREADS = torch.get_num_threads()
 Scan = Callable[..., Any]
 
 
@@ -41,16 +43,6 @@ def forms(heads: int) -> dict[str, Scan]:
     }
 
 
-def measured(function: Callable[[], Any], repeats: int) -> float:
-    """Milliseconds of processor time, the least of several runs."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        best = min(best, time.process_time() - start)
-    return 1e3 * best
-
-
 def compare(scan: Scan, heads: int) -> dict[str, Any]:
     given = [torch.randn(1, heads, TOKENS, WIDTH) for _ in range(3)]
 
@@ -61,19 +53,21 @@ def compare(scan: Scan, heads: int) -> dict[str, Any]:
     def training() -> None:
         scan(*(x.clone().requires_grad_() for x in given))[0].sum().backward()
 
-    found: dict[str, Any] = {}
-    for kind, function in (("reading", reading), ("training", training)):
-        times = {}
-        for name, repeats in (("naive", 1), ("torch", 5)):
+    kinds, found = {"reading": reading, "training": training}, {}
+    for kind, threads in product(kinds, sorted({1, ALL_THREADS})):
+        torch.set_num_threads(threads)
+        times = {"naive": float("inf"), "torch": float("inf")}
+        for name in ("torch", "naive", "torch", "torch", "torch", "naive", "torch", "torch"):
             with backend(name):
-                times[name] = measured(function, repeats)
-        found[kind] = {"milliseconds": times, "naive_over_torch": times["naive"] / times["torch"]}
+                times[name] = min(times[name], 1e3 * seconds(kinds[kind]))
+        ratio = times["naive"] / times["torch"]
+        own = {"threads": threads, "milliseconds": times, "naive_over_torch": ratio}
+        found[kind if threads == 1 else f"{kind}, all threads"] = own
     return found
 
 
 def main() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for heads in HEADS:
         for name, scan in forms(heads).items():
