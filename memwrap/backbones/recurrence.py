@@ -154,6 +154,11 @@ def _placed(tree: Tree, rows: Tensor, new: Tree, batch: int) -> Tree:
 def _memory_recurrence(parent: type[nn.Module]) -> type[nn.Module]:
     taken = [name for name in inspect.signature(parent.forward).parameters if name != "self"]
     place = next((name for name in _CACHES if name in taken), None)
+    if place is None:
+        raise ValueError(
+            f"{parent.__name__} takes none of {', '.join(_CACHES)}; memwrap cannot carry what it "
+            "remembers from segment to segment."
+        )
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         recurrence = vars(self).pop("_memwrap_recurrence", None)
@@ -162,8 +167,10 @@ def _memory_recurrence(parent: type[nn.Module]) -> type[nn.Module]:
             return parent.forward(self, **kwargs)
 
         def call(hidden: Tensor, own: Cache) -> Any:
-            own_arguments = {taken[0]: hidden, str(place): own, "attention_mask": None}
-            return parent.forward(self, **{**kwargs, **own_arguments})
+            given = {**kwargs, taken[0]: hidden, place: own}
+            if "attention_mask" in given:
+                given["attention_mask"] = None
+            return parent.forward(self, **given)
 
         return recurrence(self.layer_idx, call, kwargs[taken[0]])
 
@@ -171,11 +178,6 @@ def _memory_recurrence(parent: type[nn.Module]) -> type[nn.Module]:
         "forward": forward, "_memwrap_parent": parent, "_memwrap_recurrent": True,
         "__doc__": parent.__doc__,
     }  # fmt: skip
-    if place is None:
-        raise ValueError(
-            f"{parent.__name__} takes none of {', '.join(_CACHES)}; memwrap cannot carry what it "
-            "remembers from segment to segment."
-        )
     return type(f"Memory{parent.__name__}", (parent,), members)
 
 
