@@ -251,6 +251,8 @@ class SegmentReader:
                 f"{name} does not hand keyword arguments down to its decoder layers, which "
                 "layer-level memories need; use a token-level one (rmt)."
             )
+        if context.recurrence is not None:
+            context.recurrence.check_met(len(self.backbone.recurrent), name)
         if self.attending and len(context.attended) != with_attention:
             raise ValueError(
                 f"{name}'s attention no longer meets the memory: its attention implementation "

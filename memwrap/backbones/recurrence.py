@@ -116,6 +116,14 @@ class Recurrence:
             if module is not layer and getattr(type(module), "_memwrap_recurrent", False):
                 vars(module)["_memwrap_recurrence"] = self
 
+    def check_met(self, count: int, name: str) -> None:
+        """Refuse a model some of whose `count` recurrent layers ran without their states."""
+        if len(self.after) != count:
+            raise ValueError(
+                f"{len(self.after)} of {name}'s {count} recurrent layers met their states: it does "
+                "not hand keyword arguments down, or classes were changed after wrapping."
+            )
+
     def __call__(self, layer: int, call: Call, hidden: Tensor) -> Tensor:
         """What the layer's module gives for `hidden` `(B, T, D)`, 0 where nothing is there."""
         tree = self.states.get(str(layer), {})
@@ -251,13 +259,9 @@ class Probe(Recurrence):
             name: of the model, for errors.
 
         Raises:
-            ValueError: if a layer was not met, or does not go on from what it remembers.
+            ValueError: if a layer did not meet its state, or does not go on from what it remembers.
         """
-        if len(self.after) != count:
-            raise ValueError(
-                f"{name} has {count} recurrent layers, of which {len(self.after)} met their "
-                "states: it does not hand keyword arguments down to its layers."
-            )
+        self.check_met(count, name)
         if self.broken:
             raise ValueError(
                 f"{name} does not go on from what its recurrent layers ({self.broken[0]} is the "

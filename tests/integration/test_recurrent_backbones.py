@@ -243,6 +243,25 @@ def test_layers_without_attention_are_not_chosen_for_it() -> None:
         memwrap.wrap(small("lfm2"), memwrap.NeurocacheConfig(attention_layers=[2, 3]))
 
 
+@carried
+@torch.no_grad()
+def test_eager_attention_gives_the_same() -> None:
+    ids, base = text(), small("qwen3_5_text")
+    want = base(ids).logits
+    base.set_attn_implementation("eager")
+    assert_close(wide(base)(ids).logits, want, 1e-5)
+
+
+@carried
+def test_layers_that_lost_their_states_are_noticed() -> None:
+    base = small("qwen3_5_text")
+    model = wide(base)
+    module = base.get_decoder().layers[1].linear_attn
+    module.__class__ = type(module)._memwrap_parent
+    with refused("2 of Qwen3_5", "3 recurrent layers"):
+        model.read(text())
+
+
 def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memwrap.backbones.recurrence.SUPPORTED", False)
     for kind in ALL:
