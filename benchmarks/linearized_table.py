@@ -94,8 +94,7 @@ def ops(values: dict[str, Any]) -> str:
         "**The recurrences on a CPU.** Time of the specification (a loop over tokens) over that of "
         "chunked torch, 4,096 tokens of width 64, on one thread where no number is given; "
         f"{most} is what torch takes here. Training is forward and backward. The loop does "
-        "all heads in one step, so that more heads make up for its slowness; it gains nothing from "
-        f"a second thread.\n\n{table(rows)}"
+        f"all heads in one step, so that more heads make up for its slowness.\n\n{table(rows)}"
     )
 
 

@@ -234,10 +234,7 @@ class Backbone:
     def remembered(self, batch_size: int) -> Tree:
         """What the recurrent layers remember of `batch_size` rows that have read nothing: a tree
         for each of them by its number; empty for a backbone that has none."""
-        return tree_map(
-            lambda t: t.new_zeros(batch_size, *t.shape[1:]),  # fresh, as devices may differ
-            self._remembered,
-        )
+        return tree_map(lambda t: t.new_zeros(batch_size, *t.shape[1:]), self._remembered)
 
     @property
     def _attending(self) -> bool:
