@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -36,13 +37,13 @@ from memwrap.fingerprints import fingerprint, loaded_parameters
 from memwrap.registry import config_class
 
 VERSION = "0.1.0"
+# What PEFT puts into names; adapters of several tensors of one module stand in each other.
+_WRAPPERS = re.compile(r"((\.token_adapter)?\.base_layer|\.original_module)+(?=\.)")
 
 
 def plain_name(name: str) -> str:
     """A backbone parameter's name as it is without adapters."""
-    for part in (".token_adapter.base_layer.", ".base_layer.", ".original_module."):
-        name = name.replace(part, ".")
-    return name
+    return _WRAPPERS.sub("", name)
 
 
 def adapter_keys(backbone: PreTrainedModel) -> set[str]:

@@ -21,6 +21,10 @@ from memwrap.trees import aligned, alike, tree_leaves
 
 SEGMENT = 8
 TOLERANCE = 1e-4
+# peft 0.21 says so of experts whose weights are one tensor, with and without a memory.
+PEFT_EXPERTS = pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"
+)
 MEMORIES = tuple(memwrap.available())
 
 

@@ -147,12 +147,16 @@ def merged(model: MemoryModelForCausalLM) -> dict[str, Tensor]:
                 tensors[f"backbone.{plain_name(name)}.{key}"] = value
         if not isinstance(module, BaseTunerLayer) or module.disable_adapters:
             continue
-        own = copy.deepcopy(module)
+        if name.endswith(".base_layer"):  # merged with the adapter that it stands in
+            continue
+        layer: Any = copy.deepcopy(module)
         try:
-            own.merge(safe_merge=True)
+            while isinstance(layer, BaseTunerLayer):
+                layer.merge(safe_merge=True)
+                layer = layer.base_layer  # type: ignore[attr-defined]
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise ValueError(f"The adapter of {name} cannot be merged: {error}") from error
-        for key, value in own.get_base_layer().state_dict().items():
+        for key, value in layer.state_dict().items():
             tensors[f"backbone.{plain_name(f'{name}.base_layer.{key}')}"] = value
     return tensors
 

@@ -7,11 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import build
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from support import PEFT_EXPERTS, assert_close, error_of, ids, wrapped
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import memwrap
 from memwrap import exporting
@@ -57,17 +60,50 @@ def test_loads_without_memwrap(name: str, tmp_path: Path) -> None:
         for key, value in model.named_parameters():
             if "lora_B" in key:
                 value += 0.05 * torch.randn_like(value)
-    ids = torch.randint(0, 99, (2, 30))
-    before = model(input_ids=ids).logits
+    text = torch.randint(0, 99, (2, 30))
+    before = model(input_ids=text).logits
     found = exporting.export(model, tmp_path / "out")
     assert found is not None
     assert found.generates
     assert found.difference < 1e-5
-    assert torch.equal(model(input_ids=ids).logits, before)
+    assert torch.equal(model(input_ids=text).logits, before)
     again = memwrap.load(tmp_path / "out")
     scale = before.abs().max()
-    assert (again(input_ids=ids).logits - before).abs().max() < 1e-5 * scale
+    assert (again(input_ids=text).logits - before).abs().max() < 1e-5 * scale
     assert not again.adapters()
+
+
+def experts() -> Any:
+    config = Qwen3MoeConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@PEFT_EXPERTS
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("order", ["inside", "before"])
+def test_adapters_of_experts_are_merged(order: str) -> None:
+    """PEFT adapts two tensors of one module, one adapter inside the other."""
+    settings = LoraConfig(r=2, target_parameters=["gate_up_proj", "down_proj"])
+    before = order == "before"
+    model = wrapped(base=get_peft_model(experts(), settings) if before else experts())
+    if not before:
+        model.add_lora(settings)
+    adapters = [n for n, _ in model.named_parameters() if "lora_B" in n]
+    assert any(".experts.base_layer.lora_B" in n for n in adapters), adapters
+    text = ids(2, 20)
+    with torch.no_grad():
+        for key in adapters:
+            model.get_parameter(key).normal_(std=0.1)
+        want = model(text).logits
+        plain = wrapped(base=experts())
+        assert error_of(plain(text).logits, want) > 1e-2
+        plain.load_state_dict(exporting.merged(model), strict=False)
+        assert_close(plain(text).logits, want, 1e-5)
 
 
 TRAINS = """

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from support import (
     MEMORIES,
+    PEFT_EXPERTS,
     SEGMENT,
     assert_close,
     assert_memory_matters,
@@ -102,6 +103,7 @@ def test_checkpointing_changes_nothing(memory: str, family: str, window: int | N
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")  # gpt2's turned weights
+@PEFT_EXPERTS
 @pairs()
 def test_lora_and_memory_get_the_gradients(memory: str, family: str) -> None:
     model = wrapped(memory, family)

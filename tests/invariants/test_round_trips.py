@@ -12,6 +12,7 @@ from families import build
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import (
     MEMORIES,
+    PEFT_EXPERTS,
     SEGMENT,
     assert_close,
     assert_memory_matters,
@@ -160,6 +161,7 @@ def randomise_lora(model: Any) -> None:
 
 @PEFT_NAMES
 @PEFT_TURNED
+@PEFT_EXPERTS
 @pairs()
 @pytest.mark.parametrize("order", ["inside", "before"])
 def test_saved_and_loaded_with_lora(memory: str, family: str, order: str, tmp_path: Path) -> None:
@@ -188,6 +190,7 @@ def test_saved_and_loaded_with_lora(memory: str, family: str, order: str, tmp_pa
 
 @PEFT_NAMES
 @PEFT_TURNED
+@PEFT_EXPERTS
 @pairs()
 def test_peft_around_the_model(memory: str, family: str, tmp_path: Path) -> None:
     settings = LoraConfig(r=4, target_modules="all-linear", modules_to_save=[MEMORY_CHILD])
