@@ -2,6 +2,7 @@
 
 from memwrap.configuration import MemoryModelConfig
 from memwrap.library import Library
+from memwrap.memories.ahn import AHNConfig
 from memwrap.memories.armt import ARMTConfig
 from memwrap.memories.autocompressor import AutoCompressorConfig
 from memwrap.memories.base import MemoryConfig
@@ -26,6 +27,7 @@ from memwrap.state import MemoryState
 from memwrap.wrapping import linearize, load, unwrap, wrap
 
 __all__ = [
+    "AHNConfig",
     "ARMTConfig",
     "AutoCompressorConfig",
     "CompressiveConfig",

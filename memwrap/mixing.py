@@ -31,11 +31,13 @@ class Teacher:
         hidden: `(B, T, D)` for every column.
         weight: of the divergence.
         temperature: by which both models' logits are divided.
+        labels: weight of the cross entropy with the targets beside it.
     """
 
     hidden: Tensor
     weight: float = 1.0
     temperature: float = 1.0
+    labels: float = 1.0
 
     def at(self, step: Step) -> Teacher:
         """Of a step's columns."""
@@ -137,7 +139,7 @@ class Head:
         loss = F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)
         if teacher is None or taught is None:
             return loss
-        t = teacher.temperature
+        loss, t = loss * teacher.labels, teacher.temperature
         with torch.no_grad():
             follow = F.log_softmax(self.backbone.head(taught[None])[0].float() / t, -1)
         own = F.log_softmax(logits.float() / t, -1)

@@ -19,6 +19,30 @@ from memwrap.trees import Tree
 
 
 @dataclass(frozen=True)
+class Leaving:
+    """Which row leaves the window as each query of a step comes.
+
+    Attributes:
+        places: `(B, T)` of the queries in the document, from 0.
+        left: `(B, T)` of the rows that leave; negative where none does.
+        kept: `(B, T)` that row among the ones kept before the segment.
+        columns: `(B, T)` its column in the segment, where it is one of the segment's.
+        inside: `(B, T)` bool, where it is.
+    """
+
+    places: Tensor
+    left: Tensor
+    kept: Tensor
+    columns: Tensor
+    inside: Tensor
+
+    def rows(self, kept: Tensor, own: Tensor) -> Tensor:
+        """What left, `(B, H, T, D)`: of the kept rows `(B, H, W, D)` and of the leaving ones' own
+        columns `(B, H, T, D)`."""
+        return torch.where(self.inside[:, None, :, None], own.to(kept), take(kept, self.kept))
+
+
+@dataclass(frozen=True)
 class SlidingWindow:
     """Every token attends to the last `size` tokens, itself among them, and to the sinks.
 
@@ -40,11 +64,15 @@ class SlidingWindow:
             object.__setattr__(self, "kept", self.size - 1)  # a query sees itself too
 
     def empty(
-        self, batch_size: int, own: AttentionSizes, dtype: torch.dtype, device: torch.device
-    ) -> Tree:
-        """What a layer keeps before the first token."""
+        self, batch_size: int, own: AttentionSizes, dtype: torch.dtype, device: torch.device,
+        *, sizes: Tensor | None = None,
+    ) -> Tree:  # fmt: skip
+        """What a layer keeps before the first token; `sizes` `(B,)` are windows of the rows' own,
+        none larger than `size`."""
         make: dict[str, Any] = {"device": device, "dtype": dtype}
         tree: Tree = {"tokens": torch.zeros(batch_size, dtype=torch.long, device=device)}
+        if sizes is not None:
+            tree["sizes"] = sizes.to(device)
         for name, count in (("window", self.kept), ("sink", self.num_sinks)):
             shape = (batch_size, own.num_kv_heads, count)
             tree[f"{name}_key"] = torch.zeros(*shape, own.key_dim, **make)
@@ -54,7 +82,7 @@ class SlidingWindow:
     def rows(self, attention: LayerAttention, state: Tree) -> tuple[list[Rows], Tensor]:
         """The rows before the segment, and who sees whom inside it, `(B, T, K)`."""
         places, before = attention.places, state["tokens"]
-        window = min(self.size, attention.window or self.size)
+        window = self._seen(attention, state)
         positions = torch.arange(-self.kept, 0, device=before.device).expand(len(before), -1)
         recent = places.queries[:, :, None] - positions[:, None] < window
         recent &= right_valid(before, self.kept)[:, None]
@@ -63,17 +91,36 @@ class SlidingWindow:
             rows.insert(0, self._sink_rows(attention, state, window))
         return rows, places.queries[:, :, None] - places.keys[:, None] < window
 
-    def closed(self, attention: LayerAttention, state: Tree) -> Tree:
-        """What is kept once the segment is part of the past."""
+    def closed(
+        self, attention: LayerAttention, state: Tree, beside: dict[str, Tensor] | None = None
+    ) -> Tree:
+        """What is kept once the segment is part of the past; `beside` keys and values rows
+        `(B, H, K, D)` of the segment for other buffers of `kept` rows in the state."""
         before, valid = state["tokens"], attention.places.key_valid
         tokens = before + valid.sum(1)
         kept = latest(torch.cat([right_valid(before, self.kept), valid], 1), self.kept)
         there = right_valid(tokens, self.kept)
-        new = {"tokens": tokens}
-        for name, rows in (("key", attention.key), ("value", attention.value)):
-            old = state[f"window_{name}"]
-            new[f"window_{name}"] = take(torch.cat([old, rows.to(old.dtype)], 2), kept, there)
+        new = {**state, "tokens": tokens}
+        own = {"window_key": attention.key, "window_value": attention.value}
+        for name, rows in (own | (beside or {})).items():
+            new[name] = take(torch.cat([state[name], rows.to(state[name])], 2), kept, there)
         return new | self._sinks(attention, state)
+
+    def leaving(self, attention: LayerAttention, state: Tree) -> Leaving:
+        """What leaves the window at each query of the step; needs `kept` of at least `size`."""
+        valid, mask = attention.places.key_valid, attention.places.query_valid
+        rank = (valid.long().cumsum(1) - 1)[:, valid.shape[1] - mask.shape[1] :].clamp_min(0)
+        sizes = state["sizes"][:, None] if "sizes" in state else self.size
+        column = rank - sizes  # of the valid ones; negative for those before the segment
+        columns = earliest(valid, valid.shape[1]).gather(1, column.clamp_min(0))
+        kept = (column + self.kept).clamp_max(self.kept - 1)
+        places = state["tokens"][:, None] + rank
+        return Leaving(places, places - sizes, kept, columns, column >= 0)
+
+    def _seen(self, attention: LayerAttention, state: Tree) -> Tensor | int:
+        """Tokens that a query sees, itself among them; `(B, 1, 1)` where rows differ."""
+        most = self.size if attention.window is None else min(self.size, attention.window)
+        return state["sizes"][:, None, None].clamp_max(most) if "sizes" in state else most
 
     def _sinks(self, attention: LayerAttention, state: Tree) -> Tree:
         """Keys and values of the document's first tokens, those just read among them."""
@@ -86,16 +133,16 @@ class SlidingWindow:
             for name, new in (("sink_key", attention.key), ("sink_value", attention.value))
         }
 
-    def _sink_rows(self, attention: LayerAttention, state: Tree, window: int) -> Rows:
+    def _sink_rows(self, attention: LayerAttention, state: Tree, window: Tensor | int) -> Rows:
         """The sinks as queries see them that have left them behind the window."""
         sinks = self._sinks(attention, state)
         absolute = state["tokens"][:, None] + attention.places.queries
         places = torch.arange(self.num_sinks, device=absolute.device)
-        gone = absolute[:, :, None] - places >= window
+        last = window + self.num_sinks - 1
         return Rows(
             sinks["sink_key"],
             sinks["sink_value"],
             places.expand(len(absolute), -1),
-            gone,
-            query_positions=absolute.clamp_max(window + self.num_sinks - 1),
+            absolute[:, :, None] - places >= window,
+            query_positions=absolute.clamp_max(last[:, 0] if isinstance(last, Tensor) else last),
         )

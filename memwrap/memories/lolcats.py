@@ -18,7 +18,7 @@ from memwrap.backbones import LayerAttention, SlidingWindow
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
 from memwrap.ops import gla
 from memwrap.ops.features import learned_features
-from memwrap.ops.rows import earliest, take
+from memwrap.ops.rows import take
 from memwrap.registry import register
 from memwrap.trees import Tree
 
@@ -176,25 +176,21 @@ class LoLCATsMemory(Memory):
 
     def _linear(self, maps: Any, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Sums `(B, H, T, Dv + 1)` over tokens behind the window, and the state after the step."""
-        size, window, wide = self.config.window_size, state["window"], state["S"].dtype
-        valid, mask = attention.places.key_valid, attention.places.query_valid
-        rank = (valid.long().cumsum(1) - 1)[:, valid.shape[1] - mask.shape[1] :].clamp_min(0)
-        # Place j of the segment is row `size + j` of window and segment: the token that leaves
-        # the window when the query of rank j comes is row j.
-        order = earliest(valid, valid.shape[1])
+        window, wide = state["window"], state["S"].dtype
+        leaving = self.window.leaving(attention, window)
         keys, values = (
-            take(torch.cat([window[f"window_{name}"], take(x, order)], 2), rank)
+            leaving.rows(window[f"window_{name}"], take(x, leaving.columns))
             for name, x in (("key", attention.key), ("value", attention.value))
         )
-        place = window["tokens"][:, None] + rank
-        keys = attention.rotated(keys, (place - size).clamp_min(0))
-        q = learned_features(attention.rotated(attention.query, place), maps.query.to(wide))
+        keys = attention.rotated(keys, leaving.left.clamp_min(0))
+        query = attention.rotated(attention.query, leaving.places)
+        q = learned_features(query, maps.query.to(wide))
         group = attention.groups
         values = F.pad(values, (0, 1), value=1.0).to(wide)
         if self.config.key_maps == "query_head":
             keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
         k = learned_features(keys, maps.key.to(wide))
-        entering = mask & (place >= size)
+        entering = attention.places.query_valid & (leaving.left >= 0)
         out, S = gla.scan(q, k, values, None, state["S"], scale=1.0, mask=entering)
         return out, {**state, "S": S}
 

@@ -72,6 +72,8 @@ class MemoryTrainingArguments(TrainingArguments):
             loss of every target: without adapters and memory, with its own attention over the
             whole row, which must therefore fit into its context. 0: none.
         distillation_temperature: by which the logits of both are divided there.
+        label_weight: of the cross entropy with the labels beside a distillation; 0: the backbone
+            as it was is the only teacher. Evaluation is cross entropy in any case.
 
     Raises:
         ValueError: for a curriculum that cannot be read, `vary_segments` without one, a
@@ -111,15 +113,25 @@ class MemoryTrainingArguments(TrainingArguments):
         default=1.0,
         metadata={"help": "Temperature of both distributions in the distillation."},
     )
+    label_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the labels' cross entropy beside a distillation."},
+    )
 
     def __post_init__(self) -> None:
-        for name in ("memory_learning_rate", "memory_weight_decay", "distillation_weight"):
+        weights = ("memory_weight_decay", "distillation_weight", "label_weight")
+        for name in ("memory_learning_rate", *weights):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` is {value}; it must be 0 or more.")
         if self.distillation_temperature <= 0:
             got = self.distillation_temperature
             raise ValueError(f"`distillation_temperature` is {got}; it must be above 0.")
+        if self.label_weight != 1 and not self.distillation_weight:
+            raise ValueError(
+                f"`label_weight` is {self.label_weight} without a distillation; set "
+                "`distillation_weight`, or leave it at 1."
+            )
         if self.segment_curriculum is not None:
             parse_curriculum(self.segment_curriculum)
         elif self.vary_segments:

@@ -13,8 +13,9 @@ from memwrap.training.batches import Batch, shape_of
 
 @torch.no_grad()
 def teacher_of(
-    model: MemoryModelForCausalLM, batch: Batch, weight: float, temperature: float
-) -> Teacher:
+    model: MemoryModelForCausalLM, batch: Batch, weight: float, temperature: float,
+    labels: float = 1.0,
+) -> Teacher:  # fmt: skip
     """The backbone without adapters and memories, over whole rows of a batch.
 
     A linearized model's backbone has its own softmax there.
@@ -22,7 +23,7 @@ def teacher_of(
     Args:
         model: the model that is trained.
         batch: `input_ids (B, T)` or `inputs_embeds`, and their mask.
-        weight, temperature: see `Teacher`.
+        weight, temperature, labels: see `Teacher`.
 
     Raises:
         ValueError: for rows that the backbone's context does not hold.
@@ -44,7 +45,7 @@ def teacher_of(
     finally:
         for module in training:
             module.training = True
-    return Teacher(hidden, weight, temperature)
+    return Teacher(hidden, weight, temperature, labels)
 
 
 __all__ = ["teacher_of"]

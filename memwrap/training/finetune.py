@@ -291,6 +291,7 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArgumen
         vary_segments=section.vary_segments,
         distillation_weight=section.distillation_weight,
         distillation_temperature=section.distillation_temperature,
+        label_weight=section.label_weight,
         streaming=section.streaming,
         bf16=precision == "bf16",
         fp16=precision == "fp16",

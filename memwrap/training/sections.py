@@ -217,6 +217,7 @@ class TrainerSection:
         vary_segments: draw the number of segments up to the curriculum's.
         distillation_weight, distillation_temperature: follow the backbone as it was, with its
             own attention over whole rows; see `MemoryTrainingArguments`.
+        label_weight: of the cross entropy with the text beside a distillation.
         streaming: run the backward pass every `memory.bptt_segments` segments.
         gradient_checkpointing: recompute segments in the backward pass.
         precision: `fp32`, `bf16` or `fp16` arithmetic; `auto`: bf16 where the GPU has it.
@@ -243,6 +244,7 @@ class TrainerSection:
     vary_segments: bool = False
     distillation_weight: float = 0.0
     distillation_temperature: float = 1.0
+    label_weight: float = 1.0
     streaming: bool = True
     gradient_checkpointing: bool = False
     precision: str = "auto"
@@ -275,6 +277,9 @@ class TrainerSection:
         weight, temperature = self.distillation_weight, self.distillation_temperature
         need(weight >= 0, "trainer.distillation_weight", weight, "0 or more")
         need(temperature > 0, "trainer.distillation_temperature", temperature, "above 0")
+        labels = self.label_weight
+        good = labels >= 0 and (labels == 1 or weight > 0)
+        need(good, "trainer.label_weight", labels, "1, or with a distillation 0 or more")
         if self.segment_curriculum is not None:
             _parse("trainer.segment_curriculum", self.segment_curriculum)
         elif self.vary_segments:

@@ -188,8 +188,9 @@ class MemoryTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             teacher = teacher_of(
-                self.memory_model, inputs, args.distillation_weight, args.distillation_temperature
-            )
+                self.memory_model, inputs, args.distillation_weight, args.distillation_temperature,
+                args.label_weight,
+            )  # fmt: skip
         return {**inputs, "teacher": teacher}
 
     def get_batch_samples(

@@ -53,12 +53,14 @@ def test_the_loss_is_cross_entropy_and_divergence(name: str) -> None:
         logits = model(text).logits
         taught = model.parts.head(hidden)
         loss = model(text, labels=labels, teacher=Teacher(hidden, 0.7, 2.0)).loss
+        alone = model(text, labels=labels, teacher=Teacher(hidden, 0.7, 2.0, labels=0.0)).loss
         plain = model(text, labels=labels).loss
     targets = labels[:, 1:]
     entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
     apart = divergence(logits, taught, 2.0)[:, :-1][targets != -100].mean()
     assert float(plain) == pytest.approx(float(entropy), rel=1e-5)
     assert float(loss) == pytest.approx(float(entropy + 0.7 * apart), rel=1e-5)
+    assert float(alone) == pytest.approx(float(0.7 * apart), rel=1e-4)
     assert float(apart) > 0.01
 
 
@@ -140,6 +142,10 @@ def test_what_cannot_be_taught_is_refused(tmp_path: Path) -> None:
         trainer_of(model, tmp_path, distillation_weight=-1.0)
     with pytest.raises(ValueError, match="distillation_temperature"):
         trainer_of(model, tmp_path, distillation_temperature=0.0)
+    with pytest.raises(ValueError, match=r"label_weight.*without a distillation"):
+        trainer_of(model, tmp_path, label_weight=0.0)
+    with pytest.raises(ValueError, match="`label_weight` is -1"):
+        trainer_of(model, tmp_path, distillation_weight=1.0, label_weight=-1.0)
     with pytest.raises(ValueError, match="teacher"):
         text = ids(1, 8)
         model(text, labels=text, teacher=torch.zeros(1, 8, 4))

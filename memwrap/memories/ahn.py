@@ -1,0 +1,250 @@
+"""AHN: what leaves a sliding window is taken up by a small recurrence (Fang et al. 2025).
+
+"Artificial Hippocampus Networks". The backbone stays as it is and reads its window as ever; the
+recurrence is fed with the keys and values that leave it, and adds what a query finds there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memwrap.backbones import AttentionSizes, LayerAttention, SlidingWindow
+from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.ops import delta, gla
+from memwrap.ops.rows import take
+from memwrap.registry import register
+from memwrap.trees import Tree
+
+EPS = 1e-5  # of the norm
+RATES = (1e-3, 16.0)  # A, drawn between
+STEPS = (1e-3, 1e-1)  # softplus of the bias of Delta, drawn between on a log scale
+
+
+@dataclass(kw_only=True)
+class AHNConfig(MemoryConfig):
+    """Softmax over a window with sinks, and beside it a recurrence over all that left the window.
+
+    Attributes:
+        form: of the recurrence: `"gated_delta"` (AHN-GDN), `"delta"` (AHN-DN, eq. 10) or
+            `"mamba2"` (AHN-Mamba2, eq. 9).
+        window_size: tokens that the softmax sees, the query itself among them. Published: 32,640.
+        num_sinks: first tokens that the softmax sees too, and that never enter the recurrence.
+            Published: 128.
+        train_windows: window sizes, one of which every row of a training batch draws as it begins
+            a text, so that the recurrence learns from short texts what it needs for long ones
+            (`None`: `window_size`).
+        states: a state for every `"query_head"`, as published, or for every `"kv_head"`: heads
+            that share keys then share a state.
+        rotate: queries and keys are rotated to their places in the document, as published.
+        layers: decoder layers with a recurrence; the others have window and sinks alone. `None`:
+            all but those with a shorter window of their own, unless all are such.
+    """
+
+    name: ClassVar[str] = "ahn"
+    places: ClassVar[frozenset[str]] = frozenset({"attention"})
+    neutral_start: ClassVar[bool] = True
+
+    form: str = "gated_delta"
+    window_size: int = 1024
+    num_sinks: int = 4
+    train_windows: list[int] | None = None
+    states: str = "query_head"
+    rotate: bool = True
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("form", ("gated_delta", "delta", "mamba2"))
+        self._positive("window_size")
+        self._positive("num_sinks", zero=True)
+        self._one_of("states", ("query_head", "kv_head"))
+        self._layers()
+        drawn = self.train_windows
+        if drawn is not None and not (
+            isinstance(drawn, list)
+            and drawn
+            and all(type(n) is int and 1 <= n <= self.window_size for n in drawn)
+        ):
+            self._fail("train_windows", f"None or a list of sizes from 1 to {self.window_size}")
+
+    @classmethod
+    def tiny(cls) -> AHNConfig:
+        return cls(segment_size=8, window_size=10, num_sinks=2)
+
+
+class LayerAHN(nn.Module):
+    """One layer's gates and output map, which starts at zero: nothing is added before training.
+
+    H heads, G states, D the hidden size, Dv a value's width.
+    """
+
+    def __init__(self, config: AHNConfig, own: AttentionSizes, sizes: Sizes) -> None:
+        super().__init__()
+        make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
+        heads, width = own.num_heads, sizes.hidden_size
+        count = heads if config.states == "query_head" else own.num_kv_heads
+
+        def drawn(*shape: int, low: float, high: float) -> Tensor:
+            return torch.empty(*shape, **make).uniform_(low, high)
+
+        bound = width**-0.5
+        self.write = nn.Parameter(drawn(count, width, low=-bound, high=bound))
+        self.forget: nn.Parameter | None = None
+        self.rate: nn.Parameter | None = None
+        if config.form == "gated_delta":
+            self.forget = nn.Parameter(drawn(count, width, low=-bound, high=bound))
+        if config.form != "delta":
+            self.rate = nn.Parameter(drawn(count, low=RATES[0], high=RATES[1]).log())
+            low, high = (math.log(step) for step in STEPS)
+            self.bias = nn.Parameter(drawn(count, low=low, high=high).exp().expm1().log())
+        self.read = nn.Parameter(drawn(heads, width, low=-bound, high=bound))
+        self.norm = nn.Parameter(torch.ones(own.value_dim, **make))
+        self.out = nn.Parameter(torch.zeros(heads, own.value_dim, own.value_dim, **make))
+
+    def gates(self, hidden: Tensor) -> Tensor:
+        """Strength of the write and log of the forget gate of tokens `(B, N, D)`: `(B, G, N, 2)`
+        in float32 (float64 for float64 parameters); the plain delta rule has no second one."""
+        wide = torch.promote_types(self.write.dtype, torch.float32)
+        hidden = hidden.to(wide)
+        write = hidden @ self.write.to(wide).T
+        if self.rate is None:
+            return write.sigmoid().transpose(1, 2)[..., None]
+        forget = write if self.forget is None else hidden @ self.forget.to(wide).T
+        step = F.softplus(forget + self.bias.to(wide))
+        strength = step if self.forget is None else write.sigmoid()
+        both = torch.stack([strength, -self.rate.to(wide).exp() * step], -1)
+        return both.transpose(1, 2)
+
+    def output(self, read: Tensor, hidden: Tensor) -> Tensor:
+        """What is added to the attention's heads, `(B, T, H, Dv)`, of what was read
+        `(B, H, T, Dv)` and the queries' hidden states `(B, T, D)` (eq. 6)."""
+        wide = read.dtype
+        gate = F.silu(hidden.to(wide) @ self.read.to(wide).T).transpose(1, 2)[..., None]
+        read = F.rms_norm(read, read.shape[-1:], self.norm.to(wide), EPS) * gate
+        return (read @ self.out.to(wide)).transpose(1, 2)
+
+
+@register(AHNConfig)
+class AHNMemory(Memory):
+    """Per layer the recurrence's matrices, in float32, the window's keys and values, and the gates
+    that its tokens will enter the recurrence with.
+
+    A query at t sees the window, and reads the state that the token at `t - window_size` has just
+    entered. Nothing depends on where segments end.
+    """
+
+    config: AHNConfig
+    branches = ("window", "recurrent")
+    needs_hidden = True
+
+    def __init__(self, config: AHNConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.window = SlidingWindow(config.window_size, config.num_sinks, kept=config.window_size)
+        self.networks = nn.ModuleDict()
+        for layer in self._chosen():
+            self.networks[str(layer)] = LayerAHN(config, sizes.attention[layer], sizes)
+
+    def _chosen(self) -> list[int]:
+        layers = chosen_layers(self.config, self.sizes)
+        if self.config.layers is not None:
+            return layers
+        own = {n: self.sizes.attention[n].window or self.config.window_size for n in layers}
+        return [n for n in layers if own[n] >= self.config.window_size] or layers
+
+    def init_state(self, batch_size: int, device: torch.device) -> Tree:
+        drawn, sizes = self.config.train_windows, None
+        if drawn is not None:
+            own = torch.full((batch_size,), self.config.window_size)
+            index = torch.randint(len(drawn), (batch_size,))
+            sizes = torch.tensor(drawn)[index] if self.training else own
+        return {
+            "layers": {
+                str(layer): self._empty(layer, own, sizes, batch_size, device)
+                for layer, own in self.sizes.attention.items()
+            }
+        }
+
+    def _empty(
+        self, layer: int, own: AttentionSizes, drawn: Tensor | None, batch: int,
+        device: torch.device,
+    ) -> Tree:  # fmt: skip
+        dtype = self.sizes.backbone_dtype
+        window = self.window.empty(batch, own, dtype, device, sizes=drawn)
+        if str(layer) not in self.networks:
+            return {"window": window}
+        network: Any = self.networks[str(layer)]
+        count, wide = len(network.write), torch.promote_types(dtype, torch.float32)
+        gates = (batch, count, self.window.kept, 1 if network.rate is None else 2)
+        window["gates"] = torch.zeros(gates, dtype=wide, device=device)
+        shape = (batch, count, own.key_dim, own.value_dim)
+        return {"window": window, "S": torch.zeros(shape, dtype=wide, device=device)}
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        rows, local = self.window.rows(attention, state["window"])
+        near = attention.join(*rows, local=local)[0]
+        if str(layer) not in self.networks:
+            return near, state
+        with torch.autocast(near.device.type, enabled=False):
+            far, state = self._recurrent(layer, attention, state)
+        if self.branch == "window":
+            return near, state
+        return (far if self.branch == "recurrent" else near.to(far.dtype) + far), state
+
+    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        window, beside = state["window"], {}
+        if str(layer) in self.networks:
+            network: Any = self.networks[str(layer)]
+            with torch.autocast(attention.value.device.type, enabled=False):
+                beside["gates"] = network.gates(attention.hidden)
+        return {**state, "window": self.window.closed(attention, window, beside)}
+
+    def _recurrent(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        """What the step's queries read, `(B, T, H, Dv)`, and the state after it."""
+        network: Any = self.networks[str(layer)]
+        window, wide = state["window"], state["S"].dtype
+        hidden: Tensor = attention.hidden  # type: ignore[assignment]
+        leaving = self.window.leaving(attention, window)
+        key, value = (
+            leaving.rows(window[f"window_{name}"], take(x, leaving.columns))
+            for name, x in (("key", attention.key), ("value", attention.value))
+        )
+        own = network.gates(take(hidden, leaving.columns))
+        strength, *forget = leaving.rows(window["gates"], own).to(wide).unbind(-1)
+        query = attention.query
+        if self.config.rotate:
+            query = attention.rotated(query, leaving.places)
+            key = attention.rotated(key, leaving.left.clamp_min(0))
+        if self.config.states == "query_head":
+            key, value = (x.repeat_interleave(attention.groups, 1) for x in (key, value))
+        entering = attention.places.query_valid & (leaving.left >= self.config.num_sinks)
+        value = value.to(wide)
+        if self.config.form == "mamba2":
+            query, key = (delta.unit(x.to(wide)) for x in (query, key))
+            value = value * strength[..., None]
+            read, S = gla.scan(query, key, value, forget[0], state["S"], mask=entering)
+        else:
+            gate = forget[0] if forget else None
+            query, key = query.to(wide), key.to(wide)
+            read, S = delta.scan(
+                query, key, value, strength, gate, state["S"], l2norm=True, mask=entering
+            )
+        length = query.shape[2]
+        out = network.output(read, hidden[:, hidden.shape[1] - length :])
+        return out, {**state, "S": S}
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        networks: list[Any] = list(self.networks.values())
+        still = [p for n in networks if n.rate is not None for p in (n.rate, n.bias)]
+        return [{"params": still, "weight_decay": 0.0}] if still else []
+
+    def figures(self) -> dict[str, Tensor]:
+        networks: list[Any] = list(self.networks.values())
+        return {
+            "output_norm": torch.stack([n.out.detach().float().norm(dim=(1, 2)) for n in networks])
+        }
