@@ -1,12 +1,12 @@
-"""What linearization costs and gives, on the shipped tiny LM.
+"""What a window and a recurrence beside it cost and give, on the shipped tiny LM.
 
-    python benchmarks/linearized.py [--minutes 8] [--only quality|decoding]
+    python benchmarks/linearized.py [--minutes 8] [--only quality|decoding] [--memories ahn]
 
-Quality: nats per token on held-out documents of the base, of the conversion without training, and
-after training by the shipped recipes (LoLCATs in its two stages), each with its branches alone and
-beside the untrained base with a window as long and sinks. Decoding: seconds a token and bytes that
-are kept, with so many tokens behind it, beside the base and its cache of keys and values. `--only`
-leaves the other part of the recorded result as it is.
+Quality: nats per token on held-out documents of the base, of the model without training, and after
+training by the shipped recipes (LoLCATs in its two stages), each with its branches alone and beside
+the untrained base with a window as long and sinks. Decoding: seconds a token and bytes that are
+kept, with so many tokens behind it, beside the base and its cache of keys and values. `--only`
+leaves the other part of the recorded result as it is, `--memories` the quality of the others.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ DOCUMENTS, TOKENS = 4, 4_096
 CONTEXTS = (1_024, 4_096, 16_384, 65_536)
 STEPS, ROUNDS = 16, 5
 RECIPES = {
+    "ahn": [("ahn_tiny", [])],
     "liger": [("liger_gla_lora_tiny", [])],
     "lolcats": [
         ("lolcats_tiny", ["memory.stage=transfer", "lora=null", "trainer.learning_rate=1e-2"]),
@@ -71,13 +72,13 @@ def trained(name: str, minutes: float, scratch: Path) -> tuple[Any, list[dict[st
     return memwrap.load(before), facts
 
 
-def quality(minutes: float) -> dict[str, Any]:
-    """Both conversions, untrained and trained."""
+def quality(minutes: float, names: list[str]) -> dict[str, Any]:
+    """Memories untrained and trained."""
     tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
     rows = run.documents("stdlib", "test", tokenizer, TOKENS, DOCUMENTS)
     found: dict[str, Any] = {"documents": DOCUMENTS, "tokens": TOKENS}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in RECIPES:
+        for name in names:
             model, facts = trained(name, minutes, Path(scratch))
             config = model.memory_configs[0]
             fresh = memwrap.wrap(base_model(), config).eval()
@@ -147,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="training of each memory")
     parser.add_argument("--only", choices=("quality", "decoding"))
+    parser.add_argument("--memories", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
     arguments = parser.parse_args()
     path = RESULTS / "linearized.json"
     before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
@@ -154,7 +156,8 @@ def main() -> None:
     if arguments.only != "quality":
         found["decoding"] = decoding()
     if arguments.only != "decoding":
-        found["quality"] = quality(arguments.minutes)
+        new = quality(arguments.minutes, arguments.memories)
+        found["quality"] = found.get("quality", {}) | new
     save("linearized", found)
 
 

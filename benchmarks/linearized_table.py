@@ -1,4 +1,4 @@
-"""Put the results of `linearized.py` and `linear_ops.py` into the pages of Liger and LoLCATs.
+"""Put the results of `linearized.py` and `linear_ops.py` into the pages of AHN, Liger and LoLCATs.
 
 python benchmarks/linearized_table.py
 """
@@ -31,7 +31,7 @@ def verdict(result: PerplexityResult) -> str:
         better = "better" if alone > 0 else "worse"
         beyond = "better" if base > 0 else "worse"
         said.append(
-            f"{where} the trained conversion is {abs(alone):.2f} nats {better} than its window "
+            f"{where} the trained model is {abs(alone):.2f} nats {better} than its window "
             f"alone and {abs(base):.2f} {beyond} than the untrained base with window and sinks."
         )
     return " ".join(said)
@@ -100,9 +100,9 @@ def ops(values: dict[str, Any]) -> str:
 
 def main() -> None:
     values, speeds = load("linearized"), load("linear_ops")
-    for name in ("liger", "lolcats"):
+    for name in ("ahn", "liger", "lolcats"):
         parts = []
-        if "quality" in values:
+        if name in values.get("quality", {}):
             parts.append(quality(name, values["quality"]))
         if "decoding" in values:
             parts.append(decoding(name, values["decoding"]))

@@ -115,17 +115,18 @@ def perplexity(
 
 
 def linear_usage(model: MemoryModelForCausalLM, rows: list[Tensor]) -> dict[str, PerplexityResult]:
-    """What the branches of a linearized model are worth: both, each alone, and the base without
+    """What a window and the recurrence beside it are worth: both, each alone, and the base without
     training, over its full context and with a window of the same size and sinks.
 
     Raises:
-        ValueError: for a model that is not linearized.
+        ValueError: for a model that has no such branches.
     """
     found = [m for m in model.memories.values() if m.branches]
     if not found:
         names = ", ".join(model.memories)
         raise ValueError(
-            f"'linear-usage' is about linearized models; this one has {names}. Use 'perplexity'."
+            f"'linear-usage' is about a recurrence beside a window, as liger and ahn have; this "
+            f"model has {names}. Use 'perplexity'."
         )
     size = getattr(found[0].config, "window_size", 0)
     controls = [BRANCH + name for name in found[0].branches if size or name != "window"]

@@ -207,7 +207,7 @@ class AHNMemory(Memory):
     def _recurrent(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """What the step's queries read, `(B, T, H, Dv)`, and the state after it."""
         network: Any = self.networks[str(layer)]
-        window, wide = state["window"], state["S"].dtype
+        window, dtype = state["window"], attention.value.dtype
         hidden: Tensor = attention.hidden  # type: ignore[assignment]
         leaving = self.window.leaving(attention, window)
         key, value = (
@@ -215,7 +215,7 @@ class AHNMemory(Memory):
             for name, x in (("key", attention.key), ("value", attention.value))
         )
         own = network.gates(take(hidden, leaving.columns))
-        strength, *forget = leaving.rows(window["gates"], own).to(wide).unbind(-1)
+        strength, *forget = leaving.rows(window["gates"], own).unbind(-1)
         query = attention.query
         if self.config.rotate:
             query = attention.rotated(query, leaving.places)
@@ -223,20 +223,18 @@ class AHNMemory(Memory):
         if self.config.states == "query_head":
             key, value = (x.repeat_interleave(attention.groups, 1) for x in (key, value))
         entering = attention.places.query_valid & (leaving.left >= self.config.num_sinks)
-        value = value.to(wide)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
         if self.config.form == "mamba2":
-            query, key = (delta.unit(x.to(wide)) for x in (query, key))
-            value = value * strength[..., None]
+            query, key = (delta.unit(x.to(strength.dtype)).to(dtype) for x in (query, key))
+            value = (value * strength[..., None]).to(dtype)
             read, S = gla.scan(query, key, value, forget[0], state["S"], mask=entering)
         else:
             gate = forget[0] if forget else None
-            query, key = query.to(wide), key.to(wide)
             read, S = delta.scan(
                 query, key, value, strength, gate, state["S"], l2norm=True, mask=entering
             )
-        length = query.shape[2]
-        out = network.output(read, hidden[:, hidden.shape[1] - length :])
-        return out, {**state, "S": S}
+        asking = hidden[:, hidden.shape[1] - query.shape[2] :]
+        return network.output(read.to(S.dtype), asking), {**state, "S": S}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         networks: list[Any] = list(self.networks.values())

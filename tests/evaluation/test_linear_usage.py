@@ -57,7 +57,7 @@ def test_branches_beside_the_untrained_window(memory: str, tmp_path: Path) -> No
 
 
 def test_a_model_that_is_not_linearized_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"linearized models; this one has rmt"):
+    with pytest.raises(ValueError, match=r"recurrence beside a window.*model has rmt"):
         run.linear_usage(wrapped("rmt"), [ids(1, 20)[0]])
     without = wrapped("liger", window_size=0)
     curves = run.linear_usage(without, [ids(1, 20)[0]])["linear-usage"].curves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,6 +137,15 @@ def test_before_training_it_is_the_window() -> None:
         # A text that fits into the window is read as the base reads it, whatever was learned.
         wide = wrapped("ahn", "qwen3", window_size=40)
         assert_close(wide(text).logits, build("qwen3")(text).logits)
+
+
+def test_trained_with_one_window_it_reads_with_another(tmp_path: Path) -> None:
+    wrapped("ahn", window_size=6).save_pretrained(tmp_path)
+    model = memwrap.wrap(build("llama"), "ahn", segment_size=8, window_size=12, num_sinks=4)
+    assert model.take_over(tmp_path) == []
+    with torch.no_grad():
+        want = wrapped("ahn", window_size=12, num_sinks=4)(ids(1, 40)).logits
+        assert torch.equal(model.eval()(ids(1, 40)).logits, want)
 
 
 def test_branches() -> None:
