@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from memwrap.backbones.layers import swap_class
 from memwrap.backbones.places import Places, Rows
-from memwrap.backbones.rotary import Angles, Rotary, rotate, unrotate
+from memwrap.backbones.rotary import Angles, Rotary, rotate, rotated_once, unrotate
 
 PREFIX = "memwrap_"
 Call = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -177,6 +177,9 @@ class LayerAttention:
         """
         seen = self.seen
         queries, keys = seen.query, seen.key
+        single = queries.shape[2] == 1  # a token is decoded
+        if single:
+            rows = tuple(r.moved(self.places.queries) for r in rows)
         visible = self.visible() if local is None else self.visible() & local[:, None]
         own = [r for r in rows if r.query_positions is not None]
         if own:  # rows that see the queries elsewhere get channels of their own
@@ -185,7 +188,7 @@ class LayerAttention:
             keys = torch.cat([keys, *[torch.zeros_like(keys) for _ in own]], -1)
         before = []
         for r in rows:
-            key = rotate(r.keys.to(keys.dtype), self._angles(r.positions))
+            key = self._rotated_rows(r, once=single)
             empty = torch.zeros_like(key)
             parts = [key if r.query_positions is None else empty]
             before.append(torch.cat([*parts, *[key if o is r else empty for o in own]], -1))
@@ -245,6 +248,12 @@ class LayerAttention:
     @property
     def _lengths(self) -> tuple[int, int]:
         return self.seen.query.shape[2], self.seen.key.shape[2]
+
+    def _rotated_rows(self, rows: Rows, once: bool) -> Tensor:
+        dtype = self.seen.key.dtype
+        if once and rows.still:
+            return rotated_once(rows.keys, dtype, lambda: self._angles(rows.positions))
+        return rotate(rows.keys.to(dtype), self._angles(rows.positions))
 
     def _turned(self, rows: Rows) -> Tensor:
         """The queries rotated to where `rows` see them (scaled as the model scales them)."""

@@ -55,6 +55,8 @@ class Rows:
         visible: `(B, M)` or, different for each query, `(B, T, M)` bool.
         query_positions: `(B, T)`, where the queries stand as these rows see them; None: where
             they stand in the segment.
+        still: the positions are the same for as long as the tensor `keys` lives, so that it need
+            not be rotated anew for every token that is decoded.
     """
 
     keys: Tensor
@@ -62,3 +64,12 @@ class Rows:
     positions: Tensor
     visible: Tensor
     query_positions: Tensor | None = None
+    still: bool = False
+
+    def moved(self, queries: Tensor) -> Rows:
+        """The same seen by one query a row of the batch, which stands at `queries` `(B, 1)`: the
+        rows move instead of it."""
+        if self.query_positions is None:
+            return self
+        positions = self.positions + (queries - self.query_positions)
+        return replace(self, positions=positions, query_positions=None)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 Angles = tuple[Tensor, Tensor]
 
@@ -18,6 +20,24 @@ def rotate(x: Tensor, angles: Angles | None) -> Tensor:
     cos, sin = (a[:, None].to(x.dtype) for a in angles)
     part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     return torch.cat([part * cos + _half(part) * sin, rest], -1)
+
+
+# Weak: what is kept goes with the tensor that it was made of.
+_ROTATED: Any = WeakIdKeyDictionary()
+
+
+def rotated_once(x: Tensor, dtype: torch.dtype, angles: Callable[[], Angles | None]) -> Tensor:
+    """`x` in `dtype`, rotated by angles that are always the same for this very tensor, which
+    nobody writes to. Kept beside it, except where gradients are recorded."""
+    if torch.is_grad_enabled():
+        return rotate(x.to(dtype), angles())
+    found = _ROTATED.get(x)
+    if found is None or found.dtype != dtype:
+        by = angles()
+        if by is None:
+            return x.to(dtype)
+        found = _ROTATED[x] = rotate(x.to(dtype), by)
+    return found
 
 
 def unrotate(x: Tensor, angles: Angles | None) -> Tensor:

@@ -86,7 +86,7 @@ class SlidingWindow:
         positions = torch.arange(-self.kept, 0, device=before.device).expand(len(before), -1)
         recent = places.queries[:, :, None] - positions[:, None] < window
         recent &= right_valid(before, self.kept)[:, None]
-        rows = [Rows(state["window_key"], state["window_value"], positions, recent)]
+        rows = [Rows(state["window_key"], state["window_value"], positions, recent, still=True)]
         if self.num_sinks and attention.window is None:
             rows.insert(0, self._sink_rows(attention, state, window))
         return rows, places.queries[:, :, None] - places.keys[:, None] < window

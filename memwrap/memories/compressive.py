@@ -194,9 +194,10 @@ class CompressiveMemory(Memory):
             if part == "compressed":
                 positions = positions - state["memory"]["count"][:, None]
         keys, values = own.get("key"), own.get("value")
+        still = keys is not None  # both change only where a segment closes
         if keys is None:
             keys, values = attention.project(own["hidden"].squeeze(1))
-        return Rows(keys, values, positions, visible)
+        return Rows(keys, values, positions, visible, still=still)
 
     def _segment(self, attention: LayerAttention) -> Tree:
         """The segment's rows as they are stored, and their places `(B, K, 1)`."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from families import FAMILIES, build
-from support import assert_close, error_of, ids
+from support import assert_close, error_of, ids, padded, wrapped
 
 import memwrap
+from memwrap.backbones.rotary import _ROTATED
 
 WINDOWED = ("gemma2", "gemma3", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 
@@ -50,6 +53,45 @@ def test_segments_do_not_show(segment: int) -> None:
         memwrap.unwrap(model)
         model = memwrap.wrap(base, "window", segment_size=segment, window_size=9, num_sinks=3)
         assert_close(model(text).logits, want, 1e-4)
+
+
+@pytest.mark.parametrize("memory", ["window", "compressive", "ahn", "liger"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt_neox", "phi3", "opt"])
+def test_token_by_token_equals_the_whole(memory: str, family: str) -> None:
+    """What is kept rotated while a segment is open is what would be rotated anew: rows of unequal
+    length, over the ends of segments, with and without gradients, from a copied state too."""
+    model, rows = wrapped(memory, family), [ids(n, seed=n) for n in (11, 17)]
+    text, mask = padded(rows, "left")
+    new = ids(2, 22, seed=3)
+    with torch.no_grad():
+        want = model(torch.cat([text, new], 1), attention_mask=_more(mask, 22)).logits[:, 17:]
+        state = model(text, attention_mask=mask, use_cache=True).past_key_values
+        got = []
+        for index, token in enumerate(new.split(1, 1)):
+            with torch.set_grad_enabled(index == 4):
+                got.append(model(token, past_key_values=state).logits.detach())
+            if index == 6:
+                state = state.detach().clone()
+        assert_close(torch.cat(got, 1), want)
+
+
+def _more(mask: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat([mask, mask.new_ones(len(mask), count)], 1)
+
+
+def test_what_is_kept_rotated_goes_with_its_state() -> None:
+    model, before = wrapped("window", window_size=30), len(_ROTATED)
+    with torch.no_grad():
+        state = model.read(ids(1, 20))
+        for _ in range(3):
+            model(ids(1, 1), past_key_values=state)
+        assert len(_ROTATED) == before + 2  # once a layer
+        for _ in range(4):  # a segment closes: the old is gone
+            model(ids(1, 1), past_key_values=state)
+        assert len(_ROTATED) == before + 2
+        del state
+        gc.collect()
+        assert len(_ROTATED) == before
 
 
 def test_sinks_at_their_place_in_a_full_cache() -> None:
