@@ -13,27 +13,40 @@ from pages import load, of_machine, put, table
 
 from memwrap.evaluation.controls import FULL, MEMORY, WINDOW
 from memwrap.evaluation.perplexity import PerplexityResult
+from memwrap.training.recipe import load_recipe
 
 BRANCHES = {MEMORY: "both branches", "only window": "window alone",
             "only recurrent": "recurrence alone"}  # fmt: skip
 
 
-def worth(result: PerplexityResult, span: int, other: str) -> float:
-    """How much better reading with both branches is than another reading, in nats."""
-    return result.curves[other].mean[span] - result.curves[MEMORY].mean[span]
+def worth(result: PerplexityResult, spans: range, other: str) -> float:
+    """How much better reading with both branches is than another reading, in nats a token."""
+    sizes = [b - a for a, b in pairwise(result.edges)]
+    total = sum(sizes[s] for s in spans)
+    mean = {k: sum(sizes[s] * result.curves[k].mean[s] for s in spans) for k in (MEMORY, other)}
+    return (mean[other] - mean[MEMORY]) / total
 
 
-def verdict(result: PerplexityResult) -> str:
-    """What the recurrence is worth, within the length that was trained on and beyond it."""
+def verdict(result: PerplexityResult, tokens: int) -> str:
+    """What the recurrence is worth, within the `tokens` that were trained on and at the end."""
+    within = range(max(1, sum(edge <= tokens for edge in result.edges) - 1))
+    last = len(result.edges) - 2
     said = []
-    for span, where in ((0, "Within the length it was trained on"), (-1, "At the end")):
-        alone, base = (worth(result, span, other) for other in ("only window", WINDOW))
+    for spans, where in (
+        (within, "Within the length it was trained on"), (range(last, last + 1), "At the end")
+    ):  # fmt: skip
+        alone, base = (worth(result, spans, other) for other in ("only window", WINDOW))
         better = "better" if alone > 0 else "worse"
         beyond = "better" if base > 0 else "worse"
         said.append(
             f"{where} the trained model is {abs(alone):.2f} nats {better} than its window "
             f"alone and {abs(base):.2f} {beyond} than the untrained base with window and sinks."
         )
+    whole = result.curves["only window"]
+    said.append(
+        f"Over all tokens the recurrence is worth {whole.gain:.3f} ± {whole.gain_error:.3f} nats a "
+        "token (standard error across documents)."
+    )
     return " ".join(said)
 
 
@@ -56,12 +69,13 @@ def quality(name: str, values: dict[str, Any]) -> str:
         "steps)"
         for stage in own["training"]
     )
+    tokens = load_recipe(own["training"][-1]["recipe"]).data.max_tokens
     minutes = sum(stage["minutes"] for stage in own["training"])
     return (
         f"**Quality.** The shipped tiny LM, {values['documents']} held-out documents of "
         f"{values['tokens']:,} tokens, seed 0; trained for {minutes:.0f} minutes on texts of "
-        f'{edges[1]} tokens by {stages}. The base\'s "full context" goes beyond the 512 tokens it '
-        f"was trained on.\n\n{table(rows)}\n\n{verdict(results['trained'])}"
+        f'{tokens} tokens by {stages}. The base\'s "full context" goes beyond the 512 tokens it '
+        f"was trained on.\n\n{table(rows)}\n\n{verdict(results['trained'], tokens)}"
     )
 
 
@@ -76,8 +90,9 @@ def decoding(name: str, values: list[dict[str, Any]]) -> str:
             f"{kept[name] / 1e6:.2f} MB",
         ])  # fmt: skip
     return (
-        "**Decoding.** One token at a time behind so many, medians of steps taken in turns, beside "
-        f"the base with its cache of keys and values (float32, on a CPU).\n\n{table(rows)}"
+        "**Decoding.** One token at a time behind so many, with default settings, medians of steps "
+        "taken in turns, beside the base with its cache of keys and values (float32, on a CPU)."
+        f"\n\n{table(rows)}"
     )
 
 
