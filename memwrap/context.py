@@ -128,9 +128,10 @@ class LayerContext:
         return self.states[name].get("layers", {}).get(str(layer))
 
     def _attention(self, memory: Memory, seen: SeenAttention) -> LayerAttention:
-        if "places" not in self._shared:
-            self._shared["places"] = self.places.to(seen.key.device)
-            self._shared["padded"] = not bool(self.places.query_valid.all())
+        shared = self._shared.setdefault(seen.key.device, {})
+        if "places" not in shared:
+            shared["places"] = self.places.to(seen.key.device)
+            shared["padded"] = not bool(self.places.query_valid.all())
         hidden = None
         if memory.needs_hidden:
             hidden, key = seen.hidden, str(seen.layer)
@@ -139,9 +140,7 @@ class LayerContext:
                 # A segment that closes without new tokens has no inputs, of no width.
                 hidden = torch.cat([before, hidden], 1) if hidden.shape[1] else before
             self.hidden[key] = hidden[:, None]
-        return LayerAttention(
-            seen, self._shared["places"], self.rotary, hidden, self.losses, self._shared
-        )
+        return LayerAttention(seen, shared["places"], self.rotary, hidden, self.losses, shared)
 
 
 def _with_layers(tree: Tree, layers: Tree) -> Tree:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from memwrap.backbones.layers import swap_class
 from memwrap.backbones.places import Places, Rows
 from memwrap.backbones.rotary import Angles, Rotary, rotate, rotated_once, unrotate
+from memwrap.ops.rows import take
 
 PREFIX = "memwrap_"
 Call = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -132,10 +133,25 @@ class LayerAttention:
         """The keys `(B, Hkv, K, Dk)` without rotation."""
         return unrotate(self.seen.key, self._angles(self.places.keys, "keys"))
 
-    def rotated(self, x: Tensor, positions: Tensor, name: str | None = None) -> Tensor:
+    def keys_of(self, columns: Tensor, name: Hashable | None = None) -> Tensor:
+        """The keys `(B, Hkv, N, Dk)` of columns `(B, N)` without rotation; a `name` says that the
+        columns are the same in every layer of the step."""
+        if name is None:
+            positions = self.places.keys.gather(1, columns)
+        else:
+            positions = self.once(("at", name), lambda: self.places.keys.gather(1, columns))
+        return unrotate(take(self.seen.key, columns), self._angles(positions, name))
+
+    def rotated(self, x: Tensor, positions: Tensor, name: Hashable | None = None) -> Tensor:
         """Un-rotated rows `(B, H, N, Dk)` as the model rotates them at `positions` `(B, N)`; a
         `name` says that the positions are the same in every layer of the step."""
         return rotate(x, self._angles(positions, name))
+
+    def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, computed by the first layer of the step that asks for `name`."""
+        if ("once", name) not in self.shared:
+            self.shared["once", name] = make()
+        return self.shared["once", name]
 
     def local(self) -> Tensor:
         """The model's own attention inside the segment, `(B, T, H, Dv)`."""
@@ -163,7 +179,11 @@ class LayerAttention:
         )
 
     def join(
-        self, *rows: Rows, local: Tensor | None = None, weights: bool = False
+        self,
+        *rows: Rows,
+        local: Tensor | None = None,
+        weights: bool = False,
+        name: Hashable | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One softmax over the given rows and the segment's own keys.
 
@@ -171,6 +191,8 @@ class LayerAttention:
             rows: what stands before the segment, in this order.
             local: `(B, T, K)` bool, further limits who sees whom inside the segment.
             weights: also return the attention weights.
+            name: says that in all layers of the step the rows stand at the same places, and are
+                visible alike where the model's mask is the same.
 
         Returns:
             The output `(B, T, H, Dv)` and the weights `(B, H, T, M + K)` or None.
@@ -180,34 +202,44 @@ class LayerAttention:
         single = queries.shape[2] == 1  # a token is decoded
         if single:
             rows = tuple(r.moved(self.places.queries) for r in rows)
-        visible = self.visible() if local is None else self.visible() & local[:, None]
         own = [r for r in rows if r.query_positions is not None]
         if own:  # rows that see the queries elsewhere get channels of their own
             turned = [self._turned(r) for r in own]
             queries = torch.cat([queries, *turned], -1)
             keys = torch.cat([keys, *[torch.zeros_like(keys) for _ in own]], -1)
         before = []
-        for r in rows:
-            key = self._rotated_rows(r, once=single)
+        for index, r in enumerate(rows):
+            where = None if name is None else ("row", index, name)
+            key = self._rotated_rows(r, where, once=single)
             empty = torch.zeros_like(key)
             parts = [key if r.query_positions is None else empty]
             before.append(torch.cat([*parts, *[key if o is r else empty for o in own]], -1))
         keys = torch.cat([*before, keys], 2)
         values = torch.cat([*[r.values.to(seen.value.dtype) for r in rows], seen.value], 2)
-        length = queries.shape[2]
-        seen_rows = [
-            (r.visible if r.visible.dim() == 3 else r.visible[:, None].expand(-1, length, -1))[
-                :, None
-            ]
+        added = weights or not is_sdpa(seen)
+        if name is None:
+            mask = self._joined_mask(rows, local, added)
+        else:  # the mask beside it stays alive, so that no other has its id
+            mask, _ = self.once(
+                ("mask", name, id(seen.mask), added),
+                lambda: (self._joined_mask(rows, local, added), seen.mask),
+            )
+        return (seen.eager if weights else seen.call)(queries, keys, values, mask)
+
+    def _joined_mask(self, rows: Sequence[Rows], local: Tensor | None, added: bool) -> Tensor:
+        """Who sees whom, rows first: `(B, 1, T, M + K)` bool, or what is `added` to scores."""
+        visible = self.visible() if local is None else self.visible() & local[:, None]
+        length = visible.shape[2]
+        before = [
+            (r.visible if r.visible.dim() == 3 else r.visible[:, None].expand(-1, length, -1))
             for r in rows
         ]
-        mask: Tensor = torch.cat([*seen_rows, visible], -1)
-        if weights or not is_sdpa(seen):
-            mask = torch.where(
-                mask, torch.zeros((), dtype=queries.dtype, device=mask.device),
-                torch.finfo(queries.dtype).min,
-            )  # fmt: skip
-        return (seen.eager if weights else seen.call)(queries, keys, values, mask)
+        mask = torch.cat([*[b[:, None] for b in before], visible], -1)
+        if not added:
+            return mask
+        dtype = self.seen.query.dtype
+        zero = torch.zeros((), dtype=dtype, device=mask.device)
+        return torch.where(mask, zero, torch.finfo(dtype).min)
 
     def add(self, output: Tensor) -> None:
         """Add `(B, T, D)` to what the attention module gives, behind its output projection."""
@@ -249,18 +281,18 @@ class LayerAttention:
     def _lengths(self) -> tuple[int, int]:
         return self.seen.query.shape[2], self.seen.key.shape[2]
 
-    def _rotated_rows(self, rows: Rows, once: bool) -> Tensor:
+    def _rotated_rows(self, rows: Rows, name: Hashable | None, once: bool) -> Tensor:
         dtype = self.seen.key.dtype
         if once and rows.still:
-            return rotated_once(rows.keys, dtype, lambda: self._angles(rows.positions))
-        return rotate(rows.keys.to(dtype), self._angles(rows.positions))
+            return rotated_once(rows.keys, dtype, lambda: self._angles(rows.positions, name))
+        return rotate(rows.keys.to(dtype), self._angles(rows.positions, name))
 
     def _turned(self, rows: Rows) -> Tensor:
         """The queries rotated to where `rows` see them (scaled as the model scales them)."""
         plain = unrotate(self.seen.query, self._angles(self.places.queries, "queries"))
         return rotate(plain, self._angles(rows.query_positions))  # type: ignore[arg-type]
 
-    def _angles(self, positions: Tensor, name: str | None = None) -> Angles | None:
+    def _angles(self, positions: Tensor, name: Hashable | None = None) -> Angles | None:
         """Angles at positions; those of the step's own are computed once for all layers."""
         kind = self.rotary.kind(self.layer)
         if not kind:

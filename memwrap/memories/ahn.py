@@ -186,8 +186,7 @@ class AHNMemory(Memory):
         return {"window": window, "S": torch.zeros(shape, dtype=wide, device=device)}
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        rows, local = self.window.rows(attention, state["window"])
-        near = attention.join(*rows, local=local)[0]
+        near = self.window.attend(attention, state["window"])[0]
         if str(layer) not in self.networks:
             return near, state
         with torch.autocast(near.device.type, enabled=False):
@@ -210,16 +209,13 @@ class AHNMemory(Memory):
         window, dtype = state["window"], attention.value.dtype
         hidden: Tensor = attention.hidden  # type: ignore[assignment]
         leaving = self.window.leaving(attention, window)
-        key, value = (
-            leaving.rows(window[f"window_{name}"], take(x, leaving.columns))
-            for name, x in (("key", attention.key), ("value", attention.value))
-        )
-        own = network.gates(take(hidden, leaving.columns))
-        strength, *forget = leaving.rows(window["gates"], own).unbind(-1)
+        key, value = self.window.left(attention, window)
+        gates = leaving.rows(window["gates"], lambda: network.gates(take(hidden, leaving.columns)))
+        strength, *forget = gates.unbind(-1)
         query = attention.query
         if self.config.rotate:
-            query = attention.rotated(query, leaving.places)
-            key = attention.rotated(key, leaving.left.clamp_min(0))
+            query = attention.rotated(query, leaving.places, "places")
+            key = attention.rotated(key, leaving.left.clamp_min(0), "left")
         if self.config.states == "query_head":
             key, value = (x.repeat_interleave(attention.groups, 1) for x in (key, value))
         entering = attention.places.query_valid & (leaving.left >= self.config.num_sinks)

@@ -193,13 +193,13 @@ class LigerMemory(Memory):
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         window = self._window(layer)
         if layer not in self.chosen:
-            return _softmax(self.other, attention, state), state
+            return self.other.attend(attention, state["window"])[0], state
         with torch.autocast(attention.value.device.type, enabled=False):
             read, state = self._recurrent(attention, state)
         if window is None:
             return read * (self.config.window_weight + self.config.recurrent_weight), state
         of_window, own = self._weights(read)
-        local = _softmax(window, attention, state).to(read.dtype)
+        local = window.attend(attention, state["window"])[0].to(read.dtype)
         if not isinstance(own, Tensor) and of_window + own == 1:
             return torch.lerp(local, read, own), state  # one pass over the tokens instead of three
         return of_window * local + own * read, state
@@ -272,8 +272,3 @@ class LigerMemory(Memory):
             return F.logsigmoid(raw.mean(-1)) / divisor
         log = F.logsigmoid(raw) / divisor
         return torch.cat([log, log], -1) if self.config.features == "hedgehog" else log
-
-
-def _softmax(window: SlidingWindow, attention: LayerAttention, state: Tree) -> Tensor:
-    rows, local = window.rows(attention, state["window"])
-    return attention.join(*rows, local=local)[0]

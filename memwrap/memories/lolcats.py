@@ -18,7 +18,6 @@ from memwrap.backbones import LayerAttention, SlidingWindow
 from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
 from memwrap.ops import gla
 from memwrap.ops.features import learned_features
-from memwrap.ops.rows import take
 from memwrap.registry import register
 from memwrap.trees import Tree
 
@@ -135,8 +134,7 @@ class LoLCATsMemory(Memory):
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         if str(layer) not in self.maps:
-            rows, local = self.other.rows(attention, state["window"])
-            return attention.join(*rows, local=local)[0], state
+            return self.other.attend(attention, state["window"])[0], state
         out, state = self._hybrid(layer, attention, state)
         if not self._transfers:
             return out, state
@@ -156,8 +154,7 @@ class LoLCATsMemory(Memory):
     def _hybrid(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Window and linear part under one normaliser, `(B, T, H, Dv)`, and the state after."""
         maps: Any = self.maps[str(layer)]
-        rows, local = self.window.rows(attention, state["window"])
-        near, weights = attention.join(*rows, local=local, weights=True)
+        near, weights = self.window.attend(attention, state["window"], weights=True)
         with torch.autocast(near.device.type, enabled=False):
             wide = state["S"].dtype
             share = torch.sigmoid(maps.window.to(wide))[:, None]
@@ -176,12 +173,9 @@ class LoLCATsMemory(Memory):
 
     def _linear(self, maps: Any, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Sums `(B, H, T, Dv + 1)` over tokens behind the window, and the state after the step."""
-        window, wide = state["window"], state["S"].dtype
-        leaving = self.window.leaving(attention, window)
-        keys, values = (
-            leaving.rows(window[f"window_{name}"], take(x, leaving.columns))
-            for name, x in (("key", attention.key), ("value", attention.value))
-        )
+        wide = state["S"].dtype
+        leaving = self.window.leaving(attention, state["window"])
+        keys, values = self.window.left(attention, state["window"])
         keys = attention.rotated(keys, leaving.left.clamp_min(0))
         query = attention.rotated(attention.query, leaving.places)
         q = learned_features(query, maps.query.to(wide))

@@ -70,8 +70,7 @@ class WindowMemory(Memory):
         }
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        rows, local = self.window.rows(attention, state)
-        return attention.join(*rows, local=local)[0], state
+        return self.window.attend(attention, state)[0], state
 
     def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         return self.window.closed(attention, state)

@@ -18,8 +18,10 @@ from memwrap.ops.gla_chunked import (
     LOG2_E,
     chunk_size,
     chunked,
+    decayed,
     grouped,
     in_blocks,
+    read_token,
     ungrouped,
 )
 
@@ -45,10 +47,27 @@ def scan_chunked(
     l2norm: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`delta.scan`."""
+    if q.shape[2] == 1:
+        return _token(q, k, v, beta, g, state, scale, l2norm)
     if beta.dim() == 4:
         return _by_channel(q, k, v, beta, g, state, scale, l2norm)
     function = partial(_block, scale=scale, l2norm=l2norm)
     return in_blocks(function, (q, k, v, beta, g), state)
+
+
+def _token(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
+    l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A single token, as in decoding: no system to be solved."""
+    dtype, strength = state.dtype, beta if beta.dim() == 4 else beta[..., None]
+    q, k = q.to(dtype), k.to(dtype)
+    if l2norm:
+        q, k = unit(q), unit(k)
+    state = decayed(state, g)
+    change = strength.to(dtype) * (v.to(dtype) - k @ state)
+    state = torch.addcmul(state, k.mT, change)
+    return read_token(q, state, scale, v.dtype), state
 
 
 def _by_channel(

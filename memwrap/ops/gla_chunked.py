@@ -32,7 +32,32 @@ def scan_chunked(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`gla.scan`."""
+    if q.shape[2] == 1:
+        return _token(q, k, v, g, state, scale)
     return in_blocks(partial(_block, scale=scale), (q, k, v, g, None), state)
+
+
+def decayed(state: Tensor, g: Tensor | None) -> Tensor:
+    """The state behind one token's forget gate `(B, Hkv, 1)` or, by channel, `(B, Hkv, 1, Dk)`."""
+    if g is None:
+        return state
+    decay = g.to(state.dtype).exp()
+    return state * (decay.mT if decay.dim() == 4 else decay[..., None])
+
+
+def read_token(q: Tensor, state: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """What one token's queries `(B, H, 1, Dk)` read, `(B, H, 1, Dv)`."""
+    heads = state.shape[1]
+    queries = q.to(state.dtype).squeeze(2).unflatten(1, (heads, -1)) * scale
+    return (queries @ state).flatten(1, 2)[:, :, None].to(dtype)
+
+
+def _token(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """A single token, as in decoding: no chunk to be made."""
+    state = torch.addcmul(decayed(state, g), k.to(state.dtype).mT, v.to(state.dtype))
+    return read_token(q, state, scale, v.dtype), state
 
 
 def scan_value_gated(
