@@ -176,8 +176,8 @@ class LoLCATsMemory(Memory):
         wide = state["S"].dtype
         leaving = self.window.leaving(attention, state["window"])
         keys, values = self.window.left(attention, state["window"])
-        keys = attention.rotated(keys, leaving.left.clamp_min(0))
-        query = attention.rotated(attention.query, leaving.places)
+        keys = attention.rotated(keys, leaving.left.clamp_min(0), "left")
+        query = attention.rotated(attention.query, leaving.places, "places")
         q = learned_features(query, maps.query.to(wide))
         group = attention.groups
         values = F.pad(values, (0, 1), value=1.0).to(wide)
