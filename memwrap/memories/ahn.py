@@ -32,7 +32,7 @@ class AHNConfig(MemoryConfig):
 
     Attributes:
         form: of the recurrence: `"gated_delta"` (AHN-GDN), `"delta"` (AHN-DN, eq. 10) or
-            `"mamba2"` (AHN-Mamba2, eq. 9).
+            `"gated"` (AHN-Mamba2, eq. 9).
         window_size: tokens that the softmax sees, the query itself among them. Published: 32,640.
         num_sinks: first tokens that the softmax sees too, and that never enter the recurrence.
             Published: 128.
@@ -60,7 +60,7 @@ class AHNConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._one_of("form", ("gated_delta", "delta", "mamba2"))
+        self._one_of("form", ("gated_delta", "delta", "gated"))
         self._positive("window_size")
         self._positive("num_sinks", zero=True)
         self._one_of("states", ("query_head", "kv_head"))
@@ -220,7 +220,7 @@ class AHNMemory(Memory):
             key, value = (x.repeat_interleave(attention.groups, 1) for x in (key, value))
         entering = attention.places.query_valid & (leaving.left >= self.config.num_sinks)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-        if self.config.form == "mamba2":
+        if self.config.form == "gated":
             query, key = (delta.unit(x.to(strength.dtype)).to(dtype) for x in (query, key))
             value = (value * strength[..., None]).to(dtype)
             read, S = gla.scan(query, key, value, forget[0], state["S"], mask=entering)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 import memwrap
 from memwrap.trees import tree_leaves
 
-FORMS = ("gated_delta", "delta", "mamba2")
+FORMS = ("gated_delta", "delta", "gated")
 VARIANTS: list[dict[str, Any]] = [
     {"form": "gated_delta"},
     {"form": "gated_delta", "states": "kv_head", "window_size": 3},
     {"form": "delta", "window_size": 5, "num_sinks": 0},
-    {"form": "mamba2", "window_size": 1, "layers": [1]},
-    {"form": "mamba2", "states": "kv_head", "rotate": False},
+    {"form": "gated", "window_size": 1, "layers": [1]},
+    {"form": "gated", "states": "kv_head", "rotate": False},
     {"form": "gated_delta", "window_size": 9, "train_windows": [2, 9]},
 ]
 
@@ -59,9 +59,9 @@ def recurrence(own: Any, form: str, state: int, x: Tensor) -> tuple[Tensor, Tens
     if form == "delta":
         return torch.sigmoid(own.write[state] @ x), torch.ones(())
     raw = own.write[state] @ x
-    step = F.softplus((raw if form == "mamba2" else own.forget[state] @ x) + own.bias[state])
+    step = F.softplus((raw if form == "gated" else own.forget[state] @ x) + own.bias[state])
     decay = torch.exp(-own.rate[state].exp() * step)
-    return (step if form == "mamba2" else torch.sigmoid(raw)), decay
+    return (step if form == "gated" else torch.sigmoid(raw)), decay
 
 
 @pytest.mark.parametrize("rotate", [True, False])
@@ -103,7 +103,7 @@ def test_a_layer_is_its_formula(form: str, states: str, rotate: bool) -> None:
                     key = turned(k[kv, left], left)
                     key = key / key.norm()
                     S = decay * S
-                    change = v[kv, left] - (0 if form == "mamba2" else key @ S)
+                    change = v[kv, left] - (0 if form == "gated" else key @ S)
                     S = S + strength * key[:, None] * change
                 unit = turned(q[h, t], t)
                 read = (unit / unit.norm() * 8**-0.5) @ S
