@@ -283,6 +283,6 @@ def key_bwd_kernel(
     if not JOINED:
         i = tl.arange(0, 16)[:, None]
         here = (at + j0 + M + i) * D + i_d[None, :]
-        inside = (i == 0) & (i_d < D)[None, :] & (j0 + M < tokens) & (part == 0)
+        inside = (i + part == 0) & (i_d < D)[None, :] & (j0 + M + i < tokens)
         tl.store(dk + here, (grad_l * plain).to(dk.dtype.element_ty), mask=inside)
         tl.store(dv + here, tl.zeros([16, BD], tl.float32).to(dv.dtype.element_ty), mask=inside)

@@ -57,7 +57,7 @@ def _weights(x, most):
 def _mark(k, j0, end, k_t, D: tl.constexpr, BD: tl.constexpr):
     """A landmark's key as a tile of 16 rows, the others 0: where it has no place beside others."""
     i = tl.arange(0, 16)
-    return _tile(k, j0 + i, (i == 0) & (j0 < end), k_t, D, BD)
+    return _tile(k, j0 + i, (i == 0) & (j0 + i < end), k_t, D, BD)
 
 
 @triton.jit

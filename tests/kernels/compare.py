@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,3 +47,10 @@ def agree(got: list[Tensor], want: list[Tensor], tolerance: float, dtype: torch.
         allowed = tolerance if dtype == torch.float32 else tolerance + torch.finfo(dtype).eps
         error = float((a - b).abs().max() / b.abs().max().clamp_min(0.05))
         assert error <= allowed, f"result {n}: {error:.1e} > {allowed:.1e}"
+
+
+def opcheck(operator: Any, given: tuple[Any, ...]) -> None:
+    """torch's own check of an operator; 2.15 looks at gradients there that it warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+        torch.library.opcheck(operator, given)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import DEVICE, agree, draw, results
+from compare import DEVICE, agree, draw, opcheck, results
 from torch import Tensor
 
 from memwrap.ops import associative, backend
@@ -108,9 +108,9 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
         torch.float32, filled="mixed", z=True, gating=False, sizes=(2, 1, 3, 2, 2)
     )
     q, k, v, beta, A, z = (x.requires_grad_() for x in own)
-    torch.library.opcheck(armt.read, (q, A, z, 3, False, 1e-5))
-    torch.library.opcheck(armt.write, (k, v, beta, A, z, written, 3, False, True, 1e-5, 1e-5))
-    torch.library.opcheck(armt.write, (k, v, beta, A, None, written, 3, True, True, 0.0, 1e-5))
+    opcheck(armt.read, (q, A, z, 3, False, 1e-5))
+    opcheck(armt.write, (k, v, beta, A, z, written, 3, False, True, 1e-5, 1e-5))
+    opcheck(armt.write, (k, v, beta, A, None, written, 3, True, True, 0.0, 1e-5))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

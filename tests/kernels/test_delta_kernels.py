@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import DEVICE, agree, draw
+from compare import DEVICE, agree, draw, opcheck
 from torch import Tensor
 
 from memwrap_kernels import delta
@@ -136,8 +136,8 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
     q, k, v, beta, g, state = leaves((1, 2, 1, 4, 3, 2), True, torch.float32)
     u, w = delta.solved(k, v, beta, g, None)  # type: ignore[arg-type]
     given = [x.detach().requires_grad_() for x in (q, k, u, w, g, state)]  # type: ignore[union-attr]
-    torch.library.opcheck(delta.forward, (*given, None, None, 1.0, torch.float32))
-    torch.library.opcheck(delta.step_op, (q, k, v, g, beta, state, 1.0))
+    opcheck(delta.forward, (*given, None, None, 1.0, torch.float32))
+    opcheck(delta.step_op, (q, k, v, g, beta, state, 1.0))
 
 
 def test_compiled_whole() -> None:

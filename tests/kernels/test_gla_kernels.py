@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import DEVICE, agree, draw
+from compare import DEVICE, agree, draw, opcheck
 from torch import Tensor
 
 from memwrap_kernels import gla
@@ -132,7 +132,7 @@ def test_bad_calls_are_refused() -> None:
 def test_operator_is_registered_as_torch_wants_it() -> None:
     own = leaves((1, 2, 1, 4, 3, 2), "vector", torch.float32)
     given = [None if x is None else x.requires_grad_() for x in own]
-    torch.library.opcheck(gla.forward, (*given, None, None, 1.0))
+    opcheck(gla.forward, (*given, None, None, 1.0))
 
 
 def test_compiled_whole() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import DEVICE, agree, draw, results
+from compare import DEVICE, agree, draw, opcheck, results
 from torch import Tensor
 
 import memwrap_kernels
@@ -151,10 +151,10 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
 
     q, k, v, M, z = (x.requires_grad_() for x in leaves("ragged", True, torch.float32))
     mask = mask_of("ragged")
-    torch.library.opcheck(own.states, (k, v, M, z, mask, 4, True, 1e-10))
+    opcheck(own.states, (k, v, M, z, mask, 4, True, 1e-10))
     memory, zs = (x.detach().requires_grad_() for x in own.states(k, v, M, z, None, 4, True, 0.0))
-    torch.library.opcheck(own.lookup, (q, memory, zs, 4, 1e-10))
-    torch.library.opcheck(infini_scan.fused, (q, k, v, M, z, mask, 4, True, 1e-10, True))
+    opcheck(own.lookup, (q, memory, zs, 4, 1e-10))
+    opcheck(infini_scan.fused, (q, k, v, M, z, mask, 4, True, 1e-10, True))
 
 
 @pytest.mark.parametrize(

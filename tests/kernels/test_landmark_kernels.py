@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import DEVICE, agree, draw
+from compare import DEVICE, agree, draw, opcheck
 from torch import Tensor
 
 from memwrap_kernels import landmark
@@ -161,7 +161,7 @@ def test_bad_calls_are_refused() -> None:
 def test_operator_is_registered_as_torch_wants_it() -> None:
     q, k, v = (draw(1, 2, 5, 4, seed=n).requires_grad_() for n in (1, 2, 3))
     starts = torch.tensor([[0] * 4 + [4]], dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(landmark.forward, (q, k, v, None, None, starts, None, 3, 0.5))
+    opcheck(landmark.forward, (q, k, v, None, None, starts, None, 3, 0.5))
 
 
 def test_compiled_whole() -> None:
