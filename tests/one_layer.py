@@ -1,4 +1,4 @@
-"""One attention layer without projections, read segment by segment by a memory itself."""
+"""One attention layer: of a model that adds nothing to it, or read by a memory itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from families import build
+from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
 
@@ -16,6 +17,22 @@ from memwrap.backbones.probing import AttentionSizes
 from memwrap.backbones.rotary import Rotary, rotate
 from memwrap.memories.base import MemoryConfig, Sizes
 from memwrap.registry import memory_class
+
+
+def bare_attention() -> tuple[Any, Any]:
+    """A model whose logits are its input plus the attention's heads, side by side, and the
+    attention (4 heads and 2 KV heads of 8 channels)."""
+    base = build("llama")
+    base.model.layers = base.model.layers[:1]
+    base.config.num_hidden_layers = 1
+    layer = base.model.layers[0]
+    layer.input_layernorm = base.model.norm = nn.Identity()
+    base.lm_head = nn.Linear(32, 32, bias=False)
+    with torch.no_grad():
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+        nn.init.eye_(base.lm_head.weight)
+        nn.init.eye_(layer.self_attn.o_proj.weight)
+    return base, layer.self_attn
 
 
 class OneLayer:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import build
+from one_layer import bare_attention
 from support import assert_close, assert_pieces_and_padding, error_of, gradients, ids, wrapped
-from torch import Tensor, nn
+from torch import Tensor
 
 import memwrap
 from memwrap.trees import tree_leaves
@@ -27,23 +28,13 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def one_layer(**settings: Any) -> tuple[Any, Any]:
-    """A model whose logits are its input plus the attention's heads, side by side, and the
-    attention (4 heads and 2 KV heads of 8 channels)."""
-    base = build("llama")
-    base.model.layers = base.model.layers[:1]
-    base.config.num_hidden_layers = 1
-    layer = base.model.layers[0]
-    layer.input_layernorm = base.model.norm = nn.Identity()
-    base.lm_head = nn.Linear(32, 32, bias=False)
-    with torch.no_grad():
-        nn.init.zeros_(layer.mlp.down_proj.weight)
-        nn.init.eye_(base.lm_head.weight)
-        nn.init.eye_(layer.self_attn.o_proj.weight)
+    """As `bare_attention`, with random parameters in the memory."""
+    base, attention = bare_attention()
     model = memwrap.wrap(base, "ahn", segment_size=8, **settings)
     with torch.no_grad():
         for parameter in model.memory_parameters():
             parameter.copy_(0.5 * torch.randn_like(parameter))
-    return model, layer.self_attn
+    return model, attention
 
 
 def rotated(x: Tensor, place: int) -> Tensor:

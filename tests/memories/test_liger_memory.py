@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import build
+from one_layer import bare_attention
 from support import (
     assert_close,
     assert_pieces_and_padding,
@@ -56,20 +57,9 @@ def test_segments_do_not_show(variant: dict[str, Any]) -> None:
 
 
 def one_layer(**settings: Any) -> tuple[Any, nn.Module]:
-    """A model whose logits are its input plus the attention's heads, side by side, and the
-    attention. All heads have 8 channels."""
-    base = build("llama")
-    base.model.layers = base.model.layers[:1]
-    base.config.num_hidden_layers = 1
-    layer = base.model.layers[0]
-    layer.input_layernorm = base.model.norm = nn.Identity()
-    base.lm_head = nn.Linear(32, 32, bias=False)
-    with torch.no_grad():
-        nn.init.zeros_(layer.mlp.down_proj.weight)
-        nn.init.eye_(base.lm_head.weight)
-        nn.init.eye_(layer.self_attn.o_proj.weight)
+    base, attention = bare_attention()
     settings = {"num_sinks": 0, "segment_size": 8, **settings}
-    return memwrap.linearize(base, "liger", **settings), layer.self_attn
+    return memwrap.linearize(base, "liger", **settings), attention
 
 
 def heads(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from one_layer import bare_attention
 from support import (
     assert_close,
     assert_pieces_and_padding,
@@ -15,29 +16,19 @@ from support import (
     ids,
     wrapped,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import memwrap
 
 
 def one_layer(**settings: Any) -> tuple[Any, Any]:
-    """A model whose logits are its input plus the attention's heads, side by side, and the
-    attention (4 heads and 2 KV heads of 8 channels)."""
-    base = build("llama")
-    base.model.layers = base.model.layers[:1]
-    base.config.num_hidden_layers = 1
-    layer = base.model.layers[0]
-    layer.input_layernorm = base.model.norm = nn.Identity()
-    base.lm_head = nn.Linear(32, 32, bias=False)
-    with torch.no_grad():
-        nn.init.zeros_(layer.mlp.down_proj.weight)
-        nn.init.eye_(base.lm_head.weight)
-        nn.init.eye_(layer.self_attn.o_proj.weight)
+    """As `bare_attention`, with random parameters in the memory."""
+    base, attention = bare_attention()
     model = memwrap.linearize(base, "lolcats", segment_size=8, **settings)
     with torch.no_grad():
         for parameter in model.memory_parameters():
             parameter.copy_(torch.randn_like(parameter))
-    return model, layer.self_attn
+    return model, attention
 
 
 def rotated(x: Tensor) -> Tensor:
