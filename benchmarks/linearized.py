@@ -109,7 +109,7 @@ def steps(model: Any, cache: Any) -> list[float]:
     for _ in range(STEPS):
         token = torch.randint(10, 4000, (1, 1))
         start = time.process_time()
-        model(token, past_key_values=cache, use_cache=True)
+        model(token, cache=cache, use_cache=True)
         took.append(time.process_time() - start)
     return took
 

@@ -49,9 +49,7 @@ def main(repeats: int = 40) -> None:
                 "bare": lambda ids=ids: base(input_ids=ids, use_cache=False),
                 "bare_with_memory_tokens": lambda ids=longer: base(input_ids=ids, use_cache=False),
                 "own_operations": own_operations(model, state, size + 8),
-                "wrapped": lambda m=model, s=state, ids=ids: m(
-                    input_ids=ids, past_key_values=s.clone()
-                ),
+                "wrapped": lambda m=model, s=state, ids=ids: m(input_ids=ids, cache=s.clone()),
             },
             repeats,
         )

@@ -79,7 +79,7 @@ def nats_from(model: Any, ids: Tensor, control: str | None, state: Any) -> list[
     found = []
     for start in range(0, ids.shape[1], SEGMENT):
         out = model(
-            input_ids=ids[:, start : start + SEGMENT], past_key_values=state,
+            input_ids=ids[:, start : start + SEGMENT], cache=state,
             use_cache=state is not None, memory_control=control,
         )  # fmt: skip
         found.append(token_nll(out.logits, ids, torch.ones_like(ids), start))

@@ -62,14 +62,14 @@ class Conversation:
         before = self.state.columns if self.state is not None else 0
         out = self.model.generate(
             ids,
-            past_key_values=self.state,
+            cache=self.state,
             attention_mask=torch.ones_like(ids),
             streamer=streamer,
             return_dict_in_generate=True,
             pad_token_id=self._pad(),
             **self.settings,
         )
-        self.state = out.past_key_values
+        self.state = out.cache
         # The last token was drawn but not read: it opens the next question.
         read = self.state.columns - before
         self._pending = out.sequences[:, read:].cpu()

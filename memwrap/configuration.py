@@ -23,7 +23,7 @@ class MemoryModelConfig(PreTrainedConfig):
 
     model_type = "memwrap"
     sub_configs = {"backbone": AutoConfig}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     memories: list | None = None
     backbone: Any = None

@@ -74,7 +74,7 @@ def read_once_ask_later(model: memwrap.MemoryModelForCausalLM, output: Path) -> 
     state = memwrap.MemoryState.load(path, model)
     prompt = ids[:, -32:]
     out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), past_key_values=state,
+        prompt, attention_mask=torch.ones_like(prompt), cache=state,
         max_new_tokens=48, do_sample=False,
     )  # fmt: skip
     print("the document goes on:", repr(tokenizer.decode(prompt[0])))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from memwrap.backbones.cache_names import CACHE
 from memwrap.state import MemoryState
 
 
@@ -30,21 +31,22 @@ class MemoryGenerationMixin(GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} has no meaning "
                 "here: a memwrap model keeps its own MemoryState. Leave it out."
             )
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is not None and not isinstance(given, MemoryState):
             raise ValueError(
-                f"`past_key_values` is a {type(given).__name__}; give a MemoryState (model.read)."
+                f"`cache` is a {type(given).__name__}; give a MemoryState (model.read)."
             )
         if given is None and generation_config.use_cache is not False:
             names = ("num_beams", "num_return_sequences")
             rows = batch_size * max(getattr(generation_config, n, None) or 1 for n in names)
-            model_kwargs["past_key_values"] = self.new_state(rows)  # type: ignore[attr-defined]
+            model_kwargs[CACHE] = self.new_state(rows)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def generate(
         self,
         inputs: Tensor | None = None,
         *args: Any,
+        cache: MemoryState | None = None,
         past_key_values: MemoryState | None = None,
         remember: bool = True,
         **kwargs: Any,
@@ -54,9 +56,10 @@ class MemoryGenerationMixin(GenerationMixin):
         Args:
             inputs: `(B, T)` new ids (also as `input_ids`). The full ids, those read into the
                 state included, are recognised and not read twice.
-            past_key_values: a state to continue. It stays as it is, so that many questions can
-                be asked of one reading; the continued state comes with
+            cache: a state to continue. It stays as it is, so that many questions can be asked of
+                one reading; the continued state comes as `.cache` with
                 `return_dict_in_generate=True`. One row serves a batch of questions.
+            past_key_values: another name of `cache`.
             remember: write full segments while generating. False leaves the last segment open
                 however long it grows, as the published code does.
 
@@ -64,6 +67,7 @@ class MemoryGenerationMixin(GenerationMixin):
             ValueError: for right-padded prompts, and for what a memory cannot do
                 (assisted decoding, other caches).
         """
+        given = one_cache(cache, past_key_values)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
@@ -71,20 +75,23 @@ class MemoryGenerationMixin(GenerationMixin):
                 "The prompts are padded on the right; generate continues the last column. Tokenize "
                 "with padding_side='left'."
             )
-        if past_key_values is not None:
+        if given is not None:
             fed = ids if ids is not None else kwargs.get("inputs_embeds")
             if fed is None:
                 raise ValueError("Give at least one new token id with the state to continue.")
-            state = self._state_for(past_key_values, fed.shape[0], kwargs)
+            state = self._state_for(given, fed.shape[0], kwargs)
             if not _holds(state, ids):
                 new = mask if mask is not None else fed.new_ones(fed.shape[:2], dtype=torch.long)
                 if new.shape[1] == fed.shape[1]:
                     seen = new.new_ones(new.shape[0], state.columns)
                     kwargs["attention_mask"] = torch.cat([seen, new], 1)
-            kwargs["past_key_values"] = state
+            kwargs[CACHE] = state
         if not remember:
             kwargs["remember"] = False
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        out = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        if CACHE != "cache" and hasattr(out, CACHE):
+            out.cache = getattr(out, CACHE)
+        return out
 
     def _state_for(self, given: MemoryState, batch: int, kwargs: dict) -> MemoryState:
         """A copy of the given state with a row for every sequence that will be generated."""
@@ -101,6 +108,17 @@ class MemoryGenerationMixin(GenerationMixin):
         names = ("num_beams", "num_return_sequences")
         rows = max(kwargs.get(n) or getattr(config, n, None) or 1 for n in names)
         return state.repeat(rows) if rows > 1 else state
+
+
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """Return the state that a caller gave by either name.
+
+    Raises:
+        ValueError: if both were given.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("`cache` and `past_key_values` name the same state; give one of them.")
+    return past_key_values if cache is None else cache
 
 
 def _holds(state: MemoryState, ids: Tensor | None) -> bool:

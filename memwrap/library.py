@@ -191,7 +191,7 @@ class Library:
             settings: of `generate`.
         """
         ids = _ids_of("question", question, tokenizer).to(self.model.device)
-        answer = self.model.generate(ids[None], past_key_values=self.state, **settings)
+        answer = self.model.generate(ids[None], cache=self.state, **settings)
         if len(answer) != 1:
             raise ValueError("Citations are made for one answer: leave num_return_sequences at 1.")
         return self.cite(ids, answer[0, len(ids) :])
@@ -213,7 +213,7 @@ class Library:
             raise ValueError("`question` and `answer` need at least one id each.")
         text = torch.cat([question, answer[:-1]])[None]
         with retrieved() as notes:
-            self.model(text, past_key_values=self.state.clone(), logits_to_keep=1)
+            self.model(text, cache=self.state.clone(), logits_to_keep=1)
         token, entry, weight = _weights(notes, len(question) - 1)
         per_token = [
             self._spans(entry[token == t], weight[token == t], least) for t in range(len(answer))

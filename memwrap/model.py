@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memwrap.backbones import Backbone
 from memwrap.backbones.backbone import memory_dtype
+from memwrap.backbones.cache_names import CACHE
 from memwrap.configuration import MemoryModelConfig
 from memwrap.decoder import MemoryModules, SegmentDecoder
 from memwrap.fingerprints import fingerprint, loaded_parameters
-from memwrap.generation import MemoryGenerationMixin
+from memwrap.generation import MemoryGenerationMixin, one_cache
 from memwrap.memories.base import Memory, Sizes
 from memwrap.mixing import check_teacher
 from memwrap.packing import PackedLoop, documents_in, targets_of
@@ -26,6 +28,19 @@ from memwrap.registry import config_class, memory_class
 from memwrap.saving import SavingMixin, plain_name
 from memwrap.segments import SegmentReader
 from memwrap.state import MemoryState, check_shapes, signature_difference
+
+
+@dataclass
+class MemoryModelOutput(CausalLMOutputWithPast):
+    """What a call gives: `loss`, `logits` and the state as `cache`, whatever the installed
+    transformers calls it."""
+
+    if CACHE != "cache":
+
+        @property
+        def cache(self) -> MemoryState | None:
+            return getattr(self, CACHE)
+
 
 MEMORY_CHILD = "memory_modules"
 
@@ -40,7 +55,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
 
     def __init__(self, config: MemoryModelConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -198,7 +213,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         """
         if not isinstance(state, MemoryState):
             raise ValueError(
-                f"`past_key_values` is a {type(state).__name__}; give a MemoryState (model.read)."
+                f"`cache` is a {type(state).__name__}; give a MemoryState (model.read)."
             )
         own = self.signature()
         if state.signature != own:
@@ -237,7 +252,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MemoryState | None = None,
+        cache: MemoryState | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -248,18 +263,20 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         remember: bool = True,
         seq_idx: Tensor | None = None,
         return_dict: bool | None = None,
+        past_key_values: MemoryState | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> MemoryModelOutput | tuple:
         """Read text of any length.
 
         Args:
-            input_ids: `(B, T)` new tokens; they continue `past_key_values`.
+            input_ids: `(B, T)` new tokens; they continue `cache`.
             attention_mask: `(B, T)` or longer (its last T columns count); padding may stand
                 before and after a row's tokens.
             position_ids: `(B, T)`. Where they do not go on by one a new document begins, which
                 is read as if it had a row alone (`memwrap.packing`); otherwise they are ignored,
                 as positions restart in every segment. Collators' `cu_seq_lens_q` do the same.
-            past_key_values: the state to continue. It moves on in place, at the end.
+            cache: the state to continue (also as `past_key_values`). It moves on in place, at the
+                end.
             inputs_embeds: `(B, T, D)` instead of `input_ids`.
             labels: `(B, T)`, shifted inside; -100 is ignored.
             use_cache: return a state. Default: not while training with labels.
@@ -275,7 +292,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             teacher: a `Teacher` whose distribution is followed beside the labels (a keyword).
 
         Returns:
-            `loss`, `logits` `(B, T, V)` (zeros at padding) or None, `past_key_values`.
+            `loss`, `logits` `(B, T, V)` (zeros at padding) or None, and `cache`, the state.
 
         Raises:
             ValueError: for misshapen inputs, a mask with a hole, a state of another model, or
@@ -284,12 +301,13 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         shift_labels, ends = kwargs.pop("shift_labels", None), kwargs.pop("cu_seq_lens_q", None)
         teacher = kwargs.pop("teacher", None)
         refuse_unknown(kwargs, type(self).forward)
+        given = one_cache(cache, past_key_values)
         inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
         documents = documents_in(inputs.real, seq_idx, position_ids, ends)
         targets = targets_of(inputs, labels, shift_labels, documents)
         if use_cache is None:
             use_cache = documents is None and (targets is None or not self.training)
-        state = self._state_of(past_key_values, inputs)
+        state = self._state_of(given, inputs)
         if state.hold_open != (not remember):
             state = state.clone()
             state.hold_open = not remember
@@ -303,7 +321,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             teacher=None if targets is None else check_teacher(teacher, inputs.shape),
             hidden_from=None if targets is not None else first,
             collect=self._collected,
-            keep_open=use_cache or past_key_values is not None,
+            keep_open=use_cache or given is not None,
             control=memory_control,
         )
         loss, logits = None, None
@@ -315,9 +333,9 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         else:
             logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
         result = None
-        if past_key_values is not None or use_cache:
-            result = self._advanced(past_key_values or state, reading.state)
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=result)
+        if given is not None or use_cache:
+            result = self._advanced(given or state, reading.state)
+        out = MemoryModelOutput(loss=loss, logits=logits, **{CACHE: result})
         return out.to_tuple() if return_dict is False else out
 
     @torch.no_grad()

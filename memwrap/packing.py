@@ -209,7 +209,7 @@ class PackedLoop:
         if keep_open or control is not None:
             raise ValueError(
                 "Documents packed in one row begin anew and leave no state: they do not go with "
-                "`past_key_values`, `use_cache=True` or `memory_control`. Give each a row."
+                "`cache`, `use_cache=True` or `memory_control`. Give each a row."
             )
         pieces: list[tuple[Tensor, Tensor]] = []
         loss_sum: Any = None

@@ -24,7 +24,7 @@ _COUNTERS = ("fill", "segments", "tokens_seen")
 
 
 class MemoryState(Cache):
-    """What the rows of a batch remember. Pass it as `past_key_values`.
+    """What the rows of a batch remember. Pass it as `cache`.
 
     Memories hold what closed segments left; the keys and values of the open segment wait
     beside them until it is full. Tensors are never written in place: a clone costs nothing and
@@ -70,6 +70,11 @@ class MemoryState(Cache):
             f"MemoryState(memories={list(self.memories)}, rows={self.batch_size}, "
             f"tokens_seen={self.tokens_seen.tolist()}, nbytes={self.nbytes})"
         )
+
+    @property
+    def is_linear(self) -> list[bool]:
+        # For transformers a cache of recurrent layers alone has no length to cut a prompt by.
+        return [False]
 
     @property
     def batch_size(self) -> int:

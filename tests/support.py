@@ -133,9 +133,9 @@ def assert_pieces_and_padding(model: Any, lengths: Sequence[int] = (43, 29)) -> 
         for index, (row, want) in enumerate(zip(rows, wanted, strict=True)):
             assert_close(got[index, -len(row) :], want.logits[0], what="a padded row")
             state = model.new_state(1)
-            pieces = [model(p[None], past_key_values=state).logits for p in row.split(5)]
+            pieces = [model(p[None], cache=state).logits for p in row.split(5)]
             assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
-            assert_same_states(state, want.past_key_values)
+            assert_same_states(state, want.cache)
 
 
 def checkpointed(model: Any) -> Any:

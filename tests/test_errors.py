@@ -272,7 +272,7 @@ def test_other_arguments(model: Any) -> None:
     with refused("shuffled", "two rows"):
         model(ids(1, 3), memory_control="shuffled")
     with refused("memory_control", "close_segment"):
-        model(ids(1, 3), past_key_values=model.read(ids(1, 3)), memory_control="off")
+        model(ids(1, 3), cache=model.read(ids(1, 3)), memory_control="off")
     with refused("rows"):
         model(ids(2, 3), memory_control=model.new_state(3))
     with refused("backend|Unknown", "cuda"):
@@ -286,25 +286,25 @@ def test_states_that_do_not_fit(model: Any) -> None:
     memory = model.memory_configs[0].name
     state = model.read(ids(1, 11))
     with refused("2", "1", "rows"):
-        model(ids(2, 3), past_key_values=state)
+        model(ids(2, 3), cache=state)
     with refused("dict", "MemoryState"):
-        model(ids(1, 3), past_key_values={})
+        model(ids(1, 3), cache={})
     before = state.clone()
     for settings in ({"segment_size": 9}, {"bptt_segments": 3}, {"loss_on": "last"}):
         other = wrapped(memory, **settings)
         name = next(iter(settings))
         with refused("another model", name, str(settings[name])):
-            other(ids(1, 3), past_key_values=state)
+            other(ids(1, 3), cache=state)
         with refused("another model", name):
-            other.generate(ids(1, 3), past_key_values=state, max_new_tokens=2)
+            other.generate(ids(1, 3), cache=state, max_new_tokens=2)
         with refused("another model", name):
             other.read(ids(1, 3), state=state)
     with refused("another model", "model_type", "qwen3"):
-        wrapped(memory, "qwen3")(ids(1, 3), past_key_values=state)
+        wrapped(memory, "qwen3")(ids(1, 3), cache=state)
     for foreign in MEMORIES:
         if foreign != memory:
             with refused("another model", memory, foreign):
-                wrapped(foreign)(ids(1, 3), past_key_values=state)
+                wrapped(foreign)(ids(1, 3), cache=state)
     assert_same_states(state, before, 0.0)
     with refused("empty list"):
         memwrap.MemoryState.cat([])
@@ -319,7 +319,7 @@ def test_counted_padding_cannot_continue_an_open_segment(model: Any) -> None:
     other = wrapped(memory, count_padding=True)
     state = other.read(ids(1, 3))
     with refused("count_padding", "close_segment"):
-        other(ids(1, 3), past_key_values=state)
+        other(ids(1, 3), cache=state)
 
 
 # State files
@@ -337,7 +337,7 @@ def test_a_state_of_other_weights(model: Any, state_file: Path) -> None:
     other = randomise(wrapped(memory), seed=99)
     checks = (
         lambda: memwrap.MemoryState.load(state_file, other),
-        lambda: other(ids(1, 3), past_key_values=memwrap.MemoryState.load(state_file)),
+        lambda: other(ids(1, 3), cache=memwrap.MemoryState.load(state_file)),
     )
     for check in checks if list(other.memory_parameters()) else ():
         with refused("other weights", "memories", "read the text again"):
@@ -417,11 +417,11 @@ def test_a_state_file_with_tensors_of_other_shapes(model: Any, state_file: Path)
     for value in (tensors[name][..., :1].clone(), tensors[name][:0].clone()):
         save_file({**tensors, name: value}, bad, metadata=metadata)
         with refused("bad.safetensors|state", name.split(".")[1]):
-            model(ids(1, 3), past_key_values=memwrap.MemoryState.load(bad, model))
+            model(ids(1, 3), cache=memwrap.MemoryState.load(bad, model))
     lost = {n: t for n, t in tensors.items() if n != name}
     save_file(lost, bad, metadata=metadata)
     with refused("bad.safetensors|state", "damaged", name.split(".")[1]):
-        model(ids(1, 3), past_key_values=memwrap.MemoryState.load(bad, model))
+        model(ids(1, 3), cache=memwrap.MemoryState.load(bad, model))
 
 
 # Saved models

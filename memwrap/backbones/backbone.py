@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from memwrap.backbones import attention as attention_place
 from memwrap.backbones import layers as layer_place
 from memwrap.backbones import recurrence as recurrent_place
+from memwrap.backbones.cache_names import find_cache_name
 from memwrap.backbones.feedforward import feed_forward, noting_input
 from memwrap.backbones.masks import (
     build_masks,
@@ -31,7 +31,6 @@ from memwrap.fingerprints import hooks_of, loaded
 from memwrap.trees import Tree, tree_map
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
-_NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 
 
 class _Facade:
@@ -88,13 +87,6 @@ class Backbone:
                 "carry from transformers 5.21 on; install it, or take another backbone."
             )
         self._remembered: Tree = {}
-        taken = inspect.signature(type(decoder).forward).parameters
-        missing = [name for name in _NEEDED if name not in taken]
-        if missing:
-            raise ValueError(
-                f"The decoder of {type(model).__name__} takes no {', '.join(missing)}, which a "
-                "segment (embeddings, positions that restart) needs."
-            )
         name = attention_place.implementation(self.config)
         if name not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(
@@ -102,6 +94,7 @@ class Backbone:
                 "load it with attn_implementation='sdpa' (or 'eager')."
             )
         self.rotary = Rotary(decoder, self.config)
+        self.cache_name = find_cache_name(self._one_token, self.config, type(model).__name__)
         self._path = next(n for n, m in model.named_modules() if m is decoder).split(".")
 
     @property
@@ -265,19 +258,32 @@ class Backbone:
             name = type(self.model).__name__
             return probe(run, len(self.attention_modules), self.rotary, name)
 
-    @torch.no_grad()
     def _probe(self, tokens: int, positions: Tensor | None = None, **passed: Any) -> None:
         """Run one row of noise through the decoder, in evaluation mode."""
-        weight = self.embedding_weight
+        where = torch.arange(tokens)[None] if positions is None else positions
+        with self._quiet():
+            self.run(self._noise(tokens), where, **passed)
+
+    def _one_token(self, **passed: Any) -> None:
+        """Run one token of noise through the decoder with the given keywords."""
+        where = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with self._quiet():
+            self.decoder(inputs_embeds=self._noise(1), position_ids=where, **passed)
+
+    def _noise(self, tokens: int) -> Tensor:
+        """Embeddings `(1, tokens, D)` at the scale of the model's own."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, tokens, self.embedding_size, generator=generator)
-        noise = (noise * (self.embedding_std() or 1.0)).to(self.device, weight.dtype)
+        return (noise * (self.embedding_std() or 1.0)).to(self.device, self.embedding_weight.dtype)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Run the block without gradients and with the model in evaluation mode."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            self.run(
-                noise, torch.arange(tokens)[None] if positions is None else positions, **passed
-            )
+            with torch.no_grad():
+                yield
         finally:
             for module, training in modes:
                 module.training = training
@@ -359,8 +365,8 @@ class Backbone:
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=(positions if position_ids is None else position_ids).to(embeds.device),
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self.cache_name: cache},
             **extra,
         ).last_hidden_state
 

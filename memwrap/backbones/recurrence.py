@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from memwrap.backbones.cache_names import NAMES
 from memwrap.backbones.layers import swap_class
 from memwrap.trees import Tree, tree_leaves, tree_map
 
 # Layer types that remember more than keys and values; a "hybrid" layer attends, too.
 KINDS = ("conv", "linear_attention", "hybrid")
-_CACHES = ("cache_params", "past_key_values")
 _MOST_STATES = 8  # of one kind in a layer
 # Before 5.21, layers began anew or went astray where several tokens followed others.
 SUPPORTED = hasattr(Cache, "get_conv_state")
@@ -161,10 +161,10 @@ def _placed(tree: Tree, rows: Tensor, new: Tree, batch: int) -> Tree:
 @cache
 def _memory_recurrence(parent: type[nn.Module]) -> type[nn.Module]:
     taken = [name for name in inspect.signature(parent.forward).parameters if name != "self"]
-    place = next((name for name in _CACHES if name in taken), None)
+    place = next((name for name in NAMES if name in taken), None)
     if place is None:
         raise ValueError(
-            f"{parent.__name__} takes none of {', '.join(_CACHES)}; memwrap cannot carry what it "
+            f"{parent.__name__} takes none of {', '.join(NAMES)}; memwrap cannot carry what it "
             "remembers from segment to segment."
         )
 

@@ -358,6 +358,4 @@ def _last_logits(
         with lora_disabled(model.backbone):
             return model.backbone(input_ids=ids[:, -window:], use_cache=False).logits
     control = None if name == MEMORY else name.removeprefix("memory ")
-    return model(
-        input_ids=ids[:, first:], past_key_values=state.clone(), memory_control=control
-    ).logits
+    return model(input_ids=ids[:, first:], cache=state.clone(), memory_control=control).logits

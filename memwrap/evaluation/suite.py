@@ -301,7 +301,7 @@ def _reader(
     """A function from the next ids `(1, T)` of a text to their logits `(1, T, V)`."""
     if curve in (MEMORY, OFF, SHUFFLED):
         own = model.new_state(1) if state is None or not boundary else state.clone()
-        yield lambda ids: model(input_ids=ids, past_key_values=own).logits
+        yield lambda ids: model(input_ids=ids, cache=own).logits
         return
     if curve == WINDOW:
         with windowed(model, window, 1) as (feed, _):
@@ -309,7 +309,7 @@ def _reader(
         return
     cache = DynamicCache(config=model.parts.config)
     with lora_disabled(model.backbone):
-        yield lambda ids: model.backbone(input_ids=ids, past_key_values=cache).logits
+        yield lambda ids: model.backbone(input_ids=ids, **{model.parts.cache_name: cache}).logits
 
 
 def _greedy(feed: Feed, ids: Tensor, most: int, end: int | None) -> list[int]:

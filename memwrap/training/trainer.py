@@ -300,12 +300,12 @@ class MemoryTrainer(Trainer):
             trained = bool((piece["shift_labels"] != IGNORED).any())
             if teacher is not None:
                 piece["teacher"] = replace(teacher, hidden=piece.pop("teacher_hidden"))
-            piece |= {"past_key_values": state, "use_cache": True}
+            piece |= {"cache": state, "use_cache": True}
             with torch.set_grad_enabled(trained), self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(
                     model, piece, return_outputs=True, num_items_in_batch=num_items
                 )
-            state = outputs["past_key_values"].detach()
+            state = outputs.cache.detach()
             del outputs
             if not trained:
                 continue

@@ -142,7 +142,7 @@ def test_a_conversation_is_one_text(trained: tuple[Path, str]) -> None:
     question = "\nLine 2: the number"
     ids = tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids
     want = model.generate(
-        torch.cat([pending, ids], 1), past_key_values=state, max_new_tokens=12, do_sample=False,
+        torch.cat([pending, ids], 1), cache=state, max_new_tokens=12, do_sample=False,
         pad_token_id=3,
     )  # fmt: skip
     assert talk.ask(question) == tokenizer.decode(want[0, ids.shape[1] + 1 :], True)

@@ -57,7 +57,7 @@ def run(model: Any, case: Case, own: dict[str, Any]) -> dict[str, Tensor]:
             results[name] = gradient
         elif name.startswith("grad."):
             results[name] = own[name.removeprefix("grad.")]()
-    results |= {"state": out.past_key_values}
+    results |= {"state": out.cache}
     return results
 
 

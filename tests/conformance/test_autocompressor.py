@@ -45,12 +45,12 @@ def one_call(model: Any, case: Case, ids: Tensor, state: Any) -> tuple[list[Tens
     for index, length in enumerate(lengths):
         columns = slice(start, start + length)
         with torch.no_grad():
-            logits.append(model(ids[:, columns], past_key_values=state.clone()).logits)
+            logits.append(model(ids[:, columns], cache=state.clone()).logits)
         out = model(
-            ids[:, columns], shift_labels=targets[:, columns], past_key_values=state,
+            ids[:, columns], shift_labels=targets[:, columns], cache=state,
             num_items_in_batch=count,
         )  # fmt: skip
-        loss, state = loss + out.loss, out.past_key_values
+        loss, state = loss + out.loss, out.cache
         if index < len(lengths) - 1 or case.settings["output_softprompt"]:
             state = model.loop().close(state)
         start += length

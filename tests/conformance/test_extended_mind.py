@@ -76,7 +76,7 @@ def run_op(case: Case) -> dict[str, Tensor]:
 def fed(model: Any, ids: Tensor, state: Any) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits, and what each layer retrieved."""
     with torch.no_grad(), retrieved() as notes:
-        logits = model(ids, past_key_values=state).logits
+        logits = model(ids, cache=state).logits
     return logits, {note.layer: note.entries for note in notes}
 
 

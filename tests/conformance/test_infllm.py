@@ -128,8 +128,8 @@ def run_model(case: Case, offload: bool) -> None:
     state, logits = model.new_state(1), []
     with torch.no_grad():
         for piece in case.tensors["input_ids"].split(calls, 1):
-            out = model(piece, past_key_values=state)
-            state = model.close_segment(out.past_key_values)  # no call shares a block
+            out = model(piece, cache=state)
+            state = model.close_segment(out.cache)  # no call shares a block
             logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, 1), case.tensors["logits"], rtol=0, atol=5e-5)
     units = [

@@ -249,9 +249,9 @@ def infer(case: Case, predicts: bool, seen: set[str]) -> None:
         given_choices(model, case, calls, seen)
     text = t["input_ids"]
     out = reader(text[:, :prompt])
-    pieces, state = [out.logits], anchored(reader, out.past_key_values, writer, m)
+    pieces, state = [out.logits], anchored(reader, out.cache, writer, m)
     for token in text[:, prompt:].split(1, 1):
-        pieces.append(writer(token, past_key_values=state).logits)
+        pieces.append(writer(token, cache=state).logits)
     assert next(calls, None) is None, "a call was not made"
     got = torch.cat(pieces, 1)
     near(got, t["logits_with_landmarks"][:, places_of(text.shape[1], m)[predicts]], 5e-5, "logits")

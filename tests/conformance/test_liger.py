@@ -111,7 +111,7 @@ def check_attention(name: str) -> None:
         grad = getattr(layer, f"{letter}_proj").weight.grad
         near(grad, t[f"grad.W_{letter}"], 1e-5, f"grad.W_{letter}")
     with torch.no_grad():
-        state = model(inputs_embeds=x, attention_mask=mask.long()).past_key_values
+        state = model(inputs_embeds=x, attention_mask=mask.long()).cache
     tree, group = state.memories["liger"]["layers"]["0"], own["H"] // own["Hkv"]
     states = {"S": "recurrent_state", "K": "recurrent_state_k", "V": "recurrent_state_v"}
     for short, long in states.items():
@@ -179,5 +179,5 @@ def check_model(name: str, segment_size: int) -> None:
         got = torch.stack([layers[str(i)]["S"] for i in range(own["layers"])])
         want = t["prefill_recurrent_state"]
         near(got.repeat_interleave(group, 2), want, 1e-4, "prefill_recurrent_state")
-        steps = [model(ids[:, i : i + 1], past_key_values=state) for i in range(prefill, own["T"])]
+        steps = [model(ids[:, i : i + 1], cache=state) for i in range(prefill, own["T"])]
         near(torch.cat([s.logits for s in steps], 1), t["decode_logits"], 1e-4, "decode_logits")

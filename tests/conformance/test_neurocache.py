@@ -148,9 +148,9 @@ def run_model(case: Case) -> dict[str, Tensor]:
         state = memwrap.MemoryState.cat(
             [model.new_state(1) if bool(new) else row for new, row in zip(fresh, rows, strict=True)]
         )
-        out = model(ids, past_key_values=state.detach())
+        out = model(ids, cache=state.detach())
         loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        state, total = out.past_key_values, total + loss
+        state, total = out.cache, total + loss
         results |= {f"seg{s}.logits": out.logits, f"seg{s}.loss": loss[None]}
         results[f"seg{s}.retrieved_states_last"] = found[-1]
     ring = state.memories["neurocache"]["layers"][str(memory.storing[0])]

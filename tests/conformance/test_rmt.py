@@ -76,7 +76,7 @@ def run_layout(case: Case) -> dict[str, Tensor]:
             lambda module, args, kwargs, seen=seen: seen.update(kwargs), with_kwargs=True
         )
         with torch.no_grad():
-            model(ids, attention_mask=mask, past_key_values=state)
+            model(ids, attention_mask=mask, cache=state)
         handle.remove()
         # What stands at padding is not defined here: nobody sees it (asserted below).
         want = case.tensors[f"out.inputs_embeds_{kind}"]

@@ -30,9 +30,9 @@ def test_two_memories(first: str, second: str, tmp_path: Path) -> None:
         model = randomise(memwrap.wrap(base, tiny(first), tiny(second)))
         want = model(text, use_cache=True)
         state = model.new_state(1)
-        pieces = [model(p, past_key_values=state).logits for p in text.split(3, 1)]
+        pieces = [model(p, cache=state).logits for p in text.split(3, 1)]
         assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
-        assert_same_states(state, want.past_key_values)
+        assert_same_states(state, want.cache)
         both, mask = padded([text[0], ids(19, seed=4)], "left")
         assert_close(model(both, attention_mask=mask).logits[0], want.logits[0], what="padding")
         model.save_pretrained(tmp_path)

@@ -93,8 +93,8 @@ def test_segments_give_what_the_base_gives_at_once(kind: str) -> None:
     assert_close(model(ids).logits, want, 1e-5)
     state, parts = None, []
     for piece in ids.split([5, 1, 1, 12, 11], dim=1):
-        out = model(piece, past_key_values=state, use_cache=True)
-        state = out.past_key_values
+        out = model(piece, cache=state, use_cache=True)
+        state = out.cache
         parts.append(out.logits)
     assert_close(torch.cat(parts, 1), want, 1e-5)
     # The base itself goes astray at padding inside what it has read; rows alone do not.
@@ -119,8 +119,8 @@ def test_rows_at_different_places_do_not_meet(kind: str) -> None:
     mask = torch.stack([torch.arange(11) >= 11 - n for n in lengths]).long()
     state = model.new_state(3)
     left = [torch.nn.functional.pad(r[:n], (11 - n, 0)) for r, n in zip(ids, lengths, strict=True)]
-    model(torch.stack(left), attention_mask=mask, past_key_values=state)
-    together = model(ids[:, 11:17], past_key_values=state).logits
+    model(torch.stack(left), attention_mask=mask, cache=state)
+    together = model(ids[:, 11:17], cache=state).logits
     for row, length in enumerate(lengths):
         alone = torch.cat([ids[row, :length], ids[row, 11:17]])[None]
         assert_close(together[row], model(alone).logits[0, length:], 1e-5)

@@ -53,9 +53,9 @@ def test_device_map_with_offload(base: Path, tmp_path: Path, memory: str) -> Non
     model.read(TEXT).save(tmp_path / "state.safetensors")
     state = memwrap.MemoryState.load(tmp_path / "state.safetensors", plain)
     question = TEXT[:, :5]
-    want = plain(question, past_key_values=state).logits
+    want = plain(question, cache=state).logits
     state = memwrap.MemoryState.load(tmp_path / "state.safetensors", model)
-    assert torch.equal(model(question, past_key_values=state).logits, want)
+    assert torch.equal(model(question, cache=state).logits, want)
     model.save_pretrained(tmp_path / "saved")
     again = memwrap.load(tmp_path / "saved", **options)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_torch_compile(backend: str) -> None:
         assert torch.allclose(model(text, use_cache=False).logits, want, atol=1e-5)
         assert torch.allclose(model(text, use_cache=False).logits, want, atol=1e-5)
         # Noting the weights' fingerprint in a state is no work for the compiler: it says so.
-        state = model(text, use_cache=True).past_key_values
+        state = model(text, use_cache=True).cache
     plain = randomise(wrapped("rmt")).eval()
     assert_same_states(state, plain.read(text))
 

@@ -40,8 +40,8 @@ def test_logits_and_states_of_padded_rows(memory: str, family: str) -> None:
             for index, single in enumerate(alone):
                 got = out.logits[index][mask[index].bool()]
                 assert_close(got, single.logits[0], what=f"row {index} padded {side}")
-                state = out.past_key_values.select(torch.tensor([index]))
-                assert_same_states(state, single.past_key_values)
+                state = out.cache.select(torch.tensor([index]))
+                assert_same_states(state, single.cache)
 
 
 def check_loss_and_gradients(model: Any, tolerance: float) -> None:
@@ -100,14 +100,14 @@ def test_a_padded_batch_fed_in_pieces(memory: str, family: str) -> None:
         pieces = []
         with torch.no_grad():
             for piece, part in zip(text.split(5, 1), mask.split(5, 1), strict=True):
-                out = model(piece, attention_mask=part, past_key_values=state)
+                out = model(piece, attention_mask=part, cache=state)
                 pieces.append(out.logits)
             logits = torch.cat(pieces, 1)
             for index, row in enumerate(ROWS):
                 single = model(row[None])
                 assert_close(logits[index][mask[index].bool()], single.logits[0], what=side)
                 one = state.select(torch.tensor([index]))
-                assert_same_states(one, single.past_key_values)
+                assert_same_states(one, single.cache)
 
 
 @pairs()
@@ -127,12 +127,12 @@ def test_states_of_different_readings_in_one_batch(memory: str, family: str) -> 
     joined = type(states[0]).cat(states)
     assert joined.tokens_seen.tolist() == list(LENGTHS)
     with torch.no_grad():
-        got = model(text, past_key_values=joined).logits
+        got = model(text, cache=joined).logits
         for index, state in enumerate(states):
-            want = model(text[index : index + 1], past_key_values=state).logits
+            want = model(text[index : index + 1], cache=state).logits
             assert_close(got[index], want[0])
         repeated = model.read(ROWS[0]).repeat(3)
-        rows = model(text[:3], past_key_values=repeated).logits
+        rows = model(text[:3], cache=repeated).logits
     assert_close(rows[0], got[0])
 
 
@@ -144,11 +144,11 @@ def test_an_all_padding_row_and_an_all_padding_batch(memory: str) -> None:
         out = model(text, attention_mask=mask)
         assert_close(out.logits[0], model(ROWS[0][None]).logits[0])
         assert bool(out.logits.isfinite().all())
-        assert out.past_key_values.tokens_seen.tolist() == [len(ROWS[0]), 0]
+        assert out.cache.tokens_seen.tolist() == [len(ROWS[0]), 0]
         nothing = model(text, attention_mask=torch.zeros_like(mask))
     assert nothing.logits.shape[:2] == text.shape and bool(nothing.logits.isfinite().all())
-    assert nothing.past_key_values.tokens_seen.tolist() == [0, 0]
-    assert_same_states(nothing.past_key_values, model.new_state(2), 0.0)
+    assert nothing.cache.tokens_seen.tolist() == [0, 0]
+    assert_same_states(nothing.cache, model.new_state(2), 0.0)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)

@@ -84,7 +84,7 @@ def test_states_do_not_grow(memory: str, family: str) -> None:
     held = []
     with torch.no_grad():
         for t in range(64):
-            model(ids(1, 1, seed=t), past_key_values=state)
+            model(ids(1, 1, seed=t), cache=state)
             held.append(state.nbytes - declared(model, t + 1))
     assert max(held[5 * SEGMENT :]) <= max(held[: 5 * SEGMENT])
 

@@ -53,10 +53,10 @@ def test_interleaved_states_do_not_meet(memory: str, family: str) -> None:
         for piece in range(0, texts[0].shape[1], 5):
             for index in (0, 1):
                 part = texts[index][:, piece : piece + 5]
-                logits[index].append(model(part, past_key_values=states[index]).logits)
+                logits[index].append(model(part, cache=states[index]).logits)
     for index in (0, 1):
         assert_close(torch.cat(logits[index], 1), want[index].logits)
-        assert_same_states(states[index], want[index].past_key_values)
+        assert_same_states(states[index], want[index].cache)
     assert error_of(want[0].logits, want[1].logits) > 1e-2
 
 
@@ -79,13 +79,13 @@ def test_clones_are_independent(memory: str, family: str) -> None:
     kept = {n: t.clone() for name, n_t in state.memories.items() for n, t in tree_leaves(n_t)}
     other = state.clone()
     with torch.no_grad():
-        model(ids(1, 9, seed=4), past_key_values=other)
+        model(ids(1, 9, seed=4), cache=other)
     assert state.tokens_seen.tolist() == [11] and other.tokens_seen.tolist() == [20]
     for _, tree in state.memories.items():
         for name, value in tree_leaves(tree):
             assert torch.equal(value, kept[name])
     with torch.no_grad():
-        got = model(ids(1, 9, seed=4), past_key_values=state).past_key_values
+        got = model(ids(1, 9, seed=4), cache=state).cache
     assert_same_states(got, other, 0.0)
 
 
@@ -106,12 +106,12 @@ def test_a_cancelled_call_leaves_the_state_whole(
 
     monkeypatch.setattr(model.parts, "run", cancelled)
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
-        model(text, past_key_values=state)
+        model(text, cache=state)
     monkeypatch.undo()
     assert_same_states(state, before, 0.0)
     with torch.no_grad():
-        got = model(text, past_key_values=state).logits
-        want = model(text, past_key_values=before).logits
+        got = model(text, cache=state).logits
+        want = model(text, cache=before).logits
     assert torch.equal(got, want)
 
 
@@ -121,27 +121,25 @@ def test_controls_change_what_is_read_and_not_what_is_kept(memory: str) -> None:
     first, second = ids(2, 2 * SEGMENT, seed=1), ids(2, SEGMENT, seed=2)
     with torch.no_grad():
         state = model.read(first)
-        plain = model(second, past_key_values=state.clone())
+        plain = model(second, cache=state.clone())
         fresh = model(second)
-        off = model(second, past_key_values=state.clone(), memory_control="off")
+        off = model(second, cache=state.clone(), memory_control="off")
         assert_close(off.logits, fresh.logits)
-        assert_same_states(off.past_key_values, plain.past_key_values, 1e-6)
-        swap = model(second, past_key_values=state.clone(), memory_control="shuffled")
-        turned = model(second, past_key_values=state.select(torch.tensor([1, 0])))
+        assert_same_states(off.cache, plain.cache, 1e-6)
+        swap = model(second, cache=state.clone(), memory_control="shuffled")
+        turned = model(second, cache=state.select(torch.tensor([1, 0])))
         assert_close(swap.logits, turned.logits)
-        assert_same_states(swap.past_key_values, plain.past_key_values, 1e-6)
+        assert_same_states(swap.cache, plain.cache, 1e-6)
         foreign = model.read(ids(2, 2 * SEGMENT, seed=8))
-        other = model(second, past_key_values=state.clone(), memory_control=foreign)
-        assert_close(other.logits, model(second, past_key_values=foreign.clone()).logits)
-        assert_same_states(other.past_key_values, plain.past_key_values, 1e-6)
+        other = model(second, cache=state.clone(), memory_control=foreign)
+        assert_close(other.logits, model(second, cache=foreign.clone()).logits)
+        assert_same_states(other.cache, plain.cache, 1e-6)
     for out in (off, swap, other):
         assert error_of(out.logits, plain.logits) > 1e-2
     with torch.no_grad():
         labels = second
-        on = model(second, past_key_values=state.clone(), labels=labels).loss
-        without = model(
-            second, past_key_values=state.clone(), labels=labels, memory_control="off"
-        ).loss
+        on = model(second, cache=state.clone(), labels=labels).loss
+        without = model(second, cache=state.clone(), labels=labels, memory_control="off").loss
         alone = model(second, labels=labels).loss
     assert without.item() == pytest.approx(alone.item(), rel=1e-5)
     assert abs(on.item() - alone.item()) > 1e-3

@@ -135,9 +135,9 @@ def test_continuing_a_state(memory: str, family: str) -> None:
     want = greedy_by_recomputation(model, whole, NEW)
     state = model.read(book)
     before = state.clone()
-    new_only = model.generate(question, past_key_values=state, **GREEDY)
+    new_only = model.generate(question, cache=state, **GREEDY)
     assert torch.equal(new_only, want[:, book.shape[1] :])
-    full_ids = model.generate(whole, past_key_values=state, **GREEDY)
+    full_ids = model.generate(whole, cache=state, **GREEDY)
     assert torch.equal(full_ids, want)
     assert_same_states(state, before, 0.0)  # read once, ask many times
     forgotten = model.generate(question, **GREEDY)
@@ -146,7 +146,7 @@ def test_continuing_a_state(memory: str, family: str) -> None:
         sampled = rows == "num_return_sequences"
         settings = {**GREEDY, rows: sizes, "do_sample": sampled}
         torch.manual_seed(0)
-        got = model.generate(question, past_key_values=state, **settings)
+        got = model.generate(question, cache=state, **settings)
         torch.manual_seed(0)
         ref = model.generate(whole, **settings)
         assert torch.equal(got, ref[:, book.shape[1] :]), rows
@@ -158,7 +158,7 @@ def test_one_state_serves_a_batch_of_questions(memory: str, family: str) -> None
     state = model.read(book)
     rows = [ids(1, n, seed=n)[0] for n in (6, 2)]
     text, mask = padded(rows, "left")
-    got = model.generate(text, attention_mask=mask, past_key_values=state, **GREEDY)
+    got = model.generate(text, attention_mask=mask, cache=state, **GREEDY)
     for index, row in enumerate(rows):
         want = greedy_by_recomputation(model, torch.cat([book, row[None]], 1), NEW)
         assert torch.equal(got[index, text.shape[1] :], want[0, -NEW:]), index
@@ -169,7 +169,7 @@ def test_one_state_serves_a_batch_of_questions(memory: str, family: str) -> None
 def test_generated_text_is_remembered(memory: str, family: str) -> None:
     model, prompt = wrapped(memory, family), ids(1, SEGMENT + 5)
     out = model.generate(prompt, **GREEDY, return_dict_in_generate=True)
-    state = out.past_key_values
+    state = out.cache
     read = out.sequences[:, : int(state.tokens_seen)]
     assert read.shape[1] in (out.sequences.shape[1], out.sequences.shape[1] - 1)
     assert int(state.segments) == read.shape[1] // SEGMENT == 2
@@ -179,10 +179,10 @@ def test_generated_text_is_remembered(memory: str, family: str) -> None:
     want = greedy_by_recomputation(model, turn, NEW)
     # An answer may hold the id of padding, which transformers would take for it without a mask.
     real = torch.ones_like(turn)
-    got = model.generate(turn, attention_mask=real, past_key_values=state, **GREEDY)
+    got = model.generate(turn, attention_mask=real, cache=state, **GREEDY)
     assert torch.equal(got, want)
     new, real = turn[:, read.shape[1] :], real[:, read.shape[1] :]
-    got = model.generate(new, attention_mask=real, past_key_values=state, **GREEDY)
+    got = model.generate(new, attention_mask=real, cache=state, **GREEDY)
     assert torch.equal(got, want[:, read.shape[1] :])
 
 
@@ -190,7 +190,7 @@ def test_generated_text_is_remembered(memory: str, family: str) -> None:
 def test_without_remembering_the_last_segment_stays_open(memory: str, family: str) -> None:
     model, prompt = wrapped(memory, family), ids(1, SEGMENT + 5)
     out = model.generate(prompt, remember=False, return_dict_in_generate=True, **GREEDY)
-    state = out.past_key_values
+    state = out.cache
     assert int(state.segments) == 1 and int(state.fill) == int(state.tokens_seen) - SEGMENT
     want = model.generate(prompt, **GREEDY)
     cut = 2 * SEGMENT - prompt.shape[1]
@@ -202,14 +202,14 @@ def test_a_state_held_open_can_remember_again(memory: str, family: str) -> None:
     """`remember=False` is said of one call: a later one writes full segments as always."""
     model, prompt = wrapped(memory, family), ids(1, SEGMENT + 5)
     settings = {**GREEDY, "max_new_tokens": 3, "return_dict_in_generate": True}
-    state = model.generate(prompt, remember=False, **settings).past_key_values
+    state = model.generate(prompt, remember=False, **settings).cache
     assert (int(state.segments), int(state.fill)) == (1, SEGMENT - 1)
     after = model.read(ids(1, SEGMENT + 1, seed=2), state=state)
     assert (int(after.segments), int(after.fill)) == (3, 0)
     closed = model.read(ids(1, SEGMENT, seed=2), state=model.close_segment(state))
     assert (int(closed.segments), int(closed.fill)) == (3, 0)
     # Also where the open segment has grown beyond a segment's size.
-    state = model.generate(prompt, **{**settings, **GREEDY}, remember=False).past_key_values
+    state = model.generate(prompt, **{**settings, **GREEDY}, remember=False).cache
     assert int(state.fill) > SEGMENT and int(state.segments) == 1
     closed = model.read(ids(1, SEGMENT, seed=2), state=model.close_segment(state))
     assert (int(closed.segments), int(closed.fill)) == (3, 0)
@@ -225,7 +225,7 @@ def test_states_of_different_readings_answer_together(memory: str, family: str) 
     questions = [ids(1, n, seed=n)[0] for n in (6, 2)]
     state = memwrap.MemoryState.cat([model.read(book) for book in books])
     text, mask = padded(questions, "left")
-    got = model.generate(text, attention_mask=mask, past_key_values=state, **GREEDY)
+    got = model.generate(text, attention_mask=mask, cache=state, **GREEDY)
     for index, (book, question) in enumerate(zip(books, questions, strict=True)):
         want = greedy_by_recomputation(model, torch.cat([book, question[None]], 1), NEW)
         assert torch.equal(got[index, text.shape[1] :], want[0, -NEW:]), index
@@ -259,9 +259,9 @@ def test_what_cannot_work_says_why(memory: str) -> None:
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(prompt, cache_implementation="static", **GREEDY)
     with pytest.raises(ValueError, match="MemoryState"):
-        model.generate(prompt, past_key_values=DynamicCache(), **GREEDY)
+        model.generate(prompt, cache=DynamicCache(), **GREEDY)
     state = model.read(ids(2, 5))
     with pytest.raises(ValueError, match="rows"):
-        model.generate(ids(3, 4), past_key_values=state, **GREEDY)
+        model.generate(ids(3, 4), cache=state, **GREEDY)
     with pytest.raises(ValueError, match=r"new token|empty"):
-        model.generate(past_key_values=model.read(prompt), **GREEDY)
+        model.generate(cache=model.read(prompt), **GREEDY)

@@ -47,10 +47,10 @@ def unrolled(model: Any, text: Tensor, window: int | None) -> tuple[float, dict]
             state = state.detach()
         columns = slice(start, start + SEGMENT)
         out = model(
-            text[:, columns], shift_labels=labels[:, columns], past_key_values=state,
+            text[:, columns], shift_labels=labels[:, columns], cache=state,
             num_items_in_batch=1, use_cache=True,
         )  # fmt: skip
-        state, total = out.past_key_values, total + out.loss
+        state, total = out.cache, total + out.loss
     loss = total / (labels != -100).sum()
     loss.backward()
     return loss.item(), gradients(model)

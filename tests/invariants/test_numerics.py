@@ -39,9 +39,9 @@ def test_a_thousand_segments_in_bfloat16(memory: str, family: str, kind: str) ->
         out = model(text, attention_mask=mask)
     assert out.logits.dtype == torch.bfloat16
     assert bool(out.logits.isfinite().all())
-    assert_finite(out.past_key_values)
+    assert_finite(out.cache)
     expected = 0 if kind == "padding" else 1000
-    assert out.past_key_values.segments.tolist() == [expected]
+    assert out.cache.segments.tolist() == [expected]
     if kind == "random":  # and it has not run away or died
         logits = out.logits.float()
         assert error_of(logits[:, -SEGMENT:].std(), logits[:, : 4 * SEGMENT].std()) < 3
@@ -92,5 +92,5 @@ def test_autocast(memory: str) -> None:
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         state = model.read(text)
-        out = model(ids(2, 3), past_key_values=state)
+        out = model(ids(2, 3), cache=state)
     assert bool(out.logits.isfinite().all())

@@ -100,7 +100,7 @@ def test_documents_are_said_in_any_of_three_ways() -> None:
         _, _, c, d = (len(row) for row in DOCUMENTS)
         keep = [*range(want.shape[1] - d), *range(want.shape[1] - d - c, want.shape[1])]
         assert_close(out.logits[at], want[0, keep])
-        assert out.past_key_values is None and float(out.logits[~at].abs().max()) == 0
+        assert out.cache is None and float(out.logits[~at].abs().max()) == 0
         embeds = model.get_input_embeddings()(text)
         again = model(inputs_embeds=embeds, attention_mask=mask, seq_idx=number)
         assert_close(again.logits, out.logits)
@@ -149,7 +149,7 @@ def test_what_does_not_go_with_packed_rows() -> None:
     packed = flattened()
     del packed["labels"]
     for more in (
-        {"past_key_values": model.new_state(1)},
+        {"cache": model.new_state(1)},
         {"use_cache": True},
         {"memory_control": "off"},
     ):

@@ -216,13 +216,13 @@ def test_a_saved_state_continues(memory: str, family: str, tmp_path: Path) -> No
     assert [f.name for f in tmp_path.iterdir()] == [path.name]
     tail = ids(2, 12, seed=4)
     with torch.no_grad():
-        want = model(tail, past_key_values=state.clone())
+        want = model(tail, cache=state.clone())
         for loaded in (memwrap.MemoryState.load(path), memwrap.MemoryState.load(path, model)):
             assert loaded.nbytes == state.nbytes and loaded.batch_size == 2
             assert_same_states(loaded, state, 0.0)
-            got = model(tail, past_key_values=loaded)
+            got = model(tail, cache=loaded)
             assert torch.equal(got.logits, want.logits)
-            assert_same_states(got.past_key_values, want.past_key_values, 0.0)
+            assert_same_states(got.cache, want.cache, 0.0)
 
 
 @pairs()
@@ -234,8 +234,8 @@ def test_a_state_goes_on_in_a_loaded_model(memory: str, family: str, tmp_path: P
     loaded = memwrap.load(tmp_path / "model", build(family))
     again = memwrap.MemoryState.load(tmp_path / "state.safetensors", loaded)
     question = ids(1, 5, seed=4)
-    got = loaded.generate(question, past_key_values=again, max_new_tokens=9, do_sample=False)
-    want = model.generate(question, past_key_values=state, max_new_tokens=9, do_sample=False)
+    got = loaded.generate(question, cache=again, max_new_tokens=9, do_sample=False)
+    want = model.generate(question, cache=state, max_new_tokens=9, do_sample=False)
     assert torch.equal(got, want)
 
 

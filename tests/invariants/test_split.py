@@ -33,8 +33,8 @@ def fed(model: Any, text: Tensor, sizes: list[int], **kwargs: Any) -> tuple[Tens
     state = model.new_state(text.shape[0])
     pieces = []
     for piece in text.split(sizes, 1):
-        out = model(piece, past_key_values=state, **kwargs)
-        assert out.past_key_values is state
+        out = model(piece, cache=state, **kwargs)
+        assert out.cache is state
         pieces.append(out.logits)
         assert state.get_seq_length() == sum(p.shape[1] for p in pieces)
     return torch.cat(pieces, 1), state
@@ -52,7 +52,7 @@ def test_chunks_and_single_tokens_give_what_the_whole_gives(memory: str, family:
         assert_same_states(other, state)
     with torch.no_grad():
         without_state = model(text, use_cache=False)
-    assert without_state.past_key_values is None
+    assert without_state.cache is None
     assert_close(without_state.logits, want, what="logits without a state")
 
 
@@ -98,7 +98,7 @@ def test_reading_equals_forward(memory: str, family: str) -> None:
     assert_same_states(rows.select(torch.tensor([0])), want.select(torch.tensor([0])))
     tail = ids(2, 4, seed=3)
     with torch.no_grad():
-        got = model(tail, past_key_values=after).logits
+        got = model(tail, cache=after).logits
         whole = model(torch.cat([text, tail], 1)).logits[:, TOTAL:]
     assert_close(got, whole)
 
@@ -146,7 +146,7 @@ def test_alignments_cut_where_they_say(memory: str, family: str, alignment: str)
         for row in rows:
             state, pieces = model.new_state(1), []
             for piece in row.split(segment_lengths(row.shape[1], SEGMENT, alignment), 1):
-                pieces.append(model(piece, past_key_values=state).logits)
+                pieces.append(model(piece, cache=state).logits)
                 state = model.close_segment(state)
             assert_close(model(row).logits, torch.cat(pieces, 1))
         text, mask = padded([row[0] for row in rows], "left")

@@ -164,8 +164,8 @@ def test_training_draws_windows() -> None:
     assert set(sizes.tolist()) == {3, 5, 12}
     assert torch.equal(state.memories["ahn"]["layers"]["1"]["window"]["sizes"], sizes)
     with torch.no_grad():
-        first = model(text[:, :11], past_key_values=state).logits
-        got = torch.cat([first, model(text[:, 11:], past_key_values=state).logits], 1)
+        first = model(text[:, :11], cache=state).logits
+        got = torch.cat([first, model(text[:, 11:], cache=state).logits], 1)
         for size in (3, 5, 12):
             rows = sizes == size
             want = wrapped("ahn", window_size=size)(text[rows]).logits

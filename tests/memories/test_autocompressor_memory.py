@@ -102,12 +102,12 @@ def test_what_training_draws_is_what_it_computes() -> None:
     with torch.no_grad():
         for length in lengths:
             part = slice(start, start + length)
-            pieces.append(reader(TEXT[:, part], past_key_values=state.clone()).logits)
+            pieces.append(reader(TEXT[:, part], cache=state.clone()).logits)
             one = reader(
-                TEXT[:, part], shift_labels=targets[:, part], past_key_values=state,
+                TEXT[:, part], shift_labels=targets[:, part], cache=state,
                 num_items_in_batch=int((targets != -100).sum()),
             )  # fmt: skip
-            state, loss = reader.close_segment(one.past_key_values), loss + one.loss
+            state, loss = reader.close_segment(one.cache), loss + one.loss
             start += length
     assert out.loss.item() == pytest.approx(float(loss), rel=1e-5)
     assert_close(out.logits, torch.cat(pieces, 1))
@@ -151,12 +151,12 @@ def test_summaries_are_soft_prompts(tmp_path: Path) -> None:
     vectors = torch.cat([memory.summaries(s)[0] for s in states])
     assert torch.equal(memory.summaries(joined)[0], vectors) and vectors.shape[0] == 10
     with torch.no_grad():
-        got = model(question, past_key_values=joined.clone()).logits
+        got = model(question, cache=joined.clone()).logits
         embeds = model.get_input_embeddings()(question)
         want = model.backbone(inputs_embeds=torch.cat([vectors[None], embeds], 1)).logits[:, 10:]
     assert_close(got, want)
     answer = model.generate(
-        question, past_key_values=joined, max_new_tokens=4, do_sample=False, eos_token_id=None
+        question, cache=joined, max_new_tokens=4, do_sample=False, eos_token_id=None
     )
     assert answer[0, 5] == got[0, -1].argmax() and answer.shape == (1, 9)
     alone = model.generate(question, max_new_tokens=4, do_sample=False, eos_token_id=None)
@@ -221,7 +221,7 @@ def test_summaries_take_no_position_of_a_learned_table(family: str) -> None:
         handle = layers[0].register_forward_pre_hook(lambda _, args: got.append(args[0]))
         state = model.read(text[:, :SEGMENT])
         vectors = model.memories[NAME].summaries(state)[0]
-        model(text[:, SEGMENT:], past_key_values=state)
+        model(text[:, SEGMENT:], cache=state)
         handle.remove()
         # The positions that the family itself gives a text of a segment's length.
         offset = tables[0].num_embeddings - base.config.max_position_embeddings

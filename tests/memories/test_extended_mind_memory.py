@@ -122,7 +122,7 @@ def test_citations_are_the_attention(family: str) -> None:
             by_entry[index, start : start + span.end - span.start] += span.weight
     text = torch.cat([question, answer[:-1]])[None]
     with torch.no_grad(), retrieved() as notes:
-        books.model(text, past_key_values=books.state.clone())
+        books.model(text, cache=books.state.clone())
     (note,) = notes
     want = torch.zeros(len(answer), len(books.entries))
     for index in range(len(answer)):
@@ -156,7 +156,7 @@ def test_weights_say_how_much_of_a_value_is_read() -> None:
 
     memory.attend = attend
     with torch.no_grad(), retrieved() as notes:
-        books.model(text, past_key_values=books.state.clone())
+        books.model(text, cache=books.state.clone())
         entry = int(notes[0].entries[0, 2, 3, 1])
         weight = notes[0].weights[0, 2, 3, 1]
         other = books.state.clone()
@@ -164,7 +164,7 @@ def test_weights_say_how_much_of_a_value_is_read() -> None:
         moved = tree["value"].clone()
         moved[0, 1, entry] += 1.0  # the KV head of query head 2
         tree["value"] = moved
-        books.model(text, past_key_values=other)
+        books.model(text, cache=other)
     change = (outs[1] - outs[0])[0, 3, 2]
     assert_close(change, weight.expand_as(change), 1e-4)
 
@@ -175,7 +175,7 @@ def test_answers_are_those_of_generate_and_cited_step_by_step() -> None:
         "do_sample": False, "max_new_tokens": 14, "eos_token_id": None, "pad_token_id": 0,
     }  # fmt: skip
     found = books.ask(question, **settings)
-    want = books.model.generate(question[None], past_key_values=books.state, **settings)
+    want = books.model.generate(question[None], cache=books.state, **settings)
     assert found.ids == want[0, -14:].tolist() and len(found.tokens) == 14
     # The last tokens of the answer were read after the segment of 16 tokens had closed.
     assert any(s.document == CONVERSATION for s in found.tokens[-1])
@@ -184,7 +184,7 @@ def test_answers_are_those_of_generate_and_cited_step_by_step() -> None:
     with torch.no_grad():
         for token in want[0, :-1]:
             with retrieved() as notes:
-                books.model(token[None, None], past_key_values=state)
+                books.model(token[None, None], cache=state)
             steps.append(sum(float(n.weights.sum()) for n in notes) / 8)
     for index, spans in enumerate(books.cite(question, found.ids, least=0.0).tokens):
         total = sum(s.weight for s in spans)
@@ -294,7 +294,7 @@ def test_the_policy_of_positions() -> None:
             for before in (1, 9):
                 text = torch.cat([ids(before, seed=8), question])[None]
                 with retrieved() as notes:
-                    books.model(text, past_key_values=books.state.clone())
+                    books.model(text, cache=books.state.clone())
                 weights = torch.zeros(4, len(books.entries))
                 weights = weights.scatter(1, notes[0].entries[0, :, -1], notes[0].weights[0, :, -1])
                 entries.append(weights / weights.sum(1, keepdim=True))

@@ -18,7 +18,7 @@ TEXT = ids(1, 4 * SEGMENT)
 def logits_in_pieces(model: Any, sizes: list[int]) -> Tensor:
     state, pieces = model.new_state(1), []
     for piece in TEXT.split(sizes, 1):
-        pieces.append(model(piece, past_key_values=state).logits)
+        pieces.append(model(piece, cache=state).logits)
     return torch.cat(pieces, 1)
 
 

@@ -130,9 +130,7 @@ def test_many_units_and_any_feed() -> None:
     want = model(text).logits
     assert_close(model(text[:, :530]).logits, want[:, :530])
     state = model.read(text[:, :457])
-    pieces = [
-        model(piece, past_key_values=state).logits for piece in text[:, 457:].split([1, 40, 102], 1)
-    ]
+    pieces = [model(piece, cache=state).logits for piece in text[:, 457:].split([1, 40, 102], 1)]
     assert_close(torch.cat(pieces, 1), want[:, 457:])
     chosen = [tree["chosen"] for tree in state.memories["infllm"]["layers"].values()]
     assert all(bool((c >= 0).all()) for c in chosen)
@@ -150,11 +148,11 @@ def test_a_choice_for_the_whole_block_looks_ahead_and_depends_on_the_feed() -> N
     changed[:, 71:] = 7
     assert error_of(model(changed).logits[:, 64:71], want[:, 64:71]) > 1e-3
     state = model.new_state(1)
-    fed = torch.cat([model(t, past_key_values=state).logits for t in text.split(5, 1)], 1)
+    fed = torch.cat([model(t, cache=state).logits for t in text.split(5, 1)], 1)
     assert error_of(fed, want) > 1e-3
     # Fed in whole segments it is one result, padded or not.
     state = model.new_state(1)
-    fed = torch.cat([model(t, past_key_values=state).logits for t in text.split(8, 1)], 1)
+    fed = torch.cat([model(t, cache=state).logits for t in text.split(8, 1)], 1)
     assert_close(fed, want)
     rows, mask = padded([text[0], text[0, :41]], "left")
     got = model(rows, attention_mask=mask).logits
@@ -190,7 +188,7 @@ def test_offloading_changes_no_bit() -> None:
     for columns in range(0, 75, 5):  # two documents share the slots
         for index, text in enumerate(texts):
             piece = text[:, columns : columns + 5]
-            parts[index].append(offloading(piece, past_key_values=states[index]).logits)
+            parts[index].append(offloading(piece, cache=states[index]).logits)
     for index, text in enumerate(texts):
         assert_close(torch.cat(parts[index], 1), plain(text).logits)
     slots = offloading.memories["infllm"].slots
@@ -198,8 +196,7 @@ def test_offloading_changes_no_bit() -> None:
     question = ids(1, 3, seed=5)
     settings = {"max_new_tokens": 12, "do_sample": False, "num_beams": 2}
     answers = [
-        m.generate(question, past_key_values=m.read(texts[0][:1]), **settings)
-        for m in (plain, offloading)
+        m.generate(question, cache=m.read(texts[0][:1]), **settings) for m in (plain, offloading)
     ]
     assert torch.equal(*answers)
 

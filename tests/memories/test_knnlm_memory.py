@@ -117,7 +117,7 @@ def test_unknown_embeddings_leave_no_entry() -> None:
     embeds = model.get_input_embeddings()(TEXT[:, :16]).detach()
     embeds[0, 5] += 1.0
     with torch.no_grad():
-        state = model(inputs_embeds=embeds, use_cache=True).past_key_values
+        state = model(inputs_embeds=embeds, use_cache=True).cache
     assert state.memories["knnlm"]["count"].tolist() == [14]
     assert 0 not in state.memories["knnlm"]["tokens"][0, 0]
 
@@ -190,7 +190,7 @@ def test_with_another_memory_the_keys_know_what_it_remembers() -> None:
         got, off = model(TEXT).logits, model(TEXT, memory_control="off").logits
         split, state = [], model.new_state(1)
         for part in TEXT.split(5, 1):
-            split.append(model(part, past_key_values=state).logits)
+            split.append(model(part, cache=state).logits)
     assert error_of(got, off) > 1e-2
     assert_close(torch.cat(split, 1), got)
 

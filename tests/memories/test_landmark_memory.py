@@ -35,7 +35,7 @@ def model_of(family: str = "llama", **settings: Any) -> Any:
 def fed(model: Any, text: Tensor, sizes: list[int]) -> tuple[Tensor, Any]:
     state, pieces = model.new_state(len(text)), []
     for piece in text.split(sizes, 1):
-        pieces.append(model(piece, past_key_values=state).logits)
+        pieces.append(model(piece, cache=state).logits)
     return torch.cat(pieces, 1), state
 
 
@@ -138,9 +138,7 @@ def test_offloaded_blocks_stay_on_the_host_and_change_nothing(
     assert_same_states(again, state, 0.0)
     settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
     question = TEXT[:1, :3]
-    answers = [
-        m.generate(question, past_key_values=m.read(TEXT[:1]), **settings) for m in (plain, far)
-    ]
+    answers = [m.generate(question, cache=m.read(TEXT[:1]), **settings) for m in (plain, far)]
     assert torch.equal(*answers)
 
 
@@ -181,11 +179,11 @@ def test_buffers_grow_and_states_of_different_sizes_meet(tmp_path: Any) -> None:
     tail = ids(2, 10, seed=5)
     with torch.no_grad():
         joined = type(long).cat([long, short])
-        got = model(tail, past_key_values=joined).logits
+        got = model(tail, cache=joined).logits
         for row, state in enumerate((long, short)):
             state.save(tmp_path / "state.safetensors")
             loaded = type(long).load(tmp_path / "state.safetensors", model)
-            want = model(tail[row : row + 1], past_key_values=loaded).logits
+            want = model(tail[row : row + 1], cache=loaded).logits
             assert_close(got[row], want[0])
     damaged = long.clone()
     damaged.memories["landmark"]["layers"]["1"]["key"] = layer(long)["key"][..., :-1]
@@ -203,11 +201,11 @@ def test_a_partial_block_is_kept_when_its_segment_is_closed() -> None:
     assert float(kept["landmark"][:, :, 1].abs().max()) > 0
     assert float(kept["key"][:, :, 1, 2:].abs().max()) == 0
     with torch.no_grad():
-        on = model(TEXT[:, 6:9], past_key_values=state.clone()).logits
+        on = model(TEXT[:, 6:9], cache=state.clone()).logits
         cut = state.clone()
         tree = cut.memories["landmark"]["layers"]["1"]
         tree["count"] = tree["count"] - 1
-        assert error_of(model(TEXT[:, 6:9], past_key_values=cut).logits, on) > 1e-4
+        assert error_of(model(TEXT[:, 6:9], cache=cut).logits, on) > 1e-4
 
 
 def test_pieces_of_the_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_transfer_forces_the_teacher() -> None:
     found = gradients(model)
     assert found.keys() == {n for n, _ in model.named_parameters() if n.startswith("memory")}
     assert all(float(g.abs().max()) > 0 for g in found.values())
-    assert float(out.past_key_values.memories["lolcats"]["layers"]["0"]["S"].abs().max()) == 0
+    assert float(out.cache.memories["lolcats"]["layers"]["0"]["S"].abs().max()) == 0
     # Evaluated, it is the converted model, with all of its memory.
     with torch.no_grad():
         want = wrapped("lolcats", base=build("llama"))(text).logits

@@ -152,7 +152,7 @@ def test_a_new_document_is_a_new_state_row() -> None:
     both = memwrap.MemoryState.cat([states.select(torch.tensor([1])), fresh])
     text = ids(2, SEGMENT, seed=4)
     with torch.no_grad():
-        got = model(text, past_key_values=both).logits
+        got = model(text, cache=both).logits
         assert_close(got[1], model(text[1:]).logits[0])
         assert error_of(got[0], model(text[:1]).logits[0]) > 1e-2
 

@@ -33,7 +33,7 @@ def test_three_segments_by_hand(settings: dict[str, Any]) -> None:
                 prompt = memory.tokens + memory.project(state[0]).view(2, 2, -1)
         assert_close(model(TEXT[:, : 3 * SEGMENT]).logits, torch.cat(logits, 1))
         read = model.new_state(2)
-        pieces = [model(p, past_key_values=read).logits for p in TEXT.split([3, 11, 1, 12], 1)]
+        pieces = [model(p, cache=read).logits for p in TEXT.split([3, 11, 1, 12], 1)]
     assert_close(torch.cat(pieces, 1)[:, : 3 * SEGMENT], torch.cat(logits, 1))
     assert_close(read.memories[NAME]["hidden"], state[0])
 

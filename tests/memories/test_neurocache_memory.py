@@ -81,7 +81,7 @@ def test_the_cache_is_the_compressed_inputs() -> None:
         with_kwargs=True,
     )
     with torch.no_grad():
-        state = model(text).past_key_values
+        state = model(text).cache
         want = model.memories["neurocache"].compress(torch.cat(inputs, 1))
     assert_close(layer(state)["states"][:, 0], want, 1e-5)
     assert layer(state)["count"].tolist() == layer(state, 1)["count"].tolist() == [24]
@@ -148,7 +148,7 @@ def test_rows_start_anew_by_themselves() -> None:
     both = memwrap.MemoryState.cat([states.select(torch.tensor([1])), model.new_state(1)])
     text = ids(2, SEGMENT, seed=4)
     with torch.no_grad():
-        got = model(text, past_key_values=both).logits
+        got = model(text, cache=both).logits
         assert_close(got[1], model(text[1:]).logits[0])
         assert error_of(got[0], model(text[:1]).logits[0]) > 1e-3
 

@@ -65,11 +65,11 @@ def test_token_by_token_equals_the_whole(memory: str, family: str) -> None:
     new = ids(2, 22, seed=3)
     with torch.no_grad():
         want = model(torch.cat([text, new], 1), attention_mask=_more(mask, 22)).logits[:, 17:]
-        state = model(text, attention_mask=mask, use_cache=True).past_key_values
+        state = model(text, attention_mask=mask, use_cache=True).cache
         got = []
         for index, token in enumerate(new.split(1, 1)):
             with torch.set_grad_enabled(index == 4):
-                got.append(model(token, past_key_values=state).logits.detach())
+                got.append(model(token, cache=state).logits.detach())
             if index == 6:
                 state = state.detach().clone()
         assert_close(torch.cat(got, 1), want)
@@ -84,10 +84,10 @@ def test_what_is_kept_rotated_goes_with_its_state() -> None:
     with torch.no_grad():
         state = model.read(ids(1, 20))
         for _ in range(3):
-            model(ids(1, 1), past_key_values=state)
+            model(ids(1, 1), cache=state)
         assert len(_ROTATED) == before + 2  # once a layer
         for _ in range(4):  # a segment closes: the old is gone
-            model(ids(1, 1), past_key_values=state)
+            model(ids(1, 1), cache=state)
         assert len(_ROTATED) == before + 2
         del state
         gc.collect()

@@ -386,7 +386,7 @@ def test_evaluation_reads_whole_documents_and_keeps_no_logits(tmp_path: Path) ->
     outputs = []
     model.register_forward_hook(lambda _, args, out: outputs.append(out))
     result = trainer.evaluate()["eval_loss"]
-    assert [(o.logits, o.past_key_values) for o in outputs] == [(None, None)] * 2
+    assert [(o.logits, o.cache) for o in outputs] == [(None, None)] * 2
     with torch.no_grad():
         want = [model(row["input_ids"][None], labels=row["input_ids"][None]).loss for row in data]
     assert result == pytest.approx(sum(want).item() / 2, rel=1e-5)
