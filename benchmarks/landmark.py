@@ -27,8 +27,8 @@ from transformers import AutoTokenizer
 
 import memwrap
 from memwrap.assets import asset
-from memwrap.evaluation.associative import evaluate_recall
 from memwrap.evaluation.controls import CURVES, MEMORY, OFF, SHUFFLED, TRUNCATED
+from memwrap.evaluation.recall import evaluate_recall
 from memwrap.evaluation.suite import evaluate_tasks
 from memwrap.training.recall import recall_tasks
 from memwrap.training.recipe import load_recipe

@@ -11,11 +11,11 @@ from typing import Any
 
 from pages import DOCS, HERE, load, put
 
-from memwrap.evaluation.comparison import BASE, read_results
-from memwrap.evaluation.comparison_tables import load_curves, page, recall_table, tokens_of
+from memwrap.comparison.plots import plot_comparison
+from memwrap.comparison.runs import BASE, read_results
+from memwrap.comparison.tables import load_curves, page, recall_table, tokens_of
 from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED, WINDOW
 from memwrap.evaluation.perplexity import PerplexityResult
-from memwrap.evaluation.plots import plot_comparison
 from memwrap.evaluation.report import markdown
 
 COMMAND = "memwrap bench memories"

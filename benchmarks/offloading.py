@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import memwrap
 from memwrap.assets import asset
-from memwrap.trees import HOST, tree_leaves
+from memwrap.state.trees import HOST, tree_leaves
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "infllm": {

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
 from memwrap.assets import asset
-from memwrap.training.corpus import stdlib_corpus
+from memwrap.data.stdlib_corpus import stdlib_corpus
 
 PIECE = 16 * 512
 

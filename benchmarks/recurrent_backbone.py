@@ -23,8 +23,8 @@ from transformers import AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import memwrap
 from memwrap.assets import asset
+from memwrap.data.stdlib_corpus import stdlib_corpus
 from memwrap.evaluation.perplexity import perplexity_by_position
-from memwrap.training.corpus import stdlib_corpus
 
 ROWS, CONTEXT, RATE = 8, 512, 2e-3
 SEGMENT, WINDOW, LENGTH, DOCUMENTS = 128, 128, 4_096, 16

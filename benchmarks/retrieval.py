@@ -28,14 +28,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
 from memwrap.assets import asset
+from memwrap.data.documents import load_documents
 from memwrap.evaluation.controls import windowed
 from memwrap.evaluation.knnlm import tune
 from memwrap.evaluation.perplexity import token_nll
 from memwrap.evaluation.run import documents
-from memwrap.library import Library, count_of
+from memwrap.retrieval.datastore import build_store
+from memwrap.retrieval.library import Library, count_of
 from memwrap.stores import FaissStore
-from memwrap.training.data import load_documents
-from memwrap.training.datastore import build_store
 from memwrap.training.finetune import run_recipe
 from memwrap.training.recipe import load_recipe
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from common import RESULTS, save
 
-from memwrap.evaluation.stores import (
+from memwrap.evaluation.store_bench import (
     KINDS,
     bench,
     clustered,

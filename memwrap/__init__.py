@@ -1,12 +1,10 @@
 """memwrap attaches memory to language models that already exist."""
 
-from memwrap.configuration import MemoryModelConfig
-from memwrap.library import Library
 from memwrap.memories.ahn import AHNConfig
 from memwrap.memories.armt import ARMTConfig
 from memwrap.memories.autocompressor import AutoCompressorConfig
-from memwrap.memories.base import MemoryConfig
 from memwrap.memories.compressive import CompressiveConfig
+from memwrap.memories.config import MemoryConfig
 from memwrap.memories.extended_mind import ExtendedMindConfig
 from memwrap.memories.hmt import HMTConfig
 from memwrap.memories.infini import InfiniConfig
@@ -18,13 +16,15 @@ from memwrap.memories.lolcats import LoLCATsConfig
 from memwrap.memories.memorizing import MemorizingConfig
 from memwrap.memories.memoryprompt import MemoryPromptConfig
 from memwrap.memories.neurocache import NeurocacheConfig
+from memwrap.memories.registry import available, config_class
 from memwrap.memories.rmt import RMTConfig
 from memwrap.memories.window import WindowConfig
-from memwrap.model import MemoryModelForCausalLM
-from memwrap.registry import available, config_class
-from memwrap.saving import VERSION as __version__
-from memwrap.state import MemoryState
-from memwrap.wrapping import linearize, load, unwrap, wrap
+from memwrap.model.configuration import MemoryModelConfig
+from memwrap.model.memory_model import MemoryModelForCausalLM
+from memwrap.model.saving import VERSION as __version__
+from memwrap.model.wrapping import linearize, load, unwrap, wrap
+from memwrap.retrieval.library import Library
+from memwrap.state.memory_state import MemoryState
 
 __all__ = [
     "AHNConfig",

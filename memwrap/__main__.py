@@ -1,6 +1,6 @@
 """`python -m memwrap`."""
 
-from memwrap.cli import main
+from memwrap.cli.app import main
 
 if __name__ == "__main__":
     main()

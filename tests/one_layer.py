@@ -12,11 +12,12 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
 
 from memwrap.backbones import LayerAttention, Places
-from memwrap.backbones.attention import SeenAttention
-from memwrap.backbones.probing import AttentionSizes
+from memwrap.backbones.attention_probe import AttentionSizes
+from memwrap.backbones.layer_attention import SeenAttention
 from memwrap.backbones.rotary import Rotary, rotate
-from memwrap.memories.base import MemoryConfig, Sizes
-from memwrap.registry import memory_class
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.registry import memory_class
+from memwrap.memories.sizes import Sizes
 
 
 def bare_attention() -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import memwrap
 from memwrap.assets import asset
-from memwrap.trees import aligned, alike, tree_leaves
+from memwrap.state.trees import aligned, alike, tree_leaves
 
 SEGMENT = 8
 TOLERANCE = 1e-4

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import memwrap
-from memwrap.memories.base import MemoryConfig
+from memwrap.memories.config import MemoryConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

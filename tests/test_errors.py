@@ -35,7 +35,7 @@ from transformers import (
 )
 
 import memwrap
-from memwrap.checkpoints import checksums
+from memwrap.io.checksums import checksums
 
 # Configs
 
@@ -524,7 +524,7 @@ def test_a_failing_save_of_a_state_leaves_nothing(
 ) -> None:
     before = listing(state_file.parent)
     state = model.read(ids(1, 20))
-    monkeypatch.setattr("memwrap.state.save_file", full_disk)
+    monkeypatch.setattr("memwrap.state.memory_state.save_file", full_disk)
     for path in (state_file, state_file.parent / "new.safetensors"):
         with pytest.raises(OSError, match="No space"):
             state.save(path)
@@ -535,7 +535,7 @@ def test_a_failing_save_of_a_state_leaves_nothing(
     "broken",
     [
         "huggingface_hub.save_torch_state_dict",
-        "memwrap.configuration.MemoryModelConfig.save_pretrained",
+        "memwrap.model.configuration.MemoryModelConfig.save_pretrained",
         "transformers.GenerationConfig.save_pretrained",
     ],
 )
@@ -547,7 +547,7 @@ def test_a_failing_save_of_a_model_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(broken, full_disk)
         if broken.startswith("huggingface_hub"):  # what writes where there are no parameters
-            patch.setattr("memwrap.saving.save_file", full_disk)
+            patch.setattr("memwrap.model.saving.save_file", full_disk)
         for path in (folder, folder.parent / "new"):
             with pytest.raises(OSError, match="No space"):
                 changed.save_pretrained(path)

@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import save
 
-from memwrap.evaluation.stores import clustered, crossover, recall_at
+from memwrap.evaluation.store_bench import clustered, crossover, recall_at
 from memwrap.ops.neighbours import nearest
 from memwrap.stores import FaissStore, Store, TorchStore
 from memwrap.stores.indexes import faiss_module

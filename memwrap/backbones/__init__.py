@@ -1,12 +1,11 @@
 """How a Hugging Face model's parts are found and met: one way for all families."""
 
-from memwrap.backbones.attention import LayerAttention
+from memwrap.backbones.attention_probe import AttentionSizes
 from memwrap.backbones.backbone import Backbone
+from memwrap.backbones.layer_attention import LayerAttention
 from memwrap.backbones.layers import LayerReader
-from memwrap.backbones.places import Places, Rows
-from memwrap.backbones.probing import AttentionSizes
+from memwrap.backbones.positions import Places, Rows
 from memwrap.backbones.vocabulary import add_token
-from memwrap.backbones.windows import SlidingWindow
 
 __all__ = [
     "AttentionSizes",
@@ -15,6 +14,5 @@ __all__ = [
     "LayerReader",
     "Places",
     "Rows",
-    "SlidingWindow",
     "add_token",
 ]

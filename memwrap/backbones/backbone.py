@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from memwrap.backbones import attention as attention_place
 from memwrap.backbones import layers as layer_place
 from memwrap.backbones import recurrence as recurrent_place
+from memwrap.backbones.attention_probe import AttentionSizes, probe
 from memwrap.backbones.cache_names import find_cache_name
 from memwrap.backbones.feedforward import feed_forward, noting_input
 from memwrap.backbones.masks import (
@@ -24,11 +25,10 @@ from memwrap.backbones.masks import (
     layers_without_attention,
     recurrent_layers,
 )
-from memwrap.backbones.probing import AttentionSizes, probe
+from memwrap.backbones.offloaded import hooks_of, loaded
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
-from memwrap.fingerprints import hooks_of, loaded
-from memwrap.trees import Tree, tree_map
+from memwrap.state.trees import Tree, tree_map
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 

@@ -44,4 +44,4 @@ def find_cache_name(call: Callable[..., Any], config: PreTrainedConfig, model: s
 
 
 def _filled(cache: Cache) -> bool:
-    return any(layer.is_initialized for layer in cache.layers if hasattr(layer, "keys"))
+    return any(getattr(layer, "is_initialized", False) for layer in cache.layers)

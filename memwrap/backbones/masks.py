@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memwrap.backbones import recurrence
-from memwrap.backbones.attention import implementation
+from memwrap.backbones.layer_attention import implementation
 
 KINDS = ("full_attention", "sliding_attention")
 ATTENDING = (*KINDS, "hybrid")

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from memwrap.backbones.cache_names import NAMES
 from memwrap.backbones.layers import swap_class
-from memwrap.trees import Tree, tree_leaves, tree_map
+from memwrap.state.trees import Tree, tree_leaves, tree_map
 
 # Layer types that remember more than keys and values; a "hybrid" layer attends, too.
 KINDS = ("conv", "linear_attention", "hybrid")

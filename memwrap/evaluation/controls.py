@@ -5,37 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from memwrap.backbones.adapters import lora_disabled
+from memwrap.engine.inputs import check_inputs
+from memwrap.engine.loop import Loop
+from memwrap.engine.step import SegmentReader
 from memwrap.memories.window import WindowConfig, WindowMemory
-from memwrap.model import MemoryModelForCausalLM
-from memwrap.reading import Loop, check_inputs
-from memwrap.segments import SegmentReader
-from memwrap.state import MemoryState
+from memwrap.model.memory_model import MemoryModelForCausalLM
+from memwrap.state.memory_state import MemoryState
 
 MEMORY, OFF, SHUFFLED = "memory", "memory off", "memory shuffled"
+
+
 TRUNCATED, FULL, WINDOW = "base, truncated", "base, full context", "base, window + sinks"
+
+
 CURVES = (MEMORY, OFF, SHUFFLED, TRUNCATED, FULL, WINDOW)
+
+
 SINKS = 4
-
-
-@contextmanager
-def lora_disabled(model: torch.nn.Module) -> Iterator[None]:
-    """Run the block with the adapters of the backbone switched off."""
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    on = [layer for layer in layers if not layer.disable_adapters]
-    trained = [p for layer in on for p in layer.parameters() if p.requires_grad]
-    for layer in on:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in on:
-            layer.enable_adapters(True)
-        for parameter in trained:  # switching adapters also switches what is trained
-            parameter.requires_grad_(True)
 
 
 @contextmanager

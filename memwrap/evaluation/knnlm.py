@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memwrap.memories.knnlm import adapt
-from memwrap.model import MemoryModelForCausalLM
-from memwrap.training.datastore import NAME, read_tokens
+from memwrap.model.memory_model import MemoryModelForCausalLM
+from memwrap.retrieval.datastore import NAME, read_tokens
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 TEMPERATURES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memwrap.backbones.adapters import lora_disabled
+from memwrap.engine.inputs import check_inputs
 from memwrap.evaluation.controls import (
     CURVES,
     FULL,
@@ -25,13 +27,11 @@ from memwrap.evaluation.controls import (
     SHUFFLED,
     TRUNCATED,
     WINDOW,
-    lora_disabled,
     windowed,
 )
 from memwrap.evaluation.measure import peak_memory
-from memwrap.files import write_text
-from memwrap.model import MemoryModelForCausalLM
-from memwrap.reading import check_inputs
+from memwrap.io.atomic_files import write_text
+from memwrap.model.memory_model import MemoryModelForCausalLM
 
 BRANCH = "only "  # and the name of a branch of the memory
 VERSION = 1

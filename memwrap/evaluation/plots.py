@@ -7,28 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from memwrap.evaluation.associative import RecallResult
-from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED, WINDOW
+from memwrap.evaluation.controls import MEMORY, OFF
 from memwrap.evaluation.perplexity import PerplexityResult
-from memwrap.files import replacing
-
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#999999", "#CC79A7", "#E69F00"]
-MARKERS = ["o", "s", "^", "D", "v", "x"]
-
-
-def _figure(rows: int) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2 * rows + 0.6), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)  # no window, no global state
-    return figure, figure.subplots(rows, 1, squeeze=False)[:, 0]
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+from memwrap.evaluation.recall import RecallResult
+from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
 
 
 def plot_perplexity(result: PerplexityResult, path: str | Path, title: str = "") -> None:
@@ -81,70 +63,6 @@ def plot_recall(results: dict[str, RecallResult], path: str | Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel("segments between a pair and its query")
-    _save(figure, path)
-
-
-def plot_figures(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """Learned numbers of a memory over a training: one panel a figure, one line a head.
-
-    Args:
-        rows: `{"step": 10, "infini.gate": [[0.1, 0.2], ...]}`, values by layer and head.
-        path: of the PNG file.
-    """
-    names = [name for name in rows[-1] if name != "step"]
-    figure, panels = _figure(len(names))
-    steps = [row["step"] for row in rows]
-    for name, panel in zip(names, panels, strict=True):
-        for layer, heads in enumerate(rows[-1][name]):
-            colour = COLOURS[layer % len(COLOURS)]
-            for head in range(len(heads)):
-                values = [row[name][layer][head] for row in rows]
-                label = f"layer {layer}" if head == 0 else None
-                panel.plot(steps, values, color=colour, linewidth=0.8, alpha=0.8, label=label)
-        panel.set_ylabel(name)
-        panel.set_xlabel("step")
-        if len(rows[-1][name]) <= 16:
-            panel.legend(fontsize=7, ncols=4)
-    _save(figure, path)
-
-
-def plot_comparison(results: dict[str, dict[str, Any]], path: str | Path) -> None:
-    """Memories side by side: nats per token with and without the memory, and recall by distance.
-
-    Args:
-        results: of `comparison.read_results`.
-        path: of the PNG file.
-    """
-    figure, (upper, lower) = _figure(2)
-    names = [name for name in results if "perplexity" in results[name]]
-    curves = [results[name]["perplexity"]["curves"] for name in names]
-    for index, label in enumerate((MEMORY, OFF, SHUFFLED)):
-        values = [own[label]["overall"] for own in curves]
-        upper.plot(names, values, MARKERS[index], color=COLOURS[index], label=label)
-    upper.axhline(
-        curves[0][WINDOW]["overall"], color="black", linestyle=":", label=f"{WINDOW}, untrained"
-    )
-    upper.set_ylabel("nats per token")
-    upper.tick_params(axis="x", rotation=45)
-    upper.legend(fontsize=8)
-    for index, name in enumerate(names):
-        recall = results[name]["recall"]["rewrite"]
-        lower.plot(
-            recall["distances"],
-            recall["accuracy"][MEMORY],
-            label=name,
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[(index // len(COLOURS)) % len(MARKERS)],
-            linestyle=("-", "--", "-.")[index // len(COLOURS) % 3],
-            markersize=4,
-        )
-    lower.axhline(recall["chance"], color="black", linestyle=":", label="chance")
-    lower.set_xscale("log", base=2)
-    lower.set_ylabel("accuracy (rewrite)")
-    lower.set_xlabel("segments between a pair and its question")
-    lower.legend(fontsize=7, ncols=3)
-    for axis in (upper, lower):
-        axis.grid(alpha=0.3)
     _save(figure, path)
 
 

@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from memwrap.evaluation.associative import RecallResult
 from memwrap.evaluation.controls import MEMORY
 from memwrap.evaluation.perplexity import PerplexityResult
 from memwrap.evaluation.plots import (
@@ -19,8 +18,9 @@ from memwrap.evaluation.plots import (
     plot_perplexity,
     plot_recall,
 )
+from memwrap.evaluation.recall import RecallResult
 from memwrap.evaluation.suite import SuiteResult
-from memwrap.files import write_text
+from memwrap.io.atomic_files import write_text
 
 Result = SuiteResult | PerplexityResult | RecallResult
 STYLE = """

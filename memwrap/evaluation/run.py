@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from memwrap.evaluation.associative import RecallResult, evaluate_recall
+from memwrap.data.documents import load_documents, long_documents
 from memwrap.evaluation.controls import CURVES, FULL, SHUFFLED, SINKS, WINDOW
 from memwrap.evaluation.perplexity import BRANCH, PerplexityResult, perplexity_by_position
 from memwrap.evaluation.plots import plot_perplexity, plot_recall
+from memwrap.evaluation.recall import RecallResult, evaluate_recall
 from memwrap.evaluation.report import write_report
 from memwrap.evaluation.suite import SuiteResult, evaluate_tasks
-from memwrap.evaluation.tasks import available
-from memwrap.files import write_text
-from memwrap.model import MemoryModelForCausalLM
-from memwrap.training.data import load_documents, long_documents
+from memwrap.io.atomic_files import write_text
+from memwrap.model.memory_model import MemoryModelForCausalLM
+from memwrap.tasks import available
 from memwrap.training.recall import recall_tasks
 from memwrap.training.recipe import load_recipe
 

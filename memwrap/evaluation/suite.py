@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from memwrap.backbones.adapters import lora_disabled
 from memwrap.evaluation.controls import (
     CURVES,
     FULL,
@@ -23,14 +24,13 @@ from memwrap.evaluation.controls import (
     SHUFFLED,
     TRUNCATED,
     WINDOW,
-    lora_disabled,
     windowed,
 )
 from memwrap.evaluation.measure import Costs
-from memwrap.evaluation.tasks import Sample, task
-from memwrap.files import write_text
-from memwrap.model import MemoryModelForCausalLM
-from memwrap.state import MemoryState
+from memwrap.io.atomic_files import write_text
+from memwrap.model.memory_model import MemoryModelForCausalLM
+from memwrap.state.memory_state import MemoryState
+from memwrap.tasks import Sample, task
 
 DEPTHS = 5
 PIECE = 1024
@@ -138,7 +138,7 @@ def evaluate_tasks(
     Args:
         model: a memwrap model.
         tokenizer: of its backbone.
-        tasks: names from `memwrap.evaluation.tasks.available()`.
+        tasks: names from `memwrap.tasks.available()`.
         lengths: tokens of prompt and answer.
         samples: texts of each task and length.
         controls: "memory off" (the question and what stands in its segment, an empty memory),

@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from memwrap.checkpoints import checksums, untied
 from memwrap.exporting.card import card
 from memwrap.exporting.flat import flat_files
-from memwrap.files import default_mode
-from memwrap.model import MemoryModelForCausalLM
-from memwrap.saving import VERSION, adapter_keys, plain_name
+from memwrap.io.atomic_files import default_mode
+from memwrap.io.checksums import checksums
+from memwrap.model.memory_model import MemoryModelForCausalLM
+from memwrap.model.saving import VERSION, adapter_keys, plain_name
+from memwrap.model.weight_files import untied
 
 TOLERANCE = 1e-4  # of the logits' scale, in float32; half types round more
 TOLERANCES = {torch.float32: TOLERANCE, torch.float64: TOLERANCE}

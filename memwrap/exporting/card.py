@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from memwrap.evaluation import report
-from memwrap.model import MemoryModelForCausalLM
+from memwrap.model.memory_model import MemoryModelForCausalLM
 
 
 def about_run(folder: Path) -> dict[str, Any]:

@@ -17,10 +17,13 @@ import memwrap
 ROOT = Path(memwrap.__file__).parent.parent
 # What only the library needs (adapters, bases by name, the list of all memories) is replaced.
 REPLACED = {
-    "memwrap.saving": "memwrap.exporting.standalone",
-    "memwrap.registry": "memwrap.exporting.names",
+    "memwrap.model.saving": "memwrap.exporting.standalone",
+    "memwrap.memories.registry": "memwrap.exporting.names",
 }
-NAMES = {"memwrap.model": "modeling_memwrap", "memwrap.configuration": "configuration_memwrap"}
+NAMES = {
+    "memwrap.model.memory_model": "modeling_memwrap",
+    "memwrap.model.configuration": "configuration_memwrap",
+}
 # transformers brings the others.
 ALLOWED = {"torch", "transformers", "safetensors", "huggingface_hub", "tqdm", "numpy"}
 END = "\n\nimport sys  # noqa: E402\n\nTHIS_MODULE = sys.modules[__name__]\n"
@@ -36,7 +39,7 @@ def flat_files(memories: list[str]) -> dict[str, str]:
         ValueError: if the code needs packages that transformers does not bring.
     """
     found: dict[str, str] = {}
-    waiting = ["memwrap.model", *memories]
+    waiting = ["memwrap.model.memory_model", *memories]
     while waiting:
         module = waiting.pop()
         name = f"{flat_name(module)}.py"

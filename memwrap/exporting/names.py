@@ -1,4 +1,4 @@
-"""Stands in for `memwrap.registry` in exported code: only the memories that were exported."""
+"""Stands in for `memwrap.memories.registry` in exported code: it has the exported memories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stands in for `memwrap.saving` in exported code: whole checkpoints, no adapters, no bases
+"""Stands in for `memwrap.model.saving` in exported code: whole checkpoints, no adapters, no bases
 elsewhere. Needs torch and transformers (with safetensors and huggingface_hub, which it brings)."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from memwrap.checkpoints import put_weights, read_config, read_weights, untied
+from memwrap.model.weight_files import put_weights, read_config, read_weights, untied
 
 
 def plain_name(name: str) -> str:

@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memwrap.backbones import AttentionSizes, LayerAttention, SlidingWindow
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.backbones import AttentionSizes, LayerAttention
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.sliding_window import SlidingWindow
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, chosen_layers
 from memwrap.ops import delta, gla
 from memwrap.ops.rows import take
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.state.trees import Tree
 
 EPS = 1e-5  # of the norm
 RATES = (1e-3, 16.0)  # A, drawn between

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers, memory_tokens
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, chosen_layers, memory_tokens
 from memwrap.ops import associative
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.state.trees import Tree
 
 
 @dataclass(kw_only=True)

@@ -10,12 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, memory_tokens
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import ragged
 from memwrap.ops.associative import accumulation_dtype
-from memwrap.registry import register
-from memwrap.state import MemoryState
-from memwrap.trees import Tree
+from memwrap.state.memory_state import MemoryState
+from memwrap.state.trees import Tree
 
 
 @dataclass(kw_only=True)

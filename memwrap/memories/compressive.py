@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention, Rows
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, chosen_layers
 from memwrap.ops import compressive as ops
 from memwrap.ops.rows import earliest, latest, right_valid, take
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.state.trees import Tree
 
 PARTS = ("memory", "compressed")
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from memwrap.backbones import LayerAttention
-from memwrap.backbones.joining import join_summary
-from memwrap.backbones.rings import KeyValueRings
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.joint_softmax import join_summary
+from memwrap.memories.parts.key_value_ring import KeyValueRings
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, chosen_layers
 from memwrap.ops import retrieve, rings
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.state.trees import Tree
 
 _notes: ContextVar[list[Retrieved] | None] = ContextVar("memwrap_retrieved", default=None)
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, chosen_layers
 from memwrap.ops import accumulation_dtype, infini
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.state.trees import Tree
 
 
 @dataclass(kw_only=True)

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from memwrap.backbones import LayerAttention, Rows
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, chosen_layers
 from memwrap.ops import infllm as ops
 from memwrap.ops.fetching import ahead
 from memwrap.ops.pages import SlotCache, append, number_of, put, take
 from memwrap.ops.rows import earliest, latest, right_valid
 from memwrap.ops.rows import take as take_rows
-from memwrap.registry import register
-from memwrap.trees import HOST, STORE, Tree
+from memwrap.state.trees import HOST, STORE, Tree
 
 # Queries that attend together: the units that any of them selected are laid out at once.
 QUERIES_AT_ONCE = 128

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memwrap.memories.base import Memory, MemoryConfig, SegmentTokens, Sizes
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.protocol import Memory, SegmentTokens
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes
 from memwrap.ops import neighbours, rings, rows
 from memwrap.ops.interpolation import interpolate
-from memwrap.registry import register
+from memwrap.state.trees import Tree
 from memwrap.stores import Store, open_store
-from memwrap.trees import Tree
 
 FOLDER = "knnlm_store"
 WEIGHT, TEMPERATURE = 0.25, 1.0

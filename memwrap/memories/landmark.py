@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, chosen_layers
 from memwrap.ops import landmark as ops
 from memwrap.ops import rings
 from memwrap.ops.fetching import ahead, used_blocks
 from memwrap.ops.rows import earliest, take
-from memwrap.registry import register
-from memwrap.trees import HOST, Tree
+from memwrap.state.trees import HOST, Tree
 
 # Buffers grow by so many blocks, so that a short text does not take the room of a long one.
 GROWTH = 16

@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memwrap.backbones import AttentionSizes, LayerAttention, SlidingWindow
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.backbones import AttentionSizes, LayerAttention
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.sliding_window import SlidingWindow
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, chosen_layers
 from memwrap.ops import delta, gla, gsa
 from memwrap.ops.features import FEATURE_MAPS, SAME_WIDTH, feature_width, features
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.state.trees import Tree
 
 EPS = 1e-10
 FORMS = ("gla", "hgrn2", "gsa", "linear", "retnet", "delta", "gated_delta")

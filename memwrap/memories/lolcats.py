@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memwrap.backbones import LayerAttention, SlidingWindow
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers
+from memwrap.backbones import LayerAttention
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.sliding_window import SlidingWindow
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, chosen_layers
 from memwrap.ops import gla
 from memwrap.ops.features import learned_features
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.state.trees import Tree
 
 
 @dataclass(kw_only=True)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
-from memwrap.backbones.joining import join_summary
-from memwrap.backbones.rings import KeyValueRings
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, chosen_layers, three_quarters
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.joint_softmax import join_summary
+from memwrap.memories.parts.key_value_ring import KeyValueRings
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, chosen_layers, three_quarters
 from memwrap.ops import retrieve
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.state.trees import Tree
 
 SCALE = 20.0  # of cosines, where a learned scale starts
 

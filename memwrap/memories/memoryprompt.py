@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memwrap.memories.base import Memory, MemoryConfig, SegmentTokens, Sizes, memory_tokens
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.protocol import Memory, SegmentTokens
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import ragged
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.state.trees import Tree
 
 
 @dataclass(kw_only=True)

@@ -9,18 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
-from memwrap.memories.base import (
-    Memory,
-    MemoryConfig,
-    Sizes,
-    check_attention,
-    chosen_layers,
-    three_quarters,
-)
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, check_attention, chosen_layers, three_quarters
 from memwrap.ops import neurocache as ops
 from memwrap.ops import retrieve, rings
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.state.trees import Tree
 
 
 @dataclass(kw_only=True)

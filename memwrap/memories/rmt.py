@@ -8,9 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from memwrap.memories.base import Memory, MemoryConfig, Sizes, memory_tokens
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes, memory_tokens
+from memwrap.state.trees import Tree
 
 
 @dataclass(kw_only=True)

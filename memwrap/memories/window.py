@@ -12,10 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from memwrap.backbones import LayerAttention, SlidingWindow
-from memwrap.memories.base import Memory, MemoryConfig, Sizes
-from memwrap.registry import register
-from memwrap.trees import Tree
+from memwrap.backbones import LayerAttention
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.sliding_window import SlidingWindow
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import register
+from memwrap.memories.sizes import Sizes
+from memwrap.state.trees import Tree
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,9 @@
 """A store in pages: entries are appended without copying those that are there.
 
-A store is a tree `{"0": page, "1": page, ...}` (`memwrap.trees`, "store"); a page is a dict of
-tensors `(B, n, ...)`, n entries of the rows from number `page * size` on, n = size but for the last
-page. Pages are never changed: an append makes a new last page and shares the others, so that
-states stay independent.
+A store is a tree `{"0": page, "1": page, ...}` (`memwrap.state.trees`, "store"); a page is a
+dict of tensors `(B, n, ...)`, n entries of the rows from number `page * size` on, n = size but for
+the last page. Pages are never changed: an append makes a new last page and shares the others, so
+that states stay independent.
 """
 
 from __future__ import annotations

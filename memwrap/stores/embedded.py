@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memwrap.files import replacing
+from memwrap.io.atomic_files import replacing
 from memwrap.stores.base import Entries, Neighbours, Store, check_k, nothing_found
 from memwrap.stores.files import (
     HEADER,
@@ -26,13 +26,7 @@ from memwrap.stores.files import (
     write_json,
 )
 from memwrap.stores.gpu import GpuCopy
-from memwrap.stores.indexes import (
-    choose_factory,
-    faiss_module,
-    rescored,
-    search_options,
-    sifted,
-)
+from memwrap.stores.indexes import choose_factory, faiss_module, rescored, search_options, sifted
 from memwrap.stores.shards import REMOVED, Shards
 
 INDEX = "index.json"

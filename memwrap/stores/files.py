@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from memwrap.files import replacing, write_text
+from memwrap.io.atomic_files import replacing, write_text
 
 FORMAT, VERSION = "memwrap-store", 1
 HEADER = "store.json"

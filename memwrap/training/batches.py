@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memwrap.planning import segment_lengths
+from memwrap.engine.plan import segment_lengths
 
 Batch = dict[str, Any]
 IGNORED = -100

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from memwrap.evaluation.plots import plot_figures
-from memwrap.files import write_text
+from memwrap.io.atomic_files import write_text
+from memwrap.training.plots import plot_figures
 
 LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
 """What a row of the log holds beside `step` and `seconds`."""

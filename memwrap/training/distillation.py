@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memwrap.evaluation.controls import lora_disabled
-from memwrap.mixing import Teacher
-from memwrap.model import MemoryModelForCausalLM
+from memwrap.backbones.adapters import lora_disabled
+from memwrap.engine.loss import Teacher
+from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.training.batches import Batch, shape_of
 
 

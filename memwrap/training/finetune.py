@@ -32,15 +32,11 @@ from transformers.trainer_callback import ProgressCallback
 
 import memwrap
 from memwrap.assets import asset
-from memwrap.files import write_text
+from memwrap.data.documents import load_documents, long_documents
+from memwrap.io.atomic_files import write_text
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.callbacks import Bar, FigureLog, LossLog, TimeLimit
-from memwrap.training.data import (
-    DocumentCollator,
-    DocumentDataset,
-    load_documents,
-    long_documents,
-)
+from memwrap.training.collating import DocumentCollator, DocumentDataset
 from memwrap.training.pretrain import pretrain
 from memwrap.training.recall import recall_data
 from memwrap.training.recipe import Recipe

@@ -23,8 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from memwrap.files import write_text
-from memwrap.training.corpus import stdlib_corpus, write_manifest
+from memwrap.data.stdlib_corpus import stdlib_corpus, write_manifest
+from memwrap.io.atomic_files import write_text
 
 
 @dataclass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from memwrap.evaluation.associative import AssociativeDataset, AssociativeTask
+from memwrap.tasks.associative import AssociativeDataset, AssociativeTask
 from memwrap.training.arguments import parse_curriculum
-from memwrap.training.data import DocumentCollator
+from memwrap.training.collating import DocumentCollator
 from memwrap.training.recipe import Recipe
 
 

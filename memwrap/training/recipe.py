@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import memwrap
-from memwrap.memories.base import MemoryConfig
-from memwrap.registry import config_class
-from memwrap.training.checking import build, check
+from memwrap.memories.config import MemoryConfig
+from memwrap.memories.registry import config_class
 from memwrap.training.pretrain import PretrainConfig
+from memwrap.training.schema_check import build, check
 from memwrap.training.sections import (
     DataSection,
     LoraSection,

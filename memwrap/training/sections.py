@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memwrap.evaluation.associative import SYMBOLS
-from memwrap.evaluation.tasks import available
+from memwrap.tasks import available
+from memwrap.tasks.associative import SYMBOLS
 from memwrap.training.arguments import parse_curriculum
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -87,7 +87,7 @@ class LoraSection:
 
 @dataclass(kw_only=True)
 class DataSection:
-    """Documents to train on (see `memwrap.training.data.load_documents`).
+    """Documents to train on (see `memwrap.data.documents.load_documents`).
 
     Attributes:
         source: `stdlib`, a folder, a .txt/.md/.pdf file, or `datasets:NAME[:SPLIT[:COLUMN]]`.

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from memwrap.evaluation.tasks import task
+from memwrap.tasks import task
 from memwrap.training.arguments import parse_curriculum
-from memwrap.training.data import DocumentCollator
+from memwrap.training.collating import DocumentCollator
 from memwrap.training.recipe import Recipe
 
 # Seeds of training begin here, far from those that evaluations draw from.

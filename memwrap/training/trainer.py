@@ -16,9 +16,9 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from memwrap.memories.base import MemoryConfig
-from memwrap.model import MemoryModelForCausalLM
-from memwrap.packing import unpacked
+from memwrap.engine.packed_documents import unpacked
+from memwrap.memories.config import MemoryConfig
+from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.batches import (
     IGNORED,
@@ -30,7 +30,7 @@ from memwrap.training.batches import (
     pieces,
     shifted_labels,
 )
-from memwrap.training.data import DocumentCollator
+from memwrap.training.collating import DocumentCollator
 from memwrap.training.distillation import teacher_of
 from memwrap.training.resuming import last_checkpoint
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner, Result
 
-from memwrap.cli import app
+from memwrap.cli.app import app
 
 
 def run(*words: object, expect: int = 0, stdin: str | None = None) -> Result:

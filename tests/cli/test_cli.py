@@ -13,7 +13,7 @@ from commands import run
 from transformers import AutoTokenizer
 
 import memwrap
-from memwrap.chat import Conversation
+from memwrap.model.conversation import Conversation
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "".join(f"Line {n}: the number of this line is {n}.\n" for n in range(40))

@@ -10,8 +10,8 @@ import yaml
 from commands import run
 
 import memwrap
-from memwrap.evaluation.comparison import PLAN, Plan, read_results
-from memwrap.evaluation.comparison_tables import page
+from memwrap.comparison.runs import PLAN, Plan, read_results
+from memwrap.comparison.tables import page
 from memwrap.evaluation.controls import CURVES, MEMORY, OFF, SHUFFLED
 
 MEMORIES = ("infini", "memoryprompt")

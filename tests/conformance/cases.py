@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import memwrap
-from memwrap.planning import segment_lengths
+from memwrap.engine.plan import segment_lengths
 
 FOLDER = Path(os.environ.get("MEMWRAP_CONFORMANCE_DIR") or Path(__file__).parent / "data")
 BACKBONE = (

@@ -11,10 +11,10 @@ from cases import Case, base_gradients, compare, described_backbone, names_of, r
 from torch import Tensor
 
 import memwrap
-from memwrap.memories.base import SegmentTokens
+from memwrap.engine.plan import segment_lengths
+from memwrap.engine.step import SegmentReader
+from memwrap.memories.protocol import SegmentTokens
 from memwrap.ops.recall import recall
-from memwrap.planning import segment_lengths
-from memwrap.segments import SegmentReader
 
 OUTPUTS = (
     "logits", "loss", "recalled", "memory_embeddings", "cache_final", "topic_summaries",

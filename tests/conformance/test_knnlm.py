@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import memwrap
 from memwrap.ops.interpolation import interpolate, naive, neighbour_probabilities
+from memwrap.retrieval.datastore import add_document
 from memwrap.stores import FaissStore, TorchStore
-from memwrap.training.datastore import add_document
 
 OP_OUTPUTS = ("knn_distances", "knn_ids", "knn_log_probs", "interpolated_log_probs")
 MODEL_OUTPUTS = (

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import memwrap
 from memwrap.backbones.rotary import rotate, unrotate
 from memwrap.ops import landmark as ops
-from memwrap.trees import tree_map
+from memwrap.state.trees import tree_map
 
 MODES = {"per_token_and_head": "token", "max_over_tokens": "call"}
 BASE = ("vocab", "hidden", "layers", "heads", "kv_heads", "intermediate", "rope_theta", "rms_eps")

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import memwrap
-from memwrap.planning import segment_lengths
+from memwrap.engine.plan import segment_lengths
 
 TOLERANCES = {"out.": 2e-5, "grad.": 1e-5}
 

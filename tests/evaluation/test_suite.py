@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import memwrap
+from memwrap import tasks
 from memwrap.assets import asset
-from memwrap.evaluation import report, run, suite, tasks
+from memwrap.evaluation import report, run, suite
 from memwrap.evaluation.controls import CURVES, FULL, MEMORY, OFF, SHUFFLED
-from memwrap.evaluation.tasks.base import TASKS, Sample, Task
-from memwrap.model import MemoryModelForCausalLM
+from memwrap.model.memory_model import MemoryModelForCausalLM
+from memwrap.tasks.base import TASKS, Sample, Task
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from memwrap import tasks
 from memwrap.assets import asset
-from memwrap.evaluation import tasks
-from memwrap.evaluation.tasks.base import Sample, fit
+from memwrap.tasks.base import Sample, fit
 
 LENGTH = 1200
 TEXT_TASKS = [n for n in tasks.available() if tasks.task(n).max_new_tokens]

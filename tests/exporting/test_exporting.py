@@ -21,8 +21,8 @@ from memwrap import exporting
 from memwrap.exporting import check
 from memwrap.exporting.card import about_run, card
 from memwrap.exporting.flat import flat_files, rewritten
-from memwrap.model import MemoryModelForCausalLM
-from memwrap.registry import memory_class
+from memwrap.memories.registry import memory_class
+from memwrap.model.memory_model import MemoryModelForCausalLM
 
 ALLOWED = {"torch", "transformers", "safetensors", "huggingface_hub", "tqdm", "numpy"}
 # Stores of vectors lie outside the model, behind packages of their own.
@@ -185,7 +185,7 @@ def test_rewriting() -> None:
         "from __future__ import annotations\n"
         "from typing import TYPE_CHECKING\n"
         "from memwrap.ops import infini, EPS\n"
-        "if TYPE_CHECKING:\n    from memwrap.model import Model\n"
+        "if TYPE_CHECKING:\n    from memwrap.model.memory_model import Model\n"
         "def f():\n    from memwrap_kernels import infini as kernels\n"
     )
     new, needed = rewritten(text)

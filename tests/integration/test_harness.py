@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import memwrap
-from memwrap import exporting, harness
+from memwrap import exporting
+from memwrap.cli import lm_eval_model as harness
 
 TASKS = {
     "memory_choice": """
@@ -192,7 +193,7 @@ import lm_eval.models
 for point in importlib.metadata.entry_points(group="lm_eval.models"):
     if point.name not in model_registry:
         model_registry.register(point.name, target=point.value)
-assert "memwrap.harness" not in sys.modules
+assert "memwrap.cli.lm_eval_model" not in sys.modules
 cli_evaluate()
 """
 

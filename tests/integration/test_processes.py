@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 import memwrap
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.batches import shifted_labels
-from memwrap.training.data import DocumentCollator
+from memwrap.training.collating import DocumentCollator
 from memwrap.training.trainer import MemoryTrainer
 
 LENGTHS = [40, 12, 33, 9]

@@ -14,7 +14,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, pipeline
 
 import memwrap
-from memwrap.model import MEMORY_CHILD
+from memwrap.model.memory_model import MEMORY_CHILD
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.trainer import MemoryTrainer
 

@@ -16,9 +16,9 @@ from small import SETTINGS, documents, llama, losses_of, word_tokenizer, wrapped
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import memwrap
-from memwrap.model import MEMORY_CHILD
+from memwrap.model.memory_model import MEMORY_CHILD
 from memwrap.training.arguments import MemoryTrainingArguments
-from memwrap.training.data import DocumentCollator
+from memwrap.training.collating import DocumentCollator
 from memwrap.training.trainer import MemoryTrainer
 
 # peft and TRL still use the names that transformers 5.23 replaced.

@@ -18,7 +18,7 @@ from support import (
     wrapped,
 )
 
-from memwrap.trees import tree_leaves
+from memwrap.state.trees import tree_leaves
 
 
 @pairs()

@@ -10,7 +10,7 @@ from families import build
 from support import MEMORIES, SEGMENT, error_of, gradients, ids, pairs, wrapped
 from torch import Tensor
 
-from memwrap.trees import tree_leaves
+from memwrap.state.trees import tree_leaves
 
 KINDS = ("random", "constant", "padding")
 

@@ -20,7 +20,7 @@ from support import (
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from memwrap.packing import documents_in, unpacked
+from memwrap.engine.packed_documents import documents_in, unpacked
 
 # Longer than a segment and shorter, of one token, cut where segments would be and elsewhere.
 DOCUMENTS = [ids(n, seed=n) for n in (3 * SEGMENT + 3, 1, 2 * SEGMENT, SEGMENT + 1)]

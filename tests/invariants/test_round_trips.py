@@ -28,7 +28,7 @@ from support import (
 from transformers import AutoModelForCausalLM
 
 import memwrap
-from memwrap.model import MEMORY_CHILD
+from memwrap.model.memory_model import MEMORY_CHILD
 
 TEXT = ids(2, 3 * SEGMENT + 3)
 # peft 0.21 asks a model by the name that transformers 5.23 has replaced.

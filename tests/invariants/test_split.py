@@ -22,7 +22,7 @@ from support import (
 )
 from torch import Tensor
 
-from memwrap.planning import segment_lengths
+from memwrap.engine.plan import segment_lengths
 
 TOTAL = 3 * SEGMENT + 3
 

@@ -14,7 +14,7 @@ from support import assert_close, assert_pieces_and_padding, error_of, gradients
 from torch import Tensor
 
 import memwrap
-from memwrap.trees import tree_leaves
+from memwrap.state.trees import tree_leaves
 
 FORMS = ("gated_delta", "delta", "gated")
 VARIANTS: list[dict[str, Any]] = [

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
 from memwrap.assets import asset
-from memwrap.library import CONVERSATION
 from memwrap.memories.extended_mind import retrieved
+from memwrap.retrieval.library import CONVERSATION
 
 VARIANTS: list[dict[str, Any]] = [
     {"positions": p, "similarity_threshold": s} for p, s in (("none", None), ("zero", 0.3))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import memwrap
 from memwrap.backbones.rotary import rotate
-from memwrap.checkpoints import checksums
+from memwrap.io.checksums import checksums
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 

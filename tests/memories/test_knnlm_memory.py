@@ -13,12 +13,12 @@ from support import assert_close, error_of, ids, padded, randomise, tiny
 from torch import Tensor
 
 import memwrap
+from memwrap.data.stdlib_corpus import Document
 from memwrap.evaluation.knnlm import tune
 from memwrap.memories.knnlm import adapt
+from memwrap.retrieval.datastore import add_document, build_store, read_tokens
+from memwrap.state.trees import alike
 from memwrap.stores import FaissStore, TorchStore, open_store
-from memwrap.training.corpus import Document
-from memwrap.training.datastore import add_document, build_store, read_tokens
-from memwrap.trees import alike
 
 TEXT = ids(1, 40)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memwrap.evaluation.stores import overtakes
+from memwrap.evaluation.store_bench import overtakes
 from memwrap.stores import (
     CROSSOVER,
     FaissStore,

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from memwrap.data.documents import load_documents, long_documents
+from memwrap.data.stdlib_corpus import Document, split_of
 from memwrap.training.batches import (
     first_tokens,
     last_segment_only,
@@ -17,13 +19,7 @@ from memwrap.training.batches import (
     pieces,
     shifted_labels,
 )
-from memwrap.training.corpus import Document, split_of
-from memwrap.training.data import (
-    DocumentCollator,
-    DocumentDataset,
-    load_documents,
-    long_documents,
-)
+from memwrap.training.collating import DocumentCollator, DocumentDataset
 
 BOS, EOS = 1, 2
 

@@ -15,7 +15,7 @@ from support import SEGMENT, gradients, ids, wrapped
 from support import assert_same_gradients as assert_same
 from torch import Tensor
 
-from memwrap.mixing import Teacher
+from memwrap.engine.loss import Teacher
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.distillation import teacher_of
 from memwrap.training.trainer import MemoryTrainer

@@ -15,7 +15,7 @@ from support import save_small_base
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 import memwrap
-from memwrap.training.corpus import split_of
+from memwrap.data.stdlib_corpus import split_of
 from memwrap.training.finetune import build_model, preflight, run_recipe
 from memwrap.training.recipe import Recipe, find_recipe, load_recipe
 

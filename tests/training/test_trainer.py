@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import memwrap
 from memwrap.training.arguments import MemoryTrainingArguments, parse_curriculum
 from memwrap.training.batches import shifted_labels
-from memwrap.training.data import DocumentCollator
+from memwrap.training.collating import DocumentCollator
 from memwrap.training.trainer import MemoryTrainer, average_gradients
 
 SEGMENT = 8

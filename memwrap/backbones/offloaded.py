@@ -1,0 +1,34 @@
+"""Parameters that accelerate's hooks keep elsewhere until a module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+def loaded_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`named_parameters`, with the values of those that a device map keeps off their devices."""
+    for name, parameter in module.named_parameters():
+        if parameter.device.type == "meta":
+            owner, _, own = name.rpartition(".")
+            yield name, loaded(module.get_submodule(owner), own)
+        else:
+            yield name, parameter
+
+
+def loaded(module: nn.Module, name: str) -> Tensor:
+    """The parameter `name` of `module` itself; where accelerate keeps it in the host's memory or
+    on disk and puts an empty one in its place, the one that is kept."""
+    parameter = getattr(module, name)
+    if parameter.device.type == "meta":
+        for hook in hooks_of(module):
+            if getattr(hook, "weights_map", None) is not None:
+                return hook.weights_map[name]
+    return parameter
+
+
+def hooks_of(module: nn.Module) -> tuple:
+    """What accelerate hung before and behind a module's forward."""
+    hook = getattr(module, "_hf_hook", None)
+    return (hook, *getattr(hook, "hooks", ()))

@@ -1,0 +1,104 @@
+"""EleutherAI's evaluation harness (lm-eval) with saved memory models as a model type of its own.
+
+Importing this module registers the type: `simple_evaluate(model="memwrap", ...)` then knows it.
+Releases of the harness after 0.4.13 find it by themselves, as an entry point of `lm_eval.models`.
+Up to there its command imports nothing of others: `memwrap lm_eval` is that command with this
+module imported first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import memwrap
+from memwrap.cli.shared import load_tokenizer
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise ImportError(f"The harness is missing ({error}); pip install 'memwrap[eval]'.") from error
+
+
+@register_model("memwrap")
+class MemwrapLM(HFLM):
+    """A saved memory model in the harness: `--model memwrap --model_args pretrained=DIR`.
+
+    Texts of any length are read whole: there is no position limit to cut them at, unless
+    `max_length` sets one. A text's logits `(B, T, V)` are held at once, as the harness asks.
+
+    Args:
+        pretrained: a saved model: folder, shipped name or repo.
+        tokenizer: name or folder; default the one saved with the model, else its base's.
+        device: where the model goes; default an accelerator if there is one.
+        dtype: of the backbone, as "float32"; default as saved.
+        batch_size, max_batch_size: texts read at once; as for the harness's own models.
+        revision: of a repo on the Hub.
+        settings: what `HFLM` takes for a model that is given to it (`max_length`,
+            `add_bos_token`, `prefix_token_id`, `logits_cache`, `softmax_dtype`, ...).
+
+    Raises:
+        FileNotFoundError, ValueError: as `memwrap.load`; also for what goes by another way here.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        tokenizer: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = 64,
+        revision: str | None = None,
+        **settings: Any,
+    ) -> None:
+        refused = sorted(settings.keys() & _NOT_HERE)
+        if refused:
+            raise ValueError(
+                f"model_args has {refused[0]!r}, which the model type memwrap does not take; load "
+                "such a model in Python and pass it on: HFLM(pretrained=model, tokenizer=...)."
+            )
+        if str(batch_size).startswith("auto") and not settings.get("max_length"):
+            raise ValueError(
+                "`batch_size=auto` tries rows of the longest text, which has no limit here; add "
+                "max_length to model_args, or give a number."
+            )
+        options: dict[str, Any] = {"dtype": dtype} if dtype not in (None, "auto") else {}
+        model: Any = memwrap.load(pretrained, revision=revision, **options)
+        if device is not None:
+            model.to(device)
+        elif torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        super().__init__(
+            model,
+            backend="causal",
+            tokenizer=load_tokenizer(tokenizer or pretrained, model),
+            batch_size=batch_size,
+            max_batch_size=max_batch_size,
+            **settings,
+        )
+        # The harness notes them beside its results.
+        self.pretrained, self.revision = pretrained, revision or "main"
+
+
+# Arguments of HFLM that say how it would load or spread a model.
+_NOT_HERE = {
+    "autogptq", "delta", "device_map", "gguf_file", "gptqmodel", "load_in_4bit", "load_in_8bit",
+    "parallelize", "peft", "subfolder", "tp_plan",
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the harness's command line; `arguments` are those of `lm_eval`."""
+    before = sys.argv
+    sys.argv = ["lm_eval", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before

@@ -1,0 +1,171 @@
+"""The inputs of a call: checked, and where each row's text lies."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memwrap.state.memory_state import MemoryState
+
+
+@dataclass
+class Inputs:
+    """Checked inputs of one call: ids or embeddings, and where each row's text lies."""
+
+    ids: Tensor | None
+    embeds: Tensor | None
+    real: Tensor
+    starts: list[int]
+    lengths: list[int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.real.shape[0], self.real.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return (self.ids if self.ids is not None else self.embeds).device  # type: ignore[union-attr]
+
+
+def check_inputs(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
+) -> Inputs:
+    """Check a call's inputs and find each row's text.
+
+    Raises:
+        ValueError: for missing, double, empty or misshapen inputs, or a mask with a hole.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give either `input_ids` or `inputs_embeds`; got both or neither.")
+    given: Tensor = input_ids if input_ids is not None else inputs_embeds  # type: ignore[assignment]
+    name, need = ("input_ids", 2) if input_ids is not None else ("inputs_embeds", 3)
+    if given.dim() != need:
+        raise ValueError(
+            f"`{name}` has shape {tuple(given.shape)}; it needs {need} dimensions, (batch, tokens"
+            + (", width)." if need == 3 else ").")
+        )
+    batch, total = given.shape[:2]
+    if batch == 0 or total == 0:
+        raise ValueError(
+            f"`{name}` is empty (shape {tuple(given.shape)}); give at least one token."
+        )
+    if attention_mask is None:
+        real = torch.ones(batch, total, dtype=torch.bool)
+        return Inputs(input_ids, inputs_embeds, real, [0] * batch, [total] * batch)
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, not ({batch}, {total})."
+        )
+    if attention_mask.shape[1] < total:
+        raise ValueError(
+            f"`attention_mask` covers {attention_mask.shape[1]} tokens; `{name}` has {total}."
+        )
+    real = attention_mask[:, -total:].bool().cpu()  # generate's mask covers what was read before
+    lengths = real.sum(1)
+    starts = real.int().argmax(1)
+    filled = torch.arange(total)[None, :]
+    expected = (filled >= starts[:, None]) & (filled < (starts + lengths)[:, None])
+    if not torch.equal(real, expected):
+        row = int((real != expected).any(1).int().argmax())
+        raise ValueError(
+            f"`attention_mask` of row {row} has a hole: padding may stand before and after a row's "
+            "tokens, not between them."
+        )
+    return Inputs(input_ids, inputs_embeds, real, starts.tolist(), lengths.tolist())
+
+
+def check_fit(inputs: Inputs, vocab_size: int, width: int) -> None:
+    """Check that ids are in the vocabulary, or that embeddings have the backbone's width.
+
+    Raises:
+        ValueError: names the id or the width.
+    """
+    if inputs.embeds is not None:
+        if inputs.embeds.shape[2] != width:
+            raise ValueError(
+                f"`inputs_embeds` has width {inputs.embeds.shape[2]}; the backbone's is {width}."
+            )
+        return
+    ids: Tensor = inputs.ids  # type: ignore[assignment]
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"`input_ids` are {ids.dtype}; they must be integers.")
+    least, most = (int(x) for x in ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(
+            f"`input_ids` holds {least if least < 0 else most}; the vocabulary has ids from 0 to "
+            f"{vocab_size - 1}. Is it another model's tokenizer?"
+        )
+
+
+def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
+    """Refuse keywords that cannot be given or look like a misspelt one of `forward`; other ones
+    of transformers' callers have no effect here."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name):
+            raise ValueError(
+                f"`{name}` is not collected across segments; model.base_model(...) gives the last "
+                "hidden states, model.backbone(...) everything of one window."
+            )
+    own = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
+    for name in kwargs:
+        near = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
+        if near:
+            raise ValueError(f"`{name}` is no argument of the model; did you mean `{near[0]}`?")
+
+
+def as_batch(
+    text: Tensor | str | list, mask: Tensor | None, tokenizer: Any = None
+) -> tuple[Tensor, Tensor | None]:
+    """Ids `(B, T)` and their mask; lists are padded on the right, strings tokenized first.
+
+    Raises:
+        ValueError: for nothing to read, or strings without a tokenizer.
+    """
+    if isinstance(text, Tensor):
+        return (text[None] if text.dim() == 1 else text), mask
+    if isinstance(text, str) or (text and isinstance(text[0], int)):
+        text = [text]
+    if text and isinstance(text[0], str):
+        if tokenizer is None:
+            raise ValueError("`text` is a string; give a `tokenizer` too, or ids.")
+        text = tokenizer(text, verbose=False)["input_ids"]
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in text]
+    if not rows:
+        raise ValueError("`text` is empty; give at least one row of ids.")
+    pad = torch.nn.utils.rnn.pad_sequence
+    real = pad([torch.ones_like(r) for r in rows], batch_first=True)
+    return pad(rows, batch_first=True), real
+
+
+def check_control(control: str | MemoryState | None, state: MemoryState, inputs: Inputs) -> None:
+    """Check what is to be read instead of the memory.
+
+    Args:
+        control: None, "off", "shuffled", or a state of the model.
+        state: what the rows remember.
+        inputs: the call's.
+
+    Raises:
+        ValueError: for another value, another number of rows, or rows whose segment is open.
+    """
+    if control is None:
+        return
+    if isinstance(control, MemoryState):
+        if control.batch_size != state.batch_size:
+            raise ValueError("The state in `memory_control` has another number of rows.")
+    elif control not in ("off", "shuffled"):
+        raise ValueError(
+            f"`memory_control` is {control!r}; allowed: None, 'off', 'shuffled', a MemoryState."
+        )
+    elif control == "shuffled" and state.batch_size < 2:
+        raise ValueError("`memory_control='shuffled'` needs at least two rows.")
+    if bool(((state.fill > 0) & inputs.real.any(1)).any()):
+        raise ValueError(
+            "`memory_control` needs closed segments: feed whole ones, or close_segment first."
+        )

@@ -1,0 +1,147 @@
+"""What travels down the backbone during a step: the memories meet layers and attention here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memwrap.backbones import LayerAttention, Places
+from memwrap.backbones.layer_attention import SeenAttention, cached_attention
+from memwrap.backbones.recurrence import Recurrence
+from memwrap.backbones.rotary import Rotary
+from memwrap.memories.protocol import Memory
+from memwrap.state.memory_state import BACKBONE
+from memwrap.state.trees import Tree, where_rows
+
+
+@dataclass
+class Local:
+    """The open segments: keys and values, and what memories look at of the tokens, with the
+    places (order in the segment) and validity of their columns."""
+
+    tree: Tree
+    positions: Tensor
+    valid: Tensor
+
+    @property
+    def empty(self) -> bool:
+        return self.valid.shape[1] == 0
+
+
+@dataclass
+class LayerContext:
+    """The keyword that layers and attention are handed: reads, and notes what changes.
+
+    Attributes:
+        layered: the memories at the layer place.
+        attending: the memory at the attention place, by name; at most one.
+        states: the memories' trees before the step; a layer's part is `tree["layers"]["7"]`.
+        num_suffix: suffix tokens of all memories, at the end of the step's columns.
+        closing: whether any row's segment closes.
+        places: where queries and keys stand.
+        local: the open segments before the step.
+        seen, attended: layers met.
+        noted: layer states after reading; written: layer states after closing.
+        hidden: the attention's inputs at all K columns, for memories that need them.
+        losses: auxiliary losses `(B,)`.
+        recurrence: the states of the backbone's own recurrent layers, if it has any.
+    """
+
+    layered: dict[str, Memory]
+    attending: dict[str, Memory]
+    states: dict[str, Tree]
+    num_suffix: int
+    closing: bool
+    places: Places
+    local: Local
+    rotary: Rotary
+    seen: set[int] = field(default_factory=set)
+    attended: set[int] = field(default_factory=set)
+    noted: dict[str, Tree] = field(default_factory=dict)
+    written: dict[str, Tree] = field(default_factory=dict)
+    hidden: Tree = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    recurrence: Recurrence | None = None
+    _shared: dict = field(default_factory=dict)
+
+    def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        self.seen.add(layer)
+        for name, memory in self.layered.items():
+            state = self._state(name, layer)
+            if state is not None:
+                hidden = memory.before_layer(layer, hidden, state)
+        return hidden
+
+    def after_layer(self, layer: int, hidden: Tensor) -> None:
+        if not self.closing:
+            return
+        suffix = hidden[:, hidden.shape[1] - self.num_suffix :]
+        for name, memory in self.layered.items():
+            state = self._state(name, layer)
+            if state is not None:
+                new = memory.after_layer(layer, suffix, state)
+                self.written.setdefault(name, {})[str(layer)] = new
+
+    def attention(self, seen: SeenAttention) -> Tensor:
+        """What the registered attention function gives for one layer."""
+        layer = seen.layer
+        self.attended.add(layer)
+        for name, memory in self.attending.items():
+            state = self._state(name, layer)
+            if state is None:
+                break
+            attention = self._attention(memory, seen)
+            out, state = memory.attend(layer, attention, state)
+            self.noted.setdefault(name, {})[str(layer)] = state
+            if self.closing:
+                new = memory.close_layer(layer, attention, state)
+                self.written.setdefault(name, {})[str(layer)] = new
+            return out.to(seen.value.dtype)
+        return seen.call(seen.query, seen.key, seen.value, seen.mask)[0]
+
+    def close_attention(self, layer: int, module: object) -> None:
+        """Close a layer's open segment without new tokens, from its cached keys and values."""
+        keys, values = (self.local.tree[n][str(layer)] for n in ("keys", "values"))
+        for name, memory in self.attending.items():
+            state = self._state(name, layer)
+            if state is not None:
+                attention = self._attention(memory, cached_attention(module, keys, values))
+                new = memory.close_layer(layer, attention, state)
+                self.written.setdefault(name, {})[str(layer)] = new
+
+    def changed(self, closes: Tensor) -> dict[str, Tree]:
+        """The memories' trees after the step, `closes` `(B,)` saying whose segments closed."""
+        result = {}
+        for name, tree in self.states.items():
+            new = _with_layers(tree, self.noted.get(name, {}))
+            if name in self.written:
+                closed = _with_layers(new, self.written[name])
+                new = closed if bool(closes.all()) else where_rows(closes, closed, new)
+            result[name] = new
+        if self.recurrence is not None:
+            result[BACKBONE] = {**self.states[BACKBONE], **self.recurrence.after}
+        return result
+
+    def _state(self, name: str, layer: int) -> Tree | None:
+        return self.states[name].get("layers", {}).get(str(layer))
+
+    def _attention(self, memory: Memory, seen: SeenAttention) -> LayerAttention:
+        shared = self._shared.setdefault(seen.key.device, {})
+        if "places" not in shared:
+            shared["places"] = self.places.to(seen.key.device)
+            shared["padded"] = not bool(self.places.query_valid.all())
+        hidden = None
+        if memory.needs_hidden:
+            hidden, key = seen.hidden, str(seen.layer)
+            if not self.local.empty:
+                before = self.local.tree["hidden"][key].squeeze(1)
+                # A segment that closes without new tokens has no inputs, of no width.
+                hidden = torch.cat([before, hidden], 1) if hidden.shape[1] else before
+            self.hidden[key] = hidden[:, None]
+        return LayerAttention(seen, shared["places"], self.rotary, hidden, self.losses, shared)
+
+
+def _with_layers(tree: Tree, layers: Tree) -> Tree:
+    return {**tree, "layers": {**tree["layers"], **layers}} if layers else tree

@@ -1,0 +1,207 @@
+"""Logits and loss of hidden states, with the memory at the logits place mixed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from memwrap.engine.plan import Step
+from memwrap.engine.step import Outcome, SegmentReader
+from memwrap.state.trees import Tree
+
+IGNORED = -100
+# Logits of at most so many numbers (float32) exist at once while a loss is computed.
+_LOGITS_AT_ONCE = 2**26
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Last hidden states of a model with the same head, whose distribution is to be followed.
+
+    The loss of a target gets `weight * temperature^2 * KL(teacher || student)` beside the cross
+    entropy, both distributions at that temperature (Hinton et al. 2015, arXiv 1503.02531).
+
+    Attributes:
+        hidden: `(B, T, D)` for every column.
+        weight: of the divergence.
+        temperature: by which both models' logits are divided.
+        labels: weight of the cross entropy with the targets beside it.
+    """
+
+    hidden: Tensor
+    weight: float = 1.0
+    temperature: float = 1.0
+    labels: float = 1.0
+
+    def at(self, step: Step) -> Teacher:
+        """Of a step's columns."""
+        columns = step.columns.clamp_min(0).to(self.hidden.device)
+        rows = torch.arange(len(columns), device=columns.device)[:, None]
+        return replace(self, hidden=self.hidden[rows, columns])
+
+
+def check_teacher(teacher: Any, shape: tuple[int, ...]) -> Teacher | None:
+    """The teacher of a call over `shape` `(B, T)` tokens, or None.
+
+    Raises:
+        ValueError: if it is none, or of other tokens.
+    """
+    if teacher is None or (isinstance(teacher, Teacher) and teacher.hidden.shape[:2] == shape[:2]):
+        return teacher
+    got = tuple(teacher.hidden.shape) if isinstance(teacher, Teacher) else type(teacher).__name__
+    raise ValueError(f"`teacher` is {got}; it must be a Teacher of {tuple(shape[:2])} tokens.")
+
+
+@dataclass
+class Wanted:
+    """What a step is to give: the loss of `targets` `(B, N)`, or what `collect` names of the
+    columns from `first` on. `mixing`: the memory at the logits place takes part. `teacher`: of
+    the step's columns."""
+
+    targets: Tensor | None
+    collect: str
+    first: int | None
+    mixing: bool
+    teacher: Teacher | None = None
+
+    def places(self, step: Step) -> Tensor:
+        """The step's columns of which logits are needed."""
+        first = self.first if self.first is not None else int(step.columns.max()) + 1
+        return ((step.columns >= 0) & (step.columns >= first)).any(0).nonzero().squeeze(1)
+
+    def columns(self, step: Step) -> Tensor:
+        """The input's columns `(B, n)` that the step's result stands for."""
+        return step.columns[:, self.places(step)] if self.collect == "logits" else step.columns
+
+
+class Head:
+    """The backbone's head, and the memory at the logits place where there is one."""
+
+    def __init__(self, reader: SegmentReader) -> None:
+        self.backbone = reader.backbone
+        self.mixer, self.inserting = reader.mixer, reader.inserting
+
+    def logits(
+        self, out: Outcome, places: Tensor, states: dict[str, Tree], *, mixing: bool = True
+    ) -> Tensor:
+        """Mixed logits `(B, n, V)` of the step's columns `places` `(n,)`.
+
+        Args:
+            out: what the step gave.
+            states: the memories' trees before the step.
+            mixing: whether the memory at the logits place takes part.
+        """
+        hidden, on = self._chosen(out, places)
+        if not len(places):
+            return hidden.new_zeros(hidden.shape[0], 0, self.backbone.config.vocab_size)
+        logits = self.backbone.head(hidden)
+        return self._mixed(logits, on, states).to(logits.dtype) if mixing else logits
+
+    def _chosen(self, out: Outcome, places: Tensor) -> tuple[Tensor, Tensor]:
+        places = places.to(out.hidden.device)
+        on = out.hidden if out.mixed_on is None else out.mixed_on
+        return out.hidden.index_select(1, places), on.index_select(1, places)
+
+    def _mixed(self, logits: Tensor, on: Tensor, states: dict[str, Tree]) -> Tensor:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.mixer is None:
+            return logits
+        name, memory = self.mixer
+        return memory.mix(logits, on, states[name])
+
+    def loss(self, out: Outcome, want: Wanted, states: dict[str, Tree]) -> Tensor:
+        """Summed cross entropy, and the divergence from the teacher where there is one; logits
+        exist for a part of the positions at a time. An inserted token that is a target of the
+        token before it counts too.
+
+        Args:
+            out: what the step gave.
+            want: targets, teacher, and whether the memory at the logits place takes part.
+            states: the memories' trees before the step.
+        """
+        wanted: Tensor = want.targets.to(out.hidden.device)  # type: ignore[union-attr]
+        inserted = self._inserted(out, wanted)
+        if self.mixer is None or not want.mixing:
+            return self._plain(out.hidden, wanted, want.teacher) + inserted
+        return self._mixing(out, wanted, states, want.teacher) + inserted
+
+    def _of_tokens(
+        self, logits: Tensor, targets: Tensor, taught: Tensor | None, teacher: Teacher | None
+    ) -> Tensor:
+        """The sum over tokens with a target: logits `(n, V)`, targets `(n,)`, and the teacher's
+        hidden states `(n, D)`."""
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)
+        if teacher is None or taught is None:
+            return loss
+        loss, t = loss * teacher.labels, teacher.temperature
+        with torch.no_grad():
+            follow = F.log_softmax(self.backbone.head(taught[None])[0].float() / t, -1)
+        own = F.log_softmax(logits.float() / t, -1)
+        apart = F.kl_div(own, follow, reduction="none", log_target=True).sum(-1)
+        return loss + teacher.weight * t * t * apart.masked_fill(targets == IGNORED, 0.0).sum()
+
+    def _inserted(self, out: Outcome, wanted: Tensor) -> Tensor | float:
+        if out.named is None or self.inserting is None or self.inserting.insert_id is None:
+            return 0.0
+        hidden, where = out.named
+        named = torch.full_like(wanted, self.inserting.insert_id)
+        return self._plain(
+            hidden, named.masked_fill(~where.to(wanted.device) | (wanted == IGNORED), IGNORED)
+        )
+
+    def _mixing(
+        self, out: Outcome, wanted: Tensor, states: dict[str, Tree], teacher: Teacher | None
+    ) -> Tensor:
+        places = (wanted != IGNORED).any(0).nonzero().squeeze(1)
+        hidden, on = self._chosen(out, places)
+        wanted = wanted.index_select(1, places)
+
+        # Without a teacher its place is taken by what is not looked at.
+        taught = hidden if teacher is None else teacher.hidden.to(hidden)[:, places]
+
+        def part(h: Tensor, o: Tensor, t: Tensor, follow: Tensor) -> Tensor:
+            logits = self._mixed(self.backbone.head(h), o, states)
+            return self._of_tokens(logits.flatten(0, 1), t.flatten(), follow.flatten(0, 1), teacher)
+
+        # Mixing holds some four tensors of the logits' size.
+        size = max(1, _LOGITS_AT_ONCE // (4 * self.backbone.config.vocab_size * len(wanted)))
+        pieces = list(zip(*[x.split(size, 1) for x in (hidden, on, wanted, taught)], strict=True))
+        if not len(places):
+            return hidden.float().sum()
+        if len(pieces) > 1 and torch.is_grad_enabled():
+            return sum(checkpoint(part, *piece, use_reentrant=False) for piece in pieces)
+        return sum(part(*piece) for piece in pieces)  # type: ignore[return-value]
+
+    def _plain(self, hidden: Tensor, wanted: Tensor, teacher: Teacher | None = None) -> Tensor:
+        chosen = wanted != IGNORED
+        taught = None if teacher is None else teacher.hidden.to(hidden)[chosen]
+        hidden, wanted = hidden[chosen], wanted[chosen]
+        head = self.backbone.head
+
+        def part(h: Tensor, t: Tensor, follow: Tensor | None) -> Tensor:
+            return self._of_tokens(head(h[None])[0], t, follow, teacher)
+
+        size = max(1, _LOGITS_AT_ONCE // self.backbone.config.vocab_size)
+        if hidden.shape[0] <= size:
+            # Without targets the sum is a zero that still belongs to the graph.
+            return part(hidden, wanted, taught) if len(wanted) else hidden.float().sum()
+        follows = repeat(None) if taught is None else taught.split(size)
+        parts = list(zip(hidden.split(size), wanted.split(size), follows, strict=False))
+        if torch.is_grad_enabled():
+            return sum(checkpoint(part, *args, use_reentrant=False) for args in parts)
+        return sum(part(*args) for args in parts)  # type: ignore[return-value]
+
+
+def shift_targets(labels: Tensor, real: Tensor) -> Tensor:
+    """Targets `(B, T)` of `labels` `(B, T)`: each real column predicts the next one's label."""
+    real = real.to(labels.device)
+    labels = labels.masked_fill(~real, IGNORED)
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    return targets.masked_fill(~real, IGNORED)

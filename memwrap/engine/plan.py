@@ -1,0 +1,148 @@
+"""The plan of a call: which tokens are cut into which segments, and what opens and closes when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from memwrap.memories.config import MemoryConfig
+
+
+def segment_lengths(total: int, segment_size: int, alignment: str = "left") -> list[int]:
+    """Lengths of the segments that `total` tokens are cut into.
+
+    "left": the last one is the short one; "right": the first one; "center": nearly equal
+    lengths `ceil(total / ceil(total / segment_size))`.
+
+    Raises:
+        ValueError: for another alignment.
+    """
+    if alignment not in ("left", "right", "center"):
+        raise ValueError(f"`alignment` is {alignment!r}; allowed: 'left', 'right', 'center'.")
+    if total <= 0:
+        return []
+    count = -(-total // segment_size)
+    size = -(-total // count) if alignment == "center" else segment_size
+    lengths = [size] * (total // size)
+    rest = total - sum(lengths)
+    if rest:
+        lengths = [rest, *lengths] if alignment == "right" else [*lengths, rest]
+    return lengths
+
+
+@dataclass
+class Step:
+    """One pass of the backbone: which columns each row reads, and what opens and closes.
+
+    Attributes:
+        columns: `(B, N)` columns of the call, -1 where a row reads nothing.
+        offsets: `(B, N)` places inside the segment.
+        ends: `(B,)` length of the segment so far, after the step.
+        opens, closes: `(B,)` bool.
+        last: `(B,)` bool, the row reads nothing after this step.
+        uniform: every row reads the same contiguous columns.
+    """
+
+    columns: Tensor
+    offsets: Tensor
+    ends: Tensor
+    opens: Tensor
+    closes: Tensor
+    last: Tensor
+
+    @property
+    def uniform(self) -> bool:
+        same = (self.columns >= 0).all() and (self.columns == self.columns[:1]).all()
+        return self.columns.shape[1] > 0 and bool(same)
+
+
+def _row_pieces(
+    start: int,
+    length: int,
+    fill: int,
+    config: MemoryConfig,
+    hold_open: bool,
+    drawn: dict[int, list[int] | None] | None = None,
+) -> Iterator[tuple[int, int, int, bool]]:
+    """`(first column, tokens, offset in the segment, closes)` of one row.
+
+    `drawn` takes up what training drew by number of tokens, so that rows of one length are cut
+    alike.
+    """
+    size = config.segment_size
+    if hold_open and fill >= size:
+        if length:
+            yield start, length, fill, False
+        return
+    if fill and length:
+        taken = max(0, min(length, size - fill))  # none where a held segment is over-full
+        start, length = start + taken, length - taken
+        closes = fill + taken >= size and not (hold_open and length == 0)
+        yield start - taken, taken, fill, closes
+    own = None
+    if drawn is not None:
+        own = drawn[length] = drawn.get(length) or config.draw_lengths(length)
+    lengths = own or segment_lengths(length, size, config.alignment)
+    for index, taken in enumerate(lengths):
+        full = taken == size or (own is not None and length % size == 0)
+        closes = index < len(lengths) - 1 or (full and not hold_open)
+        yield start, taken, 0, closes
+        start += taken
+
+
+def plan(
+    starts: list[int],
+    lengths: list[int],
+    fill: Tensor,
+    config: MemoryConfig,
+    hold_open: bool,
+    training: bool = False,
+) -> list[Step]:
+    """Cut a call into steps.
+
+    Args:
+        starts: first real column of each row.
+        lengths: real tokens of each row.
+        fill: `(B,)` tokens in the rows' open segments.
+        config: gives segment size and alignment.
+        hold_open: the last segment of the call stays open, however long it grows.
+        training: segment lengths may be drawn (`MemoryConfig.draw_lengths`).
+    """
+    drawn: dict[int, list[int] | None] | None = {} if training else None
+    rows = [
+        list(_row_pieces(s, n, int(f), config, hold_open, drawn))
+        for s, n, f in zip(starts, lengths, fill.tolist(), strict=True)
+    ]
+    steps = []
+    ends = fill.clone()
+    for index in range(max((len(r) for r in rows), default=0)):
+        pieces = [r[index] if index < len(r) else None for r in rows]
+        width = max(p[1] for p in pieces if p)
+        columns = torch.full((len(rows), width), -1)
+        offsets = torch.zeros(len(rows), width, dtype=torch.long)
+        opens = torch.zeros(len(rows), dtype=torch.bool)
+        closes = torch.zeros(len(rows), dtype=torch.bool)
+        for row, piece in enumerate(pieces):
+            if piece is None:
+                continue
+            start, taken, offset, closing = piece
+            columns[row, :taken] = torch.arange(start, start + taken)
+            offsets[row, :taken] = torch.arange(offset, offset + taken)
+            ends[row] = offset + taken
+            opens[row], closes[row] = offset == 0, closing
+        last = torch.tensor([len(r) == index + 1 for r in rows])
+        steps.append(Step(columns, offsets, ends.clone(), opens, closes, last))
+        ends = ends.masked_fill(closes, 0)
+    return steps
+
+
+def plan_columns(real: Tensor, config: MemoryConfig, hold_open: bool) -> list[Step]:
+    """Cut by columns, every row alike; padding takes up positions (`count_padding`)."""
+    batch, total = real.shape
+    steps = plan([0] * batch, [total] * batch, torch.zeros(batch).long(), config, hold_open)
+    return [
+        replace(s, columns=s.columns.masked_fill(~real.gather(1, s.columns), -1)) for s in steps
+    ]

@@ -1,0 +1,59 @@
+"""Checksums in a safetensors file's metadata: a flipped bit is found at reading."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CHECKSUMS = "crc32"
+
+
+def checksums(tensors: dict[str, Tensor], **texts: str) -> dict[str, str]:
+    """The entry of a safetensors file's metadata that says what its tensors (and `texts`, other
+    entries of the metadata) are: a flipped bit is found when they are read."""
+    sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    sums |= {f"__{name}__": zlib.crc32(text.encode()) for name, text in texts.items()}
+    return {CHECKSUMS: json.dumps(sums)}
+
+
+def check_sums(
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None,
+    path: Path,
+    needed: bool = False,
+) -> None:
+    """Refuse tensors that are not those the file was written with.
+
+    Args:
+        needed: the file must have checksums; else one of another program, without any, passes.
+
+    Raises:
+        ValueError: names the file and what in it is damaged.
+    """
+    text = (metadata or {}).get(CHECKSUMS)
+    if text is None and not needed:
+        return
+    try:
+        sums = dict(json.loads(text or "null"))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: its checksums cannot be read.") from error
+    for name, tensor in tensors.items():
+        if sums.get(name) != _checksum(tensor):
+            raise ValueError(f"{path} is damaged: {name} does not have its checksum.")
+    texts = sums.keys() - tensors.keys()
+    if not needed:  # those of a file's other parts are among them
+        texts = {key for key in texts if key.startswith("__")}
+    for key in texts:
+        name = key.strip("_")
+        if zlib.crc32((metadata or {}).get(name, "").encode()) != sums[key]:
+            raise ValueError(f"{path} is damaged: its {name} does not have its checksum.")
+
+
+def _checksum(tensor: Tensor) -> int:
+    start = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data, start) if flat.numel() else start

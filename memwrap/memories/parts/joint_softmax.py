@@ -1,0 +1,63 @@
+"""One softmax over what a memory has attended to by itself and the segment's own keys.
+
+Retrieved entries differ from query to query, so they cannot stand in front of the segment as rows
+(`LayerAttention.join`). But all that a softmax needs to know of them is the logarithm of their
+summed exponentials: one more key whose score is just that gets exactly the weight of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from memwrap.backbones.layer_attention import LayerAttention, is_sdpa
+
+
+def join_summary(
+    attention: LayerAttention, out: Tensor, logsumexp: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Attend to the segment's own keys and to entries that a memory has summed up.
+
+    Args:
+        attention: the layer's.
+        out: `(B, H, T, Dv)`, the entries' values, weighted by a softmax over them alone.
+        logsumexp: `(B, H, T)` of their scores, scaled and capped as the model's attention does
+            it; -inf for a query that has none.
+        count: most entries of a query.
+
+    Returns:
+        The output `(B, T, H, Dv)`, and the weight `(B, H, T)` that the entries got together.
+    """
+    seen = attention.seen
+    dtype, wide = seen.query.dtype, logsumexp.dtype
+    there = logsumexp > -math.inf
+    score = logsumexp.masked_fill(~there, 0.0)
+    keys = 1
+    if seen.softcap is not None:  # several keys share the sum, since one could not reach it
+        keys, cap = count, seen.softcap
+        score = cap * torch.atanh(((score - math.log(count)) / cap).clamp(-1 + 1e-6, 1 - 1e-6))
+    score = score / seen.scaling
+    high = score.to(dtype)  # and the rest: half types hold a score too coarsely
+    parts = torch.stack([high, (score - high.to(wide)).to(dtype)], -1)
+    queries = torch.cat([seen.query, parts], -1)
+    pad = torch.nn.functional.pad
+    summary = seen.key.new_zeros(*seen.key.shape[:2], keys, seen.key.shape[-1] + 2)
+    summary[..., -2:] = 1.0
+    marked = seen.value.new_zeros(*seen.value.shape[:2], keys, seen.value.shape[-1] + 1)
+    marked[..., -1] = 1.0
+    visible = attention.visible().expand(-1, queries.shape[1], -1, -1)
+    mask = torch.cat([there[..., None].expand(-1, -1, -1, keys), visible], -1)
+    if not is_sdpa(seen):
+        zero = torch.zeros((), dtype=dtype, device=mask.device)
+        mask = torch.where(mask, zero, torch.finfo(dtype).min)
+    joined = seen.call(
+        queries,
+        torch.cat([summary, pad(seen.key, (0, 2))], 2),
+        torch.cat([marked, pad(seen.value, (0, 1))], 2),
+        mask,
+    )[0]
+    weight = joined[..., -1].to(wide)
+    result = joined[..., :-1].to(wide) + weight[..., None] * out.transpose(1, 2)
+    return result, weight.transpose(1, 2)

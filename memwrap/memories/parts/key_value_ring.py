@@ -1,0 +1,61 @@
+"""Keys and values of the past in a ring for each KV head, in layers that a memory chose.
+
+A layer's tree holds `key` `(B, Hkv, C, Dk)`, `value` `(B, Hkv, C, Dv)` and `count` `(B,)`, the
+entries that were ever written. C grows with what is read until it is `size`; then the oldest goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memwrap.backbones.attention_probe import AttentionSizes
+from memwrap.ops import rings
+from memwrap.state.trees import Tree
+
+
+@dataclass(frozen=True)
+class KeyValueRings:
+    """Rings of `size` entries in layers, given as `{number: heads and widths}`."""
+
+    size: int
+    layers: dict[int, AttentionSizes]
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What an entry takes in all layers, until the rings are full."""
+        numbers = sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in self.layers.values())
+        return numbers * self.dtype.itemsize
+
+    def empty(self, batch_size: int, device: torch.device) -> Tree:
+        """A memory's state before the first token."""
+        make: dict[str, Any] = {"device": device, "dtype": self.dtype}
+        layers: Tree = {}
+        for layer, own in self.layers.items():
+            shape = (batch_size, own.num_kv_heads, 0)
+            layers[str(layer)] = {
+                "key": torch.zeros(*shape, own.key_dim, **make),
+                "value": torch.zeros(*shape, own.value_dim, **make),
+                "count": torch.zeros(batch_size, dtype=torch.long, device=device),
+            }
+        return {"layers": layers}
+
+    def filled(self, state: Tree) -> Tensor:
+        """Which places of a layer hold an entry, `(B, C)` bool."""
+        return rings.filled(state["count"], state["key"].shape[2])
+
+    def add(self, state: Tree, key: Tensor, value: Tensor, valid: Tensor) -> Tree:
+        """A layer's tree with entries added: keys `(B, Hkv, K, Dk)`, values `(B, Hkv, K, Dv)`,
+        those that `valid` `(B, K)` names."""
+        count, total = state["count"], state["count"] + valid.sum(1)
+        place = rings.places(count, valid, self.size)
+        capacity = rings.capacity(total, state["key"].shape[2], self.size)
+        return {
+            "key": rings.store(state["key"], place, key, capacity),
+            "value": rings.store(state["value"], place, value, capacity),
+            "count": total,
+        }

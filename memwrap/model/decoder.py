@@ -1,0 +1,55 @@
+"""Two small things a memory model is made of: its memories' home, and a decoder for trainers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from memwrap.engine.inputs import check_inputs
+from memwrap.engine.packed_documents import documents_in
+from memwrap.memories.protocol import Memory
+
+if TYPE_CHECKING:
+    from memwrap.model.memory_model import MemoryModelForCausalLM
+
+
+class MemoryModules(nn.Module):
+    """Holds every memory parameter: the one child that PEFT trains and saves whole."""
+
+    def __init__(self, memories: dict[str, Memory]) -> None:
+        super().__init__()
+        for name, memory in memories.items():
+            self.add_module(name, memory)
+
+    def by_name(self) -> dict[str, Memory]:
+        return dict(self.named_children())  # type: ignore[arg-type]
+
+
+class SegmentDecoder:
+    """What tools that look for a `base_model` get: last hidden states of a text of any length."""
+
+    def __init__(self, model: MemoryModelForCausalLM) -> None:
+        self._model = model
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
+        model = self._model
+        state = model.new_state(inputs.shape[0])
+        packed = documents_in(inputs.real, seq_idx, position_ids, cu_seq_lens_q)
+        loop = model.loop_over(inputs, packed)
+        reading = loop(inputs, state, hidden_from=0, keep_open=False)
+        return BaseModelOutputWithPast(last_hidden_state=reading.hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"].backbone.base_model, name)

@@ -1,0 +1,121 @@
+"""What `generate` needs beyond transformers: states that are kept whole, shared and continued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from memwrap.backbones.cache_names import CACHE
+from memwrap.model.outputs import one_cache
+from memwrap.state.memory_state import MemoryState
+
+
+class MemoryGenerationMixin(GenerationMixin):
+    """`generate` of transformers over a `MemoryState`."""
+
+    # Memory written by rejected tokens could not be undone: transformers refuses assisted decoding.
+    _is_stateful = True
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} has no meaning "
+                "here: a memwrap model keeps its own MemoryState. Leave it out."
+            )
+        given = model_kwargs.get(CACHE)
+        if given is not None and not isinstance(given, MemoryState):
+            raise ValueError(
+                f"`cache` is a {type(given).__name__}; give a MemoryState (model.read)."
+            )
+        if given is None and generation_config.use_cache is not False:
+            names = ("num_beams", "num_return_sequences")
+            rows = batch_size * max(getattr(generation_config, n, None) or 1 for n in names)
+            model_kwargs[CACHE] = self.new_state(rows)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        cache: MemoryState | None = None,
+        past_key_values: MemoryState | None = None,
+        remember: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as transformers does.
+
+        Args:
+            inputs: `(B, T)` new ids (also as `input_ids`). The full ids, those read into the
+                state included, are recognised and not read twice.
+            cache: a state to continue. It stays as it is, so that many questions can be asked of
+                one reading; the continued state comes as `.cache` with
+                `return_dict_in_generate=True`. One row serves a batch of questions.
+            past_key_values: another name of `cache`.
+            remember: write full segments while generating. False leaves the last segment open
+                however long it grows, as the published code does.
+
+        Raises:
+            ValueError: for right-padded prompts, and for what a memory cannot do
+                (assisted decoding, other caches).
+        """
+        given = one_cache(cache, past_key_values)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "The prompts are padded on the right; generate continues the last column. Tokenize "
+                "with padding_side='left'."
+            )
+        if given is not None:
+            fed = ids if ids is not None else kwargs.get("inputs_embeds")
+            if fed is None:
+                raise ValueError("Give at least one new token id with the state to continue.")
+            state = self._state_for(given, fed.shape[0], kwargs)
+            if not _holds(state, ids):
+                new = mask if mask is not None else fed.new_ones(fed.shape[:2], dtype=torch.long)
+                if new.shape[1] == fed.shape[1]:
+                    seen = new.new_ones(new.shape[0], state.columns)
+                    kwargs["attention_mask"] = torch.cat([seen, new], 1)
+            kwargs[CACHE] = state
+        if not remember:
+            kwargs["remember"] = False
+        out = super().generate(inputs, *args, **kwargs)
+        if CACHE != "cache" and hasattr(out, CACHE):
+            out.cache = getattr(out, CACHE)
+        return out
+
+    def _state_for(self, given: MemoryState, batch: int, kwargs: dict) -> MemoryState:
+        """A copy of the given state with a row for every sequence that will be generated."""
+        self.check_state(given)  # type: ignore[attr-defined]
+        state = given.to(self.device)  # type: ignore[attr-defined]
+        if state.batch_size == 1 and batch > 1:
+            state = state.repeat(batch)
+        if state.batch_size != batch:
+            raise ValueError(
+                f"The state has {state.batch_size} rows, the prompt {batch}; they must agree, or "
+                "the state have one row."
+            )
+        config = kwargs.get("generation_config") or self.generation_config
+        names = ("num_beams", "num_return_sequences")
+        rows = max(kwargs.get(n) or getattr(config, n, None) or 1 for n in names)
+        return state.repeat(rows) if rows > 1 else state
+
+
+def _holds(state: MemoryState, ids: Tensor | None) -> bool:
+    """Whether `ids` begin with exactly what the state has read."""
+    if ids is None or state.ids_hash is None or not 0 < state.columns < ids.shape[1]:
+        return False
+    repeat = state.batch_size // ids.shape[0]
+    fresh = MemoryState({}, ids.shape[0])
+    read = fresh.extend_hash(ids[:, : state.columns], state.columns)
+    return torch.equal(state.ids_hash[::repeat].cpu(), read.cpu())  # type: ignore[union-attr]

@@ -1,0 +1,450 @@
+"""MemoryModelForCausalLM: the `PreTrainedModel` that a user holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from memwrap.backbones import Backbone
+from memwrap.backbones.backbone import memory_dtype
+from memwrap.backbones.cache_names import CACHE
+from memwrap.backbones.offloaded import loaded_parameters
+from memwrap.engine.inputs import (
+    Inputs,
+    as_batch,
+    check_control,
+    check_fit,
+    check_inputs,
+    refuse_unknown,
+)
+from memwrap.engine.loop import Loop
+from memwrap.engine.loss import check_teacher
+from memwrap.engine.packed_documents import Documents, PackedLoop, documents_in, targets_of
+from memwrap.engine.step import SegmentReader
+from memwrap.io.fingerprints import fingerprint
+from memwrap.memories.protocol import Memory
+from memwrap.memories.registry import config_class, memory_class
+from memwrap.memories.sizes import Sizes
+from memwrap.model.configuration import MemoryModelConfig
+from memwrap.model.decoder import MemoryModules, SegmentDecoder
+from memwrap.model.generation import MemoryGenerationMixin
+from memwrap.model.outputs import MemoryModelOutput, one_cache
+from memwrap.model.saving import SavingMixin, plain_name
+from memwrap.state.check import check_shapes, signature_difference
+from memwrap.state.memory_state import MemoryState
+
+MEMORY_CHILD = "memory_modules"
+
+
+class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel):  # type: ignore[misc]
+    """A causal LM with memories: reads text of any length in bounded space.
+
+    Make one with `memwrap.wrap` or `memwrap.load`.
+    """
+
+    config_class = MemoryModelConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
+
+    def __init__(self, config: MemoryModelConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            backbone = AutoModelForCausalLM.from_config(copy.deepcopy(config.backbone))
+        self.parts = Backbone(backbone)
+        self.memory_configs = [
+            config_class(values["name"]).from_dict(values) for values in config.memories or []
+        ]
+        memories = self._build_memories()
+        self._check_positions()
+        # A base class may initialise what it has not seen initialised: nothing here is new to us.
+        self.backbone = backbone
+        self.memory_modules = MemoryModules(memories)
+        for module in self.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        self.parts.attach({place for c in self.memory_configs for place in c.places})
+        self.gradient_checkpointing = _take_over_checkpointing(backbone)
+        self.generation_config = copy.deepcopy(backbone.generation_config)
+        self.post_init()
+
+    def _build_memories(self) -> dict[str, Memory]:
+        if not self.memory_configs:
+            raise ValueError("No memory was given: wrap(model, 'armt') or a config of one.")
+        taken: dict[str, str] = {}
+        for config in self.memory_configs:
+            for place in config.places:
+                if place in taken:
+                    raise ValueError(
+                        f"{config.name!r} and {taken[place]!r} both attach at the {place} place; "
+                        "wrap with one of them."
+                    )
+                taken[place] = config.name
+        if len({c.segment_size for c in self.memory_configs}) > 1:
+            raise ValueError("The memories have different `segment_size`s; give them one.")
+        sizes = self.sizes(
+            layers=bool({"layer", "attention"} & taken.keys()), attention="attention" in taken
+        )
+        return {c.name: memory_class(c.name)(c, sizes) for c in self.memory_configs}
+
+    def sizes(self, *, layers: bool = True, attention: bool = False) -> Sizes:
+        """What a memory is told of the backbone.
+
+        Args:
+            layers: count the decoder layers themselves, not the config's number.
+            attention: look at every layer's attention too (runs one token).
+        """
+        parts = self.parts
+        return Sizes(
+            hidden_size=parts.config.hidden_size,
+            embedding_size=parts.embedding_size,
+            num_layers=len(parts.layers) if layers else parts.config.num_hidden_layers,
+            embedding_std=parts.embedding_std(),
+            embedding_mean=parts.embedding_mean(),
+            vocab_size=parts.embedding_weight.shape[0],
+            dtype=memory_dtype(parts.model),
+            backbone_dtype=parts.embedding_weight.dtype,
+            device=parts.device,
+            attention=parts.attention_sizes() if attention else {},
+        )
+
+    def _check_positions(self) -> None:
+        limit = self.parts.max_positions
+        extra = sum(c.extra_tokens for c in self.memory_configs)
+        if limit is not None and self.segment_size + extra > limit:
+            raise ValueError(
+                f"`segment_size` {self.segment_size} with {extra} memory tokens needs "
+                f"{self.segment_size + extra} positions; the backbone's table has {limit}. Use "
+                f"segments of at most {limit - extra}."
+            )
+
+    # Parts
+
+    @property
+    def memories(self) -> dict[str, Memory]:
+        """The memory modules by name (the trained copies where PEFT made any)."""
+        return self.memory_modules.by_name()
+
+    @property
+    def device(self) -> torch.device:
+        """Where text is taken in."""
+        return self.parts.device
+
+    @property
+    def segment_size(self) -> int:
+        return self.memory_configs[0].segment_size
+
+    @property
+    def base_model(self) -> Any:
+        """The loop, giving last hidden states: for trainers that bring their own head and loss."""
+        return SegmentDecoder(self) if "memory_modules" in self._modules else self
+
+    def memory_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all memories."""
+        for memory in self.memories.values():
+            yield from memory.parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.parts.decoder
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        result = self.backbone.resize_token_embeddings(*args, **kwargs)
+        self.config.backbone = copy.deepcopy(self.backbone.config)
+        return result
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the backbone brings its weights, the memories initialise their own."""
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        # Whole segments are recomputed; a layer's own checkpoint would drop the open segment.
+        self.gradient_checkpointing = enable
+
+    # States
+
+    def signature(self) -> dict[str, Any]:
+        """Which states this model can continue: its memories and its backbone's shape."""
+        config = self.parts.config
+        names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+        return {
+            "memories": [c.to_dict() for c in self.memory_configs],
+            "backbone": {name: getattr(config, name) for name in names},
+        }
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the backbone's and the memories' weights."""
+        memories = {n: m.named_parameters() for n, m in self.memories.items()}
+        own = ((f"{n}.{k}", p) for n, ps in memories.items() for k, p in ps)
+        base = ((plain_name(k), p) for k, p in loaded_parameters(self.backbone))
+        return {"backbone": fingerprint(base), "memories": fingerprint(own)}
+
+    def new_state(self, batch_size: int) -> MemoryState:
+        """The state of `batch_size` rows that have read nothing."""
+        reader = SegmentReader(self.parts, self.memories)
+        return MemoryState(
+            reader.init_states(batch_size, self.device), batch_size, self.signature()
+        )
+
+    def check_state(self, state: MemoryState) -> None:
+        """Refuse a state of another model.
+
+        Raises:
+            ValueError: says what differs.
+        """
+        if not isinstance(state, MemoryState):
+            raise ValueError(
+                f"`cache` is a {type(state).__name__}; give a MemoryState (model.read)."
+            )
+        own = self.signature()
+        if state.signature != own:
+            raise ValueError(
+                f"The state belongs to another model: {signature_difference(state.signature, own)}."
+            )
+        if state.unverified:
+            growing = [n for n, m in self.memories.items() if m.grows]
+            check_shapes(state, self.new_state(1), growing)
+            weights = self.fingerprint()
+            differing = [k for k, v in (state.weights or {}).items() if weights.get(k) != v]
+            if differing:
+                raise ValueError(
+                    f"The state was written with other weights ({' and '.join(differing)}); "
+                    "load it into the model that read it, or read the text again."
+                )
+            state.unverified = False
+
+    def loop_over(self, inputs: Inputs, documents: Documents | None) -> Loop | PackedLoop:
+        """Make the loop for `inputs`: where documents are packed in its rows, one that reads each
+        as if it had a row alone."""
+        if documents is None:
+            return self.loop()
+        return PackedLoop(self.loop, self.new_state, inputs, documents)
+
+    def loop(self) -> Loop:
+        """Make the segment loop over this model's backbone and memories."""
+        checkpointing = self.gradient_checkpointing and self.training
+        reader = SegmentReader(self.parts, self.memories)
+        return Loop(reader, self.memory_configs[0], checkpointing, self.training)
+
+    def _advanced(self, state: MemoryState, new: MemoryState) -> MemoryState:
+        """Move `state` on to `new`, all at once; a first reading notes the weights."""
+        if new.weights is None and not (torch.is_grad_enabled() or self.training):
+            new.weights = self.fingerprint()
+        state._become(new)
+        return state
+
+    # Calls
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: MemoryState | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        memory_control: str | MemoryState | None = None,
+        return_logits: bool | None = None,
+        remember: bool = True,
+        seq_idx: Tensor | None = None,
+        return_dict: bool | None = None,
+        past_key_values: MemoryState | None = None,
+        **kwargs: Any,
+    ) -> MemoryModelOutput | tuple:
+        """Read text of any length.
+
+        Args:
+            input_ids: `(B, T)` new tokens; they continue `cache`.
+            attention_mask: `(B, T)` or longer (its last T columns count); padding may stand
+                before and after a row's tokens.
+            position_ids: `(B, T)`. Where they do not go on by one a new document begins, which
+                is read as if it had a row alone; otherwise they are ignored, as positions restart
+                in every segment. Collators' `cu_seq_lens_q` do the same.
+            cache: the state to continue (also as `past_key_values`). It moves on in place, at the
+                end.
+            inputs_embeds: `(B, T, D)` instead of `input_ids`.
+            labels: `(B, T)`, shifted inside; -100 is ignored.
+            use_cache: return a state. Default: not while training with labels.
+            logits_to_keep: the last so many columns, or a tensor of columns; 0 for all.
+            num_items_in_batch: divides the summed loss instead of the number of targets.
+            memory_control: for evaluation, what is read instead of the memory: `"off"` (an empty
+                one), `"shuffled"` (the next row's), or a state. Needs closed segments.
+            return_logits: with labels, logits are made only if this or `logits_to_keep` is given.
+            remember: False leaves the last segment open however long it grows.
+            seq_idx: `(B, T)`, a number for each document of a packed row.
+            shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
+                the keywords: transformers' Trainer takes every named "label" for a needed one.
+            teacher: a `Teacher` whose distribution is followed beside the labels (a keyword).
+
+        Returns:
+            `loss`, `logits` `(B, T, V)` (zeros at padding) or None, and `cache`, the state.
+
+        Raises:
+            ValueError: for misshapen inputs, a mask with a hole, a state of another model, or
+                packed documents with a state.
+        """
+        shift_labels, ends = kwargs.pop("shift_labels", None), kwargs.pop("cu_seq_lens_q", None)
+        teacher = kwargs.pop("teacher", None)
+        refuse_unknown(kwargs, type(self).forward)
+        given = one_cache(cache, past_key_values)
+        inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
+        documents = documents_in(inputs.real, seq_idx, position_ids, ends)
+        targets = targets_of(inputs, labels, shift_labels, documents)
+        if use_cache is None:
+            use_cache = documents is None and (targets is None or not self.training)
+        state = self._state_of(given, inputs)
+        if state.hold_open != (not remember):
+            state = state.clone()
+            state.hold_open = not remember
+        if isinstance(memory_control, MemoryState):
+            self.check_state(memory_control)
+        check_control(memory_control, state, inputs)
+        first = _first_column(logits_to_keep, inputs)
+        loop = self.loop_over(inputs, documents)
+        reading = loop(
+            inputs,
+            state,
+            targets=targets,
+            teacher=None if targets is None else check_teacher(teacher, inputs.shape),
+            hidden_from=None if targets is not None else first,
+            collect=self._collected,
+            keep_open=use_cache or given is not None,
+            control=memory_control,
+        )
+        loss, logits = None, None
+        if targets is not None:
+            count = num_items_in_batch if num_items_in_batch is not None else reading.targets
+            loss = reading.loss_sum / _at_least_one(count, inputs.device)
+            if return_logits or not isinstance(logits_to_keep, int) or logits_to_keep:
+                logits = self._logits_again(loop, inputs, state, logits_to_keep, memory_control)
+        else:
+            logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
+        result = None
+        if given is not None or use_cache:
+            result = self._advanced(given or state, reading.state)
+        own: dict[str, Any] = {CACHE: result}
+        out = MemoryModelOutput(loss=loss, logits=logits, **own)
+        return out.to_tuple() if return_dict is False else out
+
+    @torch.no_grad()
+    def _logits_again(
+        self, loop: Any, inputs: Inputs, state: MemoryState, keep: int | Tensor, control: Any
+    ) -> Tensor:
+        """Logits beside a loss: the text is read once more, without a graph."""
+        again = loop(
+            inputs, state, hidden_from=_first_column(keep, inputs), collect=self._collected,
+            keep_open=False, control=control,
+        )  # fmt: skip
+        return self._logits(again.hidden, keep)
+
+    def _inputs(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> Inputs:
+        inputs = check_inputs(ids, embeds, mask)
+        check_fit(inputs, *self.parts.embedding_weight.shape)
+        return inputs
+
+    def _state_of(self, given: MemoryState | None, inputs: Inputs) -> MemoryState:
+        if given is None:
+            return self.new_state(inputs.shape[0])
+        self.check_state(given)
+        if given.batch_size != inputs.shape[0]:
+            raise ValueError(
+                f"The state has {given.batch_size} rows, the input {inputs.shape[0]}; they must "
+                "agree (state.repeat, state.select)."
+            )
+        return given
+
+    @property
+    def _collected(self) -> str:
+        """What the loop collects: logits where a memory mixes them, hidden states otherwise."""
+        mixed = any("logits" in config.places for config in self.memory_configs)
+        return "logits" if mixed else "hidden"
+
+    def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
+        if isinstance(keep, Tensor):
+            hidden = hidden[:, keep] if keep.dim() == 1 else hidden[keep.bool()][None]
+        return hidden if self._collected == "logits" else self.parts.head(hidden)
+
+    @torch.no_grad()
+    def read(
+        self,
+        text: Tensor | str | list,
+        attention_mask: Tensor | None = None,
+        *,
+        tokenizer: Any = None,
+        state: MemoryState | None = None,
+        progress: bool = False,
+    ) -> MemoryState:
+        """Read without computing logits, in space that does not grow with the text.
+
+        Args:
+            text: `(B, T)` or `(T,)` ids, a list of id lists or tensors of any lengths, a string,
+                or a list of strings.
+            attention_mask: `(B, T)`, for padded tensors.
+            tokenizer: turns strings into ids.
+            state: continue this one; it stays as it is.
+            progress: show a bar over segments.
+
+        Returns:
+            The state after the text.
+
+        Raises:
+            ValueError: for nothing to read, ids outside the vocabulary, or strings without a
+                tokenizer.
+        """
+        ids, mask = as_batch(text, attention_mask, tokenizer)
+        inputs = self._inputs(ids.to(self.device), None, mask)
+        old = self._state_of(state, inputs).clone()
+        old.hold_open = False
+
+        def bar(steps: Any) -> Any:
+            return tqdm(steps, desc="reading", unit="segment", disable=not progress)
+
+        new = self.loop()(inputs, old, progress=bar).state
+        return self._advanced(old, new)
+
+    @torch.no_grad()
+    def close_segment(self, state: MemoryState) -> MemoryState:
+        """Close the open segments, as at the end of a document: runs the write.
+
+        Returns:
+            The state with nothing open; the given one stays as it is.
+        """
+        self.check_state(state)
+        new = self.loop().close(state)
+        return self._advanced(state.clone(), new)
+
+
+def _first_column(keep: int | Tensor, inputs: Inputs) -> int:
+    return max(0, inputs.shape[1] - keep) if isinstance(keep, int) and keep > 0 else 0
+
+
+def _at_least_one(count: Tensor | int, device: torch.device) -> Tensor:
+    return torch.as_tensor(count, device=device).clamp(min=1)
+
+
+def _take_over_checkpointing(backbone: PreTrainedModel) -> bool:
+    """Turn the layers' checkpointing off; say whether it was on."""
+    found = False
+    for module in backbone.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing, found = False, True  # type: ignore[assignment]
+    return found

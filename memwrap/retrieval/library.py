@@ -1,0 +1,357 @@
+"""A library: documents that a model has encoded once, asked many times, with citations.
+
+Needs a model with the `extended_mind` memory. What the documents leave is a `MemoryState` like
+every other; beside it the library remembers which entry is which token of which document.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from memwrap.io.atomic_files import replacing
+from memwrap.memories.extended_mind import ExtendedMindMemory, Retrieved, retrieved
+from memwrap.state.memory_state import MemoryState
+from memwrap.state.trees import Tree
+
+FORMAT, VERSION = "memwrap-library", 1
+STATE, DOCUMENTS = "state.safetensors", "documents.safetensors"
+CONVERSATION = "(conversation)"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `end` (not included) of a document, and the attention that they got: the
+    mean over heads and layers, of 1 in all."""
+
+    document: str
+    start: int
+    end: int
+    weight: float
+
+
+@dataclass
+class Citations:
+    """For every token of an answer what was read when it was chosen.
+
+    Attributes:
+        ids: the answer's ids.
+        tokens: for each, spans by falling weight.
+        spans: those of the whole answer, weights as means per token.
+    """
+
+    ids: list[int]
+    tokens: list[list[Span]]
+    spans: list[Span]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return asdict(self)
+
+
+class Library:
+    """Encoded documents.
+
+    Attributes:
+        model: a model with the `extended_mind` memory.
+        state: its state after the documents, one row.
+        documents: ids `(T,)` by name.
+        entries: `(N, 2)`, the document's number and the token of every entry.
+    """
+
+    def __init__(
+        self, model: Any, state: MemoryState, documents: dict[str, Tensor], entries: Tensor
+    ) -> None:
+        self.memory = mind_of(model)
+        self.model, self.state, self.documents, self.entries = model, state, documents, entries
+        if len(entries) != count_of(state):
+            raise ValueError(
+                f"The state has {count_of(state)} entries, the documents {len(entries)}: they do "
+                "not belong together."
+            )
+
+    @classmethod
+    @torch.no_grad()
+    def encode(
+        cls,
+        model: Any,
+        documents: Mapping[str, Tensor | list[int] | str],
+        *,
+        tokenizer: Any = None,
+        window: int | None = None,
+        stride: int | None = None,
+        special_ids: Iterable[int] | None = None,
+        batch_size: int = 8,
+        progress: bool = False,
+    ) -> Library:
+        """Encode documents, each by itself: in overlapping windows, without looking anything up.
+
+        Args:
+            model: with the `extended_mind` memory.
+            documents: ids or text by name.
+            tokenizer: for text.
+            window: tokens that are read at once, at most (and by default) the segment size.
+            stride: tokens by which windows advance; half a window by default. A window's last
+                tokens that no window before has covered are kept, so that all but a document's
+                first have `window - stride` tokens or more before them.
+            special_ids: tokens that leave no entry; by default the tokenizer's special ones, or
+                the backbone's beginning and end of text.
+            batch_size: windows that are read together.
+            progress: show a bar.
+
+        Raises:
+            ValueError: for a model without the memory, no documents, an empty one, text without a
+                tokenizer, or sizes that do not fit.
+        """
+        memory = mind_of(model)
+        window = window or memory.config.segment_size
+        stride = stride or max(1, window // 2)
+        if not 0 < stride <= window <= memory.config.segment_size:
+            raise ValueError(
+                f"`stride` {stride} and `window` {window} do not fit: 0 < stride <= window <= "
+                f"segment_size ({memory.config.segment_size}) is needed."
+            )
+        texts = {name: _ids_of(name, text, tokenizer) for name, text in documents.items()}
+        if not texts:
+            raise ValueError("`documents` is empty; give at least one.")
+        special = torch.tensor(sorted(_special(model, tokenizer, special_ids)), dtype=torch.long)
+        pieces = [p for n, t in enumerate(texts.values()) for p in _windows(n, t, window, stride)]
+        state, entries = model.new_state(1), []
+        layers = state.memories["extended_mind"]["layers"]
+        bar = tqdm(total=len(pieces), desc="encoding", unit="window", disable=not progress)
+        for first in range(0, len(pieces), batch_size):
+            batch = pieces[first : first + batch_size]
+            read = model.close_segment(model.read([ids for _, _, ids, _ in batch]))
+            for row, (number, start, ids, new) in enumerate(batch):
+                keep = ~torch.isin(ids[-new:], special)
+                found = read.memories["extended_mind"]["layers"]
+                for layer, tree in found.items():
+                    layers[layer] = _added(memory, layers[layer], tree, row, len(ids), keep)
+                token = start + len(ids) - new + keep.nonzero().squeeze(1)
+                entries.append(torch.stack([torch.full_like(token, number), token], 1))
+            bar.update(len(batch))
+        bar.close()
+        state.weights = None if model.training else model.fingerprint()
+        return cls(model, state, texts, torch.cat(entries))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the library into a folder: the state, and the documents with their entries."""
+        folder = Path(folder)
+        names, rows = list(self.documents), list(self.documents.values())
+        tensors = {"ids": torch.cat(rows), "lengths": torch.tensor([len(r) for r in rows])}
+        tensors["entries"] = self.entries.contiguous()
+        metadata = {"format": FORMAT, "version": str(VERSION), "names": json.dumps(names)}
+        with replacing(folder / DOCUMENTS) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+        self.state.save(folder / STATE)
+
+    @classmethod
+    def load(cls, folder: str | Path, model: Any) -> Library:
+        """Read a library for the model that encoded it.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: for a damaged or foreign file, or another model.
+        """
+        path = Path(folder) / DOCUMENTS
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no library in {folder}: {path.name} is missing.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                ids, lengths, entries = (
+                    file.get_tensor(name).clone() for name in ("ids", "lengths", "entries")
+                )
+            if (metadata["format"], metadata["version"]) != (FORMAT, str(VERSION)):
+                raise ValueError(f"{path} is not a library that this memwrap reads.")
+            names = json.loads(metadata["names"])
+            documents = dict(zip(names, ids.split(lengths.tolist()), strict=True))
+        except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged or not a library: {error}") from error
+        state = MemoryState.load(Path(folder) / STATE, model)
+        return cls(model, state, documents, entries)
+
+    def ask(
+        self, question: Tensor | list[int] | str, *, tokenizer: Any = None, **settings: Any
+    ) -> Citations:
+        """Generate an answer and say what it was made of.
+
+        Args:
+            question: ids `(T,)` or text.
+            tokenizer: for text.
+            settings: of `generate`.
+        """
+        ids = _ids_of("question", question, tokenizer).to(self.model.device)
+        answer = self.model.generate(ids[None], cache=self.state, **settings)
+        if len(answer) != 1:
+            raise ValueError("Citations are made for one answer: leave num_return_sequences at 1.")
+        return self.cite(ids, answer[0, len(ids) :])
+
+    @torch.no_grad()
+    def cite(
+        self, question: Tensor | list[int], answer: Tensor | list[int], *, least: float = 1e-4,
+    ) -> Citations:  # fmt: skip
+        """What was read while each of the answer's tokens was chosen.
+
+        Args:
+            question, answer: ids `(T,)`; the answer continues the question.
+            least: spans of less weight are left out.
+        """
+        question, answer = (
+            torch.as_tensor(x, device=self.model.device) for x in (question, answer)
+        )
+        if not len(question) or not len(answer):
+            raise ValueError("`question` and `answer` need at least one id each.")
+        text = torch.cat([question, answer[:-1]])[None]
+        with retrieved() as notes:
+            self.model(text, cache=self.state.clone(), logits_to_keep=1)
+        token, entry, weight = _weights(notes, len(question) - 1)
+        per_token = [
+            self._spans(entry[token == t], weight[token == t], least) for t in range(len(answer))
+        ]
+        unique, place = entry.unique(return_inverse=True)
+        total = weight.new_zeros(len(unique)).index_add(0, place, weight) / len(answer)
+        return Citations(answer.tolist(), per_token, self._spans(unique, total, least))
+
+    def report(self, citations: Citations, tokenizer: Any = None, most: int = 5) -> str:
+        """The answer and its `most` heaviest spans, and for every token its heaviest one."""
+
+        def words(ids: Any) -> str:
+            text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
+            return " ".join(text.split())
+
+        def place(span: Span) -> str:
+            return f"{span.document} [{span.start}:{span.end}] {span.weight:.1%}"
+
+        lines = [f"answer: {words(citations.ids)}", "", "read most:"]
+        for span in citations.spans[:most]:
+            quoted = ""
+            if span.document in self.documents:
+                quoted = ": " + words(self.documents[span.document][span.start : span.end].tolist())
+            lines.append(f"  {place(span)}{quoted}")
+        lines += ["", "by token:"]
+        for id_, spans in zip(citations.ids, citations.tokens, strict=True):
+            lines.append(f"  {words([id_])!r}: {place(spans[0]) if spans else 'nothing'}")
+        return "\n".join(lines)
+
+    def _spans(self, entry: Tensor, weight: Tensor, least: float) -> list[Span]:
+        """Entries that stand side by side, together; by falling weight."""
+        names, known = list(self.documents), len(self.entries)
+        found: list[list[Any]] = []
+        order = entry.argsort()
+        for number, w in zip(entry[order].tolist(), weight[order].tolist(), strict=True):
+            document, token = self.entries[number].tolist() if number < known else (-1, number)
+            last = found[-1] if found else None
+            if last is not None and last[0] == document and last[2] == token:
+                last[2], last[3] = token + 1, last[3] + w
+            else:
+                found.append([document, token, token + 1, w])
+        spans = [
+            Span(names[d], a, b, w) if d >= 0 else Span(CONVERSATION, a - known, b - known, w)
+            for d, a, b, w in found
+        ]
+        return sorted((s for s in spans if s.weight >= least), key=lambda s: -s.weight)
+
+
+def mind_of(model: Any) -> ExtendedMindMemory:
+    """The model's `extended_mind` memory.
+
+    Raises:
+        ValueError: if it has none, or others beside it that add tokens of their own.
+    """
+    memories = getattr(model, "memories", {})
+    memory = memories.get("extended_mind")
+    if memory is None:
+        raise ValueError("A library needs a model with the memory 'extended_mind'.")
+    if any("tokens" in m.config.places for m in memories.values()):
+        raise ValueError("A library needs a model without memories that add tokens of their own.")
+    return memory
+
+
+def count_of(state: MemoryState) -> int:
+    """Entries written into a state's row."""
+    layers = state.memories["extended_mind"]["layers"]
+    return int(next(iter(layers.values()))["count"][0])
+
+
+def _ids_of(name: str, text: Tensor | list[int] | str, tokenizer: Any) -> Tensor:
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise ValueError(f"{name!r} is a string; give a `tokenizer` too, or ids.")
+        text = tokenizer(text, verbose=False)["input_ids"]
+    ids = torch.as_tensor(text, dtype=torch.long).cpu()
+    if ids.dim() != 1 or not len(ids):
+        raise ValueError(f"{name!r} has shape {tuple(ids.shape)}; ids (T,) with T > 0 are needed.")
+    return ids
+
+
+def _special(model: Any, tokenizer: Any, given: Iterable[int] | None) -> set[int]:
+    if given is not None:
+        return set(given)
+    if tokenizer is not None:
+        return set(tokenizer.all_special_ids)
+    found: list[int] = []
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(model.parts.config, name, None)
+        found += value if isinstance(value, list) else [value] if value is not None else []
+    return set(found)
+
+
+def _windows(
+    number: int, ids: Tensor, window: int, stride: int
+) -> Iterator[tuple[int, int, Tensor, int]]:
+    """`(document, first token, ids, how many of the last are new)`."""
+    end = 0
+    for start in range(0, len(ids), stride):
+        piece = ids[start : start + window]
+        before, end = end, start + len(piece)
+        yield number, start, piece, end - before
+        if end == len(ids):
+            return
+
+
+def _added(
+    memory: ExtendedMindMemory, own: Tree, read: Tree, row: int, length: int, keep: Tensor
+) -> Tree:
+    """A layer's tree with those of a window's last entries that are kept. The window was read into
+    row `row` of `read` and has `length` tokens."""
+    size = memory.config.cache_size
+    number = torch.arange(length - len(keep), length)[keep]
+    number = number[number >= length - size].to(read["key"].device)
+    key, value = (read[n][row : row + 1].index_select(2, number % size) for n in ("key", "value"))
+    lost = int(keep.sum()) - len(number)  # a window longer than the cache
+    own = {**own, "count": own["count"] + lost}
+    valid = torch.ones(1, len(number), dtype=torch.bool, device=key.device)
+    return memory.rings.add(own, key, value, valid)
+
+
+def _weights(notes: list[Retrieved], first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`(token, entry, weight)` of all that queries `first` and later read: each pair once, summed
+    over heads and layers and divided by their number."""
+    layers: dict[int, list[Retrieved]] = {}
+    for note in notes:
+        layers.setdefault(note.layer, []).append(note)
+    tokens, entries, weights = [], [], []
+    for own in layers.values():
+        place = 0
+        for note in own:
+            heads, length = note.entries.shape[1:3]
+            query = torch.arange(place, place + length, device=note.entries.device) - first
+            place += length
+            there = (note.entries[0] >= 0) & (query >= 0)[:, None]
+            tokens.append(query[:, None].expand_as(note.entries[0])[there])
+            entries.append(note.entries[0][there])
+            weights.append(note.weights[0][there].float() / (heads * len(layers)))
+    token, entry, weight = (torch.cat(x).cpu() for x in (tokens, entries, weights))
+    pairs, place = torch.stack([token, entry], 1).unique(dim=0, return_inverse=True)
+    total = weight.new_zeros(len(pairs)).index_add(0, place, weight)
+    return pairs[:, 0], pairs[:, 1], total

@@ -1,0 +1,335 @@
+"""MemoryState: everything a model remembers between calls, as one transformers `Cache`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from memwrap.io.atomic_files import replacing
+from memwrap.io.checksums import check_sums, checksums
+from memwrap.state.trees import (
+    Tree,
+    aligned,
+    alike,
+    tree_build,
+    tree_leaves,
+    tree_map,
+    tree_to,
+)
+
+FORMAT, VERSION = "memwrap-state", 1
+
+
+BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers of its own remember
+
+
+_HASH_BASE = 6364136223846793005
+
+
+_COUNTERS = ("fill", "segments", "tokens_seen")
+
+
+class MemoryState(Cache):
+    """What the rows of a batch remember. Pass it as `cache`.
+
+    Memories hold what closed segments left; the keys and values of the open segment wait
+    beside them until it is full. Tensors are never written in place: a clone costs nothing and
+    two states never see each other.
+
+    Attributes:
+        memories: a tree of tensors for each memory, batch first; with the name "backbone" also
+            for what the backbone's own recurrent layers remember, where it has any.
+        fill: `(B,)` tokens in each row's open segment.
+        segments: `(B,)` segments closed.
+        tokens_seen: `(B,)` tokens read, padding not counted.
+        hold_open: while true no segment closes (`generate(..., remember=False)`).
+        signature: which memories on which backbone the state belongs to.
+        weights: fingerprint of the weights that wrote it, or None while training.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, memories: dict[str, Tree], batch_size: int, signature: dict | None = None):
+        super().__init__(layers=[])
+        self.memories = memories
+        self.fill = torch.zeros(batch_size, dtype=torch.long)
+        self.segments = torch.zeros(batch_size, dtype=torch.long)
+        self.tokens_seen = torch.zeros(batch_size, dtype=torch.long)
+        self.columns = 0
+        self.open: Tree = {}
+        self.open_positions = torch.zeros(batch_size, 0, dtype=torch.long)
+        self.open_valid = torch.zeros(batch_size, 0, dtype=torch.bool)
+        self.ids_hash: Tensor | None = torch.zeros(batch_size, dtype=torch.long)
+        self.hold_open = False
+        self.signature = signature or {}
+        self.weights: dict[str, str] | None = None
+        self.unverified = False
+
+    # What a transformers cache is asked
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return (
+            f"MemoryState(memories={list(self.memories)}, rows={self.batch_size}, "
+            f"tokens_seen={self.tokens_seen.tolist()}, nbytes={self.nbytes})"
+        )
+
+    @property
+    def is_linear(self) -> list[bool]:
+        # For transformers a cache of recurrent layers alone has no length to cut a prompt by.
+        return [False]
+
+    @property
+    def batch_size(self) -> int:
+        return self.fill.shape[0]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns consumed, padding included: what `generate` slices its input by."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._become(self.select(beam_idx))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._become(self.select(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._become(self.repeat(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "A memory cannot forget its last tokens: keep a clone() and go back to it."
+        )
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError("A MemoryState is read by a memwrap model, not by a backbone alone.")
+
+    # Copies and selections
+
+    def _become(self, other: MemoryState) -> None:
+        """Take over what another state holds, all at once."""
+        self.__dict__.update(other.__dict__)
+
+    def _map(self, tensors: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]):
+        new = MemoryState.__new__(MemoryState)
+        new.__dict__.update(self.__dict__)
+        new.memories = {name: tree_map(tensors, tree) for name, tree in self.memories.items()}
+        new.open = tree_map(tensors, self.open)
+        for name in (*_COUNTERS, "open_positions", "open_valid"):
+            setattr(new, name, rows(getattr(self, name)))
+        new.ids_hash = None if self.ids_hash is None else rows(self.ids_hash)
+        return new
+
+    def clone(self) -> MemoryState:
+        """An independent state. Tensors are shared, which is safe: none is written in place."""
+        return self._map(lambda t: t, lambda t: t)
+
+    def __deepcopy__(self, memo: dict) -> MemoryState:
+        return self.clone()
+
+    def detach(self) -> MemoryState:
+        """The same state without its graph."""
+        return self._map(Tensor.detach, lambda t: t)
+
+    def to(self, device: torch.device | str) -> MemoryState:
+        """The same state on another device; what a memory keeps on the host stays there."""
+        new = self.clone()
+        new.memories = {name: tree_to(tree, device) for name, tree in self.memories.items()}
+        new.open = tree_to(self.open, device)
+        return new
+
+    def select(self, rows: Tensor) -> MemoryState:
+        """The rows of the given indices `(N,)`, in their order."""
+        return self._map(
+            lambda t: t.index_select(0, rows.to(t.device)),
+            lambda t: t.index_select(0, rows.to(t.device)),
+        )
+
+    def repeat(self, times: int) -> MemoryState:
+        """Every row `times` times in a row, as beams are laid out."""
+        return self.select(torch.arange(self.batch_size).repeat_interleave(times))
+
+    @staticmethod
+    def cat(states: list[MemoryState]) -> MemoryState:
+        """Put the rows of several states of one model into one batch.
+
+        Raises:
+            ValueError: for an empty list or states of different models.
+        """
+        if not states:
+            raise ValueError("MemoryState.cat got an empty list; it needs at least one state.")
+        first = states[0]
+        if any(s.signature != first.signature for s in states):
+            raise ValueError("MemoryState.cat got states of different models.")
+        length = max(s.open_valid.shape[1] for s in states)
+        padded = [s._pad_open(length) for s in states]
+        layers = next((s.open for s in padded if s.open), {})
+        new = first.clone()
+        new.memories = {
+            name: tree_map(
+                lambda *t: torch.cat(alike(*t)), *aligned(*[s.memories[name] for s in states])
+            )
+            for name in first.memories
+        }
+        if layers:
+            filled = [s.open or s._empty_open(layers, length) for s in padded]
+            new.open = tree_map(lambda *t: torch.cat(t), *filled)
+        for name in (*_COUNTERS, "open_positions", "open_valid"):
+            setattr(new, name, torch.cat([getattr(s, name) for s in padded]))
+        new.columns = max(s.columns for s in states)
+        same = all(s.ids_hash is not None and s.columns == first.columns for s in states)
+        new.ids_hash = torch.cat([s.ids_hash for s in states]) if same else None  # type: ignore[misc]
+        return new
+
+    def _pad_open(self, length: int) -> MemoryState:
+        extra = length - self.open_valid.shape[1]
+        pad = torch.nn.functional.pad
+        new = self._map(lambda t: t, lambda t: t)
+        new.open = tree_map(lambda t: pad(t, (0, 0, 0, extra)), self.open)
+        new.open_positions = pad(self.open_positions, (0, extra))
+        new.open_valid = pad(self.open_valid, (0, extra), value=False)
+        return new
+
+    def _empty_open(self, like: Tree, length: int) -> Tree:
+        rows = self.batch_size
+        return tree_map(lambda t: t.new_zeros(rows, t.shape[1], length, t.shape[3]), like)
+
+    # Which ids have been read
+
+    def extend_hash(self, input_ids: Tensor | None, length: int) -> Tensor | None:
+        """The rolling hash after `input_ids` `(B, T)`; None once embeddings were fed."""
+        if input_ids is None or self.ids_hash is None:
+            return None
+        power = pow(_HASH_BASE, self.columns + 1, 2**64)
+        first = power - 2**64 if power >= 2**63 else power
+        factors = torch.full((length,), _HASH_BASE, dtype=torch.long, device=input_ids.device)
+        if length:
+            factors[0] = first
+        powers = torch.cumprod(factors, 0)
+        mixed = (input_ids + 1) * 2654435761 + (input_ids + 1).square()
+        return self.ids_hash.to(input_ids.device) + (mixed * powers).sum(1)
+
+    # Size and files
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors the state holds."""
+        tensors = [t for tree in self.memories.values() for _, t in tree_leaves(tree)]
+        tensors += [t for _, t in tree_leaves(self.open)]
+        tensors += [self.open_positions, self.open_valid]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to one safetensors file (through a temporary name)."""
+        leaves = {f"open.{n}": t for n, t in tree_leaves(self.open)}
+        for name, tree in self.memories.items():
+            leaves |= {f"memories.{name}.{n}": t for n, t in tree_leaves(tree)}
+        for name in (*_COUNTERS, "open_positions", "open_valid"):
+            leaves[f"rows.{name}"] = getattr(self, name)
+        if self.ids_hash is not None:
+            leaves["rows.ids_hash"] = self.ids_hash
+        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in leaves.items()}
+        about = {
+            "columns": self.columns, "hold_open": self.hold_open, "signature": self.signature,
+            "weights": self.weights, "memories": list(self.memories),
+        }  # fmt: skip
+        metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
+        metadata |= checksums(tensors, about=metadata["about"])
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any = None) -> MemoryState:
+        """Read a state file.
+
+        Args:
+            path: written by `save`.
+            model: a memwrap model to check against now (and to move the state to its
+                device); without it the check happens when a model first meets the state.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: for a damaged or foreign file, another version, or another model.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no state file {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                # Cloned: a file's tensors lie at odd addresses, where a matrix product may round
+                # another way, and a loaded state continues bit for bit.
+                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is not a memwrap state (save one with state.save).")
+            if metadata.get("version") != str(VERSION):
+                raise ValueError(
+                    f"{path} has state format {metadata.get('version')}; this memwrap reads "
+                    f"{VERSION}. Read the document again with this version."
+                )
+            check_sums(tensors, metadata, path, needed=True)
+            state = cls._from_file(json.loads(metadata["about"]), tensors)
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            json.JSONDecodeError,
+        ) as error:
+            raise ValueError(f"{path} is damaged or not a state file: {error}") from error
+        if model is not None:
+            model.check_state(state)
+            state = state.to(model.device)
+        return state
+
+    @classmethod
+    def _from_file(cls, about: dict, tensors: dict[str, Tensor]) -> MemoryState:
+        tree = tree_build(tensors)
+        memories = tree.get("memories", {})
+        rows: dict[str, Tensor] = tree["rows"]
+        if sorted(memories) != sorted(about["memories"]):
+            lost = sorted(set(about["memories"]) ^ set(memories))
+            raise KeyError(f"the tensors of {lost} are missing or foreign")
+        state = cls(memories, rows["fill"].shape[0], about["signature"])
+        state.open = tree.get("open", {})
+        for name in (*_COUNTERS, "open_positions", "open_valid"):
+            setattr(state, name, rows[name])
+        state.ids_hash = rows.get("ids_hash")
+        state.columns = int(about["columns"])
+        state.hold_open = bool(about["hold_open"])
+        state.weights = about["weights"]
+        state.unverified = True
+        return state
+
+
+def cache_of(tree: Tree) -> DynamicCache:
+    """A cache filled with `{"keys": {layer: tensor}, "values": {layer: tensor}}`."""
+    cache = DynamicCache()
+    if tree:
+        keys, values = tree["keys"], tree["values"]
+        for index in sorted(keys, key=int):
+            cache.update(keys[index], values[index], int(index))
+    return cache
+
+
+def tree_of(cache: DynamicCache) -> Tree:
+    """The inverse of `cache_of`."""
+    layers: list[Any] = cache.layers
+    return {
+        "keys": {str(i): layer.keys for i, layer in enumerate(layers) if layer.is_initialized},
+        "values": {str(i): layer.values for i, layer in enumerate(layers) if layer.is_initialized},
+    }
