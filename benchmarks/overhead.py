@@ -29,7 +29,7 @@ def own_operations(model: memwrap.MemoryModelForCausalLM, state, length: int) ->
     def run() -> None:
         for layer in range(model.config.num_hidden_layers):
             memory.before_layer(layer, hidden, tree)
-            memory.after_layer(layer, hidden[:, -memory.num_suffix :], tree)
+            memory.write_layer(layer, hidden[:, -memory.num_suffix :], tree)
 
     return run
 

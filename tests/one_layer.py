@@ -92,4 +92,4 @@ class OneLayer:
 
     def close(self) -> None:
         """Close the segment that was read."""
-        self.state = self.memory.close_layer(0, self.attention, self.state)
+        self.state = self.memory.write_attention(0, self.attention, self.state)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import memwrap
 from memwrap.assets import asset
+from memwrap.memories.protocol import SeesSegment
 from memwrap.state.trees import aligned, alike, tree_leaves
 
 SEGMENT = 8
@@ -171,6 +172,12 @@ def differ(got: dict[str, Tensor], want: dict[str, Tensor], least: float = 1e-3)
         float((got[n] - g).abs().max()) > least * float(g.abs().max().clamp_min(1e-6))
         for n, g in want.items()
     )
+
+
+def needs_ids(model: Any) -> bool:
+    """Whether a memory keeps the ids of what is read, so that embeddings are refused."""
+    seeing = [m for m in model.memories.values() if isinstance(m, SeesSegment)]
+    return any("ids" in m.looks_at for m in seeing)
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from transformers import (
 
 import memwrap
 from memwrap.io.checksums import checksums
+from memwrap.memories.protocol import SoftPrompt
 
 # Configs
 
@@ -105,8 +106,8 @@ def test_settings_that_do_not_go_together() -> None:
     with refused("layer 7", "0 to 1"):
         memwrap.wrap(build("llama"), armt(layers=[0, 7]))
     base = build("llama")
-    with refused("armt", "rmt", "tokens"):
-        memwrap.wrap(base, "rmt", "armt")
+    with refused("infini", "window", "both attach at the attention"):
+        memwrap.wrap(base, "infini", "window")
     with refused("No memory"):
         memwrap.wrap(base)
     with refused("segment_size", "config"):
@@ -179,7 +180,9 @@ def test_a_failing_wrap_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_segments_and_the_position_table(memory: str, family: str) -> None:
-    longest = 64 - tiny(memory).extra_tokens
+    found = wrapped(memory).memories[memory]
+    prompt = isinstance(found, SoftPrompt) and not found.zero_positions
+    longest = 64 - (found.num_prefix + found.num_suffix if prompt else 0)
     names = {field.name for field in dataclasses.fields(memwrap.config_class(memory))}
     wide = {"window_size": 80} if "window_size" in names else {}  # some need room for a segment
     with refused("segment_size", str(longest + 1), "64", f"at most {longest}"):

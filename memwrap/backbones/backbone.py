@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -173,17 +173,17 @@ class Backbone:
         """Whether a memory model holds this backbone's layers or attention."""
         return any(hasattr(type(m), "_memwrap_parent") for m in self.decoder.modules())
 
-    def attach(self, places: Collection[str]) -> None:
-        """Let the layers ("layer") and their attention ("attention") meet a memory, and recurrent
-        layers what they remember.
+    def attach(self, *, layers: bool, attention: bool) -> None:
+        """Let the layers and their attention meet a memory, and recurrent layers what they
+        remember.
 
         Raises:
             ValueError: if the model lacks what a place needs, or its recurrent layers cannot go on
                 from what they remember.
         """
-        if "layer" in places or self.recurrent:
+        if layers or self.recurrent:
             layer_place.attach(self.layers)
-        if "attention" in places:
+        if attention:
             attention_place.attach(self.model, self.attention_modules.values())
         if self.recurrent:
             try:
@@ -291,22 +291,6 @@ class Backbone:
     def embed(self, input_ids: Tensor) -> Tensor:
         """`(B, T)` ids -> `(B, T, D)` embeddings."""
         return self.embeddings(input_ids)
-
-    @torch.no_grad()
-    def ids_of(self, embeds: Tensor) -> Tensor:
-        """The ids `(B, T)` of embeddings `(B, T, D)`, -1 for those that are no row of the table."""
-        flat = embeds.detach().flatten(0, 1)
-        count, device = self.embedding_weight.shape[0], embeds.device
-        best = torch.full((len(flat),), float("-inf"), device=device)
-        ids = torch.zeros(len(flat), dtype=torch.long, device=device)
-        for start in range(0, count, 8192):
-            table = self.embed(torch.arange(start, min(start + 8192, count), device=device))
-            score = 2 * flat.float() @ table.float().T - table.float().square().sum(-1)
-            top, place = score.max(-1)
-            ids = torch.where(top > best, place + start, ids)
-            best = torch.maximum(top, best)
-        known = (self.embed(ids) == flat).all(-1)
-        return ids.masked_fill(~known, -1).view(embeds.shape[:2])
 
     @contextmanager
     def noting_feed_forward(self) -> Iterator[list[Tensor]]:

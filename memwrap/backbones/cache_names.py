@@ -27,20 +27,21 @@ def find_cache_name(call: Callable[..., Any], config: PreTrainedConfig, model: s
     Raises:
         ValueError: if there is none, or the decoder takes no embeddings and positions.
     """
-    refused = ""
+    refused: Exception | None = None
     for name in dict.fromkeys((CACHE, *NAMES)):
         cache = DynamicCache(config=config)
         try:
             call(**{name: cache, "use_cache": True})
-        except TypeError as error:
-            refused = refused or f" ({error})"
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            refused = refused or error
             continue
         if _filled(cache):
             return name
+    because = "" if refused is None else f" ({refused})"
     raise ValueError(
-        f"The decoder of {model} does not read embeddings, with positions of their own, onto a "
-        f"transformers Cache, as a segment needs{refused}."
-    )
+        f"memwrap cannot carry the cache of {model}: its decoder must read embeddings, with "
+        f"positions of their own, onto a transformers Cache{because}."
+    ) from refused
 
 
 def _filled(cache: Cache) -> bool:

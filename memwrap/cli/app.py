@@ -15,6 +15,8 @@ import memwrap
 from memwrap.assets import asset
 from memwrap.cli.shared import load_model, load_tokenizer, plain_errors
 from memwrap.cli.store_commands import bench_commands, store_commands
+from memwrap.memories.protocol import places_of
+from memwrap.memories.registry import memory_class
 
 app = typer.Typer(
     name="memwrap",
@@ -38,7 +40,7 @@ def list_memories() -> None:
     for name in memwrap.available():
         config = memwrap.config_class(name)
         summary = " ".join((config.__doc__ or "").split("\n\n")[0].split())
-        typer.echo(f"{name:<16}{', '.join(sorted(config.places)):<16}{summary}")
+        typer.echo(f"{name:<16}{', '.join(places_of(memory_class(name))):<16}{summary}")
 
 
 @app.command()

@@ -1,4 +1,7 @@
-"""Tokens that a memory inserts among a segment's own: where they stand."""
+"""Tokens that a memory puts among a segment's own: where they stand, and what they are.
+
+`NoInsertion` is what there is where no memory inserts any.
+"""
 
 from __future__ import annotations
 
@@ -7,73 +10,134 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memwrap.backbones import Backbone
 from memwrap.engine.plan import Step
+from memwrap.memories.protocol import InsertsTokens
+from memwrap.state.trees import Tree
 
 
-@dataclass
-class Inserted:
-    """Where a step's tokens and the tokens inserted among them stand, N tokens, M inserted.
+@dataclass(frozen=True)
+class TokenColumns:
+    """The N tokens of a step and those inserted among them: C columns of its input.
 
     Attributes:
-        token_places, places: `(B, N)` and `(B, M)`, the order in the segment.
-        followed: `(B, M)`, the offset of the token that each inserted one follows.
-        valid: `(B, M)` bool.
-        order: `(B, N + M)`, which of `[tokens | inserted]` stands in each column: those that are
-            there first, by place.
-        tokens: `(B, N)`, the column of each token.
-        ends: `(B, N)` bool, tokens after which a block's inserted token follows; after: `(B, N)`,
-            its column there and the token's own elsewhere.
+        embeds: `(B, C, D)`.
+        valid: `(B, C)` bool.
+        positions: `(B, C)` the order in the segment, the prefix not counted.
+        offsets: `(B, C)` the same, inserted tokens not counted.
+        inserted: `(B, C)` bool.
+        tokens: `(B, N)` the column of each token; None: token n stands in column n.
+        ends: `(B, N)` bool, tokens that fill a block; following: `(B, N)` the column of the token
+            inserted behind it there, the token's own elsewhere.
     """
 
-    token_places: Tensor
-    places: Tensor
-    followed: Tensor
+    embeds: Tensor
     valid: Tensor
-    order: Tensor
-    tokens: Tensor
-    ends: Tensor
-    after: Tensor
+    positions: Tensor
+    offsets: Tensor
+    inserted: Tensor
+    tokens: Tensor | None = None
+    ends: Tensor | None = None
+    following: Tensor | None = None
 
 
-def block_ends(step: Step, every: int, counted: bool = False) -> Tensor:
-    """`(B, N)` bool: tokens that fill a block of `every`, counted from the segment's start."""
-    there = torch.ones_like(step.columns, dtype=torch.bool) if counted else step.columns >= 0
-    return there & ((step.offsets + 1) % every == 0)
+class NoInsertion:
+    """Tokens stand where they stand."""
+
+    inserts = False
+    in_loss = False
+    id: int | None = None
+
+    def columns(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> TokenColumns:
+        """The step's tokens, `embeds` `(B, N, D)`, as columns."""
+        valid = step.columns >= 0
+        return TokenColumns(embeds, valid, step.offsets, step.offsets, torch.zeros_like(valid))
+
+    def end(self, tokens: Tensor) -> Tensor:
+        """Positions `(B,)` behind the first `tokens` `(B,)` of a closed segment."""
+        return tokens
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Which positions in a segment, the prefix not counted, are those of inserted tokens."""
+        return torch.zeros_like(positions, dtype=torch.bool)
+
+    def count(self, step: Step, chosen: Tensor) -> int:
+        """How many inserted tokens are targets: those behind a token of `chosen` `(B, N)`."""
+        return 0
 
 
-def inserted_before(tokens: Tensor, every: int) -> Tensor:
-    """Inserted tokens among the first `tokens` of a closed segment: one a block, full or not."""
-    return (tokens + every - 1) // every
-
-
-def insert(step: Step, every: int, counted: bool = False) -> Inserted | None:
-    """One token after every `every` of a segment, and at its close after what is left.
+class TokenInsertion(NoInsertion):
+    """One token after every so many of a segment, and at its close after what is left.
 
     Args:
-        step: the plan.
-        every: tokens of a block.
-        counted: padding fills blocks too (`count_padding`).
-
-    Returns:
-        None if the step has no place for one.
+        name, memory: whose tokens they are.
+        backbone: embeds those of the vocabulary.
+        count_padding: padding fills blocks, too.
     """
-    full = block_ends(step, every, counted)
-    rest = step.closes & (step.ends % every != 0)
-    count = int(full.sum(1).max()) if full.numel() else 0
-    if not count and not bool(rest.any()):
-        return None
-    index = (~full).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
-    followed, valid = step.offsets.gather(1, index), full.gather(1, index)
-    if bool(rest.any()):
-        followed = torch.cat([followed, (step.ends - 1).clamp_min(0)[:, None]], 1)
-        valid = torch.cat([valid, rest[:, None]], 1)
-    places = followed + inserted_before(followed + 1, every)
-    token_places = step.offsets + step.offsets // every
-    there = torch.cat([step.columns >= 0, valid], 1)
-    both = torch.cat([token_places, places], 1)
-    order = both.masked_fill(~there, int(both.max()) + 1).argsort(dim=1, stable=True)
-    column = order.argsort(1)
-    tokens = column[:, : full.shape[1]]
-    rank = full.shape[1] + (full.long().cumsum(1) - 1).clamp_min(0)
-    after = torch.where(full, column.gather(1, rank), tokens)
-    return Inserted(token_places, places, followed, valid, order, tokens, full, after)
+
+    inserts = True
+
+    def __init__(
+        self, name: str, memory: InsertsTokens, backbone: Backbone, count_padding: bool
+    ) -> None:
+        self.name, self.memory, self.backbone = name, memory, backbone
+        self.every, self.id = memory.insertion.every, memory.insertion.id
+        self.in_loss = memory.insertion.in_loss
+        self.count_padding = count_padding
+
+    def end(self, tokens: Tensor) -> Tensor:
+        return tokens + (tokens + self.every - 1) // self.every
+
+    def at(self, positions: Tensor) -> Tensor:
+        return positions % (self.every + 1) == self.every
+
+    def count(self, step: Step, chosen: Tensor) -> int:
+        return int((self._full(step) & chosen.cpu()).sum()) if self.in_loss else 0
+
+    def columns(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> TokenColumns:
+        """Tokens and inserted ones, by position."""
+        real, full = step.columns >= 0, self._full(step)
+        positions = step.offsets + step.offsets // self.every
+        rest = step.closes & (step.ends % self.every != 0)
+        count = int(full.sum(1).max()) if full.numel() else 0
+        if not count and not bool(rest.any()):
+            return TokenColumns(embeds, real, positions, step.offsets, torch.zeros_like(real))
+        index = (~full).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+        followed, valid = step.offsets.gather(1, index), full.gather(1, index)
+        if bool(rest.any()):
+            followed = torch.cat([followed, (step.ends - 1).clamp_min(0)[:, None]], 1)
+            valid = torch.cat([valid, rest[:, None]], 1)
+        both = torch.cat([positions, self.end(followed + 1) - 1], 1)
+        valid = torch.cat([real, valid], 1)
+        order = both.masked_fill(~valid, int(both.max()) + 1).argsort(dim=1, stable=True)
+        column = order.argsort(1)
+        tokens = column[:, : full.shape[1]]
+        rank = full.shape[1] + (full.long().cumsum(1) - 1).clamp_min(0)
+        x = torch.cat([embeds, self._embeds(embeds, states, followed.shape[1])], 1)
+        return TokenColumns(
+            x.gather(1, wide(order, x)),
+            valid.gather(1, order),
+            both.gather(1, order),
+            torch.cat([step.offsets, followed], 1).gather(1, order),
+            order >= real.shape[1],
+            tokens,
+            full,
+            torch.where(full, column.gather(1, rank), tokens),
+        )
+
+    def _full(self, step: Step) -> Tensor:
+        """`(B, N)` bool: tokens that fill a block, counted from the segment's start."""
+        there = self.count_padding | (step.columns >= 0)
+        return there & ((step.offsets + 1) % self.every == 0)
+
+    def _embeds(self, embeds: Tensor, states: dict[str, Tree], count: int) -> Tensor:
+        if self.id is None:
+            vector = self.memory.inserted(states[self.name])
+        else:
+            vector = self.backbone.embed(torch.full((1, 1), self.id, device=embeds.device))
+        return vector.to(embeds.dtype).expand(len(embeds), count, -1)
+
+
+def wide(index: Tensor, like: Tensor) -> Tensor:
+    """An index `(B, N)` of the columns of `like` `(B, C, D)`, as gather wants it."""
+    return index.to(like.device)[..., None].expand(-1, -1, like.shape[-1])

@@ -11,23 +11,10 @@ from memwrap.backbones import LayerAttention, Places
 from memwrap.backbones.layer_attention import SeenAttention, cached_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, LayerMemory
 from memwrap.state.memory_state import BACKBONE
+from memwrap.state.open_segment import OpenSegment
 from memwrap.state.trees import Tree, where_rows
-
-
-@dataclass
-class Local:
-    """The open segments: keys and values, and what memories look at of the tokens, with the
-    places (order in the segment) and validity of their columns."""
-
-    tree: Tree
-    positions: Tensor
-    valid: Tensor
-
-    @property
-    def empty(self) -> bool:
-        return self.valid.shape[1] == 0
 
 
 @dataclass
@@ -35,13 +22,14 @@ class LayerContext:
     """The keyword that layers and attention are handed: reads, and notes what changes.
 
     Attributes:
-        layered: the memories at the layer place.
-        attending: the memory at the attention place, by name; at most one.
+        layered: the memories at the layers.
+        attending: the memory at the attention, by name; at most one.
         states: the memories' trees before the step; a layer's part is `tree["layers"]["7"]`.
         num_suffix: suffix tokens of all memories, at the end of the step's columns.
+        suffixes: where among them those of each memory stand.
         closing: whether any row's segment closes.
         places: where queries and keys stand.
-        local: the open segments before the step.
+        segment: the open segments before the step.
         seen, attended: layers met.
         noted: layer states after reading; written: layer states after closing.
         hidden: the attention's inputs at all K columns, for memories that need them.
@@ -49,13 +37,14 @@ class LayerContext:
         recurrence: the states of the backbone's own recurrent layers, if it has any.
     """
 
-    layered: dict[str, Memory]
-    attending: dict[str, Memory]
+    layered: dict[str, LayerMemory]
+    attending: dict[str, AttentionMemory]
     states: dict[str, Tree]
     num_suffix: int
+    suffixes: dict[str, slice]
     closing: bool
     places: Places
-    local: Local
+    segment: OpenSegment
     rotary: Rotary
     seen: set[int] = field(default_factory=set)
     attended: set[int] = field(default_factory=set)
@@ -71,7 +60,7 @@ class LayerContext:
         for name, memory in self.layered.items():
             state = self._state(name, layer)
             if state is not None:
-                hidden = memory.before_layer(layer, hidden, state)
+                hidden = memory.read_layer(layer, hidden, state)
         return hidden
 
     def after_layer(self, layer: int, hidden: Tensor) -> None:
@@ -81,7 +70,7 @@ class LayerContext:
         for name, memory in self.layered.items():
             state = self._state(name, layer)
             if state is not None:
-                new = memory.after_layer(layer, suffix, state)
+                new = memory.write_layer(layer, suffix[:, self.suffixes.get(name, slice(0))], state)
                 self.written.setdefault(name, {})[str(layer)] = new
 
     def attention(self, seen: SeenAttention) -> Tensor:
@@ -96,19 +85,19 @@ class LayerContext:
             out, state = memory.attend(layer, attention, state)
             self.noted.setdefault(name, {})[str(layer)] = state
             if self.closing:
-                new = memory.close_layer(layer, attention, state)
+                new = memory.write_attention(layer, attention, state)
                 self.written.setdefault(name, {})[str(layer)] = new
             return out.to(seen.value.dtype)
         return seen.call(seen.query, seen.key, seen.value, seen.mask)[0]
 
     def close_attention(self, layer: int, module: object) -> None:
         """Close a layer's open segment without new tokens, from its cached keys and values."""
-        keys, values = (self.local.tree[n][str(layer)] for n in ("keys", "values"))
+        keys, values = (self.segment.tree[n][str(layer)] for n in ("keys", "values"))
         for name, memory in self.attending.items():
             state = self._state(name, layer)
             if state is not None:
                 attention = self._attention(memory, cached_attention(module, keys, values))
-                new = memory.close_layer(layer, attention, state)
+                new = memory.write_attention(layer, attention, state)
                 self.written.setdefault(name, {})[str(layer)] = new
 
     def changed(self, closes: Tensor) -> dict[str, Tree]:
@@ -127,7 +116,7 @@ class LayerContext:
     def _state(self, name: str, layer: int) -> Tree | None:
         return self.states[name].get("layers", {}).get(str(layer))
 
-    def _attention(self, memory: Memory, seen: SeenAttention) -> LayerAttention:
+    def _attention(self, memory: AttentionMemory, seen: SeenAttention) -> LayerAttention:
         shared = self._shared.setdefault(seen.key.device, {})
         if "places" not in shared:
             shared["places"] = self.places.to(seen.key.device)
@@ -135,8 +124,8 @@ class LayerContext:
         hidden = None
         if memory.needs_hidden:
             hidden, key = seen.hidden, str(seen.layer)
-            if not self.local.empty:
-                before = self.local.tree["hidden"][key].squeeze(1)
+            if len(self.segment):
+                before = self.segment.tree["hidden"][key].squeeze(1)
                 # A segment that closes without new tokens has no inputs, of no width.
                 hidden = torch.cat([before, hidden], 1) if hidden.shape[1] else before
             self.hidden[key] = hidden[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from memwrap.backbones import Backbone
 from memwrap.engine.inputs import Inputs
-from memwrap.engine.insertion import block_ends
-from memwrap.engine.layer_context import Local
-from memwrap.engine.loss import IGNORED, Head, Teacher, Wanted
+from memwrap.engine.loss import IGNORED, Collect, Head, StepRequest, Teacher
 from memwrap.engine.plan import Step, plan, plan_columns
-from memwrap.engine.step import Outcome, SegmentReader
+from memwrap.engine.step import SegmentReader, StepOutput
 from memwrap.memories.config import MemoryConfig
 from memwrap.state.memory_state import BACKBONE, MemoryState
+from memwrap.state.open_segment import OpenSegment
 from memwrap.state.trees import Tree, tree_map
 
 
@@ -65,7 +64,7 @@ class Loop:
         targets: Tensor | None = None,
         teacher: Teacher | None = None,
         hidden_from: int | None = None,
-        collect: str = "hidden",
+        collect: Collect = Collect.HIDDEN,
         keep_open: bool = True,
         control: str | MemoryState | None = None,
         progress: Callable[[Iterable[Step]], Iterable[Step]] = iter,
@@ -78,8 +77,7 @@ class Loop:
             targets: `(B, T)` the id that each column predicts, -100 for none.
             teacher: whose distribution is followed beside the targets.
             hidden_from: first column whose last hidden state is wanted; None for none.
-            collect: what is wanted of these columns: `"hidden"`, mixed `"logits"`, or the
-                `"keys"` that a memory at the logits place is given.
+            collect: what is wanted of these columns.
             keep_open: keep the open segments' keys and values.
             control: "off" (without `keep_open` nothing is written, either), "shuffled" or a state
                 whose memories are read instead.
@@ -90,38 +88,38 @@ class Loop:
         if targets is not None and self.config.loss_on == "last":
             targets = _only_last(targets, steps)
         states = state.memories
-        local = Local(state.open, state.open_positions, state.open_valid)
+        segment = state.open
         pieces: list[tuple[Tensor, Tensor]] = []
         loss_sum: Tensor | None = None
-        new, named = state.clone(), 0
+        new, inserted = state.clone(), 0
         apart: dict[str, Tree] = {}
         for index, step in enumerate(progress(steps)):
             if index and torch.is_grad_enabled() and self.config.detach_before(index):
                 states = {name: tree_map(Tensor.detach, tree) for name, tree in states.items()}
-                local.tree = tree_map(Tensor.detach, local.tree)
+                segment = segment.detach()
             keep = keep_open and bool(((step.ends > 0) & ~step.closes).any())
             wanted = None if targets is None else _gather(targets, step, IGNORED)
             taught = None if teacher is None else teacher.at(step)
-            want = Wanted(wanted, collect, hidden_from, control != "off", taught)
+            request = StepRequest(wanted, collect, hidden_from, control != "off", taught)
             before = states
             if control != "off" or keep_open:  # an empty memory needs no state to go on with
-                result, states, local = self._step(inputs, step, states, local, keep, want)
+                result, states, segment = self._step(inputs, step, states, segment, keep, request)
             if control is not None:
-                result, apart = self._controlled(inputs, step, before | apart, control, want)
+                result, apart = self._controlled(inputs, step, before | apart, control, request)
             if wanted is not None:
-                named += self._named(step, wanted)
+                inserted += self.reader.layout.insertion.count(step, wanted != IGNORED)
                 loss_sum = result if loss_sum is None else loss_sum + result
             elif hidden_from is not None:
-                pieces += _wanted_pieces(result, want.columns(step), hidden_from)
+                pieces += _wanted_pieces(result, request.columns(step), hidden_from)
             new.segments = new.segments + step.closes.long()
             new.fill = step.ends.masked_fill(step.closes, 0)
-        self._finish(new, inputs, states if keep_open else states | apart, local)
+        self._finish(new, inputs, states if keep_open else states | apart, segment)
         if targets is not None and loss_sum is None:  # nothing but padding
             loss_sum = torch.zeros((), device=inputs.device)
         hidden = None
         if hidden_from is not None:
             hidden = assemble(pieces, inputs, hidden_from, self.reader.backbone, collect)
-        count = 0 if targets is None else int((targets != IGNORED).sum()) + named
+        count = 0 if targets is None else int((targets != IGNORED).sum()) + inserted
         return Reading(hidden, loss_sum, count, new)
 
     def close(self, state: MemoryState) -> MemoryState:
@@ -133,12 +131,10 @@ class Loop:
         step = Step(nothing, nothing, state.fill, torch.zeros_like(closes), closes, closes)
         device = self.reader.backbone.device
         embeds = self.reader.backbone.embed(nothing.to(device))
-        local = Local(state.open, state.open_positions, state.open_valid)
         new = state.clone()
         ids = nothing.to(device) if "ids" in self.reader.looks_at else None
-        after = self.reader.run(embeds, step, state.memories, local, True, ids)
-        new.memories, local = after.states, after.local
-        new.open, new.open_positions, new.open_valid = local.tree, local.positions, local.valid
+        out = self.reader.run(embeds, step, state.memories, state.open, True, ids)
+        new.memories, new.open = out.states, out.segment
         new.segments = state.segments + closes.long()
         new.fill = torch.zeros_like(state.fill)
         return new
@@ -160,7 +156,7 @@ class Loop:
 
     def _check_positions(self, steps: list[Step]) -> None:
         """A held segment may grow until the position table ends."""
-        limit, extra = self.reader.backbone.max_positions, self.reader.prefix_positions
+        limit, extra = self.reader.backbone.max_positions, self.reader.layout.prefix_positions
         longest = max((int(step.ends.max()) for step in steps), default=0)
         if limit is not None and longest + extra > limit:
             raise ValueError(
@@ -173,29 +169,36 @@ class Loop:
         inputs: Inputs,
         step: Step,
         states: dict[str, Tree],
-        local: Local,
+        segment: OpenSegment,
         keep: bool,
-        want: Wanted,
-    ) -> tuple[Tensor, dict[str, Tree], Local]:
+        request: StepRequest,
+    ) -> tuple[Tensor, dict[str, Tree], OpenSegment]:
         """One step: its loss sum (with targets) or what is collected, and what follows."""
 
-        def function(states: dict[str, Tree], tree: Tree) -> tuple[Tensor, dict[str, Tree], Local]:
+        def function(
+            states: dict[str, Tree], tree: Tree
+        ) -> tuple[Tensor, dict[str, Tree], OpenSegment]:
             embeds = self._embeds(inputs, step)
-            before = Local(tree, local.positions, local.valid)
-            ids = self._ids(inputs, step, embeds)
-            out = self.reader.run(embeds, step, states, before, keep, ids)
-            if want.targets is not None:
-                return self._loss(out, want, states), out.states, out.local
-            result = out.hidden
-            if want.collect == "keys" and out.mixed_on is not None:
-                result = out.mixed_on
-            elif want.collect == "logits":
-                result = self.head.logits(out, want.places(step), states, mixing=want.mixing)
-            return result, out.states, out.local
+            before = replace(segment, tree=tree)
+            out = self.reader.run(embeds, step, states, before, keep, self._ids(inputs, step))
+            return self._result(out, step, states, request), out.states, out.segment
 
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, states, local.tree, use_reentrant=False)
-        return function(states, local.tree)
+            return checkpoint(function, states, segment.tree, use_reentrant=False)
+        return function(states, segment.tree)
+
+    def _result(
+        self, out: StepOutput, step: Step, states: dict[str, Tree], request: StepRequest
+    ) -> Tensor:
+        """What is asked of a step; `states` are those before it."""
+        if request.targets is not None:
+            return self._loss(out, request, states)
+        if request.collect is Collect.KEYS and out.key is not None:
+            return out.key
+        if request.collect is Collect.LOGITS:
+            tokens = request.tokens(step)
+            return self.head.logits(out, tokens, states, mixing=request.mixing)
+        return out.hidden
 
     def _controlled(
         self,
@@ -203,7 +206,7 @@ class Loop:
         step: Step,
         states: dict[str, Tree],
         control: str | MemoryState,
-        want: Wanted,
+        request: StepRequest,
     ) -> tuple[Tensor, dict[str, Tree]]:
         """The step once more, reading other memories; "off" also what the backbone remembers."""
         rows = step.columns.shape[0]
@@ -214,8 +217,8 @@ class Loop:
         else:
             read = self.reader.init_states(rows, inputs.device)
         own = {BACKBONE: states[BACKBONE]} if BACKBONE in states else {}
-        nothing = Local({}, step.columns[:, :0], step.columns[:, :0] >= 0)
-        result, after, _ = self._step(inputs, step, read | own, nothing, False, want)
+        nothing = OpenSegment.empty(rows)
+        result, after, _ = self._step(inputs, step, read | own, nothing, False, request)
         return result, {n: after[n] for n in own if control == "off"}
 
     def _embeds(self, inputs: Inputs, step: Step) -> Tensor:
@@ -229,37 +232,37 @@ class Loop:
             piece = source[rows, index]  # type: ignore[index]
         return self.reader.backbone.embed(piece) if inputs.ids is not None else piece
 
-    def _named(self, step: Step, wanted: Tensor) -> int:
-        """How many inserted tokens are targets: those whose block's last token has one."""
-        memory = self.reader.inserting
-        if memory is None or not memory.insert_predicts:
-            return 0
-        ends = block_ends(step, memory.insert_every, self.config.count_padding)
-        return int((ends & (wanted != IGNORED).cpu()).sum())
-
-    def _ids(self, inputs: Inputs, step: Step, embeds: Tensor) -> Tensor | None:
+    def _ids(self, inputs: Inputs, step: Step) -> Tensor | None:
         """The ids `(B, N)` of the step's tokens, -1 where there is none; None if no memory looks
-        at them."""
+        at them.
+
+        Raises:
+            ValueError: if embeddings were given instead.
+        """
         if "ids" not in self.reader.looks_at:
             return None
-        if inputs.ids is not None:
-            return _gather(inputs.ids, step, -1)
-        columns = step.columns.to(embeds.device)
-        return self.reader.backbone.ids_of(embeds).masked_fill(columns < 0, -1)
+        if inputs.ids is None:
+            names = [n for n, m in self.reader.seeing.items() if "ids" in m.looks_at]
+            raise ValueError(
+                f"The memory {names[0]!r} keeps the ids of what is read; give `input_ids` instead "
+                "of `inputs_embeds`."
+            )
+        return _gather(inputs.ids, step, -1)
 
-    def _loss(self, out: Outcome, want: Wanted, states: dict[str, Tree]) -> Tensor:
+    def _loss(self, out: StepOutput, request: StepRequest, states: dict[str, Tree]) -> Tensor:
         """Summed cross entropy, and the memories' own losses once for each target."""
-        targets: Tensor = want.targets  # type: ignore[assignment]
-        loss = self.head.loss(out, want, states)
+        targets: Tensor = request.targets  # type: ignore[assignment]
+        loss = self.head.loss(out, request, states)
         if out.auxiliary is None:
             return loss
         count = (targets != IGNORED).sum(1).to(out.auxiliary)
         return loss + (out.auxiliary * count).sum()
 
     @staticmethod
-    def _finish(new: MemoryState, inputs: Inputs, states: dict[str, Tree], local: Local) -> None:
-        new.memories, new.open = states, local.tree
-        new.open_positions, new.open_valid = local.positions, local.valid
+    def _finish(
+        new: MemoryState, inputs: Inputs, states: dict[str, Tree], segment: OpenSegment
+    ) -> None:
+        new.memories, new.open = states, segment
         new.tokens_seen = new.tokens_seen + torch.tensor(inputs.lengths)
         new.ids_hash = new.extend_hash(inputs.ids, inputs.shape[1])
         new.columns += inputs.shape[1]
@@ -296,13 +299,13 @@ def assemble(
     inputs: Inputs,
     first: int,
     backbone: Backbone,
-    collect: str,
+    collect: Collect,
 ) -> Tensor:
     """`(B, T - first, D)`: the pieces in their places, zeros at padding."""
     batch, total = inputs.shape
     width = total - first
     if not pieces:
-        size = backbone.config.vocab_size if collect == "logits" else backbone.embedding_size
+        size = backbone.config.vocab_size if collect is Collect.LOGITS else backbone.embedding_size
         dtype = next(backbone.model.parameters()).dtype
         return torch.zeros(batch, width, size, dtype=dtype, device=inputs.device)
     values = torch.cat([hidden for hidden, _ in pieces])

@@ -1,8 +1,9 @@
-"""Logits and loss of hidden states, with the memory at the logits place mixed in."""
+"""Logits and loss of hidden states, with the memory at the logits mixed in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from itertools import repeat
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memwrap.engine.plan import Step
-from memwrap.engine.step import Outcome, SegmentReader
+from memwrap.engine.step import SegmentReader, StepOutput
 from memwrap.state.trees import Tree
 
 IGNORED = -100
@@ -58,71 +59,86 @@ def check_teacher(teacher: Any, shape: tuple[int, ...]) -> Teacher | None:
     raise ValueError(f"`teacher` is {got}; it must be a Teacher of {tuple(shape[:2])} tokens.")
 
 
-@dataclass
-class Wanted:
-    """What a step is to give: the loss of `targets` `(B, N)`, or what `collect` names of the
-    columns from `first` on. `mixing`: the memory at the logits place takes part. `teacher`: of
-    the step's columns."""
+class Collect(Enum):
+    """What a call collects of its columns: last hidden states, mixed logits, or the keys that the
+    memory at the logits is given."""
+
+    HIDDEN = "hidden"
+    LOGITS = "logits"
+    KEYS = "keys"
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What a step is to give: a loss, or what is collected.
+
+    Attributes:
+        targets: `(B, N)` the id that each token predicts; None for no loss.
+        collect: what is wanted of the call's columns from `first` on (None: of none).
+        mixing: the memory at the logits takes part.
+        teacher: of the step's columns.
+    """
 
     targets: Tensor | None
-    collect: str
+    collect: Collect
     first: int | None
     mixing: bool
     teacher: Teacher | None = None
 
-    def places(self, step: Step) -> Tensor:
-        """The step's columns of which logits are needed."""
+    def tokens(self, step: Step) -> Tensor:
+        """Numbers `(n,)` of the step's tokens whose logits are needed."""
         first = self.first if self.first is not None else int(step.columns.max()) + 1
         return ((step.columns >= 0) & (step.columns >= first)).any(0).nonzero().squeeze(1)
 
     def columns(self, step: Step) -> Tensor:
         """The input's columns `(B, n)` that the step's result stands for."""
-        return step.columns[:, self.places(step)] if self.collect == "logits" else step.columns
+        logits = self.collect is Collect.LOGITS
+        return step.columns[:, self.tokens(step)] if logits else step.columns
 
 
 class Head:
-    """The backbone's head, and the memory at the logits place where there is one."""
+    """The backbone's head, and the memory at the logits where there is one."""
 
     def __init__(self, reader: SegmentReader) -> None:
         self.backbone = reader.backbone
-        self.mixer, self.inserting = reader.mixer, reader.inserting
+        self.mixer, self.insertion = reader.mixer, reader.layout.insertion
 
     def logits(
-        self, out: Outcome, places: Tensor, states: dict[str, Tree], *, mixing: bool = True
+        self, out: StepOutput, tokens: Tensor, states: dict[str, Tree], *, mixing: bool = True
     ) -> Tensor:
-        """Mixed logits `(B, n, V)` of the step's columns `places` `(n,)`.
+        """Mixed logits `(B, n, V)` of the step's tokens numbered `tokens` `(n,)`.
 
         Args:
             out: what the step gave.
             states: the memories' trees before the step.
-            mixing: whether the memory at the logits place takes part.
+            mixing: whether the memory at the logits takes part.
         """
-        hidden, on = self._chosen(out, places)
-        if not len(places):
+        hidden, key = self._chosen(out, tokens)
+        if not len(tokens):
             return hidden.new_zeros(hidden.shape[0], 0, self.backbone.config.vocab_size)
         logits = self.backbone.head(hidden)
-        return self._mixed(logits, on, states).to(logits.dtype) if mixing else logits
+        return self._mixed(logits, key, states).to(logits.dtype) if mixing else logits
 
-    def _chosen(self, out: Outcome, places: Tensor) -> tuple[Tensor, Tensor]:
-        places = places.to(out.hidden.device)
-        on = out.hidden if out.mixed_on is None else out.mixed_on
-        return out.hidden.index_select(1, places), on.index_select(1, places)
+    def _chosen(self, out: StepOutput, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = tokens.to(out.hidden.device)
+        key = out.hidden if out.key is None else out.key
+        return out.hidden.index_select(1, tokens), key.index_select(1, tokens)
 
-    def _mixed(self, logits: Tensor, on: Tensor, states: dict[str, Tree]) -> Tensor:
+    def _mixed(self, logits: Tensor, key: Tensor, states: dict[str, Tree]) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.mixer is None:
             return logits
         name, memory = self.mixer
-        return memory.mix(logits, on, states[name])
+        return memory.mix(logits, key, states[name])
 
-    def loss(self, out: Outcome, want: Wanted, states: dict[str, Tree]) -> Tensor:
+    def loss(self, out: StepOutput, want: StepRequest, states: dict[str, Tree]) -> Tensor:
         """Summed cross entropy, and the divergence from the teacher where there is one; logits
         exist for a part of the positions at a time. An inserted token that is a target of the
         token before it counts too.
 
         Args:
             out: what the step gave.
-            want: targets, teacher, and whether the memory at the logits place takes part.
+            want: targets, teacher, and whether the memory at the logits takes part.
             states: the memories' trees before the step.
         """
         wanted: Tensor = want.targets.to(out.hidden.device)  # type: ignore[union-attr]
@@ -146,33 +162,32 @@ class Head:
         apart = F.kl_div(own, follow, reduction="none", log_target=True).sum(-1)
         return loss + teacher.weight * t * t * apart.masked_fill(targets == IGNORED, 0.0).sum()
 
-    def _inserted(self, out: Outcome, wanted: Tensor) -> Tensor | float:
-        if out.named is None or self.inserting is None or self.inserting.insert_id is None:
+    def _inserted(self, out: StepOutput, wanted: Tensor) -> Tensor | float:
+        if out.inserted is None:
             return 0.0
-        hidden, where = out.named
-        named = torch.full_like(wanted, self.inserting.insert_id)
-        return self._plain(
-            hidden, named.masked_fill(~where.to(wanted.device) | (wanted == IGNORED), IGNORED)
-        )
+        hidden, ends = out.inserted
+        absent = ~ends.to(wanted.device) | (wanted == IGNORED)
+        targets = torch.full_like(wanted, self.insertion.id)  # type: ignore[arg-type]
+        return self._plain(hidden, targets.masked_fill(absent, IGNORED))
 
     def _mixing(
-        self, out: Outcome, wanted: Tensor, states: dict[str, Tree], teacher: Teacher | None
+        self, out: StepOutput, wanted: Tensor, states: dict[str, Tree], teacher: Teacher | None
     ) -> Tensor:
-        places = (wanted != IGNORED).any(0).nonzero().squeeze(1)
-        hidden, on = self._chosen(out, places)
-        wanted = wanted.index_select(1, places)
+        tokens = (wanted != IGNORED).any(0).nonzero().squeeze(1)
+        hidden, key = self._chosen(out, tokens)
+        wanted = wanted.index_select(1, tokens)
 
         # Without a teacher its place is taken by what is not looked at.
-        taught = hidden if teacher is None else teacher.hidden.to(hidden)[:, places]
+        taught = hidden if teacher is None else teacher.hidden.to(hidden)[:, tokens]
 
-        def part(h: Tensor, o: Tensor, t: Tensor, follow: Tensor) -> Tensor:
-            logits = self._mixed(self.backbone.head(h), o, states)
+        def part(h: Tensor, k: Tensor, t: Tensor, follow: Tensor) -> Tensor:
+            logits = self._mixed(self.backbone.head(h), k, states)
             return self._of_tokens(logits.flatten(0, 1), t.flatten(), follow.flatten(0, 1), teacher)
 
         # Mixing holds some four tensors of the logits' size.
         size = max(1, _LOGITS_AT_ONCE // (4 * self.backbone.config.vocab_size * len(wanted)))
-        pieces = list(zip(*[x.split(size, 1) for x in (hidden, on, wanted, taught)], strict=True))
-        if not len(places):
+        pieces = list(zip(*[x.split(size, 1) for x in (hidden, key, wanted, taught)], strict=True))
+        if not len(tokens):
             return hidden.float().sum()
         if len(pieces) > 1 and torch.is_grad_enabled():
             return sum(checkpoint(part, *piece, use_reentrant=False) for piece in pieces)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memwrap.engine.inputs import Inputs
 from memwrap.engine.loop import Loop, Reading, assemble
-from memwrap.engine.loss import IGNORED, Teacher, shift_targets
+from memwrap.engine.loss import IGNORED, Collect, Teacher, shift_targets
 from memwrap.state.memory_state import MemoryState
 
 # A document joins a group if it is at least so long as this share of the group's longest.
@@ -213,7 +213,7 @@ class PackedLoop:
         targets: Tensor | None = None,
         teacher: Teacher | None = None,
         hidden_from: int | None = None,
-        collect: str = "hidden",
+        collect: Collect = Collect.HIDDEN,
         keep_open: bool = False,
         control: Any = None,
     ) -> Reading:

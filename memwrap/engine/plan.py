@@ -33,6 +33,36 @@ def segment_lengths(total: int, segment_size: int, alignment: str = "left") -> l
     return lengths
 
 
+def draw_lengths(config: MemoryConfig, total: int) -> list[int] | None:
+    """Draw the segment lengths of `total` tokens in training, with torch's generator.
+
+    Each window of `bptt_segments` segments is cut anew into as many. For two this is the rule of
+    AutoCompressors (Chevalier et al. 2023): one cut, uniform between the bounds. As many tokens as
+    fit whole segments are drawn, the rest stays last.
+
+    Returns:
+        None where they are cut as in evaluation.
+    """
+    whole, rest = divmod(total, config.segment_size)
+    if not config.length_spread or whole < 2:
+        return None
+    window = config.bptt_segments or whole
+    lengths: list[int] = []
+    for first in range(0, whole, window):
+        lengths += _draw(config, min(window, whole - first))
+    return [*lengths, rest] if rest else lengths
+
+
+def _draw(config: MemoryConfig, count: int) -> list[int]:
+    """`count` lengths with the mean `segment_size`: what one of a pair has more the other has
+    less, in any order."""
+    size = config.segment_size
+    most = min(config.longest_segment - size, size - min(2, size))
+    more = torch.randint(-most, most + 1, (count // 2,)).tolist()
+    lengths = [size + m for m in more] + [size - m for m in more] + [size] * (count % 2)
+    return [lengths[i] for i in torch.randperm(count).tolist()]
+
+
 @dataclass
 class Step:
     """One pass of the backbone: which columns each row reads, and what opens and closes.
@@ -84,7 +114,7 @@ def _row_pieces(
         yield start - taken, taken, fill, closes
     own = None
     if drawn is not None:
-        own = drawn[length] = drawn.get(length) or config.draw_lengths(length)
+        own = drawn[length] = drawn.get(length) or draw_lengths(config, length)
     lengths = own or segment_lengths(length, size, config.alignment)
     for index, taken in enumerate(lengths):
         full = taken == size or (own is not None and length % size == 0)
@@ -109,7 +139,7 @@ def plan(
         fill: `(B,)` tokens in the rows' open segments.
         config: gives segment size and alignment.
         hold_open: the last segment of the call stays open, however long it grows.
-        training: segment lengths may be drawn (`MemoryConfig.draw_lengths`).
+        training: segment lengths may be drawn (`draw_lengths`).
     """
     drawn: dict[int, list[int] | None] | None = {} if training else None
     rows = [

@@ -3,54 +3,189 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from memwrap.engine.insertion import Inserted
+from memwrap.backbones import Backbone, Places
+from memwrap.engine.insertion import NoInsertion, TokenColumns, TokenInsertion, wide
+from memwrap.engine.plan import Step
+from memwrap.memories.protocol import InsertsTokens, Memory, SoftPrompt
+from memwrap.state.open_segment import OpenSegment
+from memwrap.state.trees import Tree
 
 
-@dataclass
-class Layout:
-    """The input of one step.
+@dataclass(frozen=True)
+class StepInput:
+    """The N' columns that a step runs: prefix, tokens, suffix, each if any row has it now.
 
     Attributes:
-        x: `(B, N', D)`: prefix, tokens, suffix, each if any row has it now.
-        valid: `(B, N')` bool.
-        places: `(B, N')` order inside the segment: what masks are made of.
+        embeds: `(B, N', D)`.
+        places: where they and the columns of the open segment stand, and which are real.
         position_ids: `(B, N')` where the backbone is told other positions, else None.
         first: columns of the prefix.
-        base: `(B,)` rows of the prefix in front of each row's tokens.
-        marked: `(B, N')` bool, columns of inserted tokens.
-        among: where tokens and those inserted among them stand behind the prefix, if any are.
+        base: `(B, 1)` positions of the prefix in front of each row's tokens.
+        columns: the tokens, and those inserted among them, behind the prefix.
     """
 
-    x: Tensor
-    valid: Tensor
-    places: Tensor
+    embeds: Tensor
+    places: Places
     position_ids: Tensor | None
     first: int
     base: Tensor
-    marked: Tensor
-    among: Inserted | None
+    columns: TokenColumns
 
-    def tokens(self, hidden: Tensor, columns: int, predicting: bool = False) -> Tensor:
-        """The tokens' hidden states `(B, N, D)`; `predicting`: at those that predict what
-        follows, which may be an inserted token."""
-        if self.among is None:
-            return hidden[:, self.first : self.first + columns]
-        index = self.first + (self.among.after if predicting else self.among.tokens)
-        return hidden.gather(1, _wide(index, hidden))
+    @property
+    def tokens(self) -> int:
+        """N, tokens of the step."""
+        ends = self.columns.tokens
+        return self.columns.embeds.shape[1] if ends is None else ends.shape[1]
+
+    def of_tokens(self, hidden: Tensor, following: bool = False) -> Tensor:
+        """`hidden` `(B, N', D)` at the tokens `(B, N, D)`; `following`: at the token inserted
+        behind one that fills a block instead."""
+        index = self.columns.following if following else self.columns.tokens
+        if index is None:
+            return hidden[:, self.first : self.first + self.tokens]
+        return hidden.gather(1, wide(self.first + index, hidden))
 
     def spread(self, ids: Tensor) -> Tensor:
-        """The tokens' ids `(B, N)` at their columns of the input, -1 elsewhere: `(B, N', 1)`."""
-        among = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        index = self.first + (among if self.among is None else self.among.tokens.to(ids.device))
-        empty = ids.new_full(self.x.shape[:2], -1)
+        """The tokens' ids `(B, N)` at their columns, -1 elsewhere: `(B, N', 1)`."""
+        index = self.columns.tokens
+        if index is None:
+            index = torch.arange(ids.shape[1]).expand_as(ids)
+        empty = ids.new_full(self.embeds.shape[:2], -1)
         # Where there is no token stands -1, which takes no place from another.
+        index = self.first + index.to(ids.device)
         return empty.scatter_reduce(1, index, ids, "amax").unsqueeze(-1)
 
+    @property
+    def plain(self) -> bool:
+        """Whether causal attention over contiguous positions is all there is to mask."""
+        places = self.places
+        return (
+            places.keys.shape == places.queries.shape
+            and places.ordered
+            and (self.position_ids is None)
+        )
 
-def _wide(index: Tensor, like: Tensor) -> Tensor:
-    """An index `(B, N)` of the rows of `like` `(B, N', D)`, as gather wants it."""
-    return index.to(like.device)[..., None].expand(-1, -1, like.shape[-1])
+    @property
+    def inside(self) -> Tensor:
+        """`(B, K)` bool: columns of the segment's own, neither prefix nor inserted."""
+        return (self.places.keys >= self.base) & ~self.places.inserted
+
+
+class _Block(NamedTuple):
+    embeds: Tensor
+    valid: Tensor
+    positions: Tensor
+    table: Tensor  # what a table of learned positions is asked for
+
+
+class InputLayout:
+    """Lays out steps: the prefix and suffix of all memories, and what one inserts.
+
+    Attributes:
+        prompts: the memories with a prefix or suffix.
+        suffixes: where each one's suffix stands among the last `num_suffix` columns.
+        insertion: of the memory that inserts tokens, or of none.
+        zero_positions: prefix and suffix take no position of the backbone's table.
+    """
+
+    def __init__(self, backbone: Backbone, memories: dict[str, Memory], padding: bool) -> None:
+        self.backbone = backbone
+        self.prompts = {n: m for n, m in memories.items() if isinstance(m, SoftPrompt)}
+        self.suffixes: dict[str, slice] = {}
+        self.num_suffix = 0
+        for name, memory in self.prompts.items():
+            end = self.num_suffix + memory.num_suffix
+            self.suffixes[name] = slice(self.num_suffix, end)
+            self.num_suffix = end
+        self.insertion = NoInsertion()
+        for name, other in memories.items():
+            if isinstance(other, InsertsTokens):
+                self.insertion = TokenInsertion(name, other, backbone, padding)
+        has_table = backbone.max_positions is not None
+        self.zero_positions = has_table and any(m.zero_positions for m in self.prompts.values())
+        self._asks_table = self.zero_positions or (has_table and self.insertion.inserts)
+
+    @property
+    def prefix_positions(self) -> int:
+        """Most positions that the prefix takes in front of a segment's tokens."""
+        return 0 if self.zero_positions else sum(m.num_prefix for m in self.prompts.values())
+
+    def __call__(
+        self, embeds: Tensor, step: Step, states: dict[str, Tree], segment: OpenSegment
+    ) -> StepInput:
+        """Lay out a step.
+
+        Args:
+            embeds: `(B, N, D)` of the step's tokens.
+            step: the plan.
+            states: the memories' trees.
+            segment: what is open before it.
+        """
+        mask = self._prefix_mask(states, len(embeds))
+        base = mask.sum(1)[:, None]
+        columns = self.insertion.columns(embeds, step, states)
+        tokens = _Block(
+            columns.embeds, columns.valid, columns.positions + base, columns.offsets + base
+        )
+        if self.zero_positions:
+            tokens = tokens._replace(table=columns.offsets)
+        prefix = self._prefix(states, step, mask, embeds.dtype)
+        blocks = [*prefix, tokens, *self._suffix(states, step, base, embeds.dtype)]
+        x, valid, positions, table = (
+            torch.cat(part, 1) if len(part) > 1 else part[0] for part in zip(*blocks, strict=True)
+        )
+        first = prefix[0].valid.shape[1] if prefix else 0
+        pad = (first, x.shape[1] - first - columns.valid.shape[1])
+        inserted = torch.nn.functional.pad(columns.inserted, pad)
+        inserted = torch.cat([self.insertion.at(segment.positions - base), inserted], 1)
+        places = Places.of((segment.positions, segment.valid), (positions, valid), inserted)
+        ids = table if self._asks_table else None
+        return StepInput(x, places, ids, first, base, columns)
+
+    def _prefix_mask(self, states: dict[str, Tree], batch: int) -> Tensor:
+        """Which rows of the prefix exist, `(B, P)` bool."""
+        parts = [torch.zeros(batch, 0, dtype=torch.bool)]
+        for name, memory in self.prompts.items():
+            mask = memory.prefix_mask(states[name]) if memory.num_prefix else None
+            if mask is None:
+                mask = torch.ones(batch, memory.num_prefix, dtype=torch.bool)
+            parts.append(mask.cpu())
+        return torch.cat(parts, 1)
+
+    def _prefix(
+        self, states: dict[str, Tree], step: Step, mask: Tensor, dtype: torch.dtype
+    ) -> list[_Block]:
+        valid = mask & step.opens[:, None]
+        used = valid.any(0)
+        if not bool(used.any()):
+            return []
+        prompts = [(n, m) for n, m in self.prompts.items() if m.num_prefix]
+        x = torch.cat([m.prefix(states[n]) for n, m in prompts], 1).to(dtype)
+        if not bool(used.all()):  # columns that no row needs
+            x = x[:, used.nonzero().squeeze(1).to(x.device)]
+        order = (mask.long().cumsum(1) - 1).clamp(min=0)[:, used]
+        return [self._without_positions(_Block(x, valid[:, used], order, order))]
+
+    def _suffix(
+        self, states: dict[str, Tree], step: Step, base: Tensor, dtype: torch.dtype
+    ) -> list[_Block]:
+        if not self.num_suffix or not bool(step.closes.any()):
+            return []
+        prompts = [(n, m) for n, m in self.prompts.items() if m.num_suffix]
+        x = torch.cat([m.suffix(states[n]) for n, m in prompts], 1).to(dtype)
+        count = torch.arange(self.num_suffix) + base
+        order, table = (end[:, None] + count for end in (self.insertion.end(step.ends), step.ends))
+        valid = step.closes[:, None].expand(-1, self.num_suffix)
+        return [self._without_positions(_Block(x, valid, order, table))]
+
+    def _without_positions(self, block: _Block) -> _Block:
+        """The block as it is given to a table of positions that it shall not be seen by."""
+        if not self.zero_positions:
+            return block
+        vector = self.backbone.first_position().to(block.embeds.dtype)
+        return block._replace(embeds=block.embeds - vector, table=torch.zeros_like(block.table))

@@ -12,6 +12,7 @@ from memwrap.engine.inputs import check_inputs
 from memwrap.engine.loop import Loop
 from memwrap.engine.step import SegmentReader
 from memwrap.memories.window import WindowConfig, WindowMemory
+from memwrap.model.building import sizes_of
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.state.memory_state import MemoryState
 
@@ -49,7 +50,7 @@ def windowed(
         segment_size=max(1, window // 4), window_size=max(1, window - SINKS), num_sinks=SINKS
     )
     with lora_disabled(model.backbone), model.parts.attention_lent():
-        memory = WindowMemory(config, model.sizes(attention=True)).to(model.device)
+        memory = WindowMemory(config, sizes_of(model.parts, attention=True)).to(model.device)
         reader = SegmentReader(model.parts, {config.name: memory})
         loop = Loop(reader, config, False)
         state = MemoryState(reader.init_states(batch, model.device), batch)

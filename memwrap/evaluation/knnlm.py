@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memwrap.engine.loss import Collect
 from memwrap.memories.knnlm import adapt
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.retrieval.datastore import NAME, read_tokens
@@ -103,7 +104,7 @@ def _read(model: MemoryModelForCausalLM, rows: Sequence[Tensor], progress: bool)
     own, costs, hits = [], [], []
     for ids in tqdm(rows, desc="reading", unit="document", disable=not progress):
         ids = ids.to(model.device)
-        pairs = zip(read_tokens(model, ids), read_tokens(model, ids, "hidden"), strict=True)
+        pairs = zip(read_tokens(model, ids), read_tokens(model, ids, Collect.HIDDEN), strict=True)
         for (first, keys), (_, hidden) in pairs:
             targets = ids[first + 1 : first + 1 + len(keys)]
             keys, hidden = keys[: len(targets)], hidden[: len(targets)]

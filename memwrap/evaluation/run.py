@@ -18,6 +18,7 @@ from memwrap.evaluation.recall import RecallResult, evaluate_recall
 from memwrap.evaluation.report import write_report
 from memwrap.evaluation.suite import SuiteResult, evaluate_tasks
 from memwrap.io.atomic_files import write_text
+from memwrap.model.building import sizes_of
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.tasks import available
 from memwrap.training.recall import recall_tasks
@@ -71,7 +72,7 @@ def tasks(
 def _windowed(model: MemoryModelForCausalLM) -> bool:
     """Whether the backbone's attention can meet a memory."""
     try:
-        model.sizes(attention=True)
+        sizes_of(model.parts, attention=True)
     except ValueError:
         return False
     return True

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from memwrap.backbones import AttentionSizes, LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
-from memwrap.memories.sizes import Sizes, chosen_layers
+from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import delta, gla
 from memwrap.ops.rows import take
 from memwrap.state.trees import Tree
@@ -50,8 +50,6 @@ class AHNConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "ahn"
-    places: ClassVar[frozenset[str]] = frozenset({"attention"})
-    neutral_start: ClassVar[bool] = True
 
     form: str = "gated_delta"
     window_size: int = 1024
@@ -134,13 +132,15 @@ class LayerAHN(nn.Module):
 
 
 @register(AHNConfig)
-class AHNMemory(Memory):
+class AHNMemory(AttentionMemory):
     """Per layer the recurrence's matrices, in float32, the window's keys and values, and the gates
     that its tokens will enter the recurrence with.
 
     A query at t sees the window, and reads the state that the token at `t - window_size` has just
     entered. Nothing depends on where segments end.
     """
+
+    claims = Claims(neutral_start=True)
 
     config: AHNConfig
     branches = ("window", "recurrent")
@@ -154,7 +154,7 @@ class AHNMemory(Memory):
             self.networks[str(layer)] = LayerAHN(config, sizes.attention[layer], sizes)
 
     def _chosen(self) -> list[int]:
-        layers = chosen_layers(self.config, self.sizes)
+        layers = attending_layers(self.config, self.sizes)
         if self.config.layers is not None:
             return layers
         own = {n: self.sizes.attention[n].window or self.config.window_size for n in layers}
@@ -198,7 +198,7 @@ class AHNMemory(Memory):
             return near, state
         return (far if self.branch == "recurrent" else near.to(far.dtype) + far), state
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         window, beside = state["window"], {}
         if str(layer) in self.networks:
             network: Any = self.networks[str(layer)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import Claims, LayerMemory, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes, chosen_layers, memory_tokens
 from memwrap.ops import associative
@@ -38,8 +38,6 @@ class ARMTConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "armt"
-    places: ClassVar[frozenset[str]] = frozenset({"tokens", "layer"})
-    neutral_start: ClassVar[bool] = True
 
     num_memory_tokens: int = 16
     d_mem: int = 64
@@ -67,10 +65,6 @@ class ARMTConfig(MemoryConfig):
     @classmethod
     def tiny(cls) -> ARMTConfig:
         return cls(segment_size=8, num_memory_tokens=2, d_mem=8)
-
-    @property
-    def extra_tokens(self) -> int:
-        return self.num_memory_tokens
 
 
 class AssociativeLayer(nn.Module):
@@ -122,9 +116,11 @@ class AssociativeLayer(nn.Module):
 
 
 @register(ARMTConfig)
-class ARMTMemory(Memory):
+class ARMTMemory(SoftPrompt, LayerMemory):
     """`[segment | memory tokens]`: each layer adds `A q / z q` to what it is given, and its
     outputs at the memory tokens are written into its own A and z (section 3, eq. 1 to 6)."""
+
+    claims = Claims(neutral_start=True)
 
     config: ARMTConfig
 
@@ -160,10 +156,10 @@ class ARMTMemory(Memory):
         first = next(iter(state["layers"].values()))
         return self.tokens.expand(first["written"].shape[0], -1, -1)
 
-    def before_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
+    def read_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
         own: Any = self.layers[str(layer)]
         return hidden + own.read(hidden, state["A"], state.get("z"))
 
-    def after_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
+    def write_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
         own: Any = self.layers[str(layer)]
         return own.write(hidden, state)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import Claims, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import ragged
@@ -29,17 +28,13 @@ class AutoCompressorConfig(MemoryConfig):
         memory_size: summary vectors that are kept at most; the oldest go first.
         accumulate: keep those of earlier segments. Off: only the last segment's (the paper's
             RMT baseline).
-        length_spread: in training, the segments of a window of `bptt_segments` get random
-            lengths of the same sum, each at most so much longer than `segment_size` (1/3: up
-            to 4/3 of it; never with `count_padding`). 0: never.
+        length_spread: as for all memories; the published value.
         zero_positions: on a backbone with a table of learned positions, summaries get a zero
             vector instead of one from the table and tokens count from 0. No effect on others.
         bptt_segments: gradients are stopped between windows of so many segments.
     """
 
     name: ClassVar[str] = "autocompressor"
-    places: ClassVar[frozenset[str]] = frozenset({"tokens"})
-    neutral_start: ClassVar[bool] = True
 
     num_memory_tokens: int = 50
     memory_size: int = 1000
@@ -54,10 +49,6 @@ class AutoCompressorConfig(MemoryConfig):
         self._positive("memory_size")
         if self.memory_size < self.num_memory_tokens:
             self._fail("memory_size", f"at least num_memory_tokens ({self.num_memory_tokens})")
-        spread = self.length_spread
-        number = isinstance(spread, (int, float)) and not isinstance(spread, bool)
-        if not number or not 0 <= spread <= 1:
-            self._fail("length_spread", "a number from 0 to 1")
 
     @classmethod
     def tiny(cls) -> AutoCompressorConfig:
@@ -67,45 +58,13 @@ class AutoCompressorConfig(MemoryConfig):
             bptt_segments=None,
         )  # fmt: skip
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest segment that training may draw."""
-        return math.floor(self.segment_size * (1 + self.length_spread))
-
-    @property
-    def extra_tokens(self) -> int:
-        longer = self.longest - self.segment_size
-        if self.zero_positions:
-            return longer
-        kept = self.memory_size if self.accumulate else self.num_memory_tokens
-        return longer + kept + self.num_memory_tokens
-
-    def draw_lengths(self, total: int) -> list[int] | None:
-        """Each window of `bptt_segments` segments is cut anew into as many. For two, the
-        published default, this is the published rule: one cut, uniform between the bounds."""
-        whole, rest = divmod(total, self.segment_size)
-        if not self.length_spread or whole < 2:
-            return None
-        window = self.bptt_segments or whole
-        lengths: list[int] = []
-        for first in range(0, whole, window):
-            lengths += self._draw(min(window, whole - first))
-        return [*lengths, rest] if rest else lengths
-
-    def _draw(self, count: int) -> list[int]:
-        """`count` lengths with the mean `segment_size`: what one of a pair has more the other has
-        less, in any order."""
-        size = self.segment_size
-        most = min(self.longest - size, size - min(2, size))
-        more = torch.randint(-most, most + 1, (count // 2,)).tolist()
-        lengths = [size + m for m in more] + [size - m for m in more] + [size] * (count % 2)
-        return [lengths[i] for i in torch.randperm(count).tolist()]
-
 
 @register(AutoCompressorConfig)
-class AutoCompressorMemory(Memory):
+class AutoCompressorMemory(SoftPrompt):
     """`[summaries | segment | summary tokens]`: the last hidden states of the summary tokens join
     the summaries (section 3)."""
+
+    claims = Claims(neutral_start=True)
 
     config: AutoCompressorConfig
 
@@ -133,7 +92,7 @@ class AutoCompressorMemory(Memory):
     def suffix(self, state: Tree) -> Tensor:
         return self.tokens.expand(state["count"].shape[0], -1, -1)
 
-    def write(self, state: Tree, hidden: Tensor) -> Tree:
+    def write_suffix(self, state: Tree, hidden: Tensor) -> Tree:
         before = state["count"] if self.config.accumulate else torch.zeros_like(state["count"])
         summaries, count = ragged.append(state["summaries"], before, hidden)
         return {"summaries": summaries, "count": count}

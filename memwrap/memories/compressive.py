@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention, Rows
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
-from memwrap.memories.sizes import Sizes, chosen_layers
+from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import compressive as ops
 from memwrap.ops.rows import earliest, latest, right_valid, take
 from memwrap.state.trees import Tree
@@ -43,8 +43,6 @@ class CompressiveConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "compressive"
-    places: ClassVar[frozenset[str]] = frozenset({"attention"})
-    neutral_start: ClassVar[bool] = True
 
     memory_size: int = 512
     compressed_size: int = 512
@@ -97,12 +95,14 @@ class Compressor(nn.Module):
 
 
 @register(CompressiveConfig)
-class CompressiveMemory(Memory):
+class CompressiveMemory(AttentionMemory):
     """Per layer two row buffers, filled from the right: `memory` and `compressed`.
 
     A segment attends to `[compressed; memory; segment]` in one softmax. When it closes, the
     oldest rows of `[memory; segment]` beyond n_m leave in blocks of c and are compressed.
     """
+
+    claims = Claims(neutral_start=True)
 
     config: CompressiveConfig
 
@@ -111,7 +111,7 @@ class CompressiveMemory(Memory):
         self.needs_hidden = config.store == "hidden"
         # Rows that do not fill a block of c wait uncompressed.
         self.capacity = config.memory_size + config.compression_rate - 1
-        self.chosen = chosen_layers(config, sizes)
+        self.chosen = attending_layers(config, sizes)
         self.compressors = nn.ModuleDict()
         if config.learned:
             for layer in self.chosen:
@@ -154,7 +154,7 @@ class CompressiveMemory(Memory):
             state = {**state, "usage": state["usage"] + self._usage(attention, weights)}
         return out, state
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         memory, config = state["memory"], self.config
         new = self._segment(attention)
         valid = torch.cat(

@@ -22,20 +22,20 @@ class MemoryConfig:
         alignment: where a call's tokens are cut: from the `"left"`, from the `"right"` (the
             first segment is the short one), or in `"center"` (nearly equal lengths). Only
             "left" gives the same result however the tokens are fed.
+        length_spread: in training, the segments of a window of `bptt_segments` get random lengths
+            of the same sum, each at most so much longer than `segment_size` (1/3: up to 4/3 of
+            it; never with `count_padding`). 0: never.
         count_padding: cut by columns and let padding inside a segment take up positions, as
             published code does. Off: a row gives the same alone and padded in a batch.
     """
 
     name: ClassVar[str] = ""
-    places: ClassVar[frozenset[str]] = frozenset()
-    neutral_start: ClassVar[bool] = False
-    bounded: ClassVar[bool] = True
-    linearizes: ClassVar[bool] = False
 
     segment_size: int = 512
     bptt_segments: int | None = None
     loss_on: str = "all"
     alignment: str = "left"
+    length_spread: float = 0.0
     count_padding: bool = False
 
     def __post_init__(self) -> None:
@@ -43,6 +43,7 @@ class MemoryConfig:
         self._positive("bptt_segments", optional=True)
         self._one_of("loss_on", ("all", "last"))
         self._one_of("alignment", ALIGNMENTS)
+        self._number("length_spread", 0, 1)
         for entry in fields(self):
             if entry.type == "bool" and not isinstance(getattr(self, entry.name), bool):
                 self._fail(entry.name, "true or false")
@@ -80,17 +81,9 @@ class MemoryConfig:
         return cls(segment_size=8)
 
     @property
-    def extra_tokens(self) -> int:
-        """Positions of a learned table that a segment takes beyond its tokens."""
-        return 0
-
-    def draw_lengths(self, total: int) -> list[int] | None:
-        """Segment lengths of `total` tokens in training, drawn with torch's generator.
-
-        They sum to `total`; as many tokens as fit whole segments are drawn, the rest stays last.
-        `None`: cut as in evaluation.
-        """
-        return None
+    def longest_segment(self) -> int:
+        """Tokens of the longest segment that training may draw."""
+        return math.floor(self.segment_size * (1 + self.length_spread))
 
     def _fail(self, name: str, allowed: str) -> None:
         raise ValueError(

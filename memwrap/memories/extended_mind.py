@@ -18,9 +18,9 @@ from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.joint_softmax import join_summary
 from memwrap.memories.parts.key_value_ring import KeyValueRings
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
-from memwrap.memories.sizes import Sizes, chosen_layers
+from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import retrieve, rings
 from memwrap.state.trees import Tree
 
@@ -46,9 +46,6 @@ class ExtendedMindConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "extended_mind"
-    places: ClassVar[frozenset[str]] = frozenset({"attention"})
-    neutral_start: ClassVar[bool] = True
-    bounded: ClassVar[bool] = False
 
     segment_size: int = 1024
     cache_size: int = 100_000
@@ -99,16 +96,17 @@ def retrieved() -> Iterator[list[Retrieved]]:
 
 
 @register(ExtendedMindConfig)
-class ExtendedMindMemory(Memory):
+class ExtendedMindMemory(AttentionMemory):
     """Per layer a ring of keys (as at place 0) and of values for each KV head. It grows with what
     is read until `cache_size` entries are there. There are no parameters."""
 
+    claims = Claims(neutral_start=True, bounded=False, lengthens=True)
+
     config: ExtendedMindConfig
-    grows = True
 
     def __init__(self, config: ExtendedMindConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        self.chosen = chosen_layers(config, sizes)
+        self.chosen = attending_layers(config, sizes)
         own = {layer: sizes.attention[layer] for layer in self.chosen}
         self.rings = KeyValueRings(config.cache_size, own, sizes.backbone_dtype)
 
@@ -143,7 +141,7 @@ class ExtendedMindMemory(Memory):
             notes.append(Retrieved(layer, entries.masked_fill(read.index < 0, -1), weights))
         return out.to(attention.value.dtype), state
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         key, value = attention.key, attention.value
         if self.config.positions == "zero":
             key = attention.rotated(key, torch.zeros_like(attention.places.keys))

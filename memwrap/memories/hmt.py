@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory, SegmentTokens
+from memwrap.memories.protocol import SeesSegment, SegmentTokens, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import ragged
@@ -31,22 +31,17 @@ class HMTConfig(MemoryConfig):
         summary_fraction: part of a segment that the topic is extracted from.
         recall: search the cache. Off is the method's stage 1: the last memory embedding opens the
             next segment, without topic extraction.
-        query: `"previous"`: the topic is that of the end of the segment before. `"segment"`, as
-            published: that of the segment's own beginning, which its first tokens then depend
-            on: not causal, and different when text is fed in pieces.
         write_token: what stands behind a segment and becomes its memory embedding: the
             `"recalled"` vector once more (paper) or the `"learned"` initial one.
     """
 
     name: ClassVar[str] = "hmt"
-    places: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     num_sensory: int = 32
     cache_size: int = 300
     d_mem: int | None = None
     summary_fraction: float = 0.5
     recall: bool = True
-    query: str = "previous"
     write_token: str = "recalled"
 
     def __post_init__(self) -> None:
@@ -54,7 +49,6 @@ class HMTConfig(MemoryConfig):
         self._positive("num_sensory", zero=True)
         self._positive("cache_size")
         self._positive("d_mem", optional=True)
-        self._one_of("query", ("previous", "segment"))
         self._one_of("write_token", ("recalled", "learned"))
         fraction = self.summary_fraction
         number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
@@ -65,13 +59,9 @@ class HMTConfig(MemoryConfig):
     def tiny(cls) -> HMTConfig:
         return cls(segment_size=8, num_sensory=3, cache_size=3, d_mem=8)
 
-    @property
-    def extra_tokens(self) -> int:
-        return 2 + self.num_sensory
-
 
 @register(HMTConfig)
-class HMTMemory(Memory):
+class HMTMemory(SoftPrompt, SeesSegment):
     """`[P | sensory tokens | segment | P]`: P is recalled from the cache of past memory
     embeddings; the last hidden state at the end joins the cache (section 3)."""
 
@@ -120,25 +110,14 @@ class HMTMemory(Memory):
             return state["prompt"]
         return self.tokens.expand(state["prompt"].shape[0], -1, -1)
 
-    def write(self, state: Tree, hidden: Tensor) -> Tree:
+    def write_suffix(self, state: Tree, hidden: Tensor) -> Tree:
         cache, count = ragged.append(state["cache"], state["count"], hidden)
         new = {**state, "cache": cache, "count": count}
         if not self.config.recall:
             new["prompt"] = hidden.to(self.tokens.dtype)
         return new
 
-    def opened(self, state: Tree, tokens: SegmentTokens) -> Tree:
-        config = self.config
-        if not config.recall or config.query != "segment" or tokens.embeds is None:
-            return state
-        if not bool((state["count"] > 0).any()):
-            return state  # nothing to recall: the learned initial vector opens the segment
-        size = max(1, round(config.segment_size * config.summary_fraction))
-        first = slice(0, size)
-        seen = tokens.embeds[:, first], tokens.valid[:, first], tokens.counted[:, first]
-        return self._recalled(state, self.topic(*seen, tokens))
-
-    def closed(self, state: Tree, tokens: SegmentTokens) -> Tree:
+    def write_segment(self, state: Tree, tokens: SegmentTokens) -> Tree:
         config, embeds = self.config, tokens.embeds
         if embeds is None:
             return state
@@ -148,7 +127,7 @@ class HMTMemory(Memory):
             state = {
                 **state, "sensory": sensory.to(state["sensory"].dtype), "num_sensory": count,
             }  # fmt: skip
-        if not config.recall or config.query != "previous":
+        if not config.recall:
             return state
         # A part of the segment as long as it was, and at least one token.
         lengths = tokens.valid.sum(1)
@@ -187,7 +166,6 @@ class HMTMemory(Memory):
 
     def recall_weights(self, state: Tree) -> list[Tensor]:
         """For each row the weights `(n,)` with which its n cached memory embeddings, oldest
-        first, make up the vector that opens its next segment. With query "segment" they are
-        those that opened its last one, over the cache as it was then. Zeros without recall."""
+        first, make up the vector that opens its next segment; zeros without recall."""
         pairs = zip(state["weights"], state["count"].tolist(), strict=True)
         return [weights[:count] for weights, count in pairs]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
-from memwrap.memories.sizes import Sizes, chosen_layers
+from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import accumulation_dtype, infini
 from memwrap.state.trees import Tree
 
@@ -35,8 +35,6 @@ class InfiniConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "infini"
-    places: ClassVar[frozenset[str]] = frozenset({"attention"})
-    neutral_start: ClassVar[bool] = True
 
     update: str = "linear"
     gate_init: float = -3.0
@@ -54,7 +52,7 @@ class InfiniConfig(MemoryConfig):
 
 
 @register(InfiniConfig)
-class InfiniMemory(Memory):
+class InfiniMemory(AttentionMemory):
     """Per layer and KV head a matrix M `(Dk, Dv)` and a normaliser z `(Dk,)`, in float32.
 
     A segment reads `phi(q) M / (phi(q) z)` with phi = ELU + 1 from the memory as it was before it
@@ -62,12 +60,14 @@ class InfiniMemory(Memory):
     and queries are un-rotated there: the memory holds no order.
     """
 
+    claims = Claims(neutral_start=True)
+
     config: InfiniConfig
 
     def __init__(self, config: InfiniConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.gates = nn.ParameterDict()
-        for layer in chosen_layers(config, sizes):
+        for layer in attending_layers(config, sizes):
             beta = torch.full((sizes.attention[layer].num_heads,), float(config.gate_init))
             self.gates[str(layer)] = nn.Parameter(beta.to(sizes.device, sizes.dtype))
 
@@ -94,7 +94,7 @@ class InfiniMemory(Memory):
             mixed = gate * read + (1 - gate) * local.to(read.dtype)
         return mixed.to(local.dtype), state
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         with torch.autocast(attention.value.device.type, enabled=False):
             M, z = infini.write(
                 attention.key, attention.value, state["M"], state["z"],

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from memwrap.backbones import LayerAttention, Rows
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
-from memwrap.memories.sizes import Sizes, chosen_layers
+from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import infllm as ops
 from memwrap.ops.fetching import ahead
 from memwrap.ops.pages import SlotCache, append, number_of, put, take
@@ -59,9 +59,6 @@ class InfLLMConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "infllm"
-    places: ClassVar[frozenset[str]] = frozenset({"attention"})
-    neutral_start: ClassVar[bool] = True
-    bounded: ClassVar[bool] = False
 
     window_size: int = 4096
     num_sinks: int = 128
@@ -113,13 +110,15 @@ class Selection:
 
 
 @register(InfLLMConfig)
-class InfLLMMemory(Memory):
+class InfLLMMemory(AttentionMemory):
     """Per layer: the recent tokens' un-rotated keys and values, those of the sinks, and a store of
     units with one representative vector a query head.
 
     Recent tokens are the window and what has left it but does not fill a unit yet. Sinks, units
     and tokens past the window stand at the constant distance l_L - 1 from every query.
     """
+
+    claims = Claims(neutral_start=True, bounded=False)
 
     config: InfLLMConfig
 
@@ -128,7 +127,7 @@ class InfLLMMemory(Memory):
         self.kept = config.window_size + config.block_size - 1
         free = [n for n, own in sizes.attention.items() if own.window is None]
         chosen = free or list(sizes.attention)
-        self.retrieving = set(chosen if config.layers is None else chosen_layers(config, sizes))
+        self.retrieving = set(chosen if config.layers is None else attending_layers(config, sizes))
         self.where = HOST if config.offload else "units"
         self.slots = {n: SlotCache(config.cache_size) for n in self.retrieving if config.offload}
         size = sizes.backbone_dtype.itemsize
@@ -356,7 +355,7 @@ class InfLLMMemory(Memory):
 
     # Writing
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         config, valid = self.config, attention.places.key_valid
         recent, there = self._recent(state)
         before = state["tokens"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory, SegmentTokens
+from memwrap.memories.protocol import Claims, LogitsMemory, SeesSegment, SegmentTokens
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes
 from memwrap.ops import neighbours, rings, rows
@@ -44,9 +44,6 @@ class KnnLMConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "knnlm"
-    places: ClassVar[frozenset[str]] = frozenset({"logits"})
-    neutral_start: ClassVar[bool] = True
-    bounded: ClassVar[bool] = False
 
     store: str | None = None
     top_k: int = 64
@@ -84,18 +81,18 @@ class KnnLMConfig(MemoryConfig):
 
 
 @register(KnnLMConfig)
-class KnnLMMemory(Memory):
+class KnnLMMemory(LogitsMemory, SeesSegment):
     """Entries are (key at a token, next token). Those of the text itself are in the state, in
     rings `keys` `(B, 1, C, D)` and `tokens` `(B, 1, C, 1)` that grow up to `cache_size`; the last
     token of a segment waits in `last` until the next segment tells what followed it."""
 
-    grows = True
+    claims = Claims(neutral_start=True, bounded=False, lengthens=True)
 
     config: KnnLMConfig
 
     def __init__(self, config: KnnLMConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        self.mixes_on = config.key
+        self.key = config.key
         self.width = sizes.hidden_size if config.key == "ffn" else sizes.embedding_size
         if config.cache_size:
             self.bytes_per_token = self.width * sizes.dtype.itemsize + 8.0
@@ -146,7 +143,7 @@ class KnnLMMemory(Memory):
             "waits": torch.zeros(batch_size, dtype=torch.bool, device=device),
         }
 
-    def closed(self, state: Tree, tokens: SegmentTokens) -> Tree:
+    def write_segment(self, state: Tree, tokens: SegmentTokens) -> Tree:
         keys = tokens.ffn if self.config.key == "ffn" else tokens.hidden
         if keys is None or tokens.ids is None or not keys.shape[1]:
             return state
@@ -176,8 +173,8 @@ class KnnLMMemory(Memory):
 
     # Mixing
 
-    def mix(self, logits: Tensor, hidden: Tensor, state: Tree) -> Tensor:
-        found = [f for f in (self._in_store(hidden), self._in_state(hidden, state)) if f]
+    def mix(self, logits: Tensor, key: Tensor, state: Tree) -> Tensor:
+        found = [f for f in (self._in_store(key), self._in_state(key, state)) if f]
         if not found:
             return logits
         costs = torch.cat([c.to(logits.dtype) for c, _ in found], -1)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims, Insertion, InsertsTokens
 from memwrap.memories.registry import register
-from memwrap.memories.sizes import Sizes, chosen_layers
+from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import landmark as ops
 from memwrap.ops import rings
 from memwrap.ops.fetching import ahead, used_blocks
@@ -52,7 +52,6 @@ class LandmarkConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "landmark"
-    places: ClassVar[frozenset[str]] = frozenset({"tokens", "attention"})
 
     block_size: int = 64
     top_k: int = 4
@@ -81,20 +80,19 @@ class LandmarkConfig(MemoryConfig):
 
 
 @register(LandmarkConfig)
-class LandmarkMemory(Memory):
+class LandmarkMemory(InsertsTokens, AttentionMemory):
     """Per layer the blocks of closed segments: keys rotated to their place in the block, values,
     landmarks' keys. A block keeps no place in the text: a query sees the chosen ones in slots right
     before its segment (section 3.2, stingy position mapping)."""
 
+    claims = Claims(lengthens=True)
+
     config: LandmarkConfig
-    grows = True
 
     def __init__(self, config: LandmarkConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        self.insert_every = config.block_size
-        self.insert_id = config.landmark_id
-        self.insert_predicts = config.landmark_in_loss
-        self.chosen = chosen_layers(config, sizes)
+        self.insertion = Insertion(config.block_size, config.landmark_id, config.landmark_in_loss)
+        self.chosen = attending_layers(config, sizes)
         if config.landmark_id is None:
             mean = torch.zeros(sizes.embedding_size) if sizes.embedding_mean is None else (
                 sizes.embedding_mean
@@ -163,7 +161,7 @@ class LandmarkMemory(Memory):
         """The blocks `(B, H, T, R)` that are read, ascending, by scores `(B, H, T, N)`."""
         return ops.choose(scores, self.config.top_k)
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         if not self.retrieves(layer):
             return state
         new, there = self._blocks(attention, state)

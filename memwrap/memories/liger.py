@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import TrainerCallback
 
 from memwrap.backbones import AttentionSizes, LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
-from memwrap.memories.sizes import Sizes, chosen_layers
+from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import delta, gla, gsa
 from memwrap.ops.features import FEATURE_MAPS, SAME_WIDTH, feature_width, features
 from memwrap.state.trees import Tree
@@ -63,8 +64,6 @@ class LigerConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "liger"
-    places: ClassVar[frozenset[str]] = frozenset({"attention"})
-    linearizes: ClassVar[bool] = True
 
     form: str = "gla"
     window_size: int = 64
@@ -131,23 +130,37 @@ class LigerConfig(MemoryConfig):
         return cls(segment_size=8, window_size=5, num_sinks=2)
 
 
+class _WindowDropout(TrainerCallback):
+    """Moves a memory's share of rows without window from its start to its end during a run."""
+
+    def __init__(self, memory: LigerMemory) -> None:
+        self.memory = memory
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        config, done = self.memory.config, state.global_step / max(1, state.max_steps)
+        start, end = config.window_dropout, config.window_dropout_end
+        self.memory.window_dropout = start if end is None else start + (end - start) * done
+
+
 @register(LigerConfig)
-class LigerMemory(Memory):
+class LigerMemory(AttentionMemory):
     """Per layer and KV head the recurrence's matrix, in float32, and the window's keys and values.
 
     The matrix takes in every token as it is read, so that nothing depends on where segments end;
     the window reaches back over their ends. All heads that share keys and values share the matrix.
 
     Attributes:
-        window_dropout: the share of rows in use; `progress` sets it during a run.
+        window_dropout: the share of rows in use; it changes during a run.
     """
+
+    claims = Claims(linearizes=True)
 
     config: LigerConfig
     branches = BRANCHES
 
     def __init__(self, config: LigerConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        self.chosen = frozenset(chosen_layers(config, sizes))
+        self.chosen = frozenset(attending_layers(config, sizes))
         self.window_dropout = config.window_dropout
         self.window = SlidingWindow(config.window_size, config.num_sinks)
         self.other = SlidingWindow(config.other_window_size, config.num_sinks)
@@ -207,15 +220,14 @@ class LigerMemory(Memory):
             return torch.lerp(local, read, own), state  # one pass over the tokens instead of three
         return of_window * local + own * read, state
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         window = self._window(layer)
         if window is None:
             return state
         return {**state, "window": window.closed(attention, state["window"])}
 
-    def progress(self, done: float) -> None:
-        start, end = self.config.window_dropout, self.config.window_dropout_end
-        self.window_dropout = start if end is None else start + (end - start) * done
+    def training_callbacks(self) -> list[TrainerCallback]:
+        return [_WindowDropout(self)]
 
     def _weights(self, read: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Of the window and of the recurrence: numbers, or `(B, 1, 1, 1)`."""

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
-from memwrap.memories.sizes import Sizes, chosen_layers
+from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import gla
 from memwrap.ops.features import learned_features
 from memwrap.state.trees import Tree
@@ -47,8 +47,6 @@ class LoLCATsConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "lolcats"
-    places: ClassVar[frozenset[str]] = frozenset({"attention"})
-    linearizes: ClassVar[bool] = True
 
     window_size: int = 64
     feature_size: int | None = None
@@ -91,13 +89,15 @@ class LayerMaps(nn.Module):
 
 
 @register(LoLCATsConfig)
-class LoLCATsMemory(Memory):
+class LoLCATsMemory(AttentionMemory):
     """Per layer the sums over tokens that have left the window, in float32, and the window.
 
     A query at t reads `w exp(s - max) v` of the window and `phi(q) phi(k) v` of all tokens up to
     `t - window_size`, divided by the sum of both weights. A token enters the sums when it leaves
     the window; keys and queries are rotated to their true places before the maps.
     """
+
+    claims = Claims(linearizes=True)
 
     config: LoLCATsConfig
     branches = ("window", "recurrent")
@@ -107,7 +107,7 @@ class LoLCATsMemory(Memory):
         self.window = SlidingWindow(config.window_size, kept=config.window_size)
         self.other = SlidingWindow(config.other_window_size)
         self.maps = nn.ModuleDict()
-        for layer in chosen_layers(config, sizes):
+        for layer in attending_layers(config, sizes):
             own = sizes.attention[layer]
             keys = own.num_heads if config.key_maps == "query_head" else own.num_kv_heads
             self.maps[str(layer)] = LayerMaps(config, own.num_heads, keys, own.key_dim, sizes)
@@ -148,7 +148,7 @@ class LoLCATsMemory(Memory):
         attention.losses.append(mean * (self.config.loss_weight / len(self.maps)))
         return wanted, state
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         if self._transfers:  # the teacher sees one segment
             return self._empty(layer, len(attention.value), attention.value.device)
         window = self.window if str(layer) in self.maps else self.other

@@ -12,9 +12,9 @@ from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.joint_softmax import join_summary
 from memwrap.memories.parts.key_value_ring import KeyValueRings
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
-from memwrap.memories.sizes import Sizes, chosen_layers, three_quarters
+from memwrap.memories.sizes import Sizes, attending_layers, three_quarters
 from memwrap.ops import retrieve
 from memwrap.state.trees import Tree
 
@@ -42,9 +42,6 @@ class MemorizingConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "memorizing"
-    places: ClassVar[frozenset[str]] = frozenset({"attention"})
-    neutral_start: ClassVar[bool] = True
-    bounded: ClassVar[bool] = False
 
     cache_size: int = 8192
     top_k: int = 32
@@ -69,7 +66,7 @@ class MemorizingConfig(MemoryConfig):
 
 
 @register(MemorizingConfig)
-class MemorizingMemory(Memory):
+class MemorizingMemory(AttentionMemory):
     """Per layer a ring of un-rotated keys and of values for each KV head. It grows with what is
     read until `cache_size` entries are there.
 
@@ -77,13 +74,14 @@ class MemorizingMemory(Memory):
     and queries are un-rotated: what is retrieved has no place.
     """
 
+    claims = Claims(neutral_start=True, bounded=False, lengthens=True)
+
     config: MemorizingConfig
-    grows = True
 
     def __init__(self, config: MemorizingConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         one = config.layers is None
-        self.chosen = [three_quarters(sizes)] if one else chosen_layers(config, sizes)
+        self.chosen = [three_quarters(sizes)] if one else attending_layers(config, sizes)
         own = {layer: sizes.attention[layer] for layer in self.chosen}
         self.rings = KeyValueRings(config.cache_size, own, sizes.backbone_dtype)
         self.gates, self.scales = nn.ParameterDict(), nn.ParameterDict()
@@ -125,7 +123,7 @@ class MemorizingMemory(Memory):
         mixed = gate * read.out.transpose(1, 2) + (1 - gate) * local.to(read.out.dtype)
         return mixed.to(local.dtype), state
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         key = retrieve.normalise(attention.key) if self.config.qk_norm else attention.key
         return self.rings.add(state, key, attention.value, attention.places.key_valid)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory, SegmentTokens
+from memwrap.memories.protocol import Claims, SeesSegment, SegmentTokens, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import ragged
@@ -31,8 +31,6 @@ class MemoryPromptConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "memoryprompt"
-    places: ClassVar[frozenset[str]] = frozenset({"tokens"})
-    neutral_start: ClassVar[bool] = True
 
     num_memory_tokens: int = 5
     memory_size: int | None = 512
@@ -50,15 +48,13 @@ class MemoryPromptConfig(MemoryConfig):
     def tiny(cls) -> MemoryPromptConfig:
         return cls(segment_size=8, num_memory_tokens=2, memory_size=16, mlp_size=12)
 
-    @property
-    def extra_tokens(self) -> int:
-        return self.num_memory_tokens
-
 
 @register(MemoryPromptConfig)
-class MemoryPromptMemory(Memory):
+class MemoryPromptMemory(SoftPrompt, SeesSegment):
     """`[P | segment]`: P is made of the state of an LSTM whose input is the segment's end, seen
     through an MLP (section 3). A first segment has no P."""
+
+    claims = Claims(neutral_start=True)
 
     config: MemoryPromptConfig
     looks_at = frozenset({"hidden"})
@@ -96,7 +92,7 @@ class MemoryPromptMemory(Memory):
     def prefix_mask(self, state: Tree) -> Tensor:
         return state["written"][:, None].expand(-1, self.num_prefix)
 
-    def closed(self, state: Tree, tokens: SegmentTokens) -> Tree:
+    def write_segment(self, state: Tree, tokens: SegmentTokens) -> Tree:
         if tokens.hidden is None:
             return state
         valid = tokens.valid.to(tokens.hidden.device)

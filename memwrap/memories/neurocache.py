@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
-from memwrap.memories.sizes import Sizes, check_attention, chosen_layers, three_quarters
+from memwrap.memories.sizes import Sizes, attending_layers, check_attention, three_quarters
 from memwrap.ops import neurocache as ops
 from memwrap.ops import retrieve, rings
 from memwrap.state.trees import Tree
@@ -42,9 +42,6 @@ class NeurocacheConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "neurocache"
-    places: ClassVar[frozenset[str]] = frozenset({"attention"})
-    neutral_start: ClassVar[bool] = True
-    bounded: ClassVar[bool] = False
 
     cache_size: int = 16384
     compression_factor: int = 4
@@ -120,19 +117,20 @@ class CacheAttention(nn.Module):
 
 
 @register(NeurocacheConfig)
-class NeurocacheMemory(Memory):
+class NeurocacheMemory(AttentionMemory):
     """Per storing layer a ring of compressed states, which grows with what is read until
     `cache_size` are there. A segment retrieves from the cache as it was before it, and its own
     states are added when it closes."""
 
+    claims = Claims(neutral_start=True, bounded=False, lengthens=True)
+
     config: NeurocacheConfig
-    grows = True
     needs_hidden = True
 
     def __init__(self, config: NeurocacheConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         one = config.layers is None
-        self.storing = [three_quarters(sizes)] if one else chosen_layers(config, sizes)
+        self.storing = [three_quarters(sizes)] if one else attending_layers(config, sizes)
         reading = config.attention_layers
         self.reading = sorted(reading or (n for n in sizes.attention if n >= self.storing[0]))
         if not self.storing[0] <= self.reading[0] <= self.reading[-1] < sizes.num_layers:
@@ -202,7 +200,7 @@ class NeurocacheMemory(Memory):
                 attention.add(own(attention.seen.hidden, found, self.config.head_layout))
         return attention.local(), state
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         count, valid, size = state["count"], attention.places.key_valid, self.config.cache_size
         total = count + valid.sum(1)
         if "states" not in state:

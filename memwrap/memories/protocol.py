@@ -1,11 +1,25 @@
-"""Memory: what the engine calls, and what a memory may see of a segment."""
+"""What a memory is: a module without a state of its own, attached at places that are base classes.
+
+    place            reads                              writes as a segment closes
+    SoftPrompt       prefix, prefix_mask, suffix        write_suffix
+    LayerMemory      read_layer                         write_layer
+    AttentionMemory  attend                             write_attention
+    LogitsMemory     mix
+    SeesSegment                                         write_segment
+    InsertsTokens    inserted
+
+State is functional: every call returns new tensors and leaves those it was given alone. What a
+memory keeps for single layers stands in its state as `{"layers": {"3": tree, ...}}`; it is called
+for these layers, with the layer's tree.
+"""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +29,61 @@ from memwrap.memories.config import MemoryConfig
 from memwrap.memories.sizes import Sizes
 from memwrap.state.trees import Tree
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a memory promises of itself; the invariants hold it to that.
+
+    Attributes:
+        neutral_start: untrained, it gives what the base gives of a text that fits in a segment's
+            reach: what it adds begins at zero.
+        bounded: the state does not grow with the text.
+        lengthens: tensors of the state may become longer in dimension 2, filled from its
+            beginning.
+        linearizes: it takes the place of the attention (`memwrap.linearize`).
+    """
+
+    neutral_start: bool = False
+    bounded: bool = True
+    lengthens: bool = False
+    linearizes: bool = False
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """Tokens that are put among a segment's own.
+
+    Attributes:
+        every: one after so many tokens of a segment, and one after the rest where it closes. It
+            takes up a position, except on a backbone with a table of learned ones, where it has
+            that of the token it follows.
+        id: of the vocabulary; None: the embedding is the memory's own (`inserted`).
+        in_loss: it predicts what follows it, and is a target of the token before it (needs an
+            `id`). Otherwise it is outside the loss.
+    """
+
+    every: int
+    id: int | None = None
+    in_loss: bool = False
+
 
 @dataclass
 class SegmentTokens:
-    """A segment's tokens, for memories that look at them (`Memory.looks_at`).
+    """The tokens of a segment that closed, for memories that look at them.
 
     Attributes:
         embeds: `(B, N, D)` input embeddings; None where the memory does not look at them.
-        hidden: `(B, N, D)` last hidden states; None as above, and where a segment opens.
-        ffn: `(B, N, D)` what the last layer's feed-forward block was given; None as `hidden`.
-        ids: `(B, N)` the tokens' ids, -1 for embeddings that are none of the vocabulary's; None as
-            `hidden`.
+        hidden: `(B, N, D)` last hidden states; None as above.
         valid: `(B, N)` bool, on the CPU: the tokens of the row's segment.
         counted: `(B, N)` bool: columns that take up positions. `valid`, and with
             `count_padding` the padding too.
         run: the backbone alone, without any memory: embeddings `(B, K, D)`, which of them are
             visible and which take up positions (both `(B, K)` bool) -> last hidden states.
+        ffn: `(B, N, D)` what the last layer's feed-forward block was given; None as `hidden`.
+        ids: `(B, N)` the tokens' ids, -1 where there is none; None as `hidden`.
     """
 
     embeds: Tensor | None
@@ -43,131 +96,38 @@ class SegmentTokens:
 
 
 class Memory(nn.Module):
-    """The base of all memories. Implement the calls of the places named in the config.
+    """The base of all memories; derive from the places where yours attaches.
 
-    State is functional: every call returns new tensors and leaves those it was given alone.
+    Args:
+        config: its settings, checked.
+        sizes: what it may know of the backbone.
 
     Attributes:
-        num_prefix: most embeddings in front of a segment.
-        num_suffix: embeddings behind it.
-        looks_at: what `closed` needs of a segment's tokens, `"embeds"`, `"hidden"`, `"ffn"` or
-            `"ids"`; it is kept beside the keys and values of an open segment.
-        mixes_on: what `mix` is given of the tokens: `"hidden"` or `"ffn"`.
-        zero_positions: on a backbone with a table of learned positions, prefix and suffix get
-            a zero vector and the tokens count from 0.
-        needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
-        within_window: what is kept is seen through a layer's own sliding window, where it has one:
-            nothing older than that reaches the layer.
-        bytes_per_token: at most so many bytes a token and row does the state grow by, for a
-            memory whose config is not `bounded`.
-        insert_every: a token is inserted after so many of a segment, and after the rest of them
-            where it closes (0: none). It takes up a position, except on a backbone with a table
-            of learned ones, where it has that of the token it follows.
-        insert_id: the vocabulary's id of that token; None: its embedding is `inserted(state)`.
-        insert_predicts: the inserted token predicts what follows it, and is a target of the token
-            before it (needs an `insert_id`). Otherwise it is outside the loss.
-        grows: the state's tensors may become longer in one dimension, filled from its beginning.
-        branches: parts of what is read that can be read alone, by setting `branch` to one of
-            them; an evaluation measures what each is worth.
+        claims: what the invariants hold it to.
+        bytes_per_token: at most so many bytes a token and row does the state grow by; 0 if it is
+            bounded.
+        branches: parts of what is read that can be read alone; an evaluation measures what each
+            is worth.
     """
 
-    looks_at: frozenset[str] = frozenset()
-    mixes_on: str = "hidden"
-    zero_positions: bool = False
-    needs_hidden: bool = False
-    within_window: bool = False
+    claims: ClassVar[Claims] = Claims()
     bytes_per_token: float = 0.0
-    grows: bool = False
-    branches: tuple[str, ...] = ()
+    branches: ClassVar[tuple[str, ...]] = ()
     branch: str = "both"
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
         self.config = config
         self.sizes = sizes
-        self.num_prefix = 0
-        self.num_suffix = 0
-        self.insert_every = 0
-        self.insert_id: int | None = None
-        self.insert_predicts = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ != __name__:  # the places below are what is checked against
+            _check_names(cls)
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         """The state of rows that have read nothing: a tree of tensors, batch first."""
         raise NotImplementedError
-
-    def prefix(self, state: Tree) -> Tensor:
-        """Embeddings before a segment, `(B, num_prefix, D)`."""
-        raise NotImplementedError
-
-    def prefix_mask(self, state: Tree) -> Tensor | None:
-        """Which rows of the prefix are there, `(B, num_prefix)` bool; None for all. Others are
-        seen by nobody and take up no position. It must not change while a segment is open."""
-        return None
-
-    def suffix(self, state: Tree) -> Tensor:
-        """Embeddings after a segment, `(B, num_suffix, D)`."""
-        raise NotImplementedError
-
-    def inserted(self, state: Tree) -> Tensor:
-        """The embedding of the tokens inserted in a segment, `(B, 1, D)`."""
-        raise NotImplementedError
-
-    def write(self, state: Tree, hidden: Tensor) -> Tree:
-        """The state after a segment closed; `hidden` `(B, num_suffix, D)` are the decoder's
-        last hidden states of the suffix."""
-        return state
-
-    def opened(self, state: Tree, tokens: SegmentTokens) -> Tree:
-        """The state with which a segment opens, given those of its first tokens that are in the
-        call. What is made of them depends on how text is fed, and is seen by earlier tokens."""
-        return state
-
-    def closed(self, state: Tree, tokens: SegmentTokens) -> Tree:
-        """The state after `write`, given the tokens of the closed segment however they were
-        fed. Called if the memory `looks_at` them."""
-        return state
-
-    # Layers and attention. A memory that keeps something for single layers has them in its state
-    # as `{"layers": {"3": tree, ...}}`; it is called for these layers, with the layer's tree.
-
-    def before_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
-        """What decoder layer `layer` is given instead of `hidden` `(B, T, D)`."""
-        return hidden
-
-    def after_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
-        """The layer's state after `layer` gave `hidden` `(B, num_suffix, D)` at the suffix of a
-        closing segment."""
-        return state
-
-    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        """The attention's output `(B, T, H, Dv)` and the layer's state after the T tokens.
-
-        Called for every step, also in the middle of a segment: what is counted there must not
-        depend on how a segment is fed.
-        """
-        return attention.local(), state
-
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
-        """The layer's state after a segment closed; `attention` has all its keys and values
-        (T may be 0). Rows whose segment stays open keep the state of `attend`."""
-        return state
-
-    def progress(self, done: float) -> None:
-        """Told by the trainer before every step which share of its steps is done, 0 to 1."""
-
-    # Logits
-
-    def mix(self, logits: Tensor, hidden: Tensor, state: Tree) -> Tensor:
-        """The logits that the model gives instead of its own.
-
-        Args:
-            logits: `(B, T, V)` float32.
-            hidden: `(B, T, D)` what `mixes_on` names, of the same tokens.
-            state: as the segment found it: what its own tokens wrote is not in it.
-        """
-        return logits
-
-    # Files beside the parameters
 
     def save_files(self, folder: Path) -> None:
         """Write what is neither a parameter nor a setting into a saved model's folder."""
@@ -182,3 +142,209 @@ class Memory(nn.Module):
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Parameter groups with settings of their own; parameters not named get the default."""
         return []
+
+    def training_callbacks(self) -> list[TrainerCallback]:
+        """Callbacks that the trainer adds to its own."""
+        return []
+
+
+class SoftPrompt(Memory):
+    """A place: vectors in front of a segment and behind it.
+
+    Attributes:
+        num_prefix: most embeddings in front of a segment.
+        num_suffix: embeddings behind it.
+        zero_positions: on a backbone with a table of learned positions, prefix and suffix get a
+            zero vector and the tokens count from 0.
+    """
+
+    num_prefix: int = 0
+    num_suffix: int = 0
+    zero_positions: bool = False
+
+    def prefix(self, state: Tree) -> Tensor:
+        """Embeddings in front of a segment, `(B, num_prefix, D)`."""
+        raise NotImplementedError
+
+    def prefix_mask(self, state: Tree) -> Tensor | None:
+        """Which rows of the prefix exist, `(B, num_prefix)` bool; None for all. Others are seen by
+        nobody and take up no position. It must not change while a segment is open."""
+        return None
+
+    def suffix(self, state: Tree) -> Tensor:
+        """Embeddings behind a segment, `(B, num_suffix, D)`."""
+        raise NotImplementedError
+
+    def write_suffix(self, state: Tree, hidden: Tensor) -> Tree:
+        """The state after a segment closed; `hidden` `(B, num_suffix, D)` are the last hidden
+        states of the memory's own suffix."""
+        return state
+
+
+class LayerMemory(Memory):
+    """A place: the input of decoder layers, and their outputs at the memory's own suffix."""
+
+    def read_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
+        """What decoder layer `layer` is given instead of `hidden` `(B, T, D)`."""
+        return hidden
+
+    def write_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
+        """The layer's state after `layer` gave `hidden` `(B, num_suffix, D)` at the memory's own
+        suffix of a closing segment."""
+        return state
+
+
+class AttentionMemory(Memory):
+    """A place: the attention of decoder layers. One memory of a model can have it.
+
+    Attributes:
+        needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
+        within_window: what is kept is seen through a layer's own sliding window, where it has
+            one: nothing older than that reaches the layer.
+    """
+
+    needs_hidden: bool = False
+    within_window: bool = False
+
+    def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        """The attention's output `(B, T, H, Dv)` and the layer's state after the T tokens.
+
+        Called for every step, also in the middle of a segment: what is counted there must not
+        depend on how a segment is fed.
+        """
+        return attention.local(), state
+
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+        """The layer's state after a segment closed; `attention` has all its keys and values
+        (T may be 0). Rows whose segment stays open keep the state of `attend`."""
+        return state
+
+
+class LogitsMemory(Memory):
+    """A place: the logits. One memory of a model can have it.
+
+    Attributes:
+        key: what `mix` is given of the tokens: `"hidden"`, the last hidden states, or `"ffn"`,
+            what the last layer's feed-forward block was given.
+    """
+
+    key: str = "hidden"
+
+    def mix(self, logits: Tensor, key: Tensor, state: Tree) -> Tensor:
+        """The logits that the model gives instead of its own.
+
+        Args:
+            logits: `(B, T, V)` float32.
+            key: `(B, T, D)` of the same tokens.
+            state: as the segment found it: what its own tokens wrote is not in it.
+        """
+        return logits
+
+
+class SeesSegment(Memory):
+    """A place: the tokens of a segment that closed, however they were fed.
+
+    Attributes:
+        looks_at: what it needs of them, `"embeds"`, `"hidden"`, `"ffn"` or `"ids"`; kept beside
+            the keys and values of an open segment.
+    """
+
+    looks_at: frozenset[str] = frozenset()
+
+    def write_segment(self, state: Tree, tokens: SegmentTokens) -> Tree:
+        """The state after `write_suffix`, given the closed segment's tokens."""
+        return state
+
+
+class InsertsTokens(Memory):
+    """A place: tokens among a segment's own. One memory of a model can have it, and none beside
+    it may put a prefix in front of the segment, whose blocks are counted from its first position.
+    """
+
+    insertion: Insertion
+
+    def inserted(self, state: Tree) -> Tensor:
+        """The embedding of the inserted tokens, `(B, 1, D)`, where they have no id."""
+        raise NotImplementedError
+
+
+PLACES: dict[str, type[Memory]] = {
+    "prompt": SoftPrompt,
+    "layer": LayerMemory,
+    "attention": AttentionMemory,
+    "logits": LogitsMemory,
+    "segment": SeesSegment,
+    "inserted": InsertsTokens,
+}
+_EXCLUSIVE = ("attention", "logits", "inserted")
+
+
+def places_of(memory: type[Memory]) -> list[str]:
+    """The names of the places where a memory attaches."""
+    return [name for name, place in PLACES.items() if issubclass(memory, place)]
+
+
+def check_together(memories: dict[str, type[Memory]]) -> None:
+    """Refuse memories that need one and the same thing.
+
+    Raises:
+        ValueError: names both and what they would share.
+    """
+    taken: dict[str, str] = {}
+    for name, memory in memories.items():
+        for place in places_of(memory):
+            if place in _EXCLUSIVE and place in taken:
+                raise ValueError(
+                    f"{name!r} and {taken[place]!r} both attach at the {place} place; wrap with "
+                    "one of them."
+                )
+            taken.setdefault(place, name)
+
+
+def check_prefix(memories: dict[str, Memory]) -> None:
+    """Refuse a prefix in front of segments that another memory cuts into blocks.
+
+    Raises:
+        ValueError: names both.
+    """
+    cutting = [name for name, memory in memories.items() if isinstance(memory, InsertsTokens)]
+    for name, memory in memories.items():
+        if cutting and isinstance(memory, SoftPrompt) and memory.num_prefix:
+            raise ValueError(
+                f"{cutting[0]!r} counts its blocks from a segment's first position, which the "
+                f"prefix of {name!r} takes; wrap with one of them."
+            )
+
+
+# Public names of a class that are no hook: what a memory may set, and what nn.Module has.
+_BASES: tuple[type[Memory], ...] = (Memory, *PLACES.values())
+_HOOKS: dict[str, type[Memory]] = {
+    name: place for place in _BASES for name in vars(place) if not name.startswith("_")
+}
+_ATTRIBUTES = {name for place in _BASES for name in place.__annotations__}
+
+
+def _check_names(cls: type[Memory]) -> None:
+    """Refuse a hook of a place that the class does not derive from, and names that look like a
+    misspelt hook or attribute.
+
+    Raises:
+        TypeError: names it, and the nearest.
+    """
+    for name, value in vars(cls).items():
+        if name.startswith("_") or name.isupper():
+            continue
+        place = _HOOKS.get(name)
+        if place is not None and not issubclass(cls, place):
+            raise TypeError(
+                f"{cls.__name__}.{name} belongs to {place.__name__}, which the class does not "
+                f"derive from: it would never be called. Derive from {place.__name__} too."
+            )
+        inherited = any(name in vars(base) for base in cls.__mro__[1:]) or name in _ATTRIBUTES
+        if inherited:
+            continue
+        near = difflib.get_close_matches(name, [*_HOOKS, *_ATTRIBUTES], n=1, cutoff=0.8)
+        plain = not callable(value) and not isinstance(value, (property, classmethod, staticmethod))
+        if near or plain:
+            hint = f"did you mean `{near[0]}`?" if near else "set it in __init__."
+            raise TypeError(f"{cls.__name__}.{name} is no attribute of a memory; {hint}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.state.trees import Tree
@@ -21,39 +21,23 @@ class RMTConfig(MemoryConfig):
 
     Attributes:
         num_memory_tokens: m, read in front of a segment and written behind it.
-        published_truncation: reproduce the truncation of the published code, given its
-            `max_n_segments`: the edge after segment s is cut iff `s >= 1` and
-            `s + bptt_segments <= max_n_segments`. `None`: windows of `bptt_segments`.
     """
 
     name: ClassVar[str] = "rmt"
-    places: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     num_memory_tokens: int = 16
-    published_truncation: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._positive("num_memory_tokens")
-        self._positive("published_truncation", optional=True)
 
     @classmethod
     def tiny(cls) -> RMTConfig:
         return cls(segment_size=8, num_memory_tokens=3)
 
-    @property
-    def extra_tokens(self) -> int:
-        return 2 * self.num_memory_tokens
-
-    def detach_before(self, segment: int) -> bool:
-        if self.published_truncation is None or self.bptt_segments is None:
-            return super().detach_before(segment)
-        done = segment - 1
-        return done >= 1 and done + self.bptt_segments <= self.published_truncation
-
 
 @register(RMTConfig)
-class RMTMemory(Memory):
+class RMTMemory(SoftPrompt):
     """`[memory | segment | memory]`: both ends hold the same m vectors; the backbone's last
     hidden states at the write positions are the memory of the next segment (section 3)."""
 
@@ -73,5 +57,5 @@ class RMTMemory(Memory):
     def suffix(self, state: Tree) -> Tensor:
         return state["tokens"]
 
-    def write(self, state: Tree, hidden: Tensor) -> Tree:
+    def write_suffix(self, state: Tree, hidden: Tensor) -> Tree:
         return {"tokens": hidden.to(self.tokens.dtype)}

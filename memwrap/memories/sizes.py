@@ -44,23 +44,32 @@ class Sizes:
 
 
 def chosen_layers(config: Any, sizes: Sizes) -> list[int]:
-    """The layers that `config.layers` names; for None all of them, at the attention place all with
-    attention.
+    """The layers that `config.layers` names; all of them for None.
 
     Raises:
-        ValueError: for a layer that the backbone does not have, or that has no attention.
+        ValueError: for a layer that the backbone does not have.
     """
-    attending = "attention" in config.places
     if config.layers is None:
-        return list(sizes.attention if attending else range(sizes.num_layers))
+        return list(range(sizes.num_layers))
     if max(config.layers) >= sizes.num_layers:
         raise ValueError(
             f"{type(config).__name__}.layers names layer {max(config.layers)}; the backbone has "
             f"layers 0 to {sizes.num_layers - 1}."
         )
-    if attending:
-        check_attention(config, "layers", config.layers, sizes)
     return sorted(config.layers)
+
+
+def attending_layers(config: Any, sizes: Sizes) -> list[int]:
+    """The layers that `config.layers` names; for None all that have attention.
+
+    Raises:
+        ValueError: for a layer that the backbone does not have, or that has no attention.
+    """
+    if config.layers is None:
+        return list(sizes.attention)
+    layers = chosen_layers(config, sizes)
+    check_attention(config, "layers", layers, sizes)
+    return layers
 
 
 def check_attention(config: Any, name: str, layers: Collection[int], sizes: Sizes) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes
 from memwrap.state.trees import Tree
@@ -36,8 +36,6 @@ class WindowConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "window"
-    places: ClassVar[frozenset[str]] = frozenset({"attention"})
-    neutral_start: ClassVar[bool] = True
 
     window_size: int = 1024
     num_sinks: int = 4
@@ -53,8 +51,10 @@ class WindowConfig(MemoryConfig):
 
 
 @register(WindowConfig)
-class WindowMemory(Memory):
+class WindowMemory(AttentionMemory):
     """Per layer the un-rotated keys and the values of the window and of the sinks."""
+
+    claims = Claims(neutral_start=True)
 
     config: WindowConfig
     within_window = True
@@ -75,5 +75,5 @@ class WindowMemory(Memory):
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         return self.window.attend(attention, state)[0], state
 
-    def close_layer(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
+    def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         return self.window.closed(attention, state)

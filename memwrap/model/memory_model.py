@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memwrap.backbones import Backbone
-from memwrap.backbones.backbone import memory_dtype
 from memwrap.backbones.cache_names import CACHE
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.engine.inputs import (
@@ -24,13 +23,18 @@ from memwrap.engine.inputs import (
     refuse_unknown,
 )
 from memwrap.engine.loop import Loop
-from memwrap.engine.loss import check_teacher
+from memwrap.engine.loss import Collect, check_teacher
 from memwrap.engine.packed_documents import Documents, PackedLoop, documents_in, targets_of
 from memwrap.engine.step import SegmentReader
 from memwrap.io.fingerprints import fingerprint
-from memwrap.memories.protocol import Memory
-from memwrap.memories.registry import config_class, memory_class
-from memwrap.memories.sizes import Sizes
+from memwrap.memories.protocol import (
+    AttentionMemory,
+    LayerMemory,
+    LogitsMemory,
+    Memory,
+)
+from memwrap.memories.registry import config_class
+from memwrap.model.building import build_memories
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.decoder import MemoryModules, SegmentDecoder
 from memwrap.model.generation import MemoryGenerationMixin
@@ -62,67 +66,18 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         self.memory_configs = [
             config_class(values["name"]).from_dict(values) for values in config.memories or []
         ]
-        memories = self._build_memories()
-        self._check_positions()
+        memories = build_memories(self.parts, self.memory_configs)
         # A base class may initialise what it has not seen initialised: nothing here is new to us.
         self.backbone = backbone
         self.memory_modules = MemoryModules(memories)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
-        self.parts.attach({place for c in self.memory_configs for place in c.places})
+        attending = any(isinstance(m, AttentionMemory) for m in memories.values())
+        layered = attending or any(isinstance(m, LayerMemory) for m in memories.values())
+        self.parts.attach(layers=layered, attention=attending)
         self.gradient_checkpointing = _take_over_checkpointing(backbone)
         self.generation_config = copy.deepcopy(backbone.generation_config)
         self.post_init()
-
-    def _build_memories(self) -> dict[str, Memory]:
-        if not self.memory_configs:
-            raise ValueError("No memory was given: wrap(model, 'armt') or a config of one.")
-        taken: dict[str, str] = {}
-        for config in self.memory_configs:
-            for place in config.places:
-                if place in taken:
-                    raise ValueError(
-                        f"{config.name!r} and {taken[place]!r} both attach at the {place} place; "
-                        "wrap with one of them."
-                    )
-                taken[place] = config.name
-        if len({c.segment_size for c in self.memory_configs}) > 1:
-            raise ValueError("The memories have different `segment_size`s; give them one.")
-        sizes = self.sizes(
-            layers=bool({"layer", "attention"} & taken.keys()), attention="attention" in taken
-        )
-        return {c.name: memory_class(c.name)(c, sizes) for c in self.memory_configs}
-
-    def sizes(self, *, layers: bool = True, attention: bool = False) -> Sizes:
-        """What a memory is told of the backbone.
-
-        Args:
-            layers: count the decoder layers themselves, not the config's number.
-            attention: look at every layer's attention too (runs one token).
-        """
-        parts = self.parts
-        return Sizes(
-            hidden_size=parts.config.hidden_size,
-            embedding_size=parts.embedding_size,
-            num_layers=len(parts.layers) if layers else parts.config.num_hidden_layers,
-            embedding_std=parts.embedding_std(),
-            embedding_mean=parts.embedding_mean(),
-            vocab_size=parts.embedding_weight.shape[0],
-            dtype=memory_dtype(parts.model),
-            backbone_dtype=parts.embedding_weight.dtype,
-            device=parts.device,
-            attention=parts.attention_sizes() if attention else {},
-        )
-
-    def _check_positions(self) -> None:
-        limit = self.parts.max_positions
-        extra = sum(c.extra_tokens for c in self.memory_configs)
-        if limit is not None and self.segment_size + extra > limit:
-            raise ValueError(
-                f"`segment_size` {self.segment_size} with {extra} memory tokens needs "
-                f"{self.segment_size + extra} positions; the backbone's table has {limit}. Use "
-                f"segments of at most {limit - extra}."
-            )
 
     # Parts
 
@@ -218,7 +173,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 f"The state belongs to another model: {signature_difference(state.signature, own)}."
             )
         if state.unverified:
-            growing = [n for n, m in self.memories.items() if m.grows]
+            growing = [n for n, m in self.memories.items() if m.claims.lengthens]
             check_shapes(state, self.new_state(1), growing)
             weights = self.fingerprint()
             differing = [k for k, v in (state.weights or {}).items() if weights.get(k) != v]
@@ -373,15 +328,15 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         return given
 
     @property
-    def _collected(self) -> str:
+    def _collected(self) -> Collect:
         """What the loop collects: logits where a memory mixes them, hidden states otherwise."""
-        mixed = any("logits" in config.places for config in self.memory_configs)
-        return "logits" if mixed else "hidden"
+        mixed = any(isinstance(m, LogitsMemory) for m in self.memories.values())
+        return Collect.LOGITS if mixed else Collect.HIDDEN
 
     def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
         if isinstance(keep, Tensor):
             hidden = hidden[:, keep] if keep.dim() == 1 else hidden[keep.bool()][None]
-        return hidden if self._collected == "logits" else self.parts.head(hidden)
+        return hidden if self._collected is Collect.LOGITS else self.parts.head(hidden)
 
     @torch.no_grad()
     def read(

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from memwrap.assets import asset_name
 from memwrap.backbones import Backbone
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.registry import config_class
+from memwrap.memories.registry import config_class, memory_class
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.model.saving import VERSION, backbone_fingerprint
@@ -86,7 +86,7 @@ def linearize(
         ValueError: for a memory that leaves the attention as it is, and as `wrap`.
     """
     config = _config(memory, settings)
-    if not config.linearizes:
+    if not memory_class(config.name).claims.linearizes:
         raise ValueError(
             f"The memory {config.name!r} stands beside the attention; attach it with memwrap.wrap. "
             "linearize takes one that replaces it, such as 'liger'."

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memwrap.data.stdlib_corpus import Document
 from memwrap.engine.inputs import check_inputs
+from memwrap.engine.loss import Collect
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.stores import FaissStore, Store
 
@@ -22,14 +23,14 @@ ROWS = 16
 
 @torch.no_grad()
 def read_tokens(
-    model: MemoryModelForCausalLM, ids: Tensor, collect: str = "keys"
+    model: MemoryModelForCausalLM, ids: Tensor, collect: Collect = Collect.KEYS
 ) -> Iterator[tuple[int, Tensor]]:
     """What stands for each token of a document, in pieces.
 
     Args:
         model: a memwrap model with a kNN-LM memory.
         ids: `(T,)`.
-        collect: `"keys"`, what the memory searches with, or `"hidden"`, the last hidden states.
+        collect: the keys that the memory searches with, or the last hidden states.
 
     Yields:
         The first token of a piece, and `(n, D)`.

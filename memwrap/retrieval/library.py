@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from memwrap.io.atomic_files import replacing
 from memwrap.memories.extended_mind import ExtendedMindMemory, Retrieved, retrieved
+from memwrap.memories.protocol import InsertsTokens, SoftPrompt
 from memwrap.state.memory_state import MemoryState
 from memwrap.state.trees import Tree
 
@@ -272,7 +273,7 @@ def mind_of(model: Any) -> ExtendedMindMemory:
     memory = memories.get("extended_mind")
     if memory is None:
         raise ValueError("A library needs a model with the memory 'extended_mind'.")
-    if any("tokens" in m.config.places for m in memories.values()):
+    if any(isinstance(m, SoftPrompt | InsertsTokens) for m in memories.values()):
         raise ValueError("A library needs a model without memories that add tokens of their own.")
     return memory
 

@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from memwrap.io.atomic_files import replacing
 from memwrap.io.checksums import check_sums, checksums
+from memwrap.state.open_segment import OpenSegment
 from memwrap.state.trees import (
     Tree,
     aligned,
@@ -47,6 +48,7 @@ class MemoryState(Cache):
     Attributes:
         memories: a tree of tensors for each memory, batch first; with the name "backbone" also
             for what the backbone's own recurrent layers remember, where it has any.
+        open: the rows' open segments.
         fill: `(B,)` tokens in each row's open segment.
         segments: `(B,)` segments closed.
         tokens_seen: `(B,)` tokens read, padding not counted.
@@ -65,9 +67,7 @@ class MemoryState(Cache):
         self.segments = torch.zeros(batch_size, dtype=torch.long)
         self.tokens_seen = torch.zeros(batch_size, dtype=torch.long)
         self.columns = 0
-        self.open: Tree = {}
-        self.open_positions = torch.zeros(batch_size, 0, dtype=torch.long)
-        self.open_valid = torch.zeros(batch_size, 0, dtype=torch.bool)
+        self.open = OpenSegment.empty(batch_size)
         self.ids_hash: Tensor | None = torch.zeros(batch_size, dtype=torch.long)
         self.hold_open = False
         self.signature = signature or {}
@@ -128,8 +128,8 @@ class MemoryState(Cache):
         new = MemoryState.__new__(MemoryState)
         new.__dict__.update(self.__dict__)
         new.memories = {name: tree_map(tensors, tree) for name, tree in self.memories.items()}
-        new.open = tree_map(tensors, self.open)
-        for name in (*_COUNTERS, "open_positions", "open_valid"):
+        new.open = self.open.map(tensors, rows)
+        for name in _COUNTERS:
             setattr(new, name, rows(getattr(self, name)))
         new.ids_hash = None if self.ids_hash is None else rows(self.ids_hash)
         return new
@@ -149,7 +149,7 @@ class MemoryState(Cache):
         """The same state on another device; what a memory keeps on the host stays there."""
         new = self.clone()
         new.memories = {name: tree_to(tree, device) for name, tree in self.memories.items()}
-        new.open = tree_to(self.open, device)
+        new.open = self.open.to(device)
         return new
 
     def select(self, rows: Tensor) -> MemoryState:
@@ -175,9 +175,6 @@ class MemoryState(Cache):
         first = states[0]
         if any(s.signature != first.signature for s in states):
             raise ValueError("MemoryState.cat got states of different models.")
-        length = max(s.open_valid.shape[1] for s in states)
-        padded = [s._pad_open(length) for s in states]
-        layers = next((s.open for s in padded if s.open), {})
         new = first.clone()
         new.memories = {
             name: tree_map(
@@ -185,28 +182,13 @@ class MemoryState(Cache):
             )
             for name in first.memories
         }
-        if layers:
-            filled = [s.open or s._empty_open(layers, length) for s in padded]
-            new.open = tree_map(lambda *t: torch.cat(t), *filled)
-        for name in (*_COUNTERS, "open_positions", "open_valid"):
-            setattr(new, name, torch.cat([getattr(s, name) for s in padded]))
+        new.open = OpenSegment.cat([s.open for s in states])
+        for name in _COUNTERS:
+            setattr(new, name, torch.cat([getattr(s, name) for s in states]))
         new.columns = max(s.columns for s in states)
         same = all(s.ids_hash is not None and s.columns == first.columns for s in states)
         new.ids_hash = torch.cat([s.ids_hash for s in states]) if same else None  # type: ignore[misc]
         return new
-
-    def _pad_open(self, length: int) -> MemoryState:
-        extra = length - self.open_valid.shape[1]
-        pad = torch.nn.functional.pad
-        new = self._map(lambda t: t, lambda t: t)
-        new.open = tree_map(lambda t: pad(t, (0, 0, 0, extra)), self.open)
-        new.open_positions = pad(self.open_positions, (0, extra))
-        new.open_valid = pad(self.open_valid, (0, extra), value=False)
-        return new
-
-    def _empty_open(self, like: Tree, length: int) -> Tree:
-        rows = self.batch_size
-        return tree_map(lambda t: t.new_zeros(rows, t.shape[1], length, t.shape[3]), like)
 
     # Which ids have been read
 
@@ -229,17 +211,18 @@ class MemoryState(Cache):
     def nbytes(self) -> int:
         """Bytes of all tensors the state holds."""
         tensors = [t for tree in self.memories.values() for _, t in tree_leaves(tree)]
-        tensors += [t for _, t in tree_leaves(self.open)]
-        tensors += [self.open_positions, self.open_valid]
+        tensors += [t for _, t in tree_leaves(self.open.tree)]
+        tensors += [self.open.positions, self.open.valid]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file (through a temporary name)."""
-        leaves = {f"open.{n}": t for n, t in tree_leaves(self.open)}
+        leaves = {f"open.{n}": t for n, t in tree_leaves(self.open.tree)}
         for name, tree in self.memories.items():
             leaves |= {f"memories.{name}.{n}": t for n, t in tree_leaves(tree)}
-        for name in (*_COUNTERS, "open_positions", "open_valid"):
-            leaves[f"rows.{name}"] = getattr(self, name)
+        rows = {name: getattr(self, name) for name in _COUNTERS}
+        rows |= {"open_positions": self.open.positions, "open_valid": self.open.valid}
+        leaves |= {f"rows.{name}": tensor for name, tensor in rows.items()}
         if self.ids_hash is not None:
             leaves["rows.ids_hash"] = self.ids_hash
         tensors = {n: t.detach().cpu().contiguous().clone() for n, t in leaves.items()}
@@ -305,8 +288,8 @@ class MemoryState(Cache):
             lost = sorted(set(about["memories"]) ^ set(memories))
             raise KeyError(f"the tensors of {lost} are missing or foreign")
         state = cls(memories, rows["fill"].shape[0], about["signature"])
-        state.open = tree.get("open", {})
-        for name in (*_COUNTERS, "open_positions", "open_valid"):
+        state.open = OpenSegment(tree.get("open", {}), rows["open_positions"], rows["open_valid"])
+        for name in _COUNTERS:
             setattr(state, name, rows[name])
         state.ids_hash = rows.get("ids_hash")
         state.columns = int(about["columns"])
@@ -314,22 +297,3 @@ class MemoryState(Cache):
         state.weights = about["weights"]
         state.unverified = True
         return state
-
-
-def cache_of(tree: Tree) -> DynamicCache:
-    """A cache filled with `{"keys": {layer: tensor}, "values": {layer: tensor}}`."""
-    cache = DynamicCache()
-    if tree:
-        keys, values = tree["keys"], tree["values"]
-        for index in sorted(keys, key=int):
-            cache.update(keys[index], values[index], int(index))
-    return cache
-
-
-def tree_of(cache: DynamicCache) -> Tree:
-    """The inverse of `cache_of`."""
-    layers: list[Any] = cache.layers
-    return {
-        "keys": {str(i): layer.keys for i, layer in enumerate(layers) if layer.is_initialized},
-        "values": {str(i): layer.values for i, layer in enumerate(layers) if layer.is_initialized},
-    }

@@ -89,6 +89,9 @@ class MemoryTrainer(Trainer):
                 f"`model` is a {type(model).__name__} without a memory; "
                 "wrap it first: memwrap.wrap(model, ...)."
             )
+        for memory in self.memory_model.memories.values():
+            for callback in memory.training_callbacks():
+                self.add_callback(callback)
         if args.label_names is None:
             # transformers takes every argument with "label" in its name, and then evaluates
             # only batches that have them all.
@@ -213,13 +216,10 @@ class MemoryTrainer(Trainer):
         window = config.bptt_segments
         if not self.args.streaming or window is None:
             return None
-        regular = all(
-            config.detach_before(s) == (s % window == 0) for s in range(1, 2 * window + 1)
-        )
-        if config.alignment != "left" or config.count_padding or not regular:
+        if config.alignment != "left" or config.count_padding:
             logger.warning_once(
                 f"Streaming is off: it does not go with these settings of {config.name!r} "
-                "(alignment, count_padding or a truncation of its own). Gradients are the same, "
+                "(alignment, count_padding). Gradients are the same, "
                 "training memory grows with the document."
             )
             return None
@@ -244,9 +244,6 @@ class MemoryTrainer(Trainer):
         Returns:
             The loss, detached.
         """
-        done = self.state.global_step / max(1, self.state.max_steps)
-        for memory in self.memory_model.memories.values():
-            memory.progress(done)
         inputs = self._taught(self.prepare_batch(inputs))
         window = self._stream_window()
         if window is None or not has_labels(inputs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from memwrap.engine.plan import segment_lengths
 from memwrap.engine.step import SegmentReader
 from memwrap.memories.protocol import SegmentTokens
 from memwrap.ops.recall import recall
+from memwrap.state.trees import Tree
 
 OUTPUTS = (
     "logits", "loss", "recalled", "memory_embeddings", "cache_final", "topic_summaries",
@@ -56,7 +58,6 @@ def model_of(case: Case) -> Any:
         cache_size=case.settings["cache_capacity_N"],
         d_mem=case.settings["recall_dim_d_h"],
         recall=case.settings["use_recall"],
-        query="segment",
         count_padding=not bool(case.tensors["attention_mask"].all()),
     )
     model = memwrap.wrap(described_backbone(case), config)
@@ -85,46 +86,73 @@ def targets_of(case: Case) -> Tensor:
     return shifted
 
 
-@torch.no_grad()
-def read_by_segment(model: Any, case: Case, cuts: list[slice]) -> dict[str, Tensor]:
-    """What each segment recalls and leaves, read one segment at a time."""
-    ids, mask = case.tensors["input_ids"], case.tensors["attention_mask"]
-    state, searching = model.new_state(ids.shape[0]), model.memories["hmt"].config.recall
-    recalled, written, back = [], [], []
-    capacity = case.settings["cache_capacity_N"]
-    for index, columns in enumerate(cuts):
-        if not searching:
-            recalled.append(state.memories["hmt"]["prompt"])
-        state = model.close_segment(model.read(ids[:, columns], mask[:, columns], state=state))
+class PublishedReader:
+    """Reads as the published code does: the topic that opens a segment is that of its own
+    beginning, which its first tokens then depend on. memwrap's takes the end of the segment
+    before, so the state is changed by hand as each segment opens."""
+
+    def __init__(self, model: Any, case: Case) -> None:
+        self.model, self.memory = model, model.memories["hmt"]
+        self.ids, self.mask = case.tensors["input_ids"], case.tensors["attention_mask"]
+        self.size = round(case.settings["segment_length"] * case.settings["sum_fraction"])
+
+    def topic(self, columns: slice) -> Tensor:
+        """The topic `(B, D)` of a segment's beginning."""
+        part = slice(columns.start, min(columns.start + self.size, columns.stop))
+        embeds = self.model.get_input_embeddings()(self.ids[:, part])
+        visible = self.mask[:, part].bool()
+        counted = torch.ones_like(visible)
+        alone = SegmentReader(self.model.parts, self.model.memories).alone
+        tokens = SegmentTokens(embeds, None, visible, counted, alone)
+        return self.memory.topic(embeds, visible, counted, tokens)
+
+    def opened(self, state: memwrap.MemoryState, columns: slice) -> memwrap.MemoryState:
+        """The state with what the segment at `columns` recalls."""
         tree = state.memories["hmt"]
-        if searching:
-            recalled.append(tree["prompt"])
-        assert tree["count"].tolist() == [min(index + 1, capacity)] * ids.shape[0]
+        if not self.memory.config.recall or not bool(tree["count"].any()):
+            return state
+        state = state.clone()
+        state.memories["hmt"] = self.memory._recalled(tree, self.topic(columns))
+        return state
+
+    def __call__(self, cuts: list[slice], **keywords: Any) -> Iterator[tuple[Tree, Any]]:
+        """For each segment the memory's tree as it opened, and what the model gave."""
+        state = self.model.new_state(len(self.ids))
+        targets = keywords.pop("shift_labels", None)
+        for columns in cuts:
+            state = self.opened(state, columns)
+            tree = state.memories["hmt"]
+            own = {} if targets is None else {"shift_labels": targets[:, columns]}
+            mask = self.mask[:, columns]
+            out = self.model(
+                self.ids[:, columns], attention_mask=mask, cache=state, **own, **keywords
+            )
+            state = out.cache
+            yield tree, out
+
+
+@torch.no_grad()
+def read_by_segment(
+    model: Any, case: Case, cuts: list[slice]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What each segment recalls and leaves, read one segment at a time, and its logits."""
+    reader, searching = PublishedReader(model, case), model.memories["hmt"].config.recall
+    recalled, written, back, logits = [], [], [], []
+    capacity = case.settings["cache_capacity_N"]
+    for index, (opened, out) in enumerate(reader(cuts)):
+        recalled.append(opened["prompt"])
+        logits.append(out.logits)
+        tree = model.close_segment(out.cache).memories["hmt"]
+        assert tree["count"].tolist() == [min(index + 1, capacity)] * len(reader.ids)
         written.append(tree["cache"][:, int(tree["count"][0]) - 1, None])
         if index:
-            back.append(min(index, capacity) - tree["weights"].argmax(-1))
-    tree = state.memories["hmt"]
+            back.append(min(index, capacity) - opened["weights"].argmax(-1))
     results = {"recalled": torch.cat(recalled, 1), "memory_embeddings": torch.cat(written, 1)}
     results["cache_final"] = tree["cache"][:, : int(tree["count"][0])]
     if searching:
         results["context_distance"] = torch.stack(back)
-        results["topic_summaries"] = topics(model, case, cuts)
-    return results
-
-
-def topics(model: Any, case: Case, cuts: list[slice]) -> Tensor:
-    memory = model.memories["hmt"]
-    mask = case.tensors["attention_mask"].bool()
-    embeds = model.get_input_embeddings()(case.tensors["input_ids"])
-    alone = SegmentReader(model.parts, model.memories).alone
-    tokens = SegmentTokens(embeds, None, mask, torch.ones_like(mask), alone)
-    size = round(case.settings["segment_length"] * case.settings["sum_fraction"])
-    found = []
-    for columns in cuts:
-        part = slice(columns.start, min(columns.start + size, columns.stop))
-        seen = embeds[:, part], mask[:, part], tokens.counted[:, part]
-        found.append(memory.topic(*seen, tokens)[:, None])
-    return torch.cat(found, 1)
+        results["topic_summaries"] = torch.stack([reader.topic(c) for c in cuts], 1)
+    return results, logits
 
 
 def run_model(case: Case) -> dict[str, Tensor]:
@@ -139,14 +167,17 @@ def run_model(case: Case) -> dict[str, Tensor]:
     assert len(lengths) == case.settings["segments"]
     edges = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     cuts = [slice(a, b) for a, b in pairwise(edges)]
-    results = read_by_segment(model, case, cuts)
-    with torch.no_grad():
-        first = cuts[-min(case.settings["n_cell_out"], len(cuts))].start
-        logits = model(ids, attention_mask=mask).logits[:, first:]
+    results, pieces = read_by_segment(model, case, cuts)
+    first = cuts[-min(case.settings["n_cell_out"], len(cuts))].start
+    logits = torch.cat(pieces, 1)[:, first:]
     # The original also computes logits at padding; ours are zeros, and nobody reads either.
     shown = mask[:, first:, None].bool()
     results["logits"] = torch.where(shown, logits, case.tensors["logits"])
-    loss = model.train()(ids, attention_mask=mask, shift_labels=targets_of(case)).loss
+    targets = targets_of(case)
+    count = (targets.masked_fill(mask == 0, -100) != -100).sum()
+    read = PublishedReader(model.train(), case)
+    parts = read(cuts, shift_labels=targets, num_items_in_batch=count)
+    loss = sum(out.loss for _, out in parts)
     loss.backward()
     results["loss"] = loss
     results |= {f"grad.{n}": p.grad for n, p in parameters_of(model).items()}  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import memwrap
 from memwrap.backbones.rotary import rotate, unrotate
 from memwrap.ops import landmark as ops
-from memwrap.state.trees import tree_map
 
 MODES = {"per_token_and_head": "token", "max_over_tokens": "call"}
 BASE = ("vocab", "hidden", "layers", "heads", "kv_heads", "intermediate", "rope_theta", "rms_eps")
@@ -215,19 +215,15 @@ def anchored(model: Any, state: Any, other: Any, m: int) -> Any:
     """
     cut = int(state.fill[0]) // m * (m + 1)
     blocks = state.clone()
-    blocks.open = tree_map(lambda x: x[:, :, :cut], state.open)
-    blocks.open_positions, blocks.open_valid = (
-        state.open_positions[:, :cut],
-        state.open_valid[:, :cut],
-    )
+    blocks.open = state.open.map(lambda x: x[:, :, :cut], lambda x: x[:, :cut])
     blocks.fill = state.fill // m * m
     new = model.close_segment(blocks)
-    old, now = state.open_positions[:, cut:], state.open_positions[:, cut:] - cut
-    rest = tree_map(lambda x: x[:, :, cut:], state.open)
-    for layer, key in rest["keys"].items():
-        angles = [model.parts.rotary.angles(p, int(layer), key) for p in (old, now)]
-        rest["keys"][layer] = rotate(unrotate(key, angles[0]), angles[1])
-    new.open, new.open_positions, new.open_valid = rest, now, state.open_valid[:, cut:]
+    rest = state.open.map(lambda x: x[:, :, cut:], lambda x: x[:, cut:])
+    now = rest.positions - cut
+    for layer, key in rest.tree["keys"].items():
+        angles = [model.parts.rotary.angles(p, int(layer), key) for p in (rest.positions, now)]
+        rest.tree["keys"][layer] = rotate(unrotate(key, angles[0]), angles[1])
+    new.open = replace(rest, positions=now)
     new.fill, new.signature = state.fill % m, other.signature()
     return new
 

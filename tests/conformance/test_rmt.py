@@ -28,14 +28,26 @@ from memwrap.engine.plan import segment_lengths
 TOLERANCES = {"out.": 2e-5, "grad.": 1e-5}
 
 
+class PublishedTruncation(memwrap.RMTConfig):
+    """The published rule: the edge after segment s is cut iff `s >= 1` and
+    `s + bptt_segments <= max_n_segments`. memwrap cuts every `bptt_segments` segments."""
+
+    def __init__(self, most: int, settings: dict[str, Any]) -> None:
+        super().__init__(**settings)
+        self.most = most
+
+    def detach_before(self, segment: int) -> bool:
+        done = segment - 1
+        return done >= 1 and done + self.bptt_segments <= self.most
+
+
 def model_of(case: Case) -> Any:
     settings = settings_of(case)
     if case.settings.get("k2", -1) not in (-1, None):
-        settings |= {
-            "bptt_segments": case.settings["k2"],
-            "published_truncation": case.settings["max_n_segments"],
-        }
+        settings["bptt_segments"] = case.settings["k2"]
     model = memwrap.wrap(backbone_of(case), memwrap.RMTConfig(**settings))
+    if "bptt_segments" in settings:
+        model.memory_configs = [PublishedTruncation(case.settings["max_n_segments"], settings)]
     with torch.no_grad():
         model.memories["rmt"].tokens.copy_(case.tensors["memory"])
     return model.eval()

@@ -8,14 +8,31 @@ from pathlib import Path
 import pytest
 import torch
 from families import build
-from support import MEMORIES, assert_close, assert_same_states, ids, padded, randomise, tiny
+from support import (
+    MEMORIES,
+    assert_close,
+    assert_same_states,
+    ids,
+    padded,
+    randomise,
+    tiny,
+    wrapped,
+)
 
 import memwrap
+from memwrap.memories.protocol import InsertsTokens, check_together
+from memwrap.memories.registry import memory_class
 
 
 def fit(*names: str) -> bool:
-    places = [memwrap.config_class(n).places for n in names]
-    return not frozenset.intersection(*places)
+    """Whether the memories need nothing that only one can have."""
+    try:
+        check_together({name: memory_class(name) for name in names})
+    except ValueError:
+        return False
+    prefixes = [n for n in names if wrapped(n).memories[n].__dict__.get("num_prefix")]
+    cutting = [n for n in names if issubclass(memory_class(n), InsertsTokens)]
+    return not (prefixes and cutting)
 
 
 PAIRS = [p for p in combinations(MEMORIES, 2) if fit(*p)]
@@ -43,5 +60,9 @@ def test_two_memories(first: str, second: str, tmp_path: Path) -> None:
 
 def test_some_memories_fit() -> None:
     assert ("armt", "infini") in PAIRS and ("infini", "rmt") in PAIRS
+    newer = {("armt", "rmt"), ("armt", "hmt"), ("armt", "autocompressor")}
+    assert newer | {("memoryprompt", "rmt"), ("armt", "landmark")} <= set(PAIRS)
+    with pytest.raises(ValueError, match="first position, which the prefix of 'rmt' takes"):
+        memwrap.wrap(build("llama"), tiny("landmark"), tiny("rmt"))
     with pytest.raises(ValueError, match="both attach at the attention place"):
         memwrap.wrap(build("llama"), tiny("infini"), tiny("window"))

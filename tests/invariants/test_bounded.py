@@ -60,7 +60,7 @@ def peak_of(function: Callable[[], Any]) -> int:
 def declared(model: Any, tokens: int) -> float:
     """Bytes that the model's memories say they grow by over so many tokens of one row."""
     memories = model.memories.values()
-    assert all((m.bytes_per_token > 0) != m.config.bounded for m in memories)
+    assert all((m.bytes_per_token > 0) != m.claims.bounded for m in memories)
     return sum(m.bytes_per_token for m in memories) * tokens
 
 

@@ -18,6 +18,7 @@ from support import (
     wrapped,
 )
 
+from memwrap.model.building import sizes_of
 from memwrap.state.trees import tree_leaves
 
 
@@ -26,7 +27,7 @@ def test_a_token_changes_nothing_before_it_and_something_after(memory: str, fami
     model, text = wrapped(memory, family), ids(1, 3 * SEGMENT + 3)
     # Where all layers have windows, what is seen through them is that of the segment before.
     near = model.memories[memory].within_window and all(
-        own.window is not None for own in model.sizes(attention=True).attention.values()
+        own.window is not None for own in sizes_of(model.parts, attention=True).attention.values()
     )
     with torch.no_grad():
         want = model(text).logits

@@ -15,6 +15,7 @@ from support import (
     assert_same_states,
     greedy_by_recomputation,
     ids,
+    needs_ids,
     padded,
     pairs,
     wrapped,
@@ -112,6 +113,8 @@ def test_scores_streamer_and_embeddings(memory: str, family: str) -> None:
     plain = model.generate(prompt, **GREEDY)
     assert torch.equal(plain, out.sequences)
     assert torch.equal(model.generate(prompt, **GREEDY, use_cache=False), plain)
+    if needs_ids(model):
+        return
     embeds = model.get_input_embeddings()(prompt)
     from_embeds = model.generate(inputs_embeds=embeds, **GREEDY)
     assert torch.equal(from_embeds, plain[:, prompt.shape[1] :])

@@ -28,6 +28,8 @@ from support import (
 from transformers import AutoModelForCausalLM
 
 import memwrap
+from memwrap.memories.protocol import LogitsMemory
+from memwrap.memories.registry import memory_class
 from memwrap.model.memory_model import MEMORY_CHILD
 
 TEXT = ids(2, 3 * SEGMENT + 3)
@@ -53,7 +55,7 @@ def test_neutral_start(memory: str, family: str) -> None:
     model = wrapped(memory, base=base)
     with torch.no_grad():
         got = model(text, attention_mask=mask).logits
-    if not memwrap.config_class(memory).neutral_start:
+    if not memory_class(memory).claims.neutral_start:
         assert error_of(got[0], want) > 1e-2, f"{memory} has a neutral start but does not say so"
         return
     assert_close(got[0], want)
@@ -295,7 +297,7 @@ def test_a_larger_vocabulary(memory: str, tmp_path: Path) -> None:
     assert model.config.vocab_size == 140 and logits_of(model).shape[-1] == 140
     # What is mixed into the distribution has a share of the whole vocabulary: with more words the
     # others' logits move wherever it has a part.
-    mixes = any("logits" in config.places for config in model.memory_configs)
+    mixes = any(isinstance(m, LogitsMemory) for m in model.memories.values())
     same = slice(SEGMENT) if mixes else slice(None)
     assert_close(logits_of(model)[:, same, :128], want[:, same])
     labels = torch.full_like(TEXT, 139)

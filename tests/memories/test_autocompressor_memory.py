@@ -20,6 +20,7 @@ from support import (
 )
 
 import memwrap
+from memwrap.engine.plan import draw_lengths
 from memwrap.memories.autocompressor import AutoCompressorConfig
 
 NAME = "autocompressor"
@@ -51,11 +52,11 @@ def test_drawn_lengths_keep_their_promises(window: int | None, spread: float) ->
         length_spread=spread,
     )  # fmt: skip
     for total in (24, 36, 60, 65):
-        drawn = [config.draw_lengths(total) for _ in range(50)]
+        drawn = [draw_lengths(config, total) for _ in range(50)]
         for lengths in drawn:
             assert lengths is not None and sum(lengths) == total
             whole = lengths[: total // 12]
-            assert len(lengths) == -(-total // 12) and max(whole) <= config.longest
+            assert len(lengths) == -(-total // 12) and max(whole) <= config.longest_segment
             assert min(whole) >= 2 and lengths[len(whole) :] == [total % 12] * (total % 12 > 0)
             for first in range(0, len(whole), window or len(whole)):
                 part = whole[first : first + (window or len(whole))]
@@ -63,9 +64,9 @@ def test_drawn_lengths_keep_their_promises(window: int | None, spread: float) ->
         assert len({tuple(d) for d in drawn if d}) > 5
         seen = {n for d in drawn if d for n in d[: total // 12]}
         assert min(seen) <= 9 and max(seen) >= 15  # however many segments a window has
-    assert config.draw_lengths(12) is None and config.draw_lengths(5) is None
+    assert draw_lengths(config, 12) is None and draw_lengths(config, 5) is None
     two = AutoCompressorConfig(segment_size=12, length_spread=1 / 3)
-    seen = {n for _ in range(300) for n in two.draw_lengths(24) or []}
+    seen = {n for _ in range(300) for n in draw_lengths(two, 24) or []}
     assert seen == set(range(8, 17))  # the published bounds: from 2/3 to 4/3
 
 

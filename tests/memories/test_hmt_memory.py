@@ -22,24 +22,6 @@ def logits_in_pieces(model: Any, sizes: list[int]) -> Tensor:
     return torch.cat(pieces, 1)
 
 
-def test_the_published_query_is_what_it_is() -> None:
-    """Not causal, and not the same in pieces: what the page says of `query="segment"`."""
-    for query, promised in (("previous", True), ("segment", False)):
-        model = wrapped("hmt", query=query)
-        place = 2 * SEGMENT + 2  # in the part of a segment that the published topic is made of
-        changed = TEXT.clone()
-        changed[0, place] = (changed[0, place] + 17) % 100 + 3
-        with torch.no_grad():
-            want = model(TEXT).logits
-            got = model(changed).logits
-        before = slice(2 * SEGMENT, place)
-        assert (error_of(got[:, before], want[:, before]) < 1e-6) == promised
-        assert_close(got[:, : 2 * SEGMENT], want[:, : 2 * SEGMENT], 1e-6)
-        assert (error_of(logits_in_pieces(model, [1] * 4 * SEGMENT), want) < 1e-4) == promised
-        # Whole segments at a time, the published query is the same too.
-        assert_close(logits_in_pieces(model, [SEGMENT] * 4), want)
-
-
 def test_the_default_by_hand() -> None:
     """Three segments through the backbone alone, as the page writes them."""
     model = wrapped("hmt", write_token="learned", summary_fraction=0.25)
@@ -101,10 +83,9 @@ def test_sensory_tokens_are_the_last_ones_read_however_few() -> None:
             assert bool((tree["sensory"][index, count:] == 0).all())
 
 
-@pytest.mark.parametrize("query", ["previous", "segment"])
-def test_padding_that_counts_hides_from_the_topic(query: str) -> None:
+def test_padding_that_counts_hides_from_the_topic() -> None:
     """With `count_padding` rows are cut by columns; what stands at padding changes nothing."""
-    model = wrapped("hmt", count_padding=True, num_sensory=0, query=query)
+    model = wrapped("hmt", count_padding=True, num_sensory=0)
     text, mask = padded([TEXT[0], TEXT[0, 5:]], "left")
     with torch.no_grad():
         want = model(text, attention_mask=mask).logits
@@ -136,7 +117,7 @@ def test_write_tokens_differ() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("query", "next"), ("write_token", "both"), ("summary_fraction", 0.0), ("num_sensory", -1),
+    [("write_token", "both"), ("summary_fraction", 0.0), ("num_sensory", -1),
      ("summary_fraction", 1.5), ("cache_size", 0), ("d_mem", 0), ("summary_fraction", True)],
 )  # fmt: skip
 def test_wrong_values_are_refused(field: str, value: Any) -> None:

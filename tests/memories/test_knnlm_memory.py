@@ -14,6 +14,7 @@ from torch import Tensor
 
 import memwrap
 from memwrap.data.stdlib_corpus import Document
+from memwrap.engine.loss import Collect
 from memwrap.evaluation.knnlm import tune
 from memwrap.memories.knnlm import adapt
 from memwrap.retrieval.datastore import add_document, build_store, read_tokens
@@ -72,7 +73,7 @@ def test_the_key_is_what_the_feed_forward_block_is_given(family: str) -> None:
     model = model_of(family)
     with torch.no_grad():
         keys = torch.cat([k for _, k in read_tokens(model, TEXT[0, :8])])
-        hidden = torch.cat([k for _, k in read_tokens(model, TEXT[0, :8], "hidden")])
+        hidden = torch.cat([k for _, k in read_tokens(model, TEXT[0, :8], Collect.HIDDEN)])
     assert keys.shape == hidden.shape == (8, 32) and error_of(keys, hidden) > 1e-2
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -110,16 +111,6 @@ def test_rows_keep_their_own_text() -> None:
                 # The ring is as long as the longer row needs.
                 got = alike(state.memories["knnlm"][name][index].float(), value[0].float())
                 assert_close(*got)
-
-
-def test_unknown_embeddings_leave_no_entry() -> None:
-    model = model_of(cache_size=16)
-    embeds = model.get_input_embeddings()(TEXT[:, :16]).detach()
-    embeds[0, 5] += 1.0
-    with torch.no_grad():
-        state = model(inputs_embeds=embeds, use_cache=True).cache
-    assert state.memories["knnlm"]["count"].tolist() == [14]
-    assert 0 not in state.memories["knnlm"]["tokens"][0, 0]
 
 
 def test_adaptive_settings_follow_distances() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,8 +176,9 @@ def test_window_dropout() -> None:
     memwrap.unwrap(model)
     model = wrapped("liger", base=base, window_dropout=0.8, window_dropout_end=0.2)
     memory, shares = model.memories["liger"], []
+    (schedule,) = memory.training_callbacks()
     for done in (0.0, 0.5, 1.0):
-        memory.progress(done)
+        schedule.on_step_begin(None, SimpleNamespace(global_step=done * 8, max_steps=8), None)
         shares.append(memory.window_dropout)
     assert shares == pytest.approx([0.8, 0.5, 0.2])
 

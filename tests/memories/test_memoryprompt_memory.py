@@ -58,7 +58,7 @@ def test_closing_runs_no_token_through_the_backbone() -> None:
     model.get_decoder().register_forward_pre_hook(lambda *_: pytest.fail("the backbone was run"))
     closed = model.close_segment(state)
     assert closed.segments.tolist() == [2, 2] and closed.fill.tolist() == [0, 0]
-    assert not closed.open and state.fill.tolist() == [3, 3]
+    assert not closed.open.tree and state.fill.tolist() == [3, 3]
     changed = error_of(closed.memories[NAME]["hidden"], state.memories[NAME]["hidden"])
     assert changed > 1e-3
     assert_same_states(model.close_segment(closed), closed, 0.0)
