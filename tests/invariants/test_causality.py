@@ -26,7 +26,7 @@ from memwrap.state.trees import tree_leaves
 def test_a_token_changes_nothing_before_it_and_something_after(memory: str, family: str) -> None:
     model, text = wrapped(memory, family), ids(1, 3 * SEGMENT + 3)
     # Where all layers have windows, what is seen through them is that of the segment before.
-    near = model.memories[memory].within_window and all(
+    near = getattr(model.memories[memory], "within_window", False) and all(
         own.window is not None for own in sizes_of(model.parts, attention=True).attention.values()
     )
     with torch.no_grad():
