@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build
-from support import MEMORIES, assert_close, assert_same_states, ids, padded, randomise, tiny
+from support import MEMORIES
 
 import memwrap
+from memwrap.testing.families import build
+from memwrap.testing.helpers import assert_close, assert_same_states, ids, padded, randomise, tiny
 
 
 def fit(*names: str) -> bool:
