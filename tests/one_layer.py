@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from families import build
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
@@ -18,6 +17,7 @@ from memwrap.backbones.rotary import Rotary, rotate
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import memory_class
 from memwrap.memories.sizes import Sizes
+from memwrap.testing.families import build
 
 
 def bare_attention() -> tuple[Any, Any]:

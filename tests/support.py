@@ -1,8 +1,7 @@
-"""Shared by the tests: wrapped tiny models whose memory matters, comparisons, references."""
+"""Shared by the tests of this repository; what the invariants need is in `memwrap.testing`."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,58 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, build
-from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import memwrap
 from memwrap.assets import asset
-from memwrap.memories.protocol import SeesSegment
-from memwrap.state.trees import aligned, alike, tree_leaves
+from memwrap.testing.helpers import assert_close, assert_same_states, ids, padded
 
-SEGMENT = 8
-TOLERANCE = 1e-4
-# peft 0.21 says so of experts whose weights are one tensor, with and without a memory.
-PEFT_EXPERTS = pytest.mark.filterwarnings(
-    "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"
-)
 MEMORIES = tuple(memwrap.available())
-
-
-def pairs(everywhere: bool = False, families: Sequence[str] = FAMILIES) -> Any:
-    """Parametrise over (memory, family): llama always, the others always or when `full`."""
-    cases = []
-    for memory in MEMORIES:
-        for family in families:
-            marks = () if everywhere or family == "llama" else (pytest.mark.full,)
-            cases.append(pytest.param(memory, family, marks=marks, id=f"{memory}-{family}"))
-    return pytest.mark.parametrize(("memory", "family"), cases)
-
-
-def tiny(memory: str, **settings: Any) -> memwrap.MemoryConfig:
-    """The memory's own test configuration with some fields changed."""
-    return dataclasses.replace(memwrap.config_class(memory).tiny(), **settings)
-
-
-def randomise(model: Any, seed: int = 7, std: float = 0.3) -> Any:
-    """Draw every memory parameter anew: a value matrix of zeros would hide mistakes.
-
-    Vectors (biases, norms) become 1 and noise, so that two builds are the same model.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.memory_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(drawn.to(parameter.dtype) + (parameter.dim() < 2))
-    return model
-
-
-def wrapped(
-    memory: str = "rmt", family: str = "llama", *, base: Any = None, seed: int = 0, **settings: Any
-) -> Any:
-    """A tiny wrapped model in evaluation mode, its memory's parameters random."""
-    base = build(family, seed=seed) if base is None else base
-    return randomise(memwrap.wrap(base, tiny(memory, **settings)))
 
 
 def save_small_base(folder: Path) -> Path:
@@ -77,50 +31,6 @@ def save_small_base(folder: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def ids(*shape: int, seed: int = 0) -> Tensor:
-    """Random ids, none of them special."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, shape, generator=generator)
-
-
-def error_of(got: Tensor, want: Tensor) -> float:
-    """Largest difference, in units of the largest wanted value."""
-    assert got.shape == want.shape, f"{tuple(got.shape)} != {tuple(want.shape)}"
-    if not want.numel():
-        return 0.0
-    scale = want.detach().abs().max().clamp_min(1e-12)
-    return float((got.detach().to(want.dtype) - want.detach()).abs().max() / scale)
-
-
-def assert_close(got: Tensor, want: Tensor, tolerance: float = TOLERANCE, what: str = "") -> None:
-    """Within `tolerance` of the wanted values' scale."""
-    error = error_of(got, want)
-    assert error <= tolerance, f"{what} differs by {error:.2e} of its scale"
-
-
-def assert_same_states(got: Any, want: Any, tolerance: float = TOLERANCE) -> None:
-    """Two states remember the same."""
-    for name in ("tokens_seen", "fill", "segments"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    for memory, tree in want.memories.items():
-        # A row read beside longer ones has zeros behind its own entries of a store.
-        tree, other = aligned(tree, got.memories[memory])
-        other = dict(tree_leaves(other))
-        for name, value in tree_leaves(tree):
-            # A buffer that grows is as long as the longest row of its batch needs.
-            left, right = alike(other[name].float(), value.float())
-            assert_close(left, right, tolerance, f"{memory}.{name}")
-
-
-def assert_memory_matters(model: Any, text: Tensor) -> None:
-    """With the memory off the second segment's logits are others: the test could fail."""
-    text = text[:, : 2 * SEGMENT]
-    with torch.no_grad():
-        on = model(text).logits[:, SEGMENT:]
-        off = model(text, memory_control="off").logits[:, SEGMENT:]
-    assert error_of(off, on) > 1e-2, "the memory does not matter here: the test proves nothing"
 
 
 def assert_pieces_and_padding(model: Any, lengths: Sequence[int] = (43, 29)) -> None:
@@ -145,66 +55,6 @@ def checkpointed(model: Any) -> Any:
     newer = getattr(model, "activation_checkpointing_enable", None)
     (newer or model.gradient_checkpointing_enable)()
     return model
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    """Gradients by parameter name; they are cleared."""
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def assert_same_gradients(
-    got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = TOLERANCE
-) -> None:
-    """Every gradient within `tolerance` of its own scale (and of noise on the largest)."""
-    assert got.keys() == want.keys()
-    largest = max(float(g.abs().max()) for g in want.values())
-    for name, gradient in want.items():
-        scale = max(float(gradient.abs().max()), 1e-3 * largest)
-        error = float((got[name] - gradient).abs().max()) / scale
-        assert error <= tolerance, f"gradient of {name} differs by {error:.2e} of its scale"
-
-
-def differ(got: dict[str, Tensor], want: dict[str, Tensor], least: float = 1e-3) -> bool:
-    """Whether any gradient differs clearly."""
-    return any(
-        float((got[n] - g).abs().max()) > least * float(g.abs().max().clamp_min(1e-6))
-        for n, g in want.items()
-    )
-
-
-def needs_ids(model: Any) -> bool:
-    """Whether a memory keeps the ids of what is read, so that embeddings are refused."""
-    seeing = [m for m in model.memories.values() if isinstance(m, SeesSegment)]
-    return any("ids" in m.looks_at for m in seeing)
-
-
-def shifted(labels: Tensor) -> Tensor:
-    """`shift_labels` of `labels`, the plain way."""
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
-
-
-def padded(rows: list[Tensor], side: str, total: int | None = None) -> tuple[Tensor, Tensor]:
-    """Ids and mask `(B, T)` of rows padded on the left, the right, or both sides."""
-    total = total or max(len(r) for r in rows) + (2 if side == "both" else 0)
-    text = torch.zeros(len(rows), total, dtype=torch.long)
-    mask = torch.zeros_like(text)
-    for index, row in enumerate(rows):
-        spare = total - len(row)
-        start = {"left": spare, "right": 0, "both": spare // 2}[side]
-        text[index, start : start + len(row)] = row
-        mask[index, start : start + len(row)] = 1
-    return text, mask
-
-
-@torch.no_grad()
-def greedy_by_recomputation(model: Any, text: Tensor, new_tokens: int) -> Tensor:
-    """`(1, T + new)`: argmax of a full forward without any cache, token by token."""
-    for _ in range(new_tokens):
-        logits = model(text, use_cache=False).logits[:, -1]
-        text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
-    return text
 
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError)

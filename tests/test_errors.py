@@ -11,18 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
 from safetensors.torch import load_file, save_file
-from support import (
-    MEMORIES,
-    SEGMENT,
-    assert_same_states,
-    ids,
-    randomise,
-    refused,
-    tiny,
-    wrapped,
-)
+from support import MEMORIES, refused
 from torch import nn
 from transformers import (
     BertConfig,
@@ -37,6 +27,8 @@ from transformers import (
 import memwrap
 from memwrap.io.checksums import checksums
 from memwrap.memories.protocol import SoftPrompt
+from memwrap.testing.families import build
+from memwrap.testing.helpers import SEGMENT, assert_same_states, ids, randomise, tiny, wrapped
 
 # Configs
 

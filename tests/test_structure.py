@@ -39,10 +39,11 @@ FLOORS = (
     "comparison",
     "exporting",
     "cli",
+    "testing",
 )
 # The public names stand above all that they are made of; what is above them may use them.
 PUBLIC = "memwrap"
-USERS = {"training", "comparison", "exporting", "cli", "__main__"}
+USERS = {"training", "comparison", "exporting", "cli", "testing", "__main__"}
 
 
 def _module(path: Path) -> str:
@@ -112,8 +113,8 @@ def _statements(node: ast.AST, deferred: bool) -> Iterator[ast.AST]:
         yield from _statements(child, deferred)
 
 
-def _imported(module: str, deferred: bool = True) -> set[str]:
-    """Modules of the house that `module` imports."""
+def _sources(module: str, deferred: bool = True) -> set[str]:
+    """What `module` imports: modules of the house, and others by the name they are asked for."""
     package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
     for node in _statements(_tree(module), deferred):
@@ -125,7 +126,12 @@ def _imported(module: str, deferred: bool = True) -> set[str]:
             for alias in node.names:
                 name = f"{source}.{alias.name}"
                 found.add(name if name in FILES else source)
-    return {name for name in found if name in FILES} - {module}
+    return found
+
+
+def _imported(module: str, deferred: bool = True) -> set[str]:
+    """Modules of the house that `module` imports."""
+    return {name for name in _sources(module, deferred) if name in FILES} - {module}
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -189,7 +195,17 @@ def _class_names() -> Iterator[str]:
         yield from [names] if isinstance(names, str) else names
 
 
-@pytest.mark.parametrize("module", FILES)
+# `memwrap.testing` is made of tests, and a test asserts; no other folder may import it.
+LIBRARY = [module for module in FILES if _room(module) != "testing"]
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_the_library_needs_no_test_tools(module: str) -> None:
+    roots = {name.partition(".")[0] for name in _sources(module)}
+    assert not roots & {"pytest", "_pytest", "hypothesis"}, f"{module} imports what tests need"
+
+
+@pytest.mark.parametrize("module", LIBRARY)
 def test_no_assert_statement(module: str) -> None:
     lines = [node.lineno for node in ast.walk(_tree(module)) if isinstance(node, ast.Assert)]
     assert not lines, f"{module} asserts in lines {lines}; raise ValueError or TypeError"

@@ -38,7 +38,11 @@ Model = Annotated[str, typer.Option("--model", help="A saved model: folder, ship
 def list_memories() -> None:
     """The memories, where they attach, and what they do."""
     for name in memwrap.available():
-        config = memwrap.config_class(name)
+        try:
+            config = memwrap.config_class(name)
+        except ValueError as error:  # of another package; the others are fine
+            typer.echo(f"{name:<16}{'broken':<16}{error}")
+            continue
         summary = " ".join((config.__doc__ or "").split("\n\n")[0].split())
         typer.echo(f"{name:<16}{', '.join(places_of(memory_class(name))):<16}{summary}")
 

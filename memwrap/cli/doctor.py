@@ -15,6 +15,7 @@ import memwrap
 from memwrap import ops
 from memwrap.assets import asset
 from memwrap.backbones.masks import ATTENDING
+from memwrap.memories.registry import installed
 
 _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "triton", "datasets",
@@ -42,13 +43,17 @@ class Trial:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what memwrap uses; "not installed" for what is optional and missing."""
+    """Versions of what memwrap uses ("not installed" for what is optional and missing) and of the
+    packages that bring memories."""
     found = {"memwrap": memwrap.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
+    for point in installed():
+        if point.dist:
+            found[point.dist.name] = f"{point.dist.version} (memory {point.name})"
     return found
 
 

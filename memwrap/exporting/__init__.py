@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from memwrap.exporting.card import card
+from memwrap.exporting.card import card, foreign_packages
 from memwrap.exporting.flat import flat_files
 from memwrap.io.atomic_files import default_mode
 from memwrap.io.checksums import checksums
@@ -60,21 +60,23 @@ def export(
 
     `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` needs torch and
     transformers; `memwrap.load(folder)` works too. Adapters are merged into the backbone's
-    weights. The code is memwrap's own, cut to what the model imports, in flat files.
+    weights. The code is memwrap's own and that of the packages that bring the memories, cut to what
+    the model imports, in flat files.
 
     Args:
         model: a memwrap model.
         folder: a new or empty folder. Files appear whole or not at all.
         tokenizer: saved beside the model, if given.
         about: for the card: `licence`, `data`, `tokens`, `results` (Markdown) and `notes`.
-        check: load the result in a fresh process where memwrap cannot be imported, and compare
-            logits and generated ids.
+        check: load the result in a fresh process where neither memwrap nor these packages can be
+            imported, and compare logits and generated ids.
 
     Returns:
         What the check found; None without one.
 
     Raises:
-        ValueError: if the folder holds files, an adapter cannot be merged, or the check fails.
+        ValueError: if the folder holds files, an adapter cannot be merged, a memory's code needs
+            packages that transformers does not bring, or the check fails.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -117,8 +119,9 @@ def _write(
     model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    memories = [type(memory).__module__ for memory in model.memories.values()]
-    files = flat_files(memories) | {"README.md": card(model, about, name)}
+    files = flat_files([type(memory).__module__ for memory in model.memories.values()]) | {
+        "README.md": card(model, about, name)
+    }
     for file, text in files.items():
         (folder / file).write_text(text, encoding="utf-8")
     for path in folder.iterdir():
@@ -186,7 +189,7 @@ def _checked(model: MemoryModelForCausalLM, folder: Path) -> Checked:
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
-            [sys.executable, str(script), str(folder), str(expected)],
+            [sys.executable, str(script), str(folder), str(expected), *foreign_packages(model)],
             env=environment, capture_output=True, text=True, check=False, cwd=scratch,
         )  # fmt: skip
     if run.returncode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,22 @@ def _read(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def foreign_packages(model: MemoryModelForCausalLM) -> list[str]:
+    """The top-level packages, other than memwrap, that the model's memories come from."""
+    modules = (type(memory).__module__ for memory in model.memories.values())
+    return sorted({module.partition(".")[0] for module in modules} - {"memwrap"})
+
+
+def _licensed(package: str) -> str:
+    """`ema_memory (ema-memory 0.1, MIT)`: what the installed metadata says."""
+    names = packages_distributions().get(package)
+    if not names:
+        return f"{package} (look up its licence)"
+    about = distribution(names[0]).metadata.json
+    licence = about.get("license_expression") or about.get("license") or "look up its licence"
+    return f"{package} ({about['name']} {about['version']}, {licence})"
+
+
 def card(model: MemoryModelForCausalLM, about: dict[str, Any], name: str) -> str:
     """Markdown with the Hub's YAML head.
 
@@ -70,6 +87,7 @@ def card(model: MemoryModelForCausalLM, about: dict[str, Any], name: str) -> str
         for key, value in config.to_dict().items()
         if key != "name"
     )
+    code = " and ".join(["memwrap (Apache-2.0)", *map(_licensed, foreign_packages(model))])
     tokens = about.get("tokens")
     trained = f"{tokens:,} tokens" if isinstance(tokens, int) else "an unknown number of tokens"
     return (
@@ -88,8 +106,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-The Python files beside the weights are memwrap's own modules (Apache-2.0), cut to what this model
-needs. `memwrap.load("{name}")` loads it too.
+The Python files beside the weights are modules of {code}, cut to what this
+model needs. `memwrap.load("{name}")` loads it too.
 
 - Base model: {base}
 - Licence of the weights: {licence or "that of the base model; look it up there"}

@@ -1,8 +1,9 @@
 """Run by a fresh Python on an exported checkpoint: does it load without memwrap, and agree?
 
-    python check.py FOLDER EXPECTED.safetensors
+    python check.py FOLDER EXPECTED.safetensors [PACKAGE...]
 
-EXPECTED holds `ids`, `logits` and `generated`. Prints the largest difference of the logits, and
+EXPECTED holds `ids`, `logits` and `generated`; PACKAGE is where a memory comes from, and as little
+needed as memwrap. Prints the largest difference of the logits, and
 whether the same ids were generated; exits with 1 if memwrap was needed.
 """
 
@@ -15,15 +16,19 @@ from typing import Any
 
 
 class Blocker(importlib.abc.MetaPathFinder):
-    """Makes memwrap and its kernels impossible to import."""
+    """Makes memwrap, its kernels and further packages impossible to import."""
+
+    def __init__(self, *packages: str) -> None:
+        self.blocked = {"memwrap", "memwrap_kernels", *packages}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name.partition(".")[0] in ("memwrap", "memwrap_kernels"):
+        if name.partition(".")[0] in self.blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def main(folder: str, expected: str) -> None:
-    sys.meta_path.insert(0, Blocker())
+def main(folder: str, expected: str, *packages: str) -> None:
+    blocker = Blocker(*packages)
+    sys.meta_path.insert(0, blocker)
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -45,7 +50,7 @@ def main(folder: str, expected: str) -> None:
         "difference": difference,
         "scale": scale,
         "generates": bool(torch.equal(found, wanted["generated"])),
-        "clean": not any(name.partition(".")[0] == "memwrap" for name in sys.modules),
+        "clean": blocker.blocked.isdisjoint(name.partition(".")[0] for name in sys.modules),
     }
     print(json.dumps(result))
 

@@ -18,12 +18,12 @@ from cases import (
     shift_labels_of,
     states_by_segment,
 )
-from families import CONFIGS
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import memwrap
 from memwrap.engine.plan import segment_lengths
+from memwrap.testing.families import CONFIGS
 
 TOLERANCES = {"out.": 2e-5, "grad.": 1e-5}
 

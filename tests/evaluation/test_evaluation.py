@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build
 from peft import LoraConfig
-from support import ids, wrapped
 
 import memwrap
 from memwrap.evaluation import (
@@ -24,6 +22,8 @@ from memwrap.evaluation import (
     plot_recall,
 )
 from memwrap.evaluation.controls import CURVES
+from memwrap.testing.families import build
+from memwrap.testing.helpers import ids, wrapped
 
 
 def measured(model, documents, **settings):

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build
-from support import ids, wrapped
 
 import memwrap
 from memwrap.evaluation import run
 from memwrap.evaluation.controls import SINKS
+from memwrap.testing.families import build
+from memwrap.testing.helpers import ids, wrapped
 
 
 @pytest.mark.parametrize("memory", ["liger", "lolcats"])

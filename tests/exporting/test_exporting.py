@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
 from peft import LoraConfig, get_peft_model
-from support import PEFT_EXPERTS, assert_close, error_of, ids, wrapped
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import memwrap
@@ -23,6 +21,8 @@ from memwrap.exporting.card import about_run, card
 from memwrap.exporting.flat import flat_files, rewritten
 from memwrap.memories.registry import memory_class
 from memwrap.model.memory_model import MemoryModelForCausalLM
+from memwrap.testing.families import build
+from memwrap.testing.helpers import PEFT_EXPERTS, assert_close, error_of, ids, wrapped
 
 ALLOWED = {"torch", "transformers", "safetensors", "huggingface_hub", "tqdm", "numpy"}
 # Stores of vectors lie outside the model, behind packages of their own.

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build
-from support import (
-    MEMORIES,
+from support import MEMORIES
+
+import memwrap
+from memwrap.memories.protocol import InsertsTokens, check_together
+from memwrap.memories.registry import memory_class
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
     assert_close,
     assert_same_states,
     ids,
@@ -18,10 +22,6 @@ from support import (
     tiny,
     wrapped,
 )
-
-import memwrap
-from memwrap.memories.protocol import InsertsTokens, check_together
-from memwrap.memories.registry import memory_class
 
 
 def fit(*names: str) -> bool:

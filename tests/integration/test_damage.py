@@ -23,11 +23,11 @@ import pytest
 import torch
 from safetensors.numpy import save as save_numpy
 from small import ROOT, documents, llama, wrapped
-from support import randomise
 
 import memwrap
 from memwrap import exporting
 from memwrap.stores import FaissStore, TorchStore, open_store
+from memwrap.testing.helpers import randomise
 
 NUMBER = 200
 

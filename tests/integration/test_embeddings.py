@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
 from peft import LoraConfig
 from small import VOCABULARY, llama, word_tokenizer
-from support import assert_close, error_of, ids, randomise, tiny, wrapped
 from torch import Tensor
 
 import memwrap
 from memwrap.backbones import add_token
 from memwrap.exporting import merged
+from memwrap.testing.families import build
+from memwrap.testing.helpers import assert_close, error_of, ids, randomise, tiny, wrapped
 
 TEXT = ids(2, 43)
 ADAPTERS: dict[str, Any] = {

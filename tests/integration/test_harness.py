@@ -17,13 +17,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from small import ROOT, word_tokenizer, wrapped
-from support import randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import memwrap
 from memwrap import exporting
 from memwrap.cli import lm_eval_model as harness
+from memwrap.testing.helpers import randomise
 
 TASKS = {
     "memory_choice": """

@@ -9,10 +9,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from families import build
-from support import TOLERANCE, ids, wrapped
 
 import memwrap
+from memwrap.testing.families import build
+from memwrap.testing.helpers import TOLERANCE, ids, wrapped
 
 TEXT = ids(2, 21)
 

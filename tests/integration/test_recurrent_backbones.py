@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_close, error_of, refused
+from support import refused
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import memwrap
 from memwrap.backbones.recurrence import SUPPORTED
 from memwrap.evaluation.perplexity import perplexity_by_position
+from memwrap.testing.helpers import assert_close, error_of
 
 SEGMENT, LENGTH = 8, 30
 _COMMON: dict[str, Any] = {

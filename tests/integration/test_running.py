@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from small import SETTINGS, documents, llama, losses_of, word_tokenizer, wrapped
-from support import assert_same_states, randomise
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, pipeline
 
 import memwrap
 from memwrap.model.memory_model import MEMORY_CHILD
+from memwrap.testing.helpers import assert_same_states, randomise
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.trainer import MemoryTrainer
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build
 from one_layer import bare_attention
-from support import assert_close, assert_pieces_and_padding, error_of, gradients, ids, wrapped
+from support import assert_pieces_and_padding
 from torch import Tensor
 
 import memwrap
 from memwrap.state.trees import tree_leaves
+from memwrap.testing.families import build
+from memwrap.testing.helpers import assert_close, error_of, gradients, ids, wrapped
 
 FORMS = ("gated_delta", "delta", "gated")
 VARIANTS: list[dict[str, Any]] = [

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
-from support import (
+
+import memwrap
+from memwrap.engine.plan import draw_lengths
+from memwrap.memories.autocompressor import AutoCompressorConfig
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
     SEGMENT,
     assert_close,
     assert_same_states,
@@ -18,10 +22,6 @@ from support import (
     shifted,
     wrapped,
 )
-
-import memwrap
-from memwrap.engine.plan import draw_lengths
-from memwrap.memories.autocompressor import AutoCompressorConfig
 
 NAME = "autocompressor"
 TEXT = ids(2, 6 * SEGMENT + 3)

@@ -6,18 +6,11 @@ from itertools import product
 
 import pytest
 import torch
-from families import build
-from support import (
-    SEGMENT,
-    assert_close,
-    assert_pieces_and_padding,
-    error_of,
-    gradients,
-    ids,
-    wrapped,
-)
+from support import assert_pieces_and_padding
 
 import memwrap
+from memwrap.testing.families import build
+from memwrap.testing.helpers import SEGMENT, assert_close, error_of, gradients, ids, wrapped
 
 VARIANTS = [
     {"compression": c, "store": s, "positions": p}

@@ -8,16 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
-from support import (
-    SEGMENT,
-    assert_close,
-    assert_pieces_and_padding,
-    assert_same_states,
-    error_of,
-    ids,
-    wrapped,
-)
+from support import assert_pieces_and_padding
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +16,15 @@ import memwrap
 from memwrap.assets import asset
 from memwrap.memories.extended_mind import retrieved
 from memwrap.retrieval.library import CONVERSATION
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
+    SEGMENT,
+    assert_close,
+    assert_same_states,
+    error_of,
+    ids,
+    wrapped,
+)
 
 VARIANTS: list[dict[str, Any]] = [
     {"positions": p, "similarity_threshold": s} for p, s in (("none", None), ("zero", 0.3))

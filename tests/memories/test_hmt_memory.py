@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import SEGMENT, assert_close, error_of, ids, padded, wrapped
 from torch import Tensor
 
 import memwrap
+from memwrap.testing.helpers import SEGMENT, assert_close, error_of, ids, padded, wrapped
 
 TEXT = ids(1, 4 * SEGMENT)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, build
-from support import SEGMENT, assert_close, assert_pieces_and_padding, error_of, ids, wrapped
+from support import assert_pieces_and_padding
 
 import memwrap
 from memwrap.backbones import Backbone
+from memwrap.testing.families import FAMILIES, build
+from memwrap.testing.helpers import SEGMENT, assert_close, error_of, ids, wrapped
 
 VARIANTS = [{"update": u, "first_segment": f} for u in ("linear", "delta") for f in
             ("local_only", "zero_gated")]  # fmt: skip

@@ -8,15 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
 from one_layer import OneLayer
 from safetensors.torch import load_file, save_file
-from support import assert_close, assert_same_states, error_of, ids, padded, tiny, wrapped
 from torch import Tensor
 
 import memwrap
 from memwrap.backbones.rotary import rotate
 from memwrap.io.checksums import checksums
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
+    assert_close,
+    assert_same_states,
+    error_of,
+    ids,
+    padded,
+    tiny,
+    wrapped,
+)
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 

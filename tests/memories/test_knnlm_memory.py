@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, build
-from support import assert_close, error_of, ids, padded, randomise, tiny
 from torch import Tensor
 
 import memwrap
@@ -20,6 +18,8 @@ from memwrap.memories.knnlm import adapt
 from memwrap.retrieval.datastore import add_document, build_store, read_tokens
 from memwrap.state.trees import alike
 from memwrap.stores import FaissStore, TorchStore, open_store
+from memwrap.testing.families import FAMILIES, build
+from memwrap.testing.helpers import assert_close, error_of, ids, padded, randomise, tiny
 
 TEXT = ids(1, 40)
 

@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
-from support import (
+from torch import Tensor
+
+import memwrap
+from memwrap.ops import landmark as ops
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
     SEGMENT,
     assert_close,
     assert_same_gradients,
@@ -19,10 +23,6 @@ from support import (
     tiny,
     wrapped,
 )
-from torch import Tensor
-
-import memwrap
-from memwrap.ops import landmark as ops
 
 TEXT = ids(2, 3 * SEGMENT + 3)
 

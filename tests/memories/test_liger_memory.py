@@ -8,23 +8,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build
 from one_layer import bare_attention
-from support import (
-    assert_close,
-    assert_pieces_and_padding,
-    assert_same_gradients,
-    error_of,
-    gradients,
-    ids,
-    wrapped,
-)
+from support import assert_pieces_and_padding
 from torch import Tensor, nn
 
 import memwrap
 from memwrap.memories.liger import FORMS
 from memwrap.ops import backend, delta, gla
 from memwrap.ops.features import features
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
+    assert_close,
+    assert_same_gradients,
+    error_of,
+    gradients,
+    ids,
+    wrapped,
+)
 
 VARIANTS: list[dict[str, Any]] = [
     *[{"form": form} for form in FORMS],

@@ -6,19 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
 from one_layer import bare_attention
-from support import (
-    assert_close,
-    assert_pieces_and_padding,
-    error_of,
-    gradients,
-    ids,
-    wrapped,
-)
+from support import assert_pieces_and_padding
 from torch import Tensor
 
 import memwrap
+from memwrap.testing.families import build
+from memwrap.testing.helpers import assert_close, error_of, gradients, ids, wrapped
 
 
 def one_layer(**settings: Any) -> tuple[Any, Any]:

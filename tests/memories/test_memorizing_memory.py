@@ -7,19 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
-from support import (
-    SEGMENT,
-    assert_close,
-    assert_pieces_and_padding,
-    error_of,
-    gradients,
-    ids,
-    wrapped,
-)
+from support import assert_pieces_and_padding
 from torch import Tensor
 
 import memwrap
+from memwrap.testing.families import build
+from memwrap.testing.helpers import SEGMENT, assert_close, error_of, gradients, ids, wrapped
 
 VARIANTS: list[dict[str, Any]] = [
     {"combine": c, "qk_norm": q, "cache_size": s}

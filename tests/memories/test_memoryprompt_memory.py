@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import SEGMENT, assert_close, assert_same_states, error_of, gradients, ids, wrapped
 
 import memwrap
+from memwrap.testing.helpers import (
+    SEGMENT,
+    assert_close,
+    assert_same_states,
+    error_of,
+    gradients,
+    ids,
+    wrapped,
+)
 
 NAME = "memoryprompt"
 TEXT = ids(2, 3 * SEGMENT + 3)

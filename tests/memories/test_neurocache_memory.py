@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
 from peft import LoraConfig
-from support import (
+from support import assert_pieces_and_padding
+from torch import Tensor
+
+import memwrap
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
     SEGMENT,
     assert_close,
-    assert_pieces_and_padding,
     error_of,
     gradients,
     ids,
     randomise,
     wrapped,
 )
-from torch import Tensor
-
-import memwrap
 
 COMPAT: dict[str, Any] = {"compat": True, "head_layout": "published"}
 VARIANTS: list[dict[str, Any]] = [

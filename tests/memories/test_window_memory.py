@@ -6,11 +6,11 @@ import gc
 
 import pytest
 import torch
-from families import FAMILIES, build
-from support import assert_close, error_of, ids, padded, wrapped
 
 import memwrap
 from memwrap.backbones.rotary import _ROTATED
+from memwrap.testing.families import FAMILIES, build
+from memwrap.testing.helpers import assert_close, error_of, ids, padded, wrapped
 
 WINDOWED = ("gemma2", "gemma3", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_close
 from torch import Tensor
 
 import memwrap
 from memwrap.ops import landmark as ops
+from memwrap.testing.helpers import assert_close
 
 
 def tensors(

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build
 from peft import LoraConfig
-from support import SEGMENT, gradients, ids, wrapped
-from support import assert_same_gradients as assert_same
 from torch import Tensor
 
 from memwrap.engine.loss import Teacher
+from memwrap.testing.families import build
+from memwrap.testing.helpers import SEGMENT, gradients, ids, wrapped
+from memwrap.testing.helpers import assert_same_gradients as assert_same
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.distillation import teacher_of
 from memwrap.training.trainer import MemoryTrainer

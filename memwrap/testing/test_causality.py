@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
-    MEMORIES,
+
+from memwrap.model.building import sizes_of
+from memwrap.state.trees import tree_leaves
+from memwrap.testing.helpers import (
     SEGMENT,
     assert_close,
     assert_memory_matters,
@@ -17,9 +19,6 @@ from support import (
     pairs,
     wrapped,
 )
-
-from memwrap.model.building import sizes_of
-from memwrap.state.trees import tree_leaves
 
 
 @pairs()
@@ -90,7 +89,6 @@ def test_clones_are_independent(memory: str, family: str) -> None:
     assert_same_states(got, other, 0.0)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_a_cancelled_call_leaves_the_state_whole(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +114,6 @@ def test_a_cancelled_call_leaves_the_state_whole(
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_controls_change_what_is_read_and_not_what_is_kept(memory: str) -> None:
     model = wrapped(memory)
     first, second = ids(2, 2 * SEGMENT, seed=1), ids(2, SEGMENT, seed=2)

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
 from peft import LoraConfig, PeftModel, get_peft_model
-from support import (
-    MEMORIES,
+from transformers import AutoModelForCausalLM
+
+import memwrap
+from memwrap.memories.protocol import LogitsMemory
+from memwrap.memories.registry import memory_class
+from memwrap.model.memory_model import MEMORY_CHILD
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
     PEFT_EXPERTS,
     SEGMENT,
     assert_close,
@@ -25,12 +30,6 @@ from support import (
     tiny,
     wrapped,
 )
-from transformers import AutoModelForCausalLM
-
-import memwrap
-from memwrap.memories.protocol import LogitsMemory
-from memwrap.memories.registry import memory_class
-from memwrap.model.memory_model import MEMORY_CHILD
 
 TEXT = ids(2, 3 * SEGMENT + 3)
 # peft 0.21 asks a model by the name that transformers 5.23 has replaced.
@@ -173,7 +172,8 @@ def test_saved_and_loaded_with_lora(memory: str, family: str, order: str, tmp_pa
         model.add_lora(lora())
     else:
         plain = logits_of(wrapped(memory, family))
-        model = randomise(memwrap.wrap(get_peft_model(build(family), lora()), tiny(memory))).eval()
+        adapted: Any = get_peft_model(build(family), lora())
+        model = randomise(memwrap.wrap(adapted, tiny(memory))).eval()
     assert torch.equal(logits_of(model), plain)  # LoRA starts at zero
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in n or n.startswith("memory_modules") for n in trainable)
@@ -202,7 +202,7 @@ def test_peft_around_the_model(memory: str, family: str, tmp_path: Path) -> None
     outer.eval()
     want = logits_of(outer)
     assert error_of(want, logits_of(wrapped(memory, family))) > 1e-2
-    outer.save_pretrained(tmp_path)
+    outer.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(memwrap.wrap(build(family), tiny(memory)), tmp_path).eval()
     assert torch.equal(logits_of(loaded), want)
 
@@ -241,7 +241,6 @@ def test_a_state_goes_on_in_a_loaded_model(memory: str, family: str, tmp_path: P
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_a_bfloat16_model_comes_back(memory: str, tmp_path: Path) -> None:
     # Loaded rather than cast: `.to(bfloat16)` would also round the rotary table, no weight.
     build("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
@@ -258,7 +257,6 @@ def test_a_bfloat16_model_comes_back(memory: str, tmp_path: Path) -> None:
     assert_same_states(again, state, 0.0)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_a_copy_is_another_model(memory: str) -> None:
     model = wrapped(memory)
     want, other = logits_of(model), copy.deepcopy(model)
@@ -271,7 +269,6 @@ def test_a_copy_is_another_model(memory: str) -> None:
     logits_of(model)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_fingerprints_follow_the_weights(memory: str) -> None:
     model = wrapped(memory)
     seen = [model.fingerprint()]
@@ -289,7 +286,6 @@ def test_fingerprints_follow_the_weights(memory: str) -> None:
     assert model.fingerprint()["backbone"] != seen[0]["backbone"]
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_a_larger_vocabulary(memory: str, tmp_path: Path) -> None:
     model = wrapped(memory)
     want = logits_of(model)
@@ -306,8 +302,7 @@ def test_a_larger_vocabulary(memory: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(memwrap.load(tmp_path)), logits_of(model))
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen2"])
-@pytest.mark.parametrize("memory", MEMORIES)
+@pairs(everywhere=True, families=("gemma3", "qwen2"))
 def test_tied_embeddings_stay_tied(memory: str, family: str, tmp_path: Path) -> None:
     base = build(family, tie_word_embeddings=True)
     model = wrapped(memory, base=base)

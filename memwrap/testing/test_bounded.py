@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from support import MEMORIES, SEGMENT, assert_memory_matters, ids, pairs, wrapped
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from memwrap.testing.helpers import SEGMENT, assert_memory_matters, ids, pairs, wrapped
 
 # transformers 5.23 has another name for checkpointing, older versions only this one.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -101,22 +103,22 @@ def test_reading_holds_one_segment(memory: str, family: str) -> None:
     # Hidden states of all tokens would have been seen.
     assert 4 * model.config.hidden_size > PLAN_BYTES
     with torch.no_grad():
-        short, long = (peak_of(lambda t=t: model(t, labels=t)) for t in (few, many))
+        short, long = (peak_of(partial(model, t, labels=t)) for t in (few, many))
     most = 2 * PLAN_BYTES * more_tokens + stored
     assert long - short <= most, f"loss: {short} bytes, then {long}"
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_checkpointed_training_holds_states_not_activations(memory: str) -> None:
     def growth(checkpointing: bool) -> int:
         model = wrapped(memory, segment_size=16).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        peaks = []
-        for count in (4, 12):
-            text = ids(2, count * 16)
-            peaks.append(peak_of(lambda text=text: model(text, labels=text).loss))
-        return peaks[1] - peaks[0]
+
+        def loss_of(text: torch.Tensor) -> torch.Tensor:
+            return model(text, labels=text).loss
+
+        few, many = (peak_of(partial(loss_of, ids(2, count * 16))) for count in (4, 12))
+        return many - few
 
     plain, checkpointed = growth(False), growth(True)
     assert checkpointed < plain / 3, f"{plain} bytes more, {checkpointed} with checkpoints"

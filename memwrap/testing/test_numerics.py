@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
-from support import MEMORIES, SEGMENT, error_of, gradients, ids, pairs, wrapped
 from torch import Tensor
 
 from memwrap.state.trees import tree_leaves
+from memwrap.testing.families import build
+from memwrap.testing.helpers import SEGMENT, error_of, gradients, ids, pairs, wrapped
 
 KINDS = ("random", "constant", "padding")
 
@@ -61,7 +61,6 @@ def test_training_in_bfloat16(memory: str, family: str, kind: str) -> None:
     assert any(float(found[n].abs().max()) > 0 for n in names)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_training_where_the_whole_text_is_padding_or_one_row_is(memory: str) -> None:
     model = wrapped(memory, base=build("llama").to(torch.bfloat16)).train()
     text, mask = ids(2, 3 * SEGMENT), torch.ones(2, 3 * SEGMENT, dtype=torch.long)
@@ -70,7 +69,6 @@ def test_training_where_the_whole_text_is_padding_or_one_row_is(memory: str) -> 
     assert all(bool(g.isfinite().all()) for g in gradients(model).values())
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_bfloat16_stays_near_float32(memory: str) -> None:
     """Sums are kept in float32: after many segments the states still agree in kind."""
     text = ids(1, 2 * SEGMENT)
@@ -80,7 +78,6 @@ def test_bfloat16_stays_near_float32(memory: str) -> None:
     assert error_of(low, high) < 0.2
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_autocast(memory: str) -> None:
     model, text = wrapped(memory).train(), ids(2, 6 * SEGMENT + 3)
     want = model(text, labels=text).loss

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
-from support import (
-    MEMORIES,
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+import memwrap
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
     SEGMENT,
     assert_close,
     assert_memory_matters,
@@ -20,11 +24,6 @@ from support import (
     pairs,
     wrapped,
 )
-from torch import Tensor
-from transformers import DynamicCache
-from transformers.generation.streamers import BaseStreamer
-
-import memwrap
 
 # Every length ends in another place of a segment; answers cross a segment's end.
 NEW = SEGMENT + 3
@@ -252,7 +251,6 @@ def test_rows_that_end_early_do_not_disturb_others(memory: str, family: str) -> 
     assert got[0, text.shape[1] :].tolist() == first[: end + 1] + [0] * (NEW - 1 - end)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_what_cannot_work_says_why(memory: str) -> None:
     model, prompt = wrapped(memory), ids(1, SEGMENT)
     with pytest.raises(ValueError, match="assist"):

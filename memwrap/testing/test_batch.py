@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
-from support import (
-    MEMORIES,
+
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
     SEGMENT,
     TOLERANCE,
     assert_close,
@@ -136,7 +136,6 @@ def test_states_of_different_readings_in_one_batch(memory: str, family: str) -> 
     assert_close(rows[0], got[0])
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_an_all_padding_row_and_an_all_padding_batch(memory: str) -> None:
     model = wrapped(memory)
     text, mask = padded([ROWS[0], ROWS[0][:0]], "left")
@@ -151,7 +150,6 @@ def test_an_all_padding_row_and_an_all_padding_batch(memory: str) -> None:
     assert_same_states(nothing.cache, model.new_state(2), 0.0)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_the_loss_of_nothing_is_zero(memory: str) -> None:
     model = wrapped(memory).train()
     text, mask = padded([ROWS[0]], "left")

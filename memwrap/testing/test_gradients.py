@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from support import (
-    MEMORIES,
+from torch import Tensor
+
+from memwrap.testing.families import build
+from memwrap.testing.helpers import (
     PEFT_EXPERTS,
     SEGMENT,
     assert_close,
@@ -23,7 +25,6 @@ from support import (
     shifted,
     wrapped,
 )
-from torch import Tensor
 
 # transformers 5.23 has another name for checkpointing, older versions only this one.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -175,10 +176,8 @@ def test_loss_on_the_last_segment(memory: str, family: str) -> None:
     assert any(float(found[n].abs().max()) > 0 for n in names)
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
 def test_a_model_in_float64_agrees_to_its_precision(memory: str) -> None:
     """Truncation once more where noise cannot hide a mistake (norms still round to float32)."""
-    from families import build
 
     def double(**settings: Any) -> Any:
         return wrapped(memory, base=build("gpt_neox").double(), **settings)

@@ -1,0 +1,103 @@
+"""Options and rules of the invariants: which memories and families, one thread, fixed seeds.
+
+Warnings are errors, whatever the project says that the tests are run from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+import memwrap
+from memwrap.testing.families import FAMILIES
+
+HERE = Path(__file__).parent
+MARKERS = (
+    "full: the whole product of methods and families; off unless -m names it",
+    "pairs(everywhere, families): run on every pair of a memory and a family",
+)
+
+torch.set_num_threads(1)
+settings.register_profile("memwrap", deadline=None, derandomize=True, print_blob=False)
+settings.load_profile("memwrap")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("memwrap", "the invariants of memories")
+    group.addoption(
+        "--memory",
+        action="append",
+        metavar="NAME",
+        help="run the invariants on this memory; may be repeated (default: all available)",
+    )
+    group.addoption(
+        "--family",
+        action="append",
+        choices=FAMILIES,
+        metavar="NAME",
+        help="only on this family of models, all tests of it; may be repeated (default: llama, "
+        "and what is quick on the others; all with -m 'full or not full')",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    for name in config.getoption("memory", None) or ():
+        try:
+            memwrap.config_class(name)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes a `memory` on all that were asked for, by `pairs` on families too."""
+    if "memory" not in metafunc.fixturenames:
+        return
+    memories = metafunc.config.getoption("memory", None) or memwrap.available()
+    mark = metafunc.definition.get_closest_marker("pairs")
+    if mark is None:
+        metafunc.parametrize("memory", memories)
+        return
+    named = metafunc.config.getoption("family", None) or ()
+    always = FAMILIES if mark.kwargs["everywhere"] else ("llama", *named)
+    cases = [
+        pytest.param(memory, family, id=f"{memory}-{family}")
+        if family in always
+        else pytest.param(memory, family, id=f"{memory}-{family}", marks=pytest.mark.full)
+        for memory in memories
+        for family in mark.kwargs["families"]
+    ]
+    metafunc.parametrize(("memory", "family"), cases)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is `full`, unless marks were asked for, and families that were not named."""
+    without_full = not config.getoption("markexpr", "")
+    named = config.getoption("family", None)
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        left = without_full and "full" in item.keywords
+        if HERE in item.path.parents:
+            # In front of a test's own filters, which then have the last word.
+            item.add_marker(pytest.mark.filterwarnings("error"), append=False)
+            left = left or (named and _family(item) not in named)
+        (others if left else chosen).append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = chosen
+
+
+def _family(item: pytest.Item) -> str:
+    """The family of a test; llama is what tests without one build."""
+    parameters = getattr(item, "callspec", None)
+    return parameters.params.get("family", "llama") if parameters else "llama"
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    torch.manual_seed(1234)
