@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import Memory
 from memwrap.memories.registry import register
+from memwrap.memories.settings import PositiveInt
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class RMTConfig(MemoryConfig):
     """Recurrent memory tokens: what a segment leaves in its last positions opens the next.
 
@@ -29,13 +28,8 @@ class RMTConfig(MemoryConfig):
     name: ClassVar[str] = "rmt"
     places: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
-    num_memory_tokens: int = 16
-    published_truncation: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("num_memory_tokens")
-        self._positive("published_truncation", optional=True)
+    num_memory_tokens: PositiveInt = 16
+    published_truncation: PositiveInt | None = None
 
     @classmethod
     def tiny(cls) -> RMTConfig:
