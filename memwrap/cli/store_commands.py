@@ -82,7 +82,8 @@ def build(
     from memwrap.data.documents import load_documents
     from memwrap.retrieval.datastore import build_store
 
-    config = KnnLMConfig(segment_size=segment or SEGMENT, key=key or "ffn")
+    settings: Any = {"key": key or "ffn"}  # checked by the config
+    config = KnnLMConfig(segment_size=segment or SEGMENT, **settings)
     loaded = _with_memory(model, config, dtype, own=bool(segment or key))
     memory = loaded.memories["knnlm"]
     documents = load_documents(corpus, None if split == "all" else split)
@@ -118,10 +119,9 @@ def tune(
     from memwrap.evaluation.run import documents as read_documents
 
     opened = open_store(store)
-    key, segment = opened.notes.get("key", "ffn"), opened.notes.get("segment_size", SEGMENT)
-    config = KnnLMConfig(
-        segment_size=segment, key=key, metric=opened.metric, top_k=top_k, adaptive=adaptive
-    )
+    settings: Any = {"key": opened.notes.get("key", "ffn"), "metric": opened.metric}
+    segment = opened.notes.get("segment_size", SEGMENT)
+    config = KnnLMConfig(segment_size=segment, top_k=top_k, adaptive=adaptive, **settings)
     loaded = _with_memory(model, config, dtype, own=False)
     loaded.memories["knnlm"].attach(opened)
     part = None if split == "all" else split

@@ -7,8 +7,7 @@ recurrence is fed with the keys and values that leave it, and adds what a query 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
+from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import delta, gla
 from memwrap.ops.rows import take
@@ -29,7 +29,6 @@ RATES = (1e-3, 16.0)  # A, drawn between
 STEPS = (1e-3, 1e-1)  # softplus of the bias of Delta, drawn between on a log scale
 
 
-@dataclass(kw_only=True)
 class AHNConfig(MemoryConfig):
     """Softmax over a window with sinks, and beside it a recurrence over all that left the window.
 
@@ -51,27 +50,16 @@ class AHNConfig(MemoryConfig):
 
     name: ClassVar[str] = "ahn"
 
-    form: str = "gated_delta"
-    window_size: int = 1024
-    num_sinks: int = 4
-    train_windows: list[int] | None = None
-    states: str = "query_head"
+    form: Literal["gated_delta", "delta", "gated"] = "gated_delta"
+    window_size: PositiveInt = 1024
+    num_sinks: NonNegativeInt = 4
+    train_windows: list[PositiveInt] | None = None
+    states: Literal["query_head", "kv_head"] = "query_head"
     rotate: bool = True
-    layers: list[int] | None = None
+    layers: LayerList | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("form", ("gated_delta", "delta", "gated"))
-        self._positive("window_size")
-        self._positive("num_sinks", zero=True)
-        self._one_of("states", ("query_head", "kv_head"))
-        self._layers()
-        drawn = self.train_windows
-        if drawn is not None and not (
-            isinstance(drawn, list)
-            and drawn
-            and all(type(n) is int and 1 <= n <= self.window_size for n in drawn)
-        ):
+    def validate_train_windows(self) -> None:
+        if self.train_windows is not None and max(self.train_windows) > self.window_size:
             self._fail("train_windows", f"None or a list of sizes from 1 to {self.window_size}")
 
     @classmethod

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import Claims, LayerMemory, SoftPrompt
 from memwrap.memories.registry import register
+from memwrap.memories.settings import LayerList, PositiveInt
 from memwrap.memories.sizes import Sizes, chosen_layers, memory_tokens
 from memwrap.ops import associative
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class ARMTConfig(MemoryConfig):
     """Associative recurrent memory: every layer reads a key-value matrix that memory tokens
     write at the end of each segment.
@@ -39,28 +38,25 @@ class ARMTConfig(MemoryConfig):
 
     name: ClassVar[str] = "armt"
 
-    num_memory_tokens: int = 16
-    d_mem: int = 64
-    nu: int = 3
-    n_heads: int = 1
+    num_memory_tokens: PositiveInt = 16
+    d_mem: PositiveInt = 64
+    nu: PositiveInt = 3
+    n_heads: PositiveInt = 1
     feature_norm: bool = False
     use_denom: bool = True
     correction: bool = True
     gating: bool = False
     input_norm: bool = True
-    value_init: str = "zero"
-    layers: list[int] | None = None
+    value_init: Literal["zero", "normal"] = "zero"
+    layers: LayerList | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_memory_tokens", "d_mem", "nu", "n_heads"):
-            self._positive(name)
-        self._one_of("value_init", ("zero", "normal"))
+    def validate_heads(self) -> None:
         if self.d_mem % self.n_heads:
             self._fail("n_heads", f"a divisor of d_mem ({self.d_mem})")
+
+    def validate_denominator(self) -> None:
         if not self.use_denom and not self.feature_norm:
             self._fail("use_denom", "true unless `feature_norm` is true: raw features overflow")
-        self._layers()
 
     @classmethod
     def tiny(cls) -> ARMTConfig:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import Claims, SoftPrompt
 from memwrap.memories.registry import register
+from memwrap.memories.settings import Fraction, PositiveInt
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import ragged
 from memwrap.ops.associative import accumulation_dtype
@@ -19,7 +19,6 @@ from memwrap.state.memory_state import MemoryState
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class AutoCompressorConfig(MemoryConfig):
     """Accumulated summary vectors: every segment adds some, all of them open the next.
 
@@ -36,17 +35,14 @@ class AutoCompressorConfig(MemoryConfig):
 
     name: ClassVar[str] = "autocompressor"
 
-    num_memory_tokens: int = 50
-    memory_size: int = 1000
+    num_memory_tokens: PositiveInt = 50
+    memory_size: PositiveInt = 1000
     accumulate: bool = True
-    length_spread: float = 1 / 3
+    length_spread: Fraction = 1 / 3
     zero_positions: bool = True
-    bptt_segments: int | None = 2
+    bptt_segments: PositiveInt | None = 2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("num_memory_tokens")
-        self._positive("memory_size")
+    def validate_memory_size(self) -> None:
         if self.memory_size < self.num_memory_tokens:
             self._fail("memory_size", f"at least num_memory_tokens ({self.num_memory_tokens})")
 

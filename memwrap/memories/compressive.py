@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from memwrap.backbones import LayerAttention, Rows
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
+from memwrap.memories.settings import LayerList, NonNegativeFloat, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import compressive as ops
 from memwrap.ops.rows import earliest, latest, right_valid, take
@@ -20,7 +20,6 @@ from memwrap.state.trees import Tree
 PARTS = ("memory", "compressed")
 
 
-@dataclass(kw_only=True)
 class CompressiveConfig(MemoryConfig):
     """The last `memory_size` rows of every layer stay as they are; older ones are compressed
     `compression_rate` to one and the last `compressed_size` of those kept.
@@ -44,27 +43,16 @@ class CompressiveConfig(MemoryConfig):
 
     name: ClassVar[str] = "compressive"
 
-    memory_size: int = 512
-    compressed_size: int = 512
-    compression_rate: int = 4
-    compression: str = "mean"
-    store: str = "kv"
-    positions: str = "index"
-    loss: str = "attention"
-    loss_weight: float = 1.0
-    bptt_segments: int | None = 1
-    layers: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("memory_size", "compressed_size", "compression_rate"):
-            self._positive(name)
-        self._one_of("compression", ops.COMPRESSIONS)
-        self._one_of("store", ("kv", "hidden"))
-        self._one_of("positions", ("index", "timeline"))
-        self._one_of("loss", ("attention", "autoencoding"))
-        self._number("loss_weight", 0)
-        self._layers()
+    memory_size: PositiveInt = 512
+    compressed_size: PositiveInt = 512
+    compression_rate: PositiveInt = 4
+    compression: ops.Compression = "mean"
+    store: Literal["kv", "hidden"] = "kv"
+    positions: Literal["index", "timeline"] = "index"
+    loss: Literal["attention", "autoencoding"] = "attention"
+    loss_weight: NonNegativeFloat = 1.0
+    bptt_segments: PositiveInt | None = 1
+    layers: LayerList | None = None
 
     @property
     def learned(self) -> bool:

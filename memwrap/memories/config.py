@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import asdict, fields
+from typing import Any, ClassVar, Literal
 
-ALIGNMENTS = ("left", "right", "center")
+from memwrap.memories.settings import Fraction, PositiveInt, Settings
 
 
-@dataclass(kw_only=True)
-class MemoryConfig:
+class MemoryConfig(Settings):
     """Fields that all memories share. Subclass it with the fields of one method.
 
     Attributes:
@@ -31,22 +30,12 @@ class MemoryConfig:
 
     name: ClassVar[str] = ""
 
-    segment_size: int = 512
-    bptt_segments: int | None = None
-    loss_on: str = "all"
-    alignment: str = "left"
-    length_spread: float = 0.0
+    segment_size: PositiveInt = 512
+    bptt_segments: PositiveInt | None = None
+    loss_on: Literal["all", "last"] = "all"
+    alignment: Literal["left", "right", "center"] = "left"
+    length_spread: Fraction = 0.0
     count_padding: bool = False
-
-    def __post_init__(self) -> None:
-        self._positive("segment_size")
-        self._positive("bptt_segments", optional=True)
-        self._one_of("loss_on", ("all", "last"))
-        self._one_of("alignment", ALIGNMENTS)
-        self._number("length_spread", 0, 1)
-        for entry in fields(self):
-            if entry.type == "bool" and not isinstance(getattr(self, entry.name), bool):
-                self._fail(entry.name, "true or false")
 
     def detach_before(self, segment: int) -> bool:
         """Whether gradients are cut between segment `segment - 1` and `segment` of a call."""
@@ -84,43 +73,3 @@ class MemoryConfig:
     def longest_segment(self) -> int:
         """Tokens of the longest segment that training may draw."""
         return math.floor(self.segment_size * (1 + self.length_spread))
-
-    def _fail(self, name: str, allowed: str) -> None:
-        raise ValueError(
-            f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {allowed}."
-        )
-
-    def _layers(self, name: str = "layers") -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if (
-            not isinstance(value, list)
-            or not value
-            or any(type(i) is not int or i < 0 for i in value)
-        ):
-            self._fail(name, "None or a list of layer numbers from 0")
-        if len(set(value)) != len(value):
-            self._fail(name, "a list without repetitions")
-
-    def _positive(self, name: str, *, optional: bool = False, zero: bool = False) -> None:
-        value = getattr(self, name)
-        if optional and value is None:
-            return
-        least = 0 if zero else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self._fail(name, f"an integer of at least {least}" + (" or None" if optional else ""))
-
-    def _number(self, name: str, least: float, most: float = math.inf) -> None:
-        value = getattr(self, name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not least <= value <= most
-        ):
-            limits = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
-            self._fail(name, f"a number {limits}")
-
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            self._fail(name, "one of " + ", ".join(map(repr, allowed)))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from memwrap.memories.parts.joint_softmax import join_summary
 from memwrap.memories.parts.key_value_ring import KeyValueRings
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
+from memwrap.memories.settings import LayerList, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import retrieve, rings
 from memwrap.state.trees import Tree
@@ -27,7 +28,6 @@ from memwrap.state.trees import Tree
 _notes: ContextVar[list[Retrieved] | None] = ContextVar("memwrap_retrieved", default=None)
 
 
-@dataclass(kw_only=True)
 class ExtendedMindConfig(MemoryConfig):
     """In every layer each query attends, in one softmax, to its own segment and to the `top_k` most
     similar entries of what was read before.
@@ -47,21 +47,12 @@ class ExtendedMindConfig(MemoryConfig):
 
     name: ClassVar[str] = "extended_mind"
 
-    segment_size: int = 1024
-    cache_size: int = 100_000
-    top_k: int = 10
-    similarity_threshold: float | None = None
-    positions: str = "zero"
-    layers: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("cache_size")
-        self._positive("top_k")
-        if self.similarity_threshold is not None:
-            self._number("similarity_threshold", -1, 1)
-        self._one_of("positions", ("zero", "none"))
-        self._layers()
+    segment_size: PositiveInt = 1024
+    cache_size: PositiveInt = 100_000
+    top_k: PositiveInt = 10
+    similarity_threshold: Annotated[float, Range(-1, 1)] | None = None
+    positions: Literal["zero", "none"] = "zero"
+    layers: LayerList | None = None
 
     @classmethod
     def tiny(cls) -> ExtendedMindConfig:

@@ -3,8 +3,7 @@ al. 2024)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import SeesSegment, SegmentTokens, SoftPrompt
 from memwrap.memories.registry import register
+from memwrap.memories.settings import NonNegativeInt, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import ragged
 from memwrap.ops.associative import accumulation_dtype
@@ -19,7 +19,6 @@ from memwrap.ops.recall import recall
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class HMTConfig(MemoryConfig):
     """Hierarchical memory: each segment leaves one vector in a cache, and what opens a segment is
     recalled from that cache by a topic query; the last tokens of the segment before come along.
@@ -37,23 +36,12 @@ class HMTConfig(MemoryConfig):
 
     name: ClassVar[str] = "hmt"
 
-    num_sensory: int = 32
-    cache_size: int = 300
-    d_mem: int | None = None
-    summary_fraction: float = 0.5
+    num_sensory: NonNegativeInt = 32
+    cache_size: PositiveInt = 300
+    d_mem: PositiveInt | None = None
+    summary_fraction: Annotated[float, Range(above=0, most=1)] = 0.5
     recall: bool = True
-    write_token: str = "recalled"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("num_sensory", zero=True)
-        self._positive("cache_size")
-        self._positive("d_mem", optional=True)
-        self._one_of("write_token", ("recalled", "learned"))
-        fraction = self.summary_fraction
-        number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
-        if not number or not 0 < fraction <= 1:
-            self._fail("summary_fraction", "a number above 0 and at most 1")
+    write_token: Literal["recalled", "learned"] = "recalled"
 
     @classmethod
     def tiny(cls) -> HMTConfig:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,12 @@ from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
+from memwrap.memories.settings import GateLogit, LayerList, NonNegativeFloat
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import accumulation_dtype, infini
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class InfiniConfig(MemoryConfig):
     """Infini-attention: keys and values of closed segments are summed into one matrix a KV head,
     read with the layer's own queries and mixed with local attention by a gate a query head.
@@ -36,19 +35,11 @@ class InfiniConfig(MemoryConfig):
 
     name: ClassVar[str] = "infini"
 
-    update: str = "linear"
-    gate_init: float = -3.0
-    gate_learning_rate: float = 1e-2
-    first_segment: str = "local_only"
-    layers: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("update", ("linear", "delta"))
-        self._one_of("first_segment", ("local_only", "zero_gated"))
-        self._number("gate_init", -20, 20)
-        self._number("gate_learning_rate", 0)
-        self._layers()
+    update: Literal["linear", "delta"] = "linear"
+    gate_init: GateLogit = -3.0
+    gate_learning_rate: NonNegativeFloat = 1e-2
+    first_segment: Literal["local_only", "zero_gated"] = "local_only"
+    layers: LayerList | None = None
 
 
 @register(InfiniConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from memwrap.backbones import LayerAttention, Rows
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
+from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import infllm as ops
 from memwrap.ops.fetching import ahead
@@ -29,7 +30,6 @@ Units = tuple[Tensor, ...]
 UNITS_A_PAGE, REPRESENTATIVES_A_PAGE = 16, 256
 
 
-@dataclass(kw_only=True)
 class InfLLMConfig(MemoryConfig):
     """A token attends to the last `window_size` tokens, to the first `num_sinks` of the document
     and to `top_k` units, blocks of `block_size` tokens of the rest, all of it kept.
@@ -60,33 +60,26 @@ class InfLLMConfig(MemoryConfig):
 
     name: ClassVar[str] = "infllm"
 
-    window_size: int = 4096
-    num_sinks: int = 128
-    block_size: int = 128
-    top_k: int = 16
-    num_representatives: int = 4
-    score: str = "attention"
-    selection: str = "causal"
-    retrieval_interval: int = 8
-    window_mask: str = "corrected"
+    window_size: PositiveInt = 4096
+    num_sinks: NonNegativeInt = 128
+    block_size: PositiveInt = 128
+    top_k: PositiveInt = 16
+    num_representatives: PositiveInt = 4
+    score: Literal["attention", "dot_product"] = "attention"
+    selection: Literal["causal", "block"] = "causal"
+    retrieval_interval: PositiveInt = 8
+    window_mask: Literal["corrected", "published"] = "corrected"
     offload: bool = False
-    cache_size: int = 32
-    layers: list[int] | None = None
+    cache_size: PositiveInt = 32
+    layers: LayerList | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("window_size", "block_size", "top_k", "retrieval_interval", "cache_size"):
-            self._positive(name)
-        self._positive("num_sinks", zero=True)
-        self._positive("num_representatives")
+    def validate_representatives(self) -> None:
         if self.num_representatives > self.block_size:
             self._fail("num_representatives", f"at most `block_size` ({self.block_size})")
+
+    def validate_window(self) -> None:
         if self.segment_size > self.window_size:
             self._fail("segment_size", f"at most `window_size` ({self.window_size})")
-        self._one_of("score", ("attention", "dot_product"))
-        self._one_of("selection", ("causal", "block"))
-        self._one_of("window_mask", ("corrected", "published"))
-        self._layers()
 
     @classmethod
     def tiny(cls) -> InfLLMConfig:

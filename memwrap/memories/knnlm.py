@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import Claims, LogitsMemory, SeesSegment, SegmentTokens
 from memwrap.memories.registry import register
+from memwrap.memories.settings import Kind, NonNegativeInt, PositiveInt, Range
 from memwrap.memories.sizes import Sizes
 from memwrap.ops import neighbours, rings, rows
 from memwrap.ops.interpolation import interpolate
@@ -22,7 +22,6 @@ FOLDER = "knnlm_store"
 WEIGHT, TEMPERATURE = 0.25, 1.0
 
 
-@dataclass(kw_only=True)
 class KnnLMConfig(MemoryConfig):
     """The model's distribution is mixed with that of the tokens that followed similar places, in a
     store of any text, or in what was read so far.
@@ -45,29 +44,17 @@ class KnnLMConfig(MemoryConfig):
 
     name: ClassVar[str] = "knnlm"
 
-    store: str | None = None
-    top_k: int = 64
-    interpolation: float | None = None
-    temperature: float | None = None
+    store: Annotated[str, Kind("a folder or a URL, as text", bool)] | None = None
+    top_k: PositiveInt = 64
+    interpolation: Annotated[float, Range(0, 0.999)] | None = None
+    temperature: Annotated[float, Range(1e-9)] | None = None
     adaptive: bool = False
-    distance_scale: float | None = None
-    key: str = "ffn"
-    metric: str = "l2"
-    cache_size: int = 0
+    distance_scale: Annotated[float, Range(1e-9)] | None = None
+    key: Literal["ffn", "hidden"] = "ffn"
+    metric: Literal["l2", "ip"] = "l2"
+    cache_size: NonNegativeInt = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("top_k")
-        self._positive("cache_size", zero=True)
-        self._one_of("key", ("ffn", "hidden"))
-        self._one_of("metric", ("l2", "ip"))
-        if self.store is not None and (not isinstance(self.store, str) or not self.store):
-            self._fail("store", "a folder or a URL, as text, or None")
-        if self.interpolation is not None:
-            self._number("interpolation", 0.0, 0.999)
-        for name in ("temperature", "distance_scale"):
-            if getattr(self, name) is not None:
-                self._number(name, 1e-9)
+    def validate_distances(self) -> None:
         if self.adaptive and self.metric != "l2":
             self._fail("adaptive", "False where `metric` is 'ip': it needs distances")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import AttentionMemory, Claims, Insertion, InsertsTokens
 from memwrap.memories.registry import register
+from memwrap.memories.settings import LayerList, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import landmark as ops
 from memwrap.ops import rings
@@ -25,7 +25,6 @@ GROWTH = 16
 HELD = ("key", "value")
 
 
-@dataclass(kw_only=True)
 class LandmarkConfig(MemoryConfig):
     """A landmark follows every `block_size` tokens. Inside a segment attention goes through the
     grouped softmax; blocks of closed segments are kept, and each query reads `top_k` of them.
@@ -53,24 +52,17 @@ class LandmarkConfig(MemoryConfig):
 
     name: ClassVar[str] = "landmark"
 
-    block_size: int = 64
-    top_k: int = 4
-    cache_size: int | None = 4096
-    retrieval: str = "token"
+    block_size: PositiveInt = 64
+    top_k: PositiveInt = 4
+    cache_size: PositiveInt | None = 4096
+    retrieval: Literal["token", "chunk", "call"] = "token"
     first_layer: bool = False
-    landmark_id: int | None = None
+    landmark_id: PositiveInt | None = None
     landmark_in_loss: bool = False
     offload: bool = False
-    layers: list[int] | None = None
+    layers: LayerList | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("block_size", "top_k"):
-            self._positive(name)
-        for name in ("cache_size", "landmark_id"):
-            self._positive(name, optional=True)
-        self._one_of("retrieval", ("token", "chunk", "call"))
-        self._layers()
+    def validate_landmark(self) -> None:
         if self.landmark_in_loss and self.landmark_id is None:
             self._fail("landmark_in_loss", "false without `landmark_id`: no id could be predicted")
 

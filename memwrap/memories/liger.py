@@ -6,8 +6,7 @@ parameter: the pretrained weights are linearized as they are and then adapted wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,21 @@ from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
+from memwrap.memories.settings import (
+    Fraction,
+    LayerList,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+)
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import delta, gla, gsa
-from memwrap.ops.features import FEATURE_MAPS, SAME_WIDTH, feature_width, features
+from memwrap.ops.features import FEATURE_MAPS, SAME_WIDTH, FeatureMap, feature_width, features
 from memwrap.state.trees import Tree
 
 EPS = 1e-10
-FORMS = ("gla", "hgrn2", "gsa", "linear", "retnet", "delta", "gated_delta")
+Form = Literal["gla", "hgrn2", "gsa", "linear", "retnet", "delta", "gated_delta"]
 BRANCHES = ("window", "recurrent")
 # By form: the feature map, the gate's divisor.
 _DEFAULTS = {
@@ -35,7 +42,6 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
-@dataclass(kw_only=True)
 class LigerConfig(MemoryConfig):
     """Attention as a recurrence with gates made of the keys, mixed with a sliding window.
 
@@ -65,50 +71,37 @@ class LigerConfig(MemoryConfig):
 
     name: ClassVar[str] = "liger"
 
-    form: str = "gla"
-    window_size: int = 64
-    num_sinks: int = 4
-    window_weight: float = 0.5
-    recurrent_weight: float = 0.5
-    feature_map: str | None = None
+    form: Form = "gla"
+    window_size: NonNegativeInt = 64
+    num_sinks: NonNegativeInt = 4
+    window_weight: NonNegativeFloat = 0.5
+    recurrent_weight: NonNegativeFloat = 0.5
+    feature_map: FeatureMap | None = None
     rotate: bool = False
     normaliser: bool | None = None
-    gate_divisor: float | None = None
-    num_slots: int | None = None
-    window_dropout: float = 0.0
-    window_dropout_end: float | None = None
-    layers: list[int] | None = None
-    other_window_size: int = 1024
+    gate_divisor: Annotated[float, Range(1e-3)] | None = None
+    num_slots: PositiveInt | None = None
+    window_dropout: Fraction = 0.0
+    window_dropout_end: Fraction | None = None
+    layers: LayerList | None = None
+    other_window_size: PositiveInt = 1024
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("form", FORMS)
-        self._positive("window_size", zero=True)
-        self._positive("num_sinks", zero=True)
-        for name in ("window_weight", "recurrent_weight"):
-            self._number(name, 0)
-        self._number("window_dropout", 0, 1)
-        if self.window_dropout_end is not None:
-            self._number("window_dropout_end", 0, 1)
-        self._positive("num_slots", optional=True)
-        self._positive("other_window_size")
-        self._layers()
-        if self.gate_divisor is not None:
-            self._number("gate_divisor", 1e-3)
-        if self.feature_map is not None:
-            allowed: tuple[str, ...] = FEATURE_MAPS
-            if self.form in ("hgrn2", "gsa"):
-                allowed = SAME_WIDTH
-            elif self.form == "gla":  # a gate a channel says nothing of products of channels
-                allowed = tuple(n for n in FEATURE_MAPS if n != "taylor")
-            if self.feature_map not in allowed:
-                self._fail("feature_map", f"for {self.form!r} one of {', '.join(allowed)}")
-        if self.normaliser is not None and not isinstance(self.normaliser, bool):
-            self._fail("normaliser", "true, false or None")
-        if self.normaliser and self.form in ("gsa", "delta", "gated_delta"):
-            self._fail("normaliser", f"false for {self.form!r}, whose reads need none")
         if self.window_size == 0 and self.num_sinks and self.layers is None:
             self.num_sinks = 0  # no softmax is left that could see them
+
+    def validate_feature_map(self) -> None:
+        allowed: tuple[str, ...] = FEATURE_MAPS
+        if self.form in ("hgrn2", "gsa"):
+            allowed = SAME_WIDTH
+        elif self.form == "gla":  # a gate a channel says nothing of products of channels
+            allowed = tuple(n for n in FEATURE_MAPS if n != "taylor")
+        if self.feature_map is not None and self.feature_map not in allowed:
+            self._fail("feature_map", f"for {self.form!r} one of {', '.join(allowed)}")
+
+    def validate_normaliser(self) -> None:
+        if self.normaliser and self.form in ("gsa", "delta", "gated_delta"):
+            self._fail("normaliser", f"false for {self.form!r}, whose reads need none")
 
     @property
     def features(self) -> str:

@@ -7,8 +7,7 @@ converted model with LoRA.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,13 @@ from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
+from memwrap.memories.settings import LayerList, NonNegativeFloat, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import gla
 from memwrap.ops.features import learned_features
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class LoLCATsConfig(MemoryConfig):
     """Softmax over a short window and linear attention with learned features over all older
     tokens, under one normaliser.
@@ -48,26 +47,15 @@ class LoLCATsConfig(MemoryConfig):
 
     name: ClassVar[str] = "lolcats"
 
-    window_size: int = 64
-    feature_size: int | None = None
-    key_maps: str = "query_head"
-    window_weight: float = 0.1
+    window_size: PositiveInt = 64
+    feature_size: PositiveInt | None = None
+    key_maps: Literal["query_head", "kv_head"] = "query_head"
+    window_weight: Annotated[float, Range(1e-6, 1 - 1e-6)] = 0.1
     affine: bool = False
-    stage: str = "finetune"
-    loss_weight: float = 1000.0
-    layers: list[int] | None = None
-    other_window_size: int = 1024
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("window_size")
-        self._positive("feature_size", optional=True)
-        self._one_of("key_maps", ("query_head", "kv_head"))
-        self._number("window_weight", 1e-6, 1 - 1e-6)
-        self._one_of("stage", ("transfer", "finetune"))
-        self._number("loss_weight", 0)
-        self._layers()
-        self._positive("other_window_size")
+    stage: Literal["transfer", "finetune"] = "finetune"
+    loss_weight: NonNegativeFloat = 1000.0
+    layers: LayerList | None = None
+    other_window_size: PositiveInt = 1024
 
     @classmethod
     def tiny(cls) -> LoLCATsConfig:

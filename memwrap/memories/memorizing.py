@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from memwrap.memories.parts.joint_softmax import join_summary
 from memwrap.memories.parts.key_value_ring import KeyValueRings
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
+from memwrap.memories.settings import GateLogit, LayerList, NonNegativeFloat, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers, three_quarters
 from memwrap.ops import retrieve
 from memwrap.state.trees import Tree
@@ -21,7 +21,6 @@ from memwrap.state.trees import Tree
 SCALE = 20.0  # of cosines, where a learned scale starts
 
 
-@dataclass(kw_only=True)
 class MemorizingConfig(MemoryConfig):
     """Memorizing attention: keys and values of closed segments are kept as they are, and every
     query attends to its `top_k` best ones beside its own segment.
@@ -43,22 +42,13 @@ class MemorizingConfig(MemoryConfig):
 
     name: ClassVar[str] = "memorizing"
 
-    cache_size: int = 8192
-    top_k: int = 32
-    combine: str = "gate"
-    gate_init: float = -3.0
-    gate_learning_rate: float = 1e-2
+    cache_size: PositiveInt = 8192
+    top_k: PositiveInt = 32
+    combine: Literal["gate", "joint"] = "gate"
+    gate_init: GateLogit = -3.0
+    gate_learning_rate: NonNegativeFloat = 1e-2
     qk_norm: bool = False
-    layers: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("cache_size")
-        self._positive("top_k")
-        self._one_of("combine", ("gate", "joint"))
-        self._number("gate_init", -20, 20)
-        self._number("gate_learning_rate", 0)
-        self._layers()
+    layers: LayerList | None = None
 
     @classmethod
     def tiny(cls) -> MemorizingConfig:

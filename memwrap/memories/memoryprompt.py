@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import Claims, SeesSegment, SegmentTokens, SoftPrompt
 from memwrap.memories.registry import register
+from memwrap.memories.settings import PositiveInt
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import ragged
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class MemoryPromptConfig(MemoryConfig):
     """A recurrent network beside a frozen model: it is told how each segment ended, and writes
     vectors that open the next one.
@@ -32,17 +31,10 @@ class MemoryPromptConfig(MemoryConfig):
 
     name: ClassVar[str] = "memoryprompt"
 
-    num_memory_tokens: int = 5
-    memory_size: int | None = 512
-    mlp_size: int = 1024
-    pooling: str = "last"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("num_memory_tokens")
-        self._positive("memory_size", optional=True)
-        self._positive("mlp_size")
-        self._one_of("pooling", ("last", "mean"))
+    num_memory_tokens: PositiveInt = 5
+    memory_size: PositiveInt | None = 512
+    mlp_size: PositiveInt = 1024
+    pooling: Literal["last", "mean"] = "last"
 
     @classmethod
     def tiny(cls) -> MemoryPromptConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
+from memwrap.memories.settings import LayerList, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers, check_attention, three_quarters
 from memwrap.ops import neurocache as ops
 from memwrap.ops import retrieve, rings
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class NeurocacheConfig(MemoryConfig):
     """Inputs of chosen layers' self-attention are compressed and cached; every token retrieves
     once, and small attentions beside the model's own read what it and its last neighbours found.
@@ -43,28 +43,22 @@ class NeurocacheConfig(MemoryConfig):
 
     name: ClassVar[str] = "neurocache"
 
-    cache_size: int = 16384
-    compression_factor: int = 4
-    top_k: int = 16
-    neighborhood_size: int = 2
-    context_size: int = 2
-    similarity: str = "l2"
-    layers: list[int] | None = None
-    attention_layers: list[int] | None = None
-    head_layout: str = "heads"
+    cache_size: PositiveInt = 16384
+    compression_factor: PositiveInt = 4
+    top_k: PositiveInt = 16
+    neighborhood_size: PositiveInt = 2
+    context_size: PositiveInt = 2
+    similarity: Literal["l2", "dot"] = "l2"
+    layers: LayerList | None = None
+    attention_layers: LayerList | None = None
+    head_layout: ops.Layout = "heads"
     compat: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sizes = ("cache_size", "compression_factor", "top_k", "neighborhood_size", "context_size")
-        for name in sizes:
-            self._positive(name)
+    def validate_neighborhood(self) -> None:
         if self.neighborhood_size > 1 and self.neighborhood_size % 2:
             self._fail("neighborhood_size", "1 or an even number")
-        self._one_of("similarity", ("l2", "dot"))
-        self._one_of("head_layout", ops.LAYOUTS)
-        self._layers()
-        self._layers("attention_layers")
+
+    def validate_buckets(self) -> None:
         buckets = min(max(self.top_k, 512), self.cache_size)
         if self.compat and (self.cache_size % buckets or self.top_k > self.cache_size):
             self._fail("cache_size", f"a multiple of {buckets} and at least top_k with compat=True")

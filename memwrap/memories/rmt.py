@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import SoftPrompt
 from memwrap.memories.registry import register
+from memwrap.memories.settings import PositiveInt
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class RMTConfig(MemoryConfig):
     """Recurrent memory tokens: what a segment leaves in its last positions opens the next.
 
@@ -25,11 +24,7 @@ class RMTConfig(MemoryConfig):
 
     name: ClassVar[str] = "rmt"
 
-    num_memory_tokens: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("num_memory_tokens")
+    num_memory_tokens: PositiveInt = 16
 
     @classmethod
     def tiny(cls) -> RMTConfig:

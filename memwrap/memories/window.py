@@ -6,7 +6,6 @@ the baseline that every other one must be shown beside. It has no parameters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,11 +16,11 @@ from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
+from memwrap.memories.settings import NonNegativeInt, PositiveInt
 from memwrap.memories.sizes import Sizes
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class WindowConfig(MemoryConfig):
     """Every token attends to the last `window_size` tokens (itself among them) and to the first
     `num_sinks` of the document.
@@ -37,13 +36,8 @@ class WindowConfig(MemoryConfig):
 
     name: ClassVar[str] = "window"
 
-    window_size: int = 1024
-    num_sinks: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("window_size")
-        self._positive("num_sinks", zero=True)
+    window_size: PositiveInt = 1024
+    num_sinks: NonNegativeInt = 4
 
     @classmethod
     def tiny(cls) -> WindowConfig:

@@ -7,13 +7,14 @@ B batch, H heads (1 for hidden rows), N rows, c the rate, D channels.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from memwrap.ops.rows import earliest
 
-COMPRESSIONS = ("mean", "max", "conv", "dilated_conv", "most_used")
+Compression = Literal["mean", "max", "conv", "dilated_conv", "most_used"]
 DILATION = 2
 
 

@@ -6,6 +6,7 @@ Shapes: `(..., D)` to `(..., F)`. Computed in the accumulation dtype.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor
 from memwrap.ops import accumulation_dtype
 from memwrap.ops.infini_chunked import phi
 
-FEATURE_MAPS = ("softmax", "elu", "hedgehog", "taylor", "none")
+FeatureMap = Literal["softmax", "elu", "hedgehog", "taylor", "none"]
+FEATURE_MAPS: tuple[FeatureMap, ...] = get_args(FeatureMap)
 SAME_WIDTH = ("softmax", "elu", "none")
 
 

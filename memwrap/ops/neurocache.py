@@ -6,13 +6,16 @@ of compressed states, C entries, w columns of context, h query heads, g KV heads
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memwrap.ops import current_backend
 
-LAYOUTS = ("heads", "published")
+Layout = Literal["heads", "published"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 _GATHERED_AT_ONCE = 2**25
 _HIDDEN = -1e30
 

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,26 +24,26 @@ from transformers import (
 
 from memwrap.data.stdlib_corpus import stdlib_corpus, write_manifest
 from memwrap.io.atomic_files import write_text
+from memwrap.memories.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Settings
 
 
-@dataclass
-class PretrainConfig:
+class PretrainConfig(Settings):
     """What `recipes/pretrain_tiny.yaml` sets. Lengths are in tokens, times in seconds."""
 
     output: str = "tiny-lm"
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 768
-    num_layers: int = 6
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    context: int = 512
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.1
-    warmup_steps: int = 60
-    max_steps: int = 1000
-    eval_every: int = 100
+    vocab_size: PositiveInt = 4096
+    hidden_size: PositiveInt = 256
+    intermediate_size: PositiveInt = 768
+    num_layers: PositiveInt = 6
+    num_heads: PositiveInt = 8
+    num_kv_heads: PositiveInt = 4
+    context: PositiveInt = 512
+    batch_size: PositiveInt = 16
+    learning_rate: NonNegativeFloat = 2e-3
+    weight_decay: NonNegativeFloat = 0.1
+    warmup_steps: NonNegativeInt = 60
+    max_steps: PositiveInt = 1000
+    eval_every: PositiveInt = 100
     seed: int = 0
 
 

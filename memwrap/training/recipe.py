@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import typing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 import memwrap
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import config_class
+from memwrap.memories.settings import Kind
 from memwrap.training.pretrain import PretrainConfig
 from memwrap.training.schema_check import build, check
 from memwrap.training.sections import (
@@ -22,17 +23,16 @@ from memwrap.training.sections import (
     LoraSection,
     ModelSection,
     RecallSection,
+    Section,
     TasksSection,
     TrainerSection,
     expanded,
-    need,
 )
 
-TASKS = ("finetune", "pretrain", "recall", "tasks")
+Folder = Annotated[str, Kind("text that names a folder, as in output=runs/first", bool)]
 
 
-@dataclass(kw_only=True)
-class Recipe:
+class Recipe(Section):
     """What a run does. Made by `load_recipe`.
 
     Attributes:
@@ -48,13 +48,13 @@ class Recipe:
         overwrite: write into `output` although it holds files.
     """
 
-    task: str = "finetune"
-    output: str = ""
+    task: Literal["finetune", "pretrain", "recall", "tasks"] = "finetune"
+    output: Folder = ""
     model: ModelSection = field(default_factory=ModelSection)
     memory: dict[str, Any] | None = None
     lora: LoraSection | None = None
     train_backbone: bool = False
-    init_from: str | None = None
+    init_from: Folder | None = None
     data: DataSection | None = None
     recall: RecallSection | None = None
     tasks: TasksSection | None = None
@@ -66,12 +66,8 @@ class Recipe:
     def __post_init__(self) -> None:
         self.source = ""
         self.overrides: list[str] = []
-        need(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
         self.output = expanded(self.output)
-        need(bool(self.output), "output", self.output, "a folder, as in output=runs/first")
-        if self.init_from is not None:
-            self.init_from = expanded(self.init_from)
-            need(bool(self.init_from), "init_from", self.init_from, "a folder, or null")
+        self.init_from = self.init_from and expanded(self.init_from)
         if self.task == "pretrain":
             self.pretrain = self.pretrain or PretrainConfig()
             self.pretrain.output = self.output
@@ -85,10 +81,11 @@ class Recipe:
         if self.task == "recall":
             self.recall = self.recall or RecallSection()
             size = self.recall.segment_size
-            need(
-                config.segment_size == size, "memory.segment_size", config.segment_size,
-                f"{size} here: key ({self.recall.key_size}) + value ({self.recall.value_size}) + 2",
-            )  # fmt: skip
+            if config.segment_size != size:
+                raise ValueError(
+                    f"`memory.segment_size` is {config.segment_size}; it must be {size} here: key "
+                    f"({self.recall.key_size}) + value ({self.recall.value_size}) + 2."
+                )
         else:
             if self.task == "tasks":
                 self.tasks = self.tasks or TasksSection()
@@ -193,7 +190,7 @@ def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
     _check_all(values, str(path))
     task = values.get("task", "finetune")
     for key in values:
-        if task in TASKS and key in _foreign(task) and values[key] is not None:
+        if key in _foreign(task) and values[key] is not None:
             raise ValueError(f"{path}: `{key}` has no use in a {task!r} recipe; take it out.")
     try:
         recipe = build(Recipe, values)

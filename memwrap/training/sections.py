@@ -1,24 +1,35 @@
-"""The sections of a recipe: each checks its own values."""
+"""The sections of a recipe: what each of their keys takes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
+from memwrap.memories.settings import (
+    Kind,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    Settings,
+)
 from memwrap.tasks import available
 from memwrap.tasks.associative import SYMBOLS
 from memwrap.training.arguments import parse_curriculum
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr")
+
+def _is_curriculum(text: str) -> bool:
+    try:
+        return bool(parse_curriculum(text))
+    except ValueError:
+        return False
 
 
-def need(condition: bool, key: str, got: Any, needed: str) -> None:
-    """Raise a ValueError that names the key, what it got and what it needs."""
-    if not condition:
-        raise ValueError(f"`{key}` is {got!r}; it must be {needed}.")
+Text = Annotated[str, Kind("text (not empty)", bool)]
+Curriculum = Annotated[
+    str, Kind("text of STEP:NUMBER from step 0 on, as in '0:2,500:4'", _is_curriculum)
+]
 
 
 def expanded(path: str) -> str:
@@ -26,16 +37,17 @@ def expanded(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def _parse(key: str, text: str) -> None:
-    """A curriculum's errors, with the key it has here."""
-    try:
-        parse_curriculum(text)
-    except ValueError as error:
-        raise ValueError(str(error).replace("`segment_curriculum`", f"`{key}`")) from error
+class Section(Settings):
+    """A part of a recipe; errors call its fields by their keys."""
+
+    prefix: ClassVar[str] = ""
+
+    @classmethod
+    def _called(cls, name: str) -> str:
+        return f"`{cls.prefix}{name}`"
 
 
-@dataclass(kw_only=True)
-class ModelSection:
+class ModelSection(Section):
     """The backbone.
 
     Attributes:
@@ -47,23 +59,19 @@ class ModelSection:
         revision: of a repo on the Hub.
     """
 
-    name: str = "tiny-lm"
+    prefix = "model."
+
+    name: Text = "tiny-lm"
     scratch: dict[str, Any] | None = None
-    dtype: str = "auto"
-    attn_implementation: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"
     revision: str | None = None
 
     def __post_init__(self) -> None:
         self.name = expanded(self.name)
-        need(bool(self.name), "model.name", self.name, "a folder or a name")
-        need(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        known = ("auto", "sdpa", "eager")
-        attention = self.attn_implementation
-        need(attention in known, "model.attn_implementation", attention, "auto, sdpa or eager")
 
 
-@dataclass(kw_only=True)
-class LoraSection:
+class LoraSection(Section):
     """LoRA in the backbone.
 
     Attributes:
@@ -73,20 +81,15 @@ class LoraSection:
         target_modules: names of linear layers, or `all-linear`.
     """
 
-    r: int = 16
-    alpha: int | None = None
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
+    prefix = "lora."
 
-    def __post_init__(self) -> None:
-        need(self.r > 0, "lora.r", self.r, "at least 1")
-        need(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "positive, or null")
-        need(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
-        need(bool(self.target_modules), "lora.target_modules", self.target_modules, "not empty")
+    r: PositiveInt = 16
+    alpha: PositiveInt | None = None
+    dropout: Annotated[float, Range(0, below=1)] = 0.0
+    target_modules: Text | list[str] = "all-linear"
 
 
-@dataclass(kw_only=True)
-class DataSection:
+class DataSection(Section):
     """Documents to train on (see `memwrap.data.documents.load_documents`).
 
     Attributes:
@@ -102,30 +105,28 @@ class DataSection:
         options: keywords for `datasets.load_dataset`, such as `name`.
     """
 
-    source: str = "stdlib"
+    prefix = "data."
+
+    source: Text = "stdlib"
     split: str | None = "train"
     eval_split: str | None = None
-    max_tokens: int | None = None
-    min_tokens: int = 2
+    max_tokens: PositiveInt | None = None
+    min_tokens: Annotated[int, Range(2)] = 2
     join_short: bool = False
-    limit: int | None = None
-    eval_limit: int = 16
+    limit: PositiveInt | None = None
+    eval_limit: PositiveInt = 16
     template: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.source = expanded(self.source)
-        need(bool(self.source), "data.source", self.source, "'stdlib', a path or 'datasets:NAME'")
-        need(self.min_tokens >= 2, "data.min_tokens", self.min_tokens, "at least 2")
-        longest, least = self.max_tokens, self.min_tokens
-        fits = longest is None or longest >= least
-        need(fits, "data.max_tokens", longest, f"at least data.min_tokens ({least}), or null")
-        need(self.limit is None or self.limit > 0, "data.limit", self.limit, "at least 1, or null")
-        need(self.eval_limit > 0, "data.eval_limit", self.eval_limit, "at least 1")
+
+    def validate_lengths(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            self._fail("max_tokens", f"at least data.min_tokens ({self.min_tokens}), or null")
 
 
-@dataclass(kw_only=True)
-class RecallSection:
+class RecallSection(Section):
     """Associative recall: key-value pairs, one a segment, then questions.
 
     Attributes:
@@ -141,30 +142,28 @@ class RecallSection:
             Default: the last of the vocabulary.
     """
 
-    tasks: list[str] = field(default_factory=lambda: ["remember", "rewrite"])
-    key_size: int = 1
-    value_size: int = 1
-    num_pairs: int = 8
-    min_pairs: int = 2
-    num_queries: int = 4
-    curriculum: str | None = None
-    ids: list[int] | None = None
+    prefix = "recall."
 
-    def __post_init__(self) -> None:
-        good = bool(self.tasks) and set(self.tasks) <= {"remember", "rewrite"}
-        need(good, "recall.tasks", self.tasks, "a list of remember, rewrite or both")
-        for name in ("key_size", "value_size", "min_pairs", "num_queries"):
-            need(getattr(self, name) > 0, f"recall.{name}", getattr(self, name), "at least 1")
-        pairs, least = self.num_pairs, self.min_pairs
-        need(pairs >= least, "recall.num_pairs", pairs, f"at least recall.min_pairs ({least})")
-        if "remember" in self.tasks:
-            most = SYMBOLS**self.key_size
-            need(pairs <= most, "recall.num_pairs", pairs, f"at most {most}, the number of keys")
-        if self.curriculum is not None:
-            _parse("recall.curriculum", self.curriculum)
-        if self.ids is not None:
-            good = len(set(self.ids)) == len(self.ids) == SYMBOLS + 3 and min(self.ids) >= 0
-            need(good, "recall.ids", self.ids, f"{SYMBOLS + 3} different token ids")
+    tasks: list[Literal["remember", "rewrite"]] = field(
+        default_factory=lambda: ["remember", "rewrite"]
+    )
+    key_size: PositiveInt = 1
+    value_size: PositiveInt = 1
+    num_pairs: PositiveInt = 8
+    min_pairs: PositiveInt = 2
+    num_queries: PositiveInt = 4
+    curriculum: Curriculum | None = None
+    ids: list[NonNegativeInt] | None = None
+
+    def validate_pairs(self) -> None:
+        if self.num_pairs < self.min_pairs:
+            self._fail("num_pairs", f"at least recall.min_pairs ({self.min_pairs})")
+        if "remember" in self.tasks and self.num_pairs > SYMBOLS**self.key_size:
+            self._fail("num_pairs", f"at most {SYMBOLS**self.key_size}, the number of keys")
+
+    def validate_ids(self) -> None:
+        if self.ids and not len(set(self.ids)) == len(self.ids) == SYMBOLS + 3:
+            self._fail("ids", f"{SYMBOLS + 3} different token ids")
 
     @property
     def segment_size(self) -> int:
@@ -172,8 +171,7 @@ class RecallSection:
         return self.key_size + self.value_size + 2
 
 
-@dataclass(kw_only=True)
-class TasksSection:
+class TasksSection(Section):
     """Tasks of the evaluation suite; the loss is on their answers.
 
     Attributes:
@@ -182,23 +180,23 @@ class TasksSection:
         curriculum: most tokens by batch, as in `0:256,200:1024`; capped by `max_tokens`.
     """
 
+    prefix = "tasks."
+
     names: list[str] = field(default_factory=lambda: ["passkey"])
-    min_tokens: int = 256
-    max_tokens: int = 512
-    curriculum: str | None = None
+    min_tokens: PositiveInt = 256
+    max_tokens: PositiveInt = 512
+    curriculum: Curriculum | None = None
 
-    def __post_init__(self) -> None:
-        need(bool(self.names), "tasks.names", self.names, "a list of tasks")
-        unknown = [name for name in self.names if name not in available()]
-        need(not unknown, "tasks.names", unknown, f"among {', '.join(available())}")
-        most, least = self.max_tokens, self.min_tokens
-        need(most >= least > 0, "tasks.max_tokens", most, f"at least tasks.min_tokens ({least})")
-        if self.curriculum is not None:
-            _parse("tasks.curriculum", self.curriculum)
+    def validate_names(self) -> None:
+        if not set(self.names) <= set(available()):
+            self._fail("names", f"among {', '.join(available())}")
+
+    def validate_lengths(self) -> None:
+        if self.max_tokens < self.min_tokens:
+            self._fail("max_tokens", f"at least tasks.min_tokens ({self.min_tokens})")
 
 
-@dataclass(kw_only=True)
-class TrainerSection:
+class TrainerSection(Section):
     """How to train.
 
     Attributes:
@@ -229,60 +227,42 @@ class TrainerSection:
         workers: processes that prepare batches.
     """
 
-    steps: int = 1000
-    max_minutes: float | None = None
-    batch_size: int = 1
-    accumulation: int = 1
-    learning_rate: float = 1e-4
-    memory_learning_rate: float | None = None
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    schedule: str = "linear"
-    max_grad_norm: float = 1.0
-    adam_beta2: float = 0.999
-    segment_curriculum: str | None = None
+    prefix = "trainer."
+
+    steps: PositiveInt = 1000
+    max_minutes: Annotated[float, Range(above=0)] | None = None
+    batch_size: PositiveInt = 1
+    accumulation: PositiveInt = 1
+    learning_rate: NonNegativeFloat = 1e-4
+    memory_learning_rate: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr"
+    ] = "linear"
+    max_grad_norm: NonNegativeFloat = 1.0
+    adam_beta2: Annotated[float, Range(above=0, below=1)] = 0.999
+    segment_curriculum: Curriculum | None = None
     vary_segments: bool = False
-    distillation_weight: float = 0.0
-    distillation_temperature: float = 1.0
-    label_weight: float = 1.0
+    distillation_weight: NonNegativeFloat = 0.0
+    distillation_temperature: Annotated[float, Range(above=0)] = 1.0
+    label_weight: NonNegativeFloat = 1.0
     streaming: bool = True
     gradient_checkpointing: bool = False
-    precision: str = "auto"
-    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
     seed: int = 0
-    log_every: int = 10
-    save_every: int | None = None
-    eval_every: int | None = None
-    workers: int = 0
+    log_every: PositiveInt = 10
+    save_every: PositiveInt | None = None
+    eval_every: PositiveInt | None = None
+    workers: NonNegativeInt = 0
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every"):
-            value = getattr(self, name)
-            need(value > 0, f"trainer.{name}", value, "at least 1")
-        for name in ("max_minutes", "save_every", "eval_every"):
-            value = getattr(self, name)
-            need(value is None or value > 0, f"trainer.{name}", value, "positive, or null")
-        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "workers"):
-            value = getattr(self, name)
-            need(value >= 0, f"trainer.{name}", value, "0 or more")
-        rate = self.memory_learning_rate
-        good = rate is None or rate >= 0
-        need(good, "trainer.memory_learning_rate", rate, "0 or more, or null")
-        need(0 < self.adam_beta2 < 1, "trainer.adam_beta2", self.adam_beta2, "between 0 and 1")
-        for name, allowed in (
-            ("schedule", SCHEDULES), ("precision", PRECISIONS), ("device", ("auto", "cpu"))
-        ):  # fmt: skip
-            value = getattr(self, name)
-            need(value in allowed, f"trainer.{name}", value, f"one of {', '.join(allowed)}")
-        weight, temperature = self.distillation_weight, self.distillation_temperature
-        need(weight >= 0, "trainer.distillation_weight", weight, "0 or more")
-        need(temperature > 0, "trainer.distillation_temperature", temperature, "above 0")
-        labels = self.label_weight
-        good = labels >= 0 and (labels == 1 or weight > 0)
-        need(good, "trainer.label_weight", labels, "1, or with a distillation 0 or more")
-        if self.segment_curriculum is not None:
-            _parse("trainer.segment_curriculum", self.segment_curriculum)
-        elif self.vary_segments:
+    def validate_distillation(self) -> None:
+        if self.label_weight != 1 and not self.distillation_weight:
+            self._fail("label_weight", "1, or with a distillation 0 or more")
+
+    def validate_segment_curriculum(self) -> None:
+        if self.vary_segments and self.segment_curriculum is None:
             raise ValueError(
                 "`trainer.vary_segments` needs `trainer.segment_curriculum`, for example '0:8'."
             )
@@ -293,7 +273,8 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "RecallSection",
+    "Section",
+    "TasksSection",
     "TrainerSection",
     "expanded",
-    "need",
 ]

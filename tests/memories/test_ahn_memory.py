@@ -211,20 +211,3 @@ def test_what_is_kept() -> None:
     model = memwrap.wrap(build("llama"), "ahn")
     count = sum(p.numel() for p in model.memories["ahn"].networks["0"].parameters())
     assert count == 3 * 32 * 4 + 8 * 8 * 4 + 2 * 4 + 8
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"form": "gla"}, "form is 'gla'.*'gated_delta'"),
-        ({"window_size": 0}, "window_size is 0"),
-        ({"num_sinks": -1}, "num_sinks is -1"),
-        ({"states": "head"}, "states is 'head'"),
-        ({"window_size": 8, "train_windows": [4, 9]}, r"train_windows is \[4, 9\].*from 1 to 8"),
-        ({"train_windows": []}, "train_windows is"),
-        ({"rotate": 1}, "rotate is 1"),
-    ],
-)
-def test_wrong_settings_are_explained(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        memwrap.AHNConfig(**settings)

@@ -274,15 +274,6 @@ def test_what_cannot_be_encoded_is_named() -> None:
         library().cite(ids(0), ids(3))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("cache_size", 0), ("top_k", 0), ("positions", "near"), ("similarity_threshold", 2.0)],
-)
-def test_bad_values_are_named(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"ExtendedMindConfig.{field} is"):
-        memwrap.ExtendedMindConfig(**{field: value})
-
-
 def test_the_policy_of_positions() -> None:
     """With "none" it does not matter where in its segment a query stands; with "zero" it does."""
     found = {}

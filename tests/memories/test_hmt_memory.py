@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import memwrap
 from memwrap.testing.helpers import SEGMENT, assert_close, error_of, ids, padded, wrapped
 
 TEXT = ids(1, 4 * SEGMENT)
@@ -113,13 +112,3 @@ def test_write_tokens_differ() -> None:
         with torch.no_grad():
             logits[token] = wrapped("hmt", write_token=token)(TEXT).logits
     assert error_of(logits["learned"], logits["recalled"]) > 1e-2
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("write_token", "both"), ("summary_fraction", 0.0), ("num_sensory", -1),
-     ("summary_fraction", 1.5), ("cache_size", 0), ("d_mem", 0), ("summary_fraction", True)],
-)  # fmt: skip
-def test_wrong_values_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"HMTConfig.{field} is "):
-        memwrap.HMTConfig(**{field: value})

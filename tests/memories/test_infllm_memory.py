@@ -298,15 +298,3 @@ def test_a_state_with_a_damaged_store_is_refused(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / "damaged.safetensors", metadata=metadata | sums)
         with pytest.raises(ValueError, match=words):
             memwrap.MemoryState.load(tmp_path / "damaged.safetensors", model)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [({"segment_size": 5000}, "segment_size.*window_size"),
-     ({"num_representatives": 200}, "num_representatives.*block_size"),
-     ({"selection": "token"}, "selection.*'causal', 'block'"),
-     ({"cache_size": 0}, "cache_size")],
-)  # fmt: skip
-def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        memwrap.InfLLMConfig(**settings)

@@ -256,9 +256,5 @@ def test_a_predicted_landmark_is_a_target() -> None:
 
 
 def test_wrong_settings() -> None:
-    with pytest.raises(ValueError, match=r"landmark_in_loss.*landmark_id"):
-        tiny("landmark", landmark_in_loss=True)
     with pytest.raises(ValueError, match=r"landmark_id is 128.*127"):
         memwrap.wrap(build("llama"), tiny("landmark", landmark_id=128))
-    with pytest.raises(ValueError, match=r"retrieval.*token"):
-        tiny("landmark", retrieval="head")

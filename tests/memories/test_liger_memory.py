@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from support import assert_pieces_and_padding
 from torch import Tensor, nn
 
 import memwrap
-from memwrap.memories.liger import FORMS
+from memwrap.memories.liger import Form
 from memwrap.ops import backend, delta, gla
 from memwrap.ops.features import features
 from memwrap.testing.families import build
@@ -25,6 +25,8 @@ from memwrap.testing.helpers import (
     ids,
     wrapped,
 )
+
+FORMS = get_args(Form)
 
 VARIANTS: list[dict[str, Any]] = [
     *[{"form": form} for form in FORMS],
@@ -195,27 +197,6 @@ def test_window_dropout_under_checkpointing() -> None:
         model(text, labels=text).loss.backward()
         found.append(gradients(model))
     assert_same_gradients(found[1], found[0], 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"form": "mamba"}, r"form is 'mamba'.*'gla'"),
-        ({"window_size": -1}, "window_size is -1"),
-        ({"form": "gla", "feature_map": "taylor"}, r"feature_map is 'taylor'.*softmax"),
-        ({"form": "gsa", "feature_map": "hedgehog"}, "feature_map is 'hedgehog'"),
-        ({"form": "delta", "normaliser": True}, "normaliser is True.*'delta'"),
-        ({"normaliser": "yes"}, "normaliser is 'yes'"),
-        ({"window_dropout": 1.5}, "window_dropout is 1.5"),
-        ({"window_dropout_end": -1}, "window_dropout_end is -1"),
-        ({"gate_divisor": 0}, "gate_divisor is 0"),
-        ({"layers": [0, 0]}, "without repetitions"),
-        ({"other_window_size": 0}, "other_window_size is 0"),
-    ],
-)
-def test_wrong_settings_are_explained(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        memwrap.LigerConfig(**settings)
 
 
 def test_what_does_not_fit_is_explained() -> None:

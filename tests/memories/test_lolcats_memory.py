@@ -140,19 +140,3 @@ def test_what_is_learned_and_kept() -> None:
     assert layers["0"]["S"].shape == (2, 4, 8, 9)
     shared = wrapped("lolcats", key_maps="kv_head").read(ids(2, 20)).memories["lolcats"]["layers"]
     assert shared["0"]["S"].shape == (2, 2, 8, 9)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"window_size": 0}, "window_size is 0"),
-        ({"stage": "first"}, "stage is 'first'.*'transfer'"),
-        ({"key_maps": "head"}, "key_maps is 'head'"),
-        ({"window_weight": 0}, "window_weight is 0"),
-        ({"feature_size": 0}, "feature_size is 0"),
-        ({"loss_weight": -1}, "loss_weight is -1"),
-    ],
-)
-def test_wrong_settings_are_explained(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        memwrap.LoLCATsConfig(**settings)

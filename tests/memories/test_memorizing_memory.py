@@ -159,15 +159,6 @@ def test_gates_and_scales_have_their_own_optimizer_group() -> None:
     assert wrapped("memorizing", combine="joint").memories["memorizing"].optimizer_groups() == []
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("cache_size", 0), ("top_k", 0), ("combine", "sum"), ("gate_init", 50.0), ("layers", [])],
-)
-def test_bad_values_are_named(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"MemorizingConfig.{field} is"):
-        memwrap.MemorizingConfig(**{field: value})
-
-
 def test_a_state_file_with_a_damaged_buffer_is_refused(tmp_path: Any) -> None:
     model = wrapped("memorizing")
     state = model.read(ids(1, 2 * SEGMENT))

@@ -80,11 +80,3 @@ def test_a_first_prompt_has_the_scale_of_embeddings() -> None:
         prompt = model.memories[NAME].prefix(state.memories[NAME])
         scale = float(prompt.std() / model.get_input_embeddings().weight.std())
     assert prompt.shape == (2, 5, 32) and 0.3 < scale < 5
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("pooling", "max"), ("memory_size", 0), ("mlp_size", 0)]
-)
-def test_wrong_values_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"MemoryPromptConfig.{field} is "):
-        memwrap.MemoryPromptConfig(**{field: value})

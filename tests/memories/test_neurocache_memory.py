@@ -182,21 +182,6 @@ def test_trained_with_lora_or_alone() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "match"),
-    [
-        ({"neighborhood_size": 3}, "neighborhood_size is 3"),
-        ({"similarity": "cosine"}, "similarity is"),
-        ({"head_layout": "mixed"}, "head_layout is"),
-        ({"attention_layers": [-1]}, "attention_layers is"),
-        ({"compat": True, "cache_size": 700}, "cache_size is 700"),
-    ],
-)
-def test_bad_values_are_named(settings: dict, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        memwrap.NeurocacheConfig(**settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"),
     [({"layers": [1], "attention_layers": [0]}, "attention_layers"),
      ({"attention_layers": [2]}, "attention_layers"), ({"layers": [2]}, "layers names"),
      ({"compression_factor": 5}, "compression_factor")],

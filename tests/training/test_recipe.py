@@ -6,10 +6,11 @@ import importlib.metadata
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+import typed_values
 import yaml
 from support import save_small_base
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
@@ -18,10 +19,13 @@ import memwrap
 from memwrap.data.stdlib_corpus import split_of
 from memwrap.training.finetune import build_model, preflight, run_recipe
 from memwrap.training.recipe import Recipe, find_recipe, load_recipe
+from memwrap.training.schema_check import check
+from memwrap.training.sections import DataSection, RecallSection, TasksSection, TrainerSection
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REAL = [r for r in RECIPES if re.search(r"^  name: \S+/\S+$", r.read_text(), re.MULTILINE)]
+SECTIONS = ("model", "lora", "data", "recall", "tasks", "trainer", "pretrain")
 # Any recipe, brought down to a run of seconds.
 SMALL = [
     "memory.segment_size=16", "data.max_tokens=64",
@@ -101,22 +105,22 @@ def test_names_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         ("steps=3", "did you mean `trainer.steps`"),
         ("memory.segmentsize=3", "did you mean `memory.segment_size`"),
         ("memory.name=armtt", "Did you mean 'armt'"),
-        ("trainer.steps=many", "`trainer.steps` is 'many' .text.; it must be a whole number"),
-        ("trainer.steps=true", "it must be a whole number"),
-        ("trainer.steps=2.5", "it must be a whole number"),
+        ("trainer.steps=many", "`trainer.steps` is 'many'; it must be an integer of at least 1."),
+        ("trainer.steps=true", "`trainer.steps` is True; it must be an integer"),
+        ("trainer.steps=2.5", "`trainer.steps` is 2.5; it must be an integer"),
         ("trainer.learning_rate=fast", "it must be a number"),
         ("train_backbone=1", "it must be true or false"),
         ("lora=3", "it must be a mapping of keys or null"),
-        ("lora.target_modules=[q_proj,3]", "it must be text or a list .each text."),
+        ("lora.target_modules=[q_proj,3]", "must be text .not empty. or a list of one or more"),
         ("trainer.segment_curriculum=8", "put it in quotes"),
-        ("trainer.steps=0", "`trainer.steps` is 0; it must be at least 1"),
-        ("trainer.segment_curriculum='1:8,2:9'", "must start at step 0"),
-        ("memory.segment_size=0", "segment_size is 0"),
+        ("trainer.steps=0", "the command line: `trainer.steps` is 0; it must be .* at least 1."),
+        ("trainer.segment_curriculum='1:8,2:9'", "STEP:NUMBER from step 0 on"),
+        ("memory.segment_size=0", "`memory.segment_size` is 0; it must be an integer"),
         ("memory.segment_size=wide", "`memory.segment_size` is 'wide'"),
         ("memory=null", "`memory.name` is missing"),
-        ("model.dtype=bf16", "one of auto, float32"),
+        ("model.dtype=bf16", "must be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ("data.max_tokens=100", "at least data.min_tokens"),
-        ("task=train", "one of finetune, pretrain, recall"),
+        ("task=train", "must be 'finetune', 'pretrain', 'recall' or 'tasks'"),
         ("recall.num_pairs=4", "`recall` has no use in a 'finetune' recipe"),
         ("train_backbone=true", "does not go with `lora`"),
         ("output=''", "`output` is ''"),
@@ -129,6 +133,51 @@ def test_mistakes_are_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load_recipe(ROOT / "recipes" / "armt_lora_tiny.yaml", [override])
     assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("part", SECTIONS)
+def test_a_section_takes_what_its_types_hold(part: str) -> None:
+    """In a file, where wrong values are named by key, and in Python."""
+    section = next(o for o in get_args(Recipe.types()[part]) or [Recipe.types()[part]])
+    for name, hint in section.types().items():
+        for value in typed_values.inside(hint):
+            check(Recipe, {part: {name: value}}, "x.yaml")
+        for value in typed_values.outside(hint):
+            start = f"`{part}.{name}` is {value!r}; it must be "
+            with pytest.raises(ValueError, match=re.escape(f"x.yaml: {start}")):
+                check(Recipe, {part: {name: value}}, "x.yaml")
+            with pytest.raises(ValueError, match=f"{name}.*{re.escape(repr(value))}; it must be "):
+                section(**{name: value})
+
+
+def test_parts_of_a_section_that_must_go_together() -> None:
+    ids = list(range(19))
+    for make, wrong, right, message in (
+        (DataSection, {"min_tokens": 9, "max_tokens": 8}, {"min_tokens": 8, "max_tokens": 8},
+         "`data.max_tokens` is 8; it must be at least data.min_tokens (9), or null."),
+        (RecallSection, {"num_pairs": 2, "min_pairs": 3}, {"num_pairs": 3, "min_pairs": 3},
+         "`recall.num_pairs` is 2; it must be at least recall.min_pairs (3)."),
+        (RecallSection, {"num_pairs": 17}, {"num_pairs": 17, "tasks": ["rewrite"]},
+         "`recall.num_pairs` is 17; it must be at most 16, the number of keys."),
+        (RecallSection, {"ids": [*ids[1:], 1]}, {"ids": ids},
+         f"`recall.ids` is {[*ids[1:], 1]}; it must be 19 different token ids."),
+        (RecallSection, {"ids": ids[1:]}, {"ids": ids},
+         f"`recall.ids` is {ids[1:]}; it must be 19 different token ids."),
+        (TasksSection, {"names": ["passkey", "nope"]}, {"names": ["passkey", "copy"]},
+         "`tasks.names` is ['passkey', 'nope']; it must be among babi"),
+        (TasksSection, {"min_tokens": 9, "max_tokens": 8}, {"min_tokens": 8, "max_tokens": 8},
+         "`tasks.max_tokens` is 8; it must be at least tasks.min_tokens (9)."),
+        (TrainerSection, {"label_weight": 0.5}, {"label_weight": 0.5, "distillation_weight": 1},
+         "`trainer.label_weight` is 0.5; it must be 1, or with a distillation 0 or more."),
+        (TrainerSection, {"vary_segments": True},
+         {"vary_segments": True, "segment_curriculum": "0:8"},
+         "`trainer.vary_segments` needs `trainer.segment_curriculum`"),
+        (TrainerSection, {"segment_curriculum": "0:2,0:4"}, {"segment_curriculum": "0:2,1:4"},
+         "`trainer.segment_curriculum` is '0:2,0:4'; it must be text of STEP:NUMBER"),
+    ):  # fmt: skip
+        make(**right)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make(**wrong)
 
 
 def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""The configs of all memories: what the types of their fields hold, and what goes together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Annotated, Any, Literal, get_args
+
+import pytest
+import typed_values
+from support import MEMORIES, tiny
+
+import memwrap
+from memwrap.memories.settings import (
+    LayerList,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    Settings,
+    describe,
+)
+
+
+def refusal(make: Any, *arguments: Any, **settings: Any) -> str:
+    """The text of the error: one line, a ValueError and nothing behind it."""
+    with pytest.raises(ValueError) as caught:
+        make(*arguments, **settings)
+    assert caught.value.__cause__ is None and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def words_of(hint: Any) -> list[str]:
+    """What an error must say of a type, limits and options, found without `describe`."""
+    words = [re.escape(repr(option)) for option in get_args(hint) if isinstance(option, str)]
+    for option in get_args(hint):
+        words += words_of(option) if get_args(option) else []
+        words += ["None"] if option is type(None) else []
+    for rule in getattr(hint, "__metadata__", ()):
+        if isinstance(rule, Range):
+            limits = (rule.least, rule.most, rule.above, rule.below)
+            words += [f"{n:g}" for n in limits if n is not None and abs(n) < float("inf")]
+    return words + (["true", "false"] if hint is bool else [])
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_field_refuses_what_its_type_does_not_hold(memory: str) -> None:
+    """When it is made, when it is read from a file, and when it is assigned to."""
+    config = tiny(memory)
+    before = config.to_dict()
+    for name, hint in type(config).types().items():
+        values = typed_values.outside(hint)
+        assert len(values) >= 8
+        for value in values:
+            text = refusal(dataclasses.replace, config, **{name: value})
+            got = f"{type(config).__name__}.{name} is {value!r}; it must be "
+            assert text.startswith(got) and text.endswith(".")
+            for word in words_of(hint):
+                assert word in text[len(got) :], (word, text)
+            assert refusal(type(config).from_dict, {**before, name: value}) == text
+            assert refusal(setattr, config, name, value) == text
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_field_takes_what_its_type_holds(memory: str) -> None:
+    config = tiny(memory)
+    for name, hint in type(config).types().items():
+        for value in typed_values.inside(hint):
+            setattr(config, name, value)  # what it has to do with other fields is not asked here
+            assert getattr(config, name) is value
+            assert json.loads(json.dumps(config.to_dict()))[name] == value
+
+
+RELATIONS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    # the check, what it refuses, what it just lets pass, the error
+    ("ahn.validate_train_windows", {"window_size": 8, "train_windows": [4, 9]},
+     {"window_size": 9, "train_windows": [4, 9]},
+     "train_windows is [4, 9]; it must be None or a list of sizes from 1 to 8."),
+    ("armt.validate_heads", {"d_mem": 8, "n_heads": 3}, {"d_mem": 9, "n_heads": 3},
+     "n_heads is 3; it must be a divisor of d_mem (8)."),
+    ("armt.validate_denominator", {"use_denom": False}, {"use_denom": False, "feature_norm": True},
+     "use_denom is False; it must be true unless `feature_norm` is true: raw features overflow."),
+    ("autocompressor.validate_memory_size", {"num_memory_tokens": 4, "memory_size": 3},
+     {"num_memory_tokens": 4, "memory_size": 4},
+     "memory_size is 3; it must be at least num_memory_tokens (4)."),
+    ("infllm.validate_window", {"segment_size": 17}, {"segment_size": 16},
+     "segment_size is 17; it must be at most `window_size` (16)."),
+    ("infllm.validate_representatives", {"num_representatives": 3}, {"num_representatives": 2},
+     "num_representatives is 3; it must be at most `block_size` (2)."),
+    ("knnlm.validate_distances", {"adaptive": True, "metric": "ip"},
+     {"adaptive": False, "metric": "ip"},
+     "adaptive is True; it must be False where `metric` is 'ip': it needs distances."),
+    ("landmark.validate_landmark", {"landmark_in_loss": True},
+     {"landmark_in_loss": True, "landmark_id": 3},
+     "landmark_in_loss is True; it must be false without `landmark_id`: no id could be predicted."),
+    ("liger.validate_feature_map", {"form": "gla", "feature_map": "taylor"},
+     {"form": "linear", "feature_map": "taylor"},
+     "feature_map is 'taylor'; it must be for 'gla' one of softmax, elu, hedgehog, none."),
+    ("liger.validate_feature_map", {"form": "gsa", "feature_map": "hedgehog"},
+     {"form": "gsa", "feature_map": "elu"},
+     "feature_map is 'hedgehog'; it must be for 'gsa' one of softmax, elu, none."),
+    ("liger.validate_normaliser", {"form": "delta", "normaliser": True},
+     {"form": "delta", "normaliser": False},
+     "normaliser is True; it must be false for 'delta', whose reads need none."),
+    ("neurocache.validate_neighborhood", {"neighborhood_size": 3}, {"neighborhood_size": 1},
+     "neighborhood_size is 3; it must be 1 or an even number."),
+    ("neurocache.validate_buckets", {"compat": True, "cache_size": 700},
+     {"compat": True, "cache_size": 1024},
+     "cache_size is 700; it must be a multiple of 512 and at least top_k with compat=True."),
+    ("neurocache.validate_buckets", {"compat": True, "cache_size": 5, "top_k": 6},
+     {"compat": True, "cache_size": 6, "top_k": 6},
+     "cache_size is 5; it must be a multiple of 5 and at least top_k with compat=True."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "wrong", "right", "text"), RELATIONS)
+def test_fields_that_must_go_together(check: str, wrong: dict, right: dict, text: str) -> None:
+    memory = check.partition(".")[0]
+    config = tiny(memory, **right)
+    assert refusal(tiny, memory, **wrong) == f"{type(config).__name__}.{text}"
+
+
+def test_every_relation_has_its_case() -> None:
+    found = {
+        f"{memory}.{name}"
+        for memory in MEMORIES
+        for name in dir(memwrap.config_class(memory))
+        if name.startswith("validate_")
+    }
+    assert found == {check for check, *_ in RELATIONS}
+
+
+# What configs are made of
+
+
+def test_words_of_types() -> None:
+    for hint, words in (
+        (PositiveInt, "an integer of at least 1"),
+        (NonNegativeInt | None, "an integer of at least 0 or None"),
+        (float, "a number"),
+        (Annotated[float, Range(0, 1)], "a number from 0 to 1"),
+        (Annotated[float, Range(above=0, most=1)], "a number above 0 and at most 1"),
+        (Annotated[float, Range(above=0, below=1)], "a number above 0 and below 1"),
+        (Annotated[float, Range(0, below=1)], "a number of at least 0 and below 1"),
+        (Annotated[float, Range(above=0)], "a number above 0"),
+        (Literal["a"], "'a'"),
+        (Literal["a", "b"] | None, "'a', 'b' or None"),
+        (bool, "true or false"),
+        (bool | None, "true, false or None"),
+        (LayerList | None, "a list of layer numbers (from 0, none twice) or None"),
+        (list[PositiveInt], "a list of one or more (each an integer of at least 1)"),
+        (str | None, "text or None"),
+        (dict[str, Any], "a mapping of keys"),
+    ):
+        assert describe(hint) == words
+
+
+def test_a_subclass_keeps_adds_and_replaces_checks() -> None:
+    class Parent(Settings):
+        width: PositiveInt = 4
+        heads: PositiveInt = 2
+
+        def validate_heads(self) -> None:
+            if self.width % self.heads:
+                self._fail("heads", "a divisor of width")
+
+    class Child(Parent):
+        width: NonNegativeInt = 8
+        sizes: list[PositiveInt] = dataclasses.field(default_factory=lambda: [1])
+
+        def validate_sizes(self) -> None:
+            if sum(self.sizes) > 9:
+                self._fail("sizes", "small")
+
+    assert Child(width=0) == Child(width=0, heads=2, sizes=[1]) != Child()
+    assert refusal(Parent, width=0) == "Parent.width is 0; it must be an integer of at least 1."
+    assert refusal(Child, width=-1) == "Child.width is -1; it must be an integer of at least 0."
+    assert refusal(Child, heads=3) == "Child.heads is 3; it must be a divisor of width."
+    assert refusal(Child, sizes=[10]) == "Child.sizes is [10]; it must be small."
+    assert Child().sizes is not Child().sizes
+    made = Child()
+    made.width = 9  # fields change one by one; what they have to do with each other is asked for
+    assert refusal(made.validate) == "Child.heads is 2; it must be a divisor of width."
+    with pytest.raises(TypeError, match="positional"):
+        Child(3)  # type: ignore[misc]
+
+
+def test_types_need_not_be_text() -> None:
+    """As in a module without `from __future__ import annotations`."""
+    body = {"rate": 1, "__annotations__": {"rate": Annotated[float, Range(above=0)]}}
+    made = type("Made", (Settings,), {**body, "__module__": __name__})
+    assert made().rate == 1 and made(rate=2).rate == 2  # type: ignore[attr-defined]
+    assert refusal(made, rate=0) == "Made.rate is 0; it must be a number above 0."
