@@ -21,7 +21,7 @@ from memwrap.memories.protocol import Memory
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes, chosen_layers
 from memwrap.ops import delta, gla
-from memwrap.ops.rows import take
+from memwrap.ops.buffers import take
 from memwrap.state.trees import Tree
 
 EPS = 1e-5  # of the norm

@@ -21,7 +21,8 @@ from memwrap.memories.parts.key_value_ring import KeyValueRings
 from memwrap.memories.protocol import Memory
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes, chosen_layers
-from memwrap.ops import retrieve, rings
+from memwrap.ops import retrieve
+from memwrap.ops.buffers import ring
 from memwrap.state.trees import Tree
 
 _notes: ContextVar[list[Retrieved] | None] = ContextVar("memwrap_retrieved", default=None)
@@ -136,7 +137,7 @@ class ExtendedMindMemory(Memory):
         out, share = join_summary(attention, read.out, read.logsumexp, read.index.shape[-1])
         notes = _notes.get()
         if notes is not None:
-            number = rings.entries(state["count"], state["key"].shape[2], config.cache_size)
+            number = ring.entries(state["count"], state["key"].shape[2], config.cache_size)
             index = read.index.clamp_min(0).flatten(1)
             entries = number.gather(1, index).view(read.index.shape)
             weights = read.weights * share[..., None]

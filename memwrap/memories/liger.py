@@ -19,8 +19,9 @@ from memwrap.memories.parts.sliding_window import SlidingWindow
 from memwrap.memories.protocol import Memory
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes, chosen_layers
-from memwrap.ops import delta, gla, gsa
-from memwrap.ops.features import FEATURE_MAPS, SAME_WIDTH, feature_width, features
+from memwrap.ops import delta, gla
+from memwrap.ops.gla import gsa
+from memwrap.ops.gla.features import FEATURE_MAPS, SAME_WIDTH, feature_width, features
 from memwrap.state.trees import Tree
 
 EPS = 1e-10

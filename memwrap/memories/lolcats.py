@@ -21,7 +21,7 @@ from memwrap.memories.protocol import Memory
 from memwrap.memories.registry import register
 from memwrap.memories.sizes import Sizes, chosen_layers
 from memwrap.ops import gla
-from memwrap.ops.features import learned_features
+from memwrap.ops.gla.features import learned_features
 from memwrap.state.trees import Tree
 
 

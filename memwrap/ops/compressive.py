@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from memwrap.ops.rows import earliest
+from memwrap.ops.buffers.left_aligned import earliest
 
 COMPRESSIONS = ("mean", "max", "conv", "dilated_conv", "most_used")
 DILATION = 2

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import memwrap
 from memwrap.memories.liger import FORMS
 from memwrap.ops import backend, delta, gla
-from memwrap.ops.features import features
+from memwrap.ops.gla.features import features
 
 VARIANTS: list[dict[str, Any]] = [
     *[{"form": form} for form in FORMS],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memwrap.ops import accumulation_dtype
-from memwrap.ops.gla_chunked import (
+from memwrap.ops.gla.chunked import (
     LOG2_E,
     chunk_size,
     chunked,

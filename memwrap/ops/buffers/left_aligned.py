@@ -1,6 +1,6 @@
-"""Rows of different lengths in buffers of one size: the first `count` places are filled.
+"""Entries at the left end of a buffer, oldest first: the first `count` slots are filled.
 
-Shapes: B batch, N given rows, C places of a buffer, D width. Places that are not filled are zero,
+Shapes: B batch, N given rows, C slots of a buffer, D width. Slots that are not filled are zero,
 so that two buffers with the same rows are equal. Everything is differentiable in the values.
 """
 
@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memwrap.ops.buffers import filled, take
 
-def filled(count: Tensor, size: int) -> Tensor:
-    """Which of `size` places are filled, `(B, size)` bool, for `count` `(B,)`."""
-    return torch.arange(size, device=count.device)[None, :] < count[:, None]
+
+def earliest(valid: Tensor, count: int) -> Tensor:
+    """Give the indices `(B, count)` that put the first `count` valid rows of `valid` `(B, N)` at
+    the left end."""
+    return (~valid).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
 
 
 def append(buffer: Tensor, count: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,7 +23,7 @@ def append(buffer: Tensor, count: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         buffer: `(B, C, D)`.
-        count: `(B,)` filled places.
+        count: `(B,)` filled slots.
         new: `(B, N, D)`, oldest first.
 
     Returns:
@@ -31,22 +34,21 @@ def append(buffer: Tensor, count: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     total = count + more
     # The i-th kept row, counted over the old and the new ones.
     kept = torch.arange(size, device=count.device) + (total - size).clamp(min=0)[:, None]
-    place = torch.where(kept < count[:, None], kept, size + kept - count[:, None])
-    place = place.clamp(max=size + more - 1)[..., None].expand(-1, -1, both.shape[-1])
+    source = torch.where(kept < count[:, None], kept, size + kept - count[:, None])
     count = total.clamp(max=size)
-    return both.gather(1, place) * filled(count, size)[..., None], count
+    return take(both, source.clamp(max=size + more - 1), filled(count, size)), count
 
 
 def take_last(
     values: Tensor, chosen: Tensor, most: Tensor | int, size: int
 ) -> tuple[Tensor, Tensor]:
-    """The last chosen rows.
+    """Take the last chosen rows.
 
     Args:
         values: `(B, N, D)`.
         chosen: `(B, N)` bool.
         most: at most so many, `(B,)` or for all; no more than `size`.
-        size: places of the result.
+        size: slots of the result.
 
     Returns:
         `(B, size, D)`, in their order, and their number `(B,)`.
@@ -60,6 +62,4 @@ def take_last(
     rank_from_end = chosen.flip(1).cumsum(1).flip(1)
     keep = chosen & (rank_from_end <= most[:, None])
     count = keep.sum(1)
-    place = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :size]
-    rows = values.gather(1, place[..., None].expand(-1, -1, values.shape[-1]))
-    return rows * filled(count, size)[..., None], count
+    return take(values, earliest(keep, size), filled(count, size)), count

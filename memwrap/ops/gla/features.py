@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memwrap.ops import accumulation_dtype
-from memwrap.ops.infini_chunked import phi
+from memwrap.ops.infini.chunked import phi
 
 FEATURE_MAPS = ("softmax", "elu", "hedgehog", "taylor", "none")
 SAME_WIDTH = ("softmax", "elu", "none")

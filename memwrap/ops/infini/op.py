@@ -1,13 +1,4 @@
-"""The compressive memory of Infini-attention: features, reading, writing, whole sequences.
-
-Munkhdalai et al., "Leave No Context Behind" (2024), section 2.1. One matrix M maps key
-features to values, z normalises it. Shapes: B batch, H query heads, Hkv key-value heads
-(query head h uses memory `h // (H / Hkv)`), T tokens, Dk and Dv channels of a head.
-M is `(B, Hkv, Dk, Dv)`, z is `(B, Hkv, Dk)`.
-
-The sums are kept in float32 (float64 for float64 inputs) whatever the inputs' dtype. Queries
-and keys come un-rotated and unscaled: the memory knows no positions.
-"""
+"""Checks and the choice of an implementation; formulas and shapes in `memwrap.ops.infini`."""
 
 from __future__ import annotations
 
@@ -15,11 +6,11 @@ import torch
 from torch import Tensor
 
 from memwrap.ops import current_backend, unsupported_dtypes
-from memwrap.ops.infini_chunked import phi, read_chunked, scan_chunked, write_chunked
+from memwrap.ops.infini.chunked import read_chunked, scan_chunked, write_chunked
+from memwrap.ops.infini.naive import read_naive, scan_naive, write_naive
 
 EPS = 1e-10
 UPDATES = ("linear", "delta")
-__all__ = ["EPS", "UPDATES", "phi", "read", "scan", "write"]
 
 
 def read(q: Tensor, M: Tensor, z: Tensor, *, eps: float = EPS) -> Tensor:
@@ -38,7 +29,7 @@ def read(q: Tensor, M: Tensor, z: Tensor, *, eps: float = EPS) -> Tensor:
         ValueError: for shapes that do not fit.
     """
     _check(q, None, None, M, z, None)
-    function = {"naive": _read_naive, "torch": read_chunked, "triton": _read_triton}
+    function = {"naive": read_naive, "torch": read_chunked, "triton": _read_triton}
     return function[_implementation(M, q)](q, M, z, eps)
 
 
@@ -73,7 +64,7 @@ def write(
     """
     _check(None, k, v, M, z, mask)
     _check_update(update)
-    function = {"naive": _write_naive, "torch": write_chunked, "triton": _write_triton}
+    function = {"naive": write_naive, "torch": write_chunked, "triton": _write_triton}
     return function[_implementation(M, k, v)](k, v, M, z, update == "delta", mask, eps)
 
 
@@ -110,7 +101,7 @@ def scan(
     _check_update(update)
     if segment_size < 1:
         raise ValueError(f"segment_size is {segment_size}; it must be at least 1.")
-    function = {"naive": _scan_naive, "torch": scan_chunked, "triton": _scan_triton}
+    function = {"naive": scan_naive, "torch": scan_chunked, "triton": _scan_triton}
     chosen = function[_implementation(M, q, k, v)]
     return chosen(q, k, v, M, z, segment_size, update == "delta", mask, eps)
 
@@ -163,9 +154,6 @@ def _check(
         )
 
 
-# Kernels
-
-
 def _read_triton(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
     from memwrap_kernels import infini as kernels
 
@@ -188,62 +176,3 @@ def _scan_triton(
     from memwrap_kernels import infini_scan as kernels
 
     return kernels.scan(q, k, v, M, z, mask, segment_size, delta, eps)
-
-
-# The specification
-
-
-def _look_up_one(features: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
-    """One token, one head: features `(Dk,)`, M `(Dk, Dv)`, z `(Dk,)` -> `(Dv,)`."""
-    denominator = (features * z).sum()
-    if float(denominator.detach()) == 0.0:
-        return torch.zeros_like(M[0])
-    return (features[:, None] * M).sum(0) / denominator.clamp_min(eps)
-
-
-def _read_naive(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
-    group = q.shape[1] // M.shape[1]
-    rows = []
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            for t in range(q.shape[2]):
-                features = phi(q[b, h, t]).to(M.dtype)
-                rows.append(_look_up_one(features, M[b, h // group], z[b, h // group], eps))
-    if not rows:
-        return M.new_zeros(*q.shape[:3], M.shape[-1])
-    return torch.stack(rows).view(*q.shape[:3], M.shape[-1])
-
-
-def _write_naive(
-    k: Tensor, v: Tensor, M: Tensor, z: Tensor, delta: bool, mask: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    rows_M, rows_z = [], []
-    for b in range(k.shape[0]):
-        for h in range(k.shape[1]):
-            new_M, new_z = M[b, h], z[b, h]
-            for t in range(k.shape[2]):
-                if mask is not None and not bool(mask[b, t]):
-                    continue
-                features, value = phi(k[b, h, t]).to(M.dtype), v[b, h, t].to(M.dtype)
-                if delta:
-                    value = value - _look_up_one(features, M[b, h], z[b, h], eps)
-                new_M = new_M + torch.outer(features, value)
-                new_z = new_z + features
-            rows_M.append(new_M)
-            rows_z.append(new_z)
-    if not rows_M:
-        return M.clone(), z.clone()
-    return torch.stack(rows_M).view_as(M), torch.stack(rows_z).view_as(z)
-
-
-def _scan_naive(
-    q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
-    mask: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out = M.new_zeros(*q.shape[:2], 0, M.shape[-1])
-    for start in range(0, q.shape[2], segment_size):
-        part = slice(start, start + segment_size)
-        out = torch.cat([out, _read_naive(q[:, :, part], M, z, eps)], dim=2)
-        own = None if mask is None else mask[:, part]
-        M, z = _write_naive(k[:, :, part], v[:, :, part], M, z, delta, own, eps)
-    return out, M, z

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from memwrap.ops import fetching
+from memwrap.ops import landmark
+from memwrap.ops.buffers import host_prefetch
 
 
 def test_each_is_started_before_the_one_in_front_is_used() -> None:
@@ -18,10 +19,10 @@ def test_each_is_started_before_the_one_in_front_is_used() -> None:
         return (torch.tensor(n),)
 
     device = torch.device("cpu")
-    for (got,) in fetching.ahead([lambda n=n: fetch(n) for n in range(3)], device):  # type: ignore[misc]
+    for (got,) in host_prefetch.prefetch([lambda n=n: fetch(n) for n in range(3)], device):  # type: ignore[misc]
         log.append(f"use {int(got)}")
     assert log == ["fetch 0", "fetch 1", "use 0", "fetch 2", "use 1", "use 2"]
-    assert list(fetching.ahead([], device)) == []
+    assert list(host_prefetch.prefetch([], device)) == []
 
 
 def test_on_a_gpu_a_stream_of_its_own_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,10 +54,10 @@ def test_on_a_gpu_a_stream_of_its_own_is_waited_for(monkeypatch: pytest.MonkeyPa
             log.append(f"result is used by {stream.name}")
 
     main, side = Stream("main"), Stream("side")
-    monkeypatch.setattr(fetching, "_stream", lambda device: side)
+    monkeypatch.setattr(host_prefetch, "_stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    results = fetching.ahead([lambda: (Result(),)] * 2, torch.device("cuda"))  # type: ignore
+    results = host_prefetch.prefetch([lambda: (Result(),)] * 2, torch.device("cuda"))  # type: ignore
     next(results)
     started = ["on side", "side marks", "off side"]
     given = ["main waits for mark", "result is used by main"]
@@ -70,12 +71,12 @@ def test_a_small_store_holds_what_was_chosen() -> None:
     keys, marks = torch.randn(2, 7, 3, 4, generator=g), torch.randn(2, 7, 4, generator=g)
     valid = torch.rand(2, 7, 3, generator=g) > 0.3
     ids = torch.tensor([[[[1, 5], [5, 7]]], [[[0, 7], [7, 7]]]])  # 7: none
-    new, here, near, got = fetching.used_blocks(ids, valid, marks, keys)
+    new, here, near, got = landmark.used_blocks(ids, valid, marks, keys)
     assert new.tolist() == [[[[0, 1], [1, 2]]], [[[0, 2], [2, 2]]]] and got.shape[1] == 2
     for row, blocks in ((0, [1, 5]), (1, [0])):
         for n, block in enumerate(blocks):
             assert torch.equal(got[row, n], keys[row, block])
             assert torch.equal(near[row, n], marks[row, block])
             assert torch.equal(here[row, n], valid[row, block])
-    nothing = fetching.used_blocks(torch.full((2, 1, 1, 2), 7), valid, marks, keys)
+    nothing = landmark.used_blocks(torch.full((2, 1, 1, 2), 7), valid, marks, keys)
     assert nothing[0].tolist() == [[[[1, 1]]], [[[1, 1]]]] and nothing[3].shape[1] == 1

@@ -1,15 +1,4 @@
-"""Gated linear attention: a matrix that forgets by a gate and takes in one key and value a token.
-
-Yang et al., "Gated Linear Attention Transformers" (2023), eq. 3; without a gate it is plain
-linear attention, with a gate that is one number a head RetNet and Mamba-2. Shapes: B rows, H
-query heads, Hkv key-value heads (query head h reads state `h // (H / Hkv)`), T tokens, Dk and Dv
-channels of a head. For each token, the old state decays by the token's own gate, the token is
-written, and the query reads what is there then:
-
-    S_t = exp(g_t) * S_{t-1} + k_t v_t^T        o_t = scale * q_t S_t
-
-No feature map, no normaliser and no positions: those belong to the memories that use it.
-"""
+"""Checks and the choice of an implementation; formulas and shapes in `memwrap.ops.gla`."""
 
 from __future__ import annotations
 
@@ -17,10 +6,10 @@ import torch
 from torch import Tensor
 
 from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
-from memwrap.ops.gla_chunked import scan_chunked
-from memwrap.ops.sequences import by_sequence, check_sequences, masked_tokens
+from memwrap.ops.gla.chunked import scan_chunked
+from memwrap.ops.gla.naive import scan_naive
+from memwrap.ops.gla.sequences import by_sequence, check_sequences, masked_tokens
 
-__all__ = ["scan"]
 STEP = 4  # so many tokens are decoded one after another in one launch
 
 
@@ -68,7 +57,7 @@ def scan(
     chosen = _implementation(q, k, v, g, state)
     if chosen == "triton":
         return _scan_triton(q, k, v, g, state, scale, cu_seqlens)
-    function = {"naive": _scan_naive, "torch": scan_chunked}[chosen]
+    function = {"naive": scan_naive, "torch": scan_chunked}[chosen]
     if cu_seqlens is None:
         return function(q, k, v, g, state, scale)
     return by_sequence(function, cu_seqlens, (q, k, v, g), state, scale)
@@ -102,23 +91,3 @@ def _scan_triton(
     if cu_seqlens is None and q.shape[2] <= STEP and q.shape[3] <= 256 and not trains:
         return delta.step(q, k, v, g, None, state, scale)
     return gla.scan(q, k, v, g, state, scale, cu_seqlens)
-
-
-# The specification
-
-
-def _scan_naive(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    group, dtype = q.shape[1] // k.shape[1], state.dtype
-    S, rows = state.clone(), []
-    for t in range(q.shape[2]):
-        if g is not None:
-            decay = g[:, :, t].to(dtype).exp()
-            S = S * (decay[..., None] if g.dim() == 4 else decay[..., None, None])
-        S = S + k[:, :, t, :, None].to(dtype) * v[:, :, t, None, :].to(dtype)
-        query = (q[:, :, t].to(dtype) * scale).unflatten(1, (-1, group))
-        rows.append((query[..., None] * S[:, :, None]).sum(-2).flatten(1, 2))
-    if not rows:
-        return v.new_zeros(*q.shape[:3], v.shape[3]), S
-    return torch.stack(rows, 2).to(v.dtype), S

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memwrap.ops import ragged
+from memwrap.ops.buffers import left_aligned
 from memwrap.ops.recall import recall
 
 
@@ -26,7 +26,7 @@ def buffer_of(lists: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
 def test_appending_is_a_queue(size: int, counts: list[int], more: int) -> None:
     lists = [drawn(min(n, size), 2, seed=n + i) for i, n in enumerate(counts)]
     new = drawn(len(lists), more, 2, seed=9)
-    got, count = ragged.append(*buffer_of(lists, size), new)
+    got, count = left_aligned.append(*buffer_of(lists, size), new)
     want = [torch.cat([old, add])[-size:] for old, add in zip(lists, new, strict=True)]
     expected, lengths = buffer_of(want, size)
     assert torch.equal(got, expected) and torch.equal(count, lengths)
@@ -38,7 +38,7 @@ def test_the_last_chosen_rows(size: int, length: int, seed: int) -> None:
     values = drawn(3, length, 2, seed=seed)
     chosen = torch.rand(3, length, generator=generator) < 0.6
     most = torch.randint(0, size + 1, (3,), generator=generator)
-    got, count = ragged.take_last(values, chosen, most, size)
+    got, count = left_aligned.take_last(values, chosen, most, size)
     want = []
     for row in range(3):
         own = values[row][chosen[row]]
@@ -46,7 +46,7 @@ def test_the_last_chosen_rows(size: int, length: int, seed: int) -> None:
     expected, lengths = buffer_of(want, size)
     assert torch.equal(got, expected) and torch.equal(count, lengths)
     assert torch.equal(
-        ragged.take_last(values, chosen, size, size)[1], chosen.sum(1).clamp(max=size)
+        left_aligned.take_last(values, chosen, size, size)[1], chosen.sum(1).clamp(max=size)
     )
 
 
@@ -54,8 +54,8 @@ def test_gradients() -> None:
     buffer, count = drawn(2, 3, 2).requires_grad_(), torch.tensor([1, 3])
     new = drawn(2, 2, 2, seed=1).requires_grad_()
     chosen = torch.tensor([[True, False, True], [False, True, True]])
-    assert torch.autograd.gradcheck(lambda b, n: ragged.append(b, count, n)[0], (buffer, new))
-    assert torch.autograd.gradcheck(lambda b: ragged.take_last(b, chosen, 1, 2)[0], (buffer,))
+    assert torch.autograd.gradcheck(lambda b, n: left_aligned.append(b, count, n)[0], (buffer, new))
+    assert torch.autograd.gradcheck(lambda b: left_aligned.take_last(b, chosen, 1, 2)[0], (buffer,))
     query, cache = drawn(2, 4, seed=2).requires_grad_(), drawn(2, 3, 4, seed=3).requires_grad_()
     w_query, w_key = (drawn(5, 4, seed=s).requires_grad_() for s in (4, 5))
     arguments = (query, cache, w_query, w_key)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memwrap.ops.fetching import moved
+from memwrap.ops.buffers.host_prefetch import moved
 
 Pages = dict[str, dict[str, Tensor]]
 
 
 def put(buffer: Tensor, at: Tensor, new: Tensor, count: Tensor, dim: int) -> Tensor:
-    """A buffer with each row's first `count` new entries from place `at` on.
+    """Put each row's first `count` new entries into a buffer, from slot `at` on.
 
     Args:
         buffer: entries along `dim`; what is there from `at` to `at + count` is replaced.
@@ -38,8 +38,8 @@ def put(buffer: Tensor, at: Tensor, new: Tensor, count: Tensor, dim: int) -> Ten
 
 
 def append(pages: Pages, counts: Tensor, new: dict[str, Tensor], more: Tensor, size: int) -> Pages:
-    """The store with each row's first `more` `(B,)` entries of `new` `(B, M, ...)` behind the
-    `counts` `(B,)` it has; pages hold `size` entries."""
+    """Append each row's first `more` `(B,)` entries of `new` `(B, M, ...)` to the `counts` `(B,)`
+    that a store has; pages hold `size` entries."""
     if not bool((more > 0).any()):
         return pages
     first = int(counts[more > 0].min()) // size
@@ -61,7 +61,7 @@ def append(pages: Pages, counts: Tensor, new: dict[str, Tensor], more: Tensor, s
 def take(
     pages: Pages, names: tuple[str, ...], rows: list[int], entries: list[int], size: int
 ) -> list[Tensor]:
-    """The entries of the given rows, for each name `(n, ...)`; pages hold `size` entries."""
+    """Take entries of the given rows, for each name `(n, ...)`; pages hold `size` entries."""
     by_page: dict[int, list[int]] = {}
     for index, entry in enumerate(entries):
         by_page.setdefault(entry // size, []).append(index)
@@ -74,13 +74,13 @@ def take(
             tensor = pages[str(page)][name]
             at = ([rows[i] for i in indices], [entries[i] % size for i in indices])
             parts.append(tensor[tuple(torch.tensor(a, device=tensor.device) for a in at)])
-        found = torch.cat(parts)
-        result.append(found[torch.tensor(back, dtype=torch.long, device=found.device)])
+        joined = torch.cat(parts)
+        result.append(joined[torch.tensor(back, dtype=torch.long, device=joined.device)])
     return result
 
 
 def number_of(pages: Pages) -> int:
-    """Entries of the row that has most."""
+    """Count the entries of the row that has most."""
     return sum(next(iter(page.values())).shape[1] for page in pages.values())
 
 
@@ -88,7 +88,7 @@ class SlotCache:
     """Entries of a store on the host that a device has at hand: the least recently used go first.
 
     It never changes a result. Pages are immutable, so an entry is known by its page's tensor, row
-    and place; any number of states may share one cache.
+    and slot; any number of states may share one cache.
 
     Attributes:
         hits, misses: entries found here, and fetched from the host.
@@ -127,7 +127,7 @@ class SlotCache:
                     pages["0"][n].new_zeros((self.slots, *pages["0"][n].shape[2:]), device=device)
                     for n in names
                 ]
-        keys, places, missing = [], [], []
+        keys, slots, missing = [], [], []
         for index, (row, entry) in enumerate(zip(rows, entries, strict=True)):
             tensor = pages[str(entry // size)][names[0]]
             key = (id(tensor), row, entry % size)
@@ -138,19 +138,19 @@ class SlotCache:
             else:
                 self._held.move_to_end(key)
             keys.append((key, tensor))
-            places.append(slot)
+            slots.append(slot)
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         where = [rows[i] for i in missing], [entries[i] for i in missing]
         fetched = take(pages, names, *where, size)
         fetched = [moved(t, device) for t in fetched]
-        place = torch.tensor(places, dtype=torch.long, device=device)
+        held = torch.tensor(slots, dtype=torch.long, device=device)
         result = []
         for buffer, new in zip(self._buffers, fetched, strict=True):
-            found = buffer[place.clamp_min(0)]
+            found = buffer[held.clamp_min(0)]
             at = torch.tensor(missing, dtype=torch.long, device=device)
             result.append(found.index_copy(0, at, new))
-        self._keep([keys[i] for i in missing], fetched, set(places))
+        self._keep([keys[i] for i in missing], fetched, set(slots))
         return result
 
     def _keep(self, keys: list[Any], fetched: list[Tensor], used: set[int]) -> None:

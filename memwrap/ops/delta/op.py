@@ -1,14 +1,4 @@
-"""The delta rule: a matrix from which a key's old value is taken away before the new one is put in.
-
-Schlag et al. (2021), "Linear Transformers Are Secretly Fast Weight Programmers", eq. 23; Yang et
-al., "Parallelizing Linear Transformers with the Delta Rule" (2024) and "Gated Delta Networks"
-(2024), eq. 10. Shapes as in `memwrap.ops.gla`. For each token:
-
-    S' = exp(g_t) * S_{t-1}
-    S_t = S' + k_t (beta_t * (v_t - k_t S'))^T        o_t = scale * q_t S_t
-
-Keys longer than 1 make the recurrence unstable for beta near 1: give unit keys, or `l2norm`.
-"""
+"""Checks and the choice of an implementation; formulas and shapes in `memwrap.ops.delta`."""
 
 from __future__ import annotations
 
@@ -16,14 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
-from memwrap.ops.delta_chunked import EPS, scan_chunked, unit
-from memwrap.ops.sequences import by_sequence, check_sequences, masked_tokens
-
-__all__ = ["EPS", "scan", "unit"]
+from memwrap.ops.delta.chunked import scan_chunked
+from memwrap.ops.delta.naive import scan_naive
+from memwrap.ops.gla.sequences import by_sequence, check_sequences, masked_tokens
 
 
 def scan(
@@ -72,7 +60,7 @@ def scan(
     chosen = _implementation(q, k, v, beta, state)
     if chosen == "triton":
         return _scan_triton(q, k, v, beta, g, state, scale, l2norm, cu_seqlens)
-    scans: dict[str, Callable[..., Any]] = {"naive": _scan_naive, "torch": scan_chunked}
+    scans: dict[str, Callable[..., Any]] = {"naive": scan_naive, "torch": scan_chunked}
     function = partial(scans[chosen], l2norm=l2norm)
     if cu_seqlens is None:
         return function(q, k, v, beta, g, state, scale)
@@ -109,28 +97,3 @@ def _scan_triton(
     from memwrap_kernels import delta
 
     return delta.scan(q, k, v, beta, g, state, scale, l2norm, cu_seqlens)
-
-
-# The specification
-
-
-def _scan_naive(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
-    l2norm: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    group, dtype = q.shape[1] // k.shape[1], state.dtype
-    if l2norm:
-        q, k = unit(q.to(dtype)), unit(k.to(dtype))
-    S, rows = state.clone(), []
-    for t in range(q.shape[2]):
-        key, value, strength = (x[:, :, t].to(dtype) for x in (k, v, beta))
-        if g is not None:
-            S = S * g[:, :, t].to(dtype).exp()[..., None, None]
-        found = (key[..., None] * S).sum(-2)
-        change = (strength if beta.dim() == 4 else strength[..., None]) * (value - found)
-        S = S + key[..., None] * change[..., None, :]
-        query = (q[:, :, t].to(dtype) * scale).unflatten(1, (-1, group))
-        rows.append((query[..., None] * S[:, :, None]).sum(-2).flatten(1, 2))
-    if not rows:
-        return v.new_zeros(*q.shape[:3], v.shape[3]), S
-    return torch.stack(rows, 2).to(v.dtype), S

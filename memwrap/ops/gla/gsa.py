@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from memwrap.ops import accumulation_dtype, current_backend
-from memwrap.ops.gla_chunked import scan_chunked, scan_value_gated
-from memwrap.ops.sequences import check_sequences, masked_tokens
+from memwrap.ops.gla.chunked import scan_chunked, scan_value_gated
+from memwrap.ops.gla.sequences import check_sequences, masked_tokens
 
 __all__ = ["scan"]
 
