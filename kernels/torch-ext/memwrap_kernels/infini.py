@@ -14,9 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from memwrap_kernels import infini_kernels as kernels
-from memwrap_kernels.launch import flags, is_hip, on_device_of, rows
-from memwrap_kernels.tiles import infini_tiles, precision
+from . import infini_kernels as kernels
+from .launch import flags, is_hip, on_device_of, rows
+from .namespace import add_op_namespace_prefix
+from .tiles import infini_tiles, precision
+
+__all__ = ["lookup", "states"]
 
 EPS = 1e-10
 
@@ -72,7 +75,7 @@ def _recur(states: Tensor, a: Tensor | None, reverse: bool) -> None:
         )  # fmt: skip
 
 
-@torch.library.custom_op("memwrap_kernels::infini_states", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("infini_states"), mutates_args=())
 def states(
     k: Tensor, v: Tensor, M: Tensor, z: Tensor, mask: Tensor | None, segment_size: int,
     delta: bool, eps: float,
@@ -104,7 +107,7 @@ def _(
     return k.new_empty(shape, dtype=torch.float32), k.new_empty(shape[:4], dtype=torch.float32)
 
 
-@torch.library.custom_op("memwrap_kernels::infini_states_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("infini_states_backward"), mutates_args=())
 def states_backward(
     d_memory: Tensor, d_zs: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, memory: Tensor,
     zs: Tensor, segment_size: int, delta: bool, eps: float,
@@ -171,7 +174,7 @@ def _grad_states(ctx: Any, d_memory: Tensor, d_zs: Tensor) -> tuple[Any, ...]:
 states.register_autograd(_grad_states, setup_context=_save_states)
 
 
-@torch.library.custom_op("memwrap_kernels::infini_lookup", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("infini_lookup"), mutates_args=())
 def lookup(q: Tensor, memory: Tensor, zs: Tensor, segment_size: int, eps: float) -> Tensor:
     """Read each segment of q with its own slot: `(B, H, T, Dv)` in float32."""
     batch, readers, tokens, keys = q.shape
@@ -199,7 +202,7 @@ def _(q: Tensor, memory: Tensor, zs: Tensor, segment_size: int, eps: float) -> T
     return q.new_empty((*q.shape[:3], memory.shape[-1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("memwrap_kernels::infini_lookup_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("infini_lookup_backward"), mutates_args=())
 def lookup_backward(
     dout: Tensor, q: Tensor, memory: Tensor, zs: Tensor, segment_size: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memwrap_kernels.gla_kernels import _chunk, _decay, _last, _rows, _seam, _sums
-from memwrap_kernels.products import dot
+from .gla_kernels import _chunk, _decay, _last, _rows, _seam, _sums
+from .products import dot
 
 
 @triton.jit

@@ -13,11 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
-from memwrap_kernels import landmark_bwd_kernels as bwd_kernels
-from memwrap_kernels import landmark_decode_kernels as decode_kernels
-from memwrap_kernels import landmark_kernels as kernels
-from memwrap_kernels.launch import flags, is_hip, on_device_of, rows, rule
-from memwrap_kernels.tiles import MAX_HEAD_DIM, landmark_tiles, padded
+from . import landmark_bwd_kernels as bwd_kernels
+from . import landmark_decode_kernels as decode_kernels
+from . import landmark_kernels as kernels
+from .launch import flags, is_hip, on_device_of, rows, rule
+from .namespace import add_op_namespace_prefix
+from .tiles import MAX_HEAD_DIM, landmark_tiles, padded
+
+__all__ = ["attention", "retrieved", "unsupported"]
 
 _LOG2E = 1.4426950408889634
 
@@ -142,7 +145,7 @@ def _optional(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     return [like if x is None else x.contiguous() for x in tensors]
 
 
-@torch.library.custom_op("memwrap_kernels::landmark", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("landmark"), mutates_args=())
 def forward(
     q: Tensor, k: Tensor, v: Tensor, places: Tensor | None, lasts: Tensor | None,
     starts: Tensor | None, valid: Tensor | None, block_size: int, scale: float,
@@ -175,7 +178,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("memwrap_kernels::landmark_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("landmark_backward"), mutates_args=())
 def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, places: Tensor | None,
     lasts: Tensor | None, starts: Tensor | None, valid: Tensor | None, out: Tensor, lse: Tensor,
@@ -256,7 +259,7 @@ def retrieved(
     return out, lse.clamp_min(torch.finfo(torch.float32).min)
 
 
-@torch.library.custom_op("memwrap_kernels::landmark_retrieved", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("landmark_retrieved"), mutates_args=())
 def retrieved_op(
     q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, valid: Tensor, ids: Tensor,
     scaling: float, softcap: float,

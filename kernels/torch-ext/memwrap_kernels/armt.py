@@ -12,9 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from memwrap_kernels import armt_kernels as kernels
-from memwrap_kernels.launch import is_hip, on_device_of, rows
-from memwrap_kernels.tiles import armt_tiles, padded, precision
+from . import armt_kernels as kernels
+from .launch import is_hip, on_device_of, rows
+from .namespace import add_op_namespace_prefix
+from .tiles import armt_tiles, padded, precision
+
+__all__ = ["read", "write"]
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -109,7 +112,7 @@ def _features_backward(
     return dx, weights, weights_z
 
 
-@torch.library.custom_op("memwrap_kernels::armt_read", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("armt_read"), mutates_args=())
 def read(q: Tensor, A: Tensor, z: Tensor | None, nu: int, normalize: bool, eps: float) -> Tensor:
     """`phi(q) A / (phi(q) z + eps)`, or `phi(q) A` without z: `(B, H, T, V)` in float32."""
     if not q.numel() or not A.shape[-1]:
@@ -122,7 +125,7 @@ def _(q: Tensor, A: Tensor, z: Tensor | None, nu: int, normalize: bool, eps: flo
     return q.new_empty((*q.shape[:3], A.shape[-1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("memwrap_kernels::armt_read_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("armt_read_backward"), mutates_args=())
 def read_backward(
     dout: Tensor, q: Tensor, A: Tensor, z: Tensor | None, nu: int, normalize: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +182,7 @@ def _gamma(
     return (1 - ratio).clamp(0, 1).masked_fill(~written.view(-1, 1, 1), 1.0)
 
 
-@torch.library.custom_op("memwrap_kernels::armt_write", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("armt_write"), mutates_args=())
 def write(
     k: Tensor, v: Tensor, beta: Tensor, A: Tensor, z: Tensor | None, written: Tensor, nu: int,
     normalize: bool, correction: bool, key_eps: float, eps: float,
@@ -203,7 +206,7 @@ def _(
     return A.new_empty(A.shape), A.new_empty(0 if z is None else z.shape)
 
 
-@torch.library.custom_op("memwrap_kernels::armt_write_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("armt_write_backward"), mutates_args=())
 def write_backward(
     E: Tensor, e: Tensor, k: Tensor, v: Tensor, beta: Tensor, A: Tensor, z: Tensor | None,
     written: Tensor, nu: int, normalize: bool, correction: bool, key_eps: float, eps: float,

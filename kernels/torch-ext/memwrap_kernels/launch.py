@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from memwrap_kernels import infini_kernels
-from memwrap_kernels.tiles import precision
+from . import infini_kernels
+from .tiles import precision
 
 
 def interpreted() -> bool:

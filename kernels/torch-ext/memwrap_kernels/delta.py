@@ -16,10 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
-from memwrap_kernels import delta_kernels as kernels
-from memwrap_kernels import gla
-from memwrap_kernels.launch import is_hip, on_device_of, rows
-from memwrap_kernels.tiles import MAX_HEAD_DIM, chunk_size, delta_tiles, padded
+from . import delta_kernels as kernels
+from . import gla
+from .launch import is_hip, on_device_of, rows
+from .namespace import add_op_namespace_prefix
+from .tiles import MAX_HEAD_DIM, chunk_size, delta_tiles, padded
+
+__all__ = ["scan", "step", "unsupported"]
 
 
 def scan(
@@ -179,7 +182,7 @@ class _Call(gla._Call):
         return out
 
 
-@torch.library.custom_op("memwrap_kernels::delta", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("delta"), mutates_args=())
 def forward(
     q: Tensor, k: Tensor, u: Tensor, w: Tensor, g: Tensor | None, state: Tensor,
     table: Tensor | None, spans: Tensor | None, scale: float, dtype: torch.dtype,
@@ -203,7 +206,7 @@ def _(
     return out, state.new_empty(state.shape)
 
 
-@torch.library.custom_op("memwrap_kernels::delta_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("delta_backward"), mutates_args=())
 def backward(
     dout: Tensor, dlast: Tensor, q: Tensor, k: Tensor, u: Tensor, w: Tensor, g: Tensor | None,
     state: Tensor, table: Tensor | None, spans: Tensor | None, scale: float,
@@ -270,7 +273,7 @@ def step(
     return step_op(q, k, v, g, beta, state, scale)
 
 
-@torch.library.custom_op("memwrap_kernels::recurrent_step", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("recurrent_step"), mutates_args=())
 def step_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor,
     scale: float,

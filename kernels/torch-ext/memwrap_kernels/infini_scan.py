@@ -15,10 +15,13 @@ import torch
 import triton
 from torch import Tensor
 
-from memwrap_kernels import infini
-from memwrap_kernels import infini_scan_kernels as kernels
-from memwrap_kernels.launch import flags, is_hip, on_device_of, rows
-from memwrap_kernels.tiles import MAX_HEAD_DIM, Tiles, infini_tiles, precision
+from . import infini
+from . import infini_scan_kernels as kernels
+from .launch import flags, is_hip, on_device_of, rows
+from .namespace import add_op_namespace_prefix
+from .tiles import MAX_HEAD_DIM, Tiles, infini_tiles, precision
+
+__all__ = ["scan"]
 
 PATHS = ("auto", "fused", "launches")
 # The path that `scan` takes: tests and benchmarks set another than "auto".
@@ -91,7 +94,7 @@ def _kept(k: Tensor, M: Tensor, segment_size: int, keep: bool) -> list[int]:
     return [*M.shape[:2], segments if keep else 0, *M.shape[2:]]
 
 
-@torch.library.custom_op("memwrap_kernels::infini_scan", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("infini_scan"), mutates_args=())
 def fused(
     q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, mask: Tensor | None,
     segment_size: int, delta: bool, eps: float, keep: bool,
@@ -135,7 +138,7 @@ def _(
     )  # fmt: skip
 
 
-@torch.library.custom_op("memwrap_kernels::infini_scan_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("infini_scan_backward"), mutates_args=())
 def fused_backward(
     dout: Tensor, dM: Tensor, dz: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     states: Tensor, zs: Tensor, segment_size: int, delta: bool, eps: float,

@@ -15,10 +15,13 @@ import torch
 import triton
 from torch import Tensor
 
-from memwrap_kernels import gla_bwd_kernels as bwd_kernels
-from memwrap_kernels import gla_kernels as kernels
-from memwrap_kernels.launch import is_hip, on_device_of, rows, rule
-from memwrap_kernels.tiles import chunk_size, gla_tiles
+from . import gla_bwd_kernels as bwd_kernels
+from . import gla_kernels as kernels
+from .launch import is_hip, on_device_of, rows, rule
+from .namespace import add_op_namespace_prefix
+from .tiles import chunk_size, gla_tiles
+
+__all__ = ["scan", "unsupported"]
 
 
 def scan(
@@ -203,7 +206,7 @@ class _Call:
         return states[0].index_select(1, self.spans[:, 2].long()).transpose(0, 1).contiguous()
 
 
-@torch.library.custom_op("memwrap_kernels::gla", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gla"), mutates_args=())
 def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, table: Tensor | None,
     spans: Tensor | None, scale: float,
@@ -227,7 +230,7 @@ def _(
     return v.new_empty((*q.shape[:3], v.shape[-1])), state.new_empty(state.shape)
 
 
-@torch.library.custom_op("memwrap_kernels::gla_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gla_backward"), mutates_args=())
 def backward(
     dout: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor,
     table: Tensor | None, spans: Tensor | None, scale: float,

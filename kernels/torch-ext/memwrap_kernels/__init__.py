@@ -8,9 +8,9 @@ of a sequence, `armt` the associative one of ARMT,
 set before the first import, runs them on a CPU in Triton's interpreter (slow, for tests).
 """
 
-from memwrap_kernels import armt, delta, gla, infini, infini_scan, landmark
-from memwrap_kernels.launch import interpreted, runs_on
-from memwrap_kernels.tiles import MAX_HEAD_DIM
+from . import armt, delta, gla, infini, infini_scan, landmark
+from .launch import interpreted, runs_on
+from .tiles import MAX_HEAD_DIM
 
 __all__ = [
     "MAX_HEAD_DIM", "armt", "delta", "gla", "infini", "infini_scan", "interpreted", "landmark",

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memwrap_kernels.infini_kernels import _features, _inverse, _keys_bwd, _queries_bwd
+from .infini_kernels import _features, _inverse, _keys_bwd, _queries_bwd
 
 
 @triton.jit

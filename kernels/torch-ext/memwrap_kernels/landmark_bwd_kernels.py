@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memwrap_kernels.landmark_kernels import (
+from .landmark_kernels import (
     _column,
     _inner,
     _landmark,
@@ -15,7 +15,7 @@ from memwrap_kernels.landmark_kernels import (
     _tile,
     _weights,
 )  # fmt: skip
-from memwrap_kernels.products import dot
+from .products import dot
 
 
 @triton.jit

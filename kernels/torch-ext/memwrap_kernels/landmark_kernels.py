@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memwrap_kernels.products import dot
+from .products import dot
 
 
 @triton.jit

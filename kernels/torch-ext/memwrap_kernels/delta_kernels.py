@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memwrap_kernels.gla_kernels import _chunk, _decay, _last, _rows, _sums
-from memwrap_kernels.products import dot
+from .gla_kernels import _chunk, _decay, _last, _rows, _sums
+from .products import dot
 
 
 @triton.jit
