@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from common import save, seconds
 from torch import Tensor
 
-from memwrap.ops import backend, delta, gla, gsa
+from memwrap.ops import backend, delta, gla
+from memwrap.ops.gla import gsa
 
 TOKENS, WIDTH = 4_096, 64
 HEADS = (1, 2, 8)

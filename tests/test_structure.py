@@ -16,7 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import memwrap
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {"memwrap": ROOT / "memwrap", "memwrap_kernels": ROOT / "kernels" / "memwrap_kernels"}
+ROOMS = {
+    "memwrap": ROOT / "memwrap",
+    "memwrap_kernels": ROOT / "kernels" / "torch-ext" / "memwrap_kernels",
+}
 MAX_LINES = 450
 
 # Bottom up. A file imports from its own folder or from those below it, for types too.

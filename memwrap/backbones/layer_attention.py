@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from memwrap.backbones.positions import Places, Rows
 from memwrap.backbones.rotary import Angles, Rotary, rotate, rotated_once, unrotate
-from memwrap.ops.rows import take
+from memwrap.ops.buffers import take
 
 PREFIX = "memwrap_"
 

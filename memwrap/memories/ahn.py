@@ -21,7 +21,7 @@ from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import delta, gla
-from memwrap.ops.rows import take
+from memwrap.ops.buffers import take
 from memwrap.state.trees import Tree
 
 EPS = 1e-5  # of the norm

@@ -12,7 +12,7 @@ from memwrap.memories.protocol import Claims, LayerMemory, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, PositiveInt
 from memwrap.memories.sizes import Sizes, chosen_layers, memory_tokens
-from memwrap.ops import associative
+from memwrap.ops import accumulation_dtype, associative
 from memwrap.state.trees import Tree
 
 
@@ -135,7 +135,7 @@ class ARMTMemory(SoftPrompt, LayerMemory):
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         config, heads = self.config, self.config.n_heads
         features = 2 * config.nu * config.d_mem // heads
-        dtype = associative.accumulation_dtype(self.tokens)
+        dtype = accumulation_dtype(self.tokens)
         layers: Tree = {}
         for name in self.layers:
             shape = (batch_size, heads, features, self.sizes.hidden_size // heads)

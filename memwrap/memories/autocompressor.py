@@ -13,8 +13,8 @@ from memwrap.memories.protocol import Claims, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.settings import Fraction, PositiveInt
 from memwrap.memories.sizes import Sizes, memory_tokens
-from memwrap.ops import ragged
-from memwrap.ops.associative import accumulation_dtype
+from memwrap.ops import accumulation_dtype
+from memwrap.ops.buffers import filled, left_aligned
 from memwrap.state.memory_state import MemoryState
 from memwrap.state.trees import Tree
 
@@ -83,14 +83,14 @@ class AutoCompressorMemory(SoftPrompt):
         return state["summaries"]
 
     def prefix_mask(self, state: Tree) -> Tensor:
-        return ragged.filled(state["count"], self.num_prefix)
+        return filled(state["count"], self.num_prefix)
 
     def suffix(self, state: Tree) -> Tensor:
         return self.tokens.expand(state["count"].shape[0], -1, -1)
 
     def write_suffix(self, state: Tree, hidden: Tensor) -> Tree:
         before = state["count"] if self.config.accumulate else torch.zeros_like(state["count"])
-        summaries, count = ragged.append(state["summaries"], before, hidden)
+        summaries, count = left_aligned.append(state["summaries"], before, hidden)
         return {"summaries": summaries, "count": count}
 
     # Summaries as soft prompts that are made once and used often
@@ -114,7 +114,7 @@ class AutoCompressorMemory(SoftPrompt):
                 f"The summaries have shape {tuple(vectors.shape)}; they must be (batch, at most "
                 f"{places} (memory_size), {width})."
             )
-        summaries, count = ragged.append(empty["summaries"], empty["count"], vectors)
+        summaries, count = left_aligned.append(empty["summaries"], empty["count"], vectors)
         return {"summaries": summaries, "count": count}
 
     def combine(self, states: list[MemoryState]) -> MemoryState:

@@ -14,7 +14,9 @@ from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeFloat, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import compressive as ops
-from memwrap.ops.rows import earliest, latest, right_valid, take
+from memwrap.ops.buffers import take
+from memwrap.ops.buffers.left_aligned import earliest
+from memwrap.ops.buffers.right_aligned import latest, right_valid
 from memwrap.state.trees import Tree
 
 PARTS = ("memory", "compressed")

@@ -22,7 +22,8 @@ from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, attending_layers
-from memwrap.ops import retrieve, rings
+from memwrap.ops import retrieve
+from memwrap.ops.buffers import ring
 from memwrap.state.trees import Tree
 
 _notes: ContextVar[list[Retrieved] | None] = ContextVar("memwrap_retrieved", default=None)
@@ -125,7 +126,7 @@ class ExtendedMindMemory(AttentionMemory):
         out, share = join_summary(attention, read.out, read.logsumexp, read.index.shape[-1])
         notes = _notes.get()
         if notes is not None:
-            number = rings.entries(state["count"], state["key"].shape[2], config.cache_size)
+            number = ring.entries(state["count"], state["key"].shape[2], config.cache_size)
             index = read.index.clamp_min(0).flatten(1)
             entries = number.gather(1, index).view(read.index.shape)
             weights = read.weights * share[..., None]

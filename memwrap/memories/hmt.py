@@ -13,8 +13,8 @@ from memwrap.memories.protocol import SeesSegment, SegmentTokens, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.settings import NonNegativeInt, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, memory_tokens
-from memwrap.ops import ragged
-from memwrap.ops.associative import accumulation_dtype
+from memwrap.ops import accumulation_dtype
+from memwrap.ops.buffers import filled, left_aligned
 from memwrap.ops.recall import recall
 from memwrap.state.trees import Tree
 
@@ -91,7 +91,7 @@ class HMTMemory(SoftPrompt, SeesSegment):
     def prefix_mask(self, state: Tree) -> Tensor | None:
         if not self.config.num_sensory:
             return None
-        return ragged.filled(1 + state["num_sensory"], self.num_prefix)
+        return filled(1 + state["num_sensory"], self.num_prefix)
 
     def suffix(self, state: Tree) -> Tensor:
         if self.config.write_token == "recalled":
@@ -99,7 +99,7 @@ class HMTMemory(SoftPrompt, SeesSegment):
         return self.tokens.expand(state["prompt"].shape[0], -1, -1)
 
     def write_suffix(self, state: Tree, hidden: Tensor) -> Tree:
-        cache, count = ragged.append(state["cache"], state["count"], hidden)
+        cache, count = left_aligned.append(state["cache"], state["count"], hidden)
         new = {**state, "cache": cache, "count": count}
         if not self.config.recall:
             new["prompt"] = hidden.to(self.tokens.dtype)
@@ -111,7 +111,7 @@ class HMTMemory(SoftPrompt, SeesSegment):
             return state
         if config.num_sensory:
             size = config.num_sensory
-            sensory, count = ragged.take_last(embeds, tokens.counted, size, size)
+            sensory, count = left_aligned.take_last(embeds, tokens.counted, size, size)
             state = {
                 **state, "sensory": sensory.to(state["sensory"].dtype), "num_sensory": count,
             }  # fmt: skip
@@ -120,8 +120,8 @@ class HMTMemory(SoftPrompt, SeesSegment):
         # A part of the segment as long as it was, and at least one token.
         lengths = tokens.valid.sum(1)
         part = torch.round(lengths.double() * config.summary_fraction).long().clamp(min=1)
-        end, count = ragged.take_last(embeds, tokens.valid, part, int(part.max()))
-        there = ragged.filled(count, end.shape[1])
+        end, count = left_aligned.take_last(embeds, tokens.valid, part, int(part.max()))
+        there = filled(count, end.shape[1])
         return self._recalled(state, self.topic(end, there, there, tokens))
 
     def topic(

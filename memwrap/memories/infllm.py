@@ -17,10 +17,11 @@ from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import infllm as ops
-from memwrap.ops.fetching import ahead
-from memwrap.ops.pages import SlotCache, append, number_of, put, take
-from memwrap.ops.rows import earliest, latest, right_valid
-from memwrap.ops.rows import take as take_rows
+from memwrap.ops.buffers import take as take_rows
+from memwrap.ops.buffers.host_prefetch import prefetch
+from memwrap.ops.buffers.left_aligned import earliest
+from memwrap.ops.buffers.paged import SlotCache, append, number_of, put, take
+from memwrap.ops.buffers.right_aligned import latest, right_valid
 from memwrap.state.trees import HOST, STORE, Tree
 
 # Queries that attend together: the units that any of them selected are laid out at once.
@@ -301,7 +302,7 @@ class InfLLMMemory(AttentionMemory):
             return [None] * len(parts)
         fetches = [partial(self._units, layer, state, selection, own) for own in parts]
         if layer in self.slots and not torch.is_grad_enabled():
-            return ahead(fetches, selection.index.device)
+            return prefetch(fetches, selection.index.device)
         return (fetch() for fetch in fetches)
 
     def _units(self, layer: int, state: Tree, selection: Selection, columns: slice) -> Units:

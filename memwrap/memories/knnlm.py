@@ -13,7 +13,8 @@ from memwrap.memories.protocol import Claims, LogitsMemory, SeesSegment, Segment
 from memwrap.memories.registry import register
 from memwrap.memories.settings import Kind, NonNegativeInt, PositiveInt, Range
 from memwrap.memories.sizes import Sizes
-from memwrap.ops import neighbours, rings, rows
+from memwrap.ops import neighbours
+from memwrap.ops.buffers import filled, ring, take
 from memwrap.ops.interpolation import interpolate
 from memwrap.state.trees import Tree
 from memwrap.stores import Store, open_store
@@ -137,7 +138,7 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
         size = self.config.cache_size
         valid = tokens.valid.to(keys.device)
         order = (~valid).to(torch.int8).argsort(dim=1, stable=True)  # a row's tokens first
-        keys, ids = rows.take(keys.to(self.sizes.dtype), order), tokens.ids.gather(1, order)
+        keys, ids = take(keys.to(self.sizes.dtype), order), tokens.ids.gather(1, order)
         count = valid.sum(1)
         place = torch.arange(keys.shape[1] + 1, device=keys.device)
         # The key that waits and those of the segment, each with the token behind it.
@@ -146,13 +147,13 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
         known &= (place > 0) | state["waits"][:, None]
         entries = torch.cat([state["last"][:, None], keys], 1)
         total = state["count"] + known.sum(1)
-        at = rings.places(state["count"], known, size)
-        capacity = rings.capacity(total, state["keys"].shape[2], size)
+        at = ring.slots(state["count"], known, size)
+        capacity = ring.capacity(total, state["keys"].shape[2], size)
         some = count > 0
-        last = rows.take(keys, (count - 1).clamp_min(0)[:, None])[:, 0]
+        last = take(keys, (count - 1).clamp_min(0)[:, None])[:, 0]
         return {
-            "keys": rings.store(state["keys"], at, entries[:, None], capacity),
-            "tokens": rings.store(state["tokens"], at, behind[:, None, :, None], capacity),
+            "keys": ring.store(state["keys"], at, entries[:, None], capacity),
+            "tokens": ring.store(state["tokens"], at, behind[:, None, :, None], capacity),
             "count": total,
             "last": torch.where(some[:, None], last, state["last"]),
             "waits": some | state["waits"],
@@ -201,7 +202,7 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
         if not state or not state["keys"].shape[2]:
             return None
         keys, tokens = state["keys"][:, 0], state["tokens"][:, 0, :, 0]
-        there = rings.filled(state["count"], keys.shape[1])
+        there = filled(state["count"], keys.shape[1])
         k = min(self.config.top_k, keys.shape[1])
         scores, places = neighbours.nearest(
             hidden.to(keys.dtype), keys, k, self.config.metric, there

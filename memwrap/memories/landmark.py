@@ -15,9 +15,9 @@ from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import landmark as ops
-from memwrap.ops import rings
-from memwrap.ops.fetching import ahead, used_blocks
-from memwrap.ops.rows import earliest, take
+from memwrap.ops.buffers import filled, ring, take
+from memwrap.ops.buffers.host_prefetch import prefetch
+from memwrap.ops.buffers.left_aligned import earliest
 from memwrap.state.trees import HOST, Tree
 
 # Buffers grow by so many blocks, so that a short text does not take the room of a long one.
@@ -248,7 +248,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
             result.append(self.choose(layer, shares.masked_fill(scores == -torch.inf, -torch.inf)))
             best = shares[:, :, -1].to(best.dtype)
         if best is not None and together:
-            there = _filled(state["count"], best.shape[-1])[:, None, None]
+            there = filled(state["count"], best.shape[-1])[:, None, None]
             ids = self.choose(layer, best.masked_fill(~there, -torch.inf))
             result = [ids] * len(self._pieces(attention, state))
         return result, state if retrieval != "chunk" else {**state, "best": best}
@@ -303,13 +303,13 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
 
             chosen = rows(ids[n].unflatten(1, (heads, groups)))
             valid = rows(state["valid"].expand(-1, heads, -1, -1))
-            return used_blocks(
+            return ops.used_blocks(
                 chosen, valid, rows(state["landmark"]), *(rows(held[name]) for name in HELD)
             )
 
         outputs: list[list[Tensor]] = [[] for _ in pieces]
         logs: list[list[Tensor]] = [[] for _ in pieces]
-        fetched = ahead([partial(fetch, *what) for what in work], attention.value.device)
+        fetched = prefetch([partial(fetch, *what) for what in work], attention.value.device)
         for (n, first), found in zip(work, fetched, strict=True):
             own, valid, landmarks, keys, values = found
             if not first:
@@ -353,20 +353,15 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
 def _appended(old: Tensor, count: Tensor, new: Tensor, there: Tensor, room: int) -> Tensor:
     """Blocks `(B, H, room, ...)`: the `count` `(B,)` of `old`, and behind them those of `new`
     `(B, H, K, ...)` that `there` `(B, K)` names."""
-    place = rings.places(count, there, room).to(old.device)
-    return rings.store(old.flatten(3), place, new.flatten(3), room).unflatten(3, old.shape[3:])
+    place = ring.slots(count, there, room).to(old.device)
+    return ring.store(old.flatten(3), place, new.flatten(3), room).unflatten(3, old.shape[3:])
 
 
 def _pushed(old: Tensor, count: Tensor, new: Tensor, there: Tensor, room: int) -> Tensor:
     """The same where the oldest have to go: what is left stays in order, from the first place."""
-    both = torch.cat([_filled(count, old.shape[2]), there], 1)
+    both = torch.cat([filled(count, old.shape[2]), there], 1)
     kept = both & (both.flip(1).cumsum(1).flip(1) <= room)
     order = earliest(kept, room).to(old.device)
-    filled = _filled(kept.sum(1), room).to(old.device)
+    held = filled(kept.sum(1), room).to(old.device)
     rows = torch.cat([old, new], 2)
-    return take(rows.flatten(3), order, filled).to(old.dtype).unflatten(3, old.shape[3:])
-
-
-def _filled(count: Tensor, size: int) -> Tensor:
-    """`(B, size)` bool, the first `count` `(B,)` places."""
-    return torch.arange(size, device=count.device) < count[:, None]
+    return take(rows.flatten(3), order, held).to(old.dtype).unflatten(3, old.shape[3:])

@@ -27,8 +27,9 @@ from memwrap.memories.settings import (
     Range,
 )
 from memwrap.memories.sizes import Sizes, attending_layers
-from memwrap.ops import delta, gla, gsa
-from memwrap.ops.features import FEATURE_MAPS, SAME_WIDTH, FeatureMap, feature_width, features
+from memwrap.ops import delta, gla
+from memwrap.ops.gla import gsa
+from memwrap.ops.gla.features import FEATURE_MAPS, SAME_WIDTH, FeatureMap, feature_width, features
 from memwrap.state.trees import Tree
 
 EPS = 1e-10

@@ -21,7 +21,7 @@ from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeFloat, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import gla
-from memwrap.ops.features import learned_features
+from memwrap.ops.gla.features import learned_features
 from memwrap.state.trees import Tree
 
 

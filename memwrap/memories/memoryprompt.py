@@ -12,7 +12,7 @@ from memwrap.memories.protocol import Claims, SeesSegment, SegmentTokens, SoftPr
 from memwrap.memories.registry import register
 from memwrap.memories.settings import PositiveInt
 from memwrap.memories.sizes import Sizes, memory_tokens
-from memwrap.ops import ragged
+from memwrap.ops.buffers import left_aligned
 from memwrap.state.trees import Tree
 
 
@@ -89,7 +89,7 @@ class MemoryPromptMemory(SoftPrompt, SeesSegment):
             return state
         valid = tokens.valid.to(tokens.hidden.device)
         if self.config.pooling == "last":
-            told = ragged.take_last(tokens.hidden, valid, 1, 1)[0][:, 0]
+            told = left_aligned.take_last(tokens.hidden, valid, 1, 1)[0][:, 0]
         else:
             told = (tokens.hidden * valid[..., None]).sum(1) / valid.sum(1).clamp(min=1)[:, None]
         with torch.autocast(told.device.type, enabled=False):

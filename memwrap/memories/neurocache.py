@@ -15,7 +15,8 @@ from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers, check_attention, three_quarters
 from memwrap.ops import neurocache as ops
-from memwrap.ops import retrieve, rings
+from memwrap.ops import retrieve
+from memwrap.ops.buffers import filled, ring
 from memwrap.state.trees import Tree
 
 
@@ -206,11 +207,11 @@ class NeurocacheMemory(AttentionMemory):
                 new = self.compress(hidden)
         else:
             new = self.compress(hidden)
-        place = rings.places(count, valid, size)
-        capacity = rings.capacity(total, state["states"].shape[2], size)
+        place = ring.slots(count, valid, size)
+        capacity = ring.capacity(total, state["states"].shape[2], size)
         rows = {"states": new, "raw": hidden}
         kept = {
-            name: rings.store(state[name], place, rows[name][:, None], capacity)
+            name: ring.store(state[name], place, rows[name][:, None], capacity)
             for name in rows.keys() & state.keys()
         }
         return {"count": total, **kept}
@@ -235,13 +236,13 @@ class NeurocacheMemory(AttentionMemory):
         config, count, cache = self.config, state["count"], state["states"]
         capacity = cache.shape[2]
         index = retrieve.search(
-            query[:, None], cache, rings.filled(count, capacity), config.top_k,
+            query[:, None], cache, filled(count, capacity), config.top_k,
             similarity=config.similarity,
         )[1][:, 0]  # fmt: skip
         if index.shape[-1] == 0:
             shape = (*index.shape[:2], 0)
             return query.new_zeros(*shape, self.width), index.new_zeros(shape, dtype=torch.bool)
-        numbers = rings.entries(count, capacity, config.cache_size)
+        numbers = ring.entries(count, capacity, config.cache_size)
         hits = numbers.gather(1, index.clamp_min(0).flatten(1)).view(index.shape)
         number = ops.neighbours(hits, config.neighborhood_size)
         oldest = (count - config.cache_size).clamp_min(0)[:, None, None]

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from memwrap.ops.rows import earliest
+from memwrap.ops.buffers.left_aligned import earliest
 
 Compression = Literal["mean", "max", "conv", "dilated_conv", "most_used"]
 DILATION = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memwrap.ops.associative import accumulation_dtype
-from memwrap.ops.ragged import filled
+from memwrap.ops import accumulation_dtype
+from memwrap.ops.buffers import filled
 
 
 def recall(

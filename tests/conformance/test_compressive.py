@@ -12,7 +12,7 @@ from torch import Tensor
 
 import memwrap
 from memwrap.ops import compressive as ops
-from memwrap.ops.rows import take
+from memwrap.ops.buffers import take
 
 KINDS = {"conv1d": "conv", "dilated_conv1d": "dilated_conv"}
 TOLERANCES = {"": 2e-5, "grad.": 1e-4}

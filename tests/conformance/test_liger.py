@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memwrap
-from memwrap.ops import gla, gsa
-from memwrap.ops.features import features
+from memwrap.ops import gla
+from memwrap.ops.gla import gsa
+from memwrap.ops.gla.features import features
 
 NAMES = names_of("liger")
 SHARED = ("recurrence", "B", "T", "H", "Hkv", "d", "window", "swa_weight", "grm_weight",

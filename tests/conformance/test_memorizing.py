@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from cases import Case, compare, names_of, read_case
 from torch import Tensor
 
-from memwrap.ops import backend, retrieve, rings
+from memwrap.ops import backend, retrieve
+from memwrap.ops.buffers import filled, ring
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
 PUBLIC = {"to_q.weight", "to_kv.weight", "to_out.weight", "scale"}
@@ -43,15 +44,15 @@ class Cache:
 
     @property
     def valid(self) -> Tensor:
-        return rings.filled(self.count, self.key.shape[2])
+        return filled(self.count, self.key.shape[2])
 
     def add(self, key: Tensor, value: Tensor) -> None:
         valid = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool)
-        place = rings.places(self.count, valid, self.size)
+        place = ring.slots(self.count, valid, self.size)
         self.count = self.count + valid.sum(1)
-        capacity = rings.capacity(self.count, self.key.shape[2], self.size)
-        self.key = rings.store(self.key, place, key.detach(), capacity)
-        self.value = rings.store(self.value, place, value.detach(), capacity)
+        capacity = ring.capacity(self.count, self.key.shape[2], self.size)
+        self.key = ring.store(self.key, place, key.detach(), capacity)
+        self.value = ring.store(self.value, place, value.detach(), capacity)
 
     def clear(self, rows: Tensor) -> None:
         """A document ends: the row goes on with a fresh state."""
@@ -59,7 +60,7 @@ class Cache:
 
     def ages(self, index: Tensor) -> Tensor:
         """Entries counted from the oldest, for places `(B, H, T, k)`; -1 for none."""
-        number = rings.entries(self.count, self.key.shape[2], self.size)
+        number = ring.entries(self.count, self.key.shape[2], self.size)
         first = (self.count - self.size).clamp_min(0)
         age = (number - first[:, None]).gather(1, index.clamp_min(0).flatten(1))
         return age.view(index.shape).masked_fill(index < 0, -1)

@@ -11,7 +11,8 @@ from cases import Case, compare, described_backbone, names_of, read_case
 from torch import Tensor, nn
 
 import memwrap
-from memwrap.ops import backend, neurocache, retrieve, rings
+from memwrap.ops import backend, neurocache, retrieve
+from memwrap.ops.buffers import ring
 
 # float32 against the original code in float32.
 TOLERANCES = {"": 2e-5, "grad.": 5e-5}
@@ -46,11 +47,11 @@ class Cache:
 
     def add(self, states: Tensor, raw: Tensor) -> None:
         valid = torch.ones(states.shape[:2], dtype=torch.bool)
-        place = rings.places(self.count, valid, self.size)
+        place = ring.slots(self.count, valid, self.size)
         self.count = self.count + valid.sum(1)
-        capacity = rings.capacity(self.count, self.states.shape[2], self.size)
-        self.states = rings.store(self.states, place, states[:, None], capacity)
-        self.raw = rings.store(self.raw, place, raw[:, None], capacity)
+        capacity = ring.capacity(self.count, self.states.shape[2], self.size)
+        self.states = ring.store(self.states, place, states[:, None], capacity)
+        self.raw = ring.store(self.raw, place, raw[:, None], capacity)
 
 
 def run_op(case: Case) -> dict[str, Tensor]:

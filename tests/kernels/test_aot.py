@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-KERNELS = HERE.parents[1] / "kernels"
+KERNELS = HERE.parents[1] / "kernels" / "torch-ext"
 # Shared memory that one program may use, in bytes.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # Spilled registers that a thread may have, in bytes: a handful, which stay in the L1 cache.

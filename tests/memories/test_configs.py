@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import pytest
 import typed_values
-from support import MEMORIES, tiny
+from support import MEMORIES
 
 import memwrap
 from memwrap.memories.settings import (
@@ -20,6 +20,7 @@ from memwrap.memories.settings import (
     Settings,
     describe,
 )
+from memwrap.testing.helpers import tiny
 
 
 def refusal(make: Any, *arguments: Any, **settings: Any) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import memwrap
 from memwrap.ops import landmark as ops
+from memwrap.ops.landmark.chunked import _rows
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
     SEGMENT,
@@ -229,8 +230,8 @@ def test_naive_ops_give_the_same_model() -> None:
 def test_rows_from_another_device_come_over_once() -> None:
     x, flat = torch.randn(1, 2, 5, 3), torch.tensor([[7, 2], [2, 9]])
     want = x.reshape(10, 3)[flat]
-    assert torch.equal(ops._rows(x, flat), want)
-    assert torch.equal(ops._rows(x, flat, torch.device("cpu", 0)), want)
+    assert torch.equal(_rows(x, flat), want)
+    assert torch.equal(_rows(x, flat, torch.device("cpu", 0)), want)
 
 
 def test_a_predicted_landmark_is_a_target() -> None:

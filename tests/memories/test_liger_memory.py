@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import memwrap
 from memwrap.memories.liger import Form
 from memwrap.ops import backend, delta, gla
-from memwrap.ops.features import features
+from memwrap.ops.gla.features import features
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
     assert_close,

@@ -50,7 +50,7 @@ def test_choosing_the_kernels(interpret: str, hide: str, words: str) -> None:
         "except ValueError as error: print(error)\n"
         "assert current_backend(torch.zeros(1)) == 'torch'\n"
     )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env=os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": path},
@@ -66,6 +66,6 @@ def test_the_kernels_stand_alone() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "kernels")},
+        env=os.environ | {"PYTHONPATH": str(ROOT / "kernels" / "torch-ext")},
     )  # fmt: skip
     assert done.stdout.strip() == "[]"

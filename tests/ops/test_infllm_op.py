@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import memwrap.ops
-from memwrap.ops import infllm, pages
+from memwrap.ops import infllm
+from memwrap.ops.buffers import paged
 
 SIZES = st.integers(0, 2**16)
 
@@ -106,23 +107,23 @@ def test_pages_are_lists(seed: int, size: int, steps: list[tuple[int, int]]) -> 
     for index, step in enumerate(steps):
         new, more = drawn(2, max(step), 3, seed=seed + index), torch.tensor(step)
         counts = torch.tensor([len(row) for row in lists])
-        after = pages.append(store, counts, {"a": new}, more, size)
+        after = paged.append(store, counts, {"a": new}, more, size)
         full = min(len(row) for row in lists) // size
         assert all(after[str(p)]["a"] is store[str(p)]["a"] for p in range(full))
         store = after
         for row, count in enumerate(step):
             lists[row] += list(new[row, :count])
     longest = max(len(row) for row in lists)
-    assert pages.number_of(store) == longest
+    assert paged.number_of(store) == longest
     assert all(p["a"].shape[1] <= size for p in store.values())
     want = [(row, n) for row in (1, 0) for n in range(len(lists[row]))][::-1]
     rows, entries = [row for row, _ in want], [n for _, n in want]
-    (got,) = pages.take(store, ("a",), rows, entries, size)
+    (got,) = paged.take(store, ("a",), rows, entries, size)
     assert got.shape == (len(want), 3)
     assert all(torch.equal(g, lists[row][n]) for g, (row, n) in zip(got, want, strict=True))
     for row in (0, 1):  # and zeros behind a shorter row's own
         rest = range(len(lists[row]), longest)
-        (tail,) = pages.take(store, ("a",), [row] * len(rest), list(rest), size)
+        (tail,) = paged.take(store, ("a",), [row] * len(rest), list(rest), size)
         assert not tail.any()
 
 
@@ -134,21 +135,21 @@ def test_slots_never_change_a_result(seed: int, slots: int) -> None:
          "1": {"a": drawn(2, 3, 3, seed=s + 9), "b": drawn(2, 3, 1, seed=s + 9)}}
         for s in (seed, seed + 1)
     ]  # fmt: skip
-    cache = pages.SlotCache(slots)
+    cache = paged.SlotCache(slots)
     with torch.no_grad():
         for _ in range(12):
             store = stores[int(torch.randint(2, (1,), generator=generator))]
             count = int(torch.randint(0, 6, (1,), generator=generator))
             rows = torch.randint(0, 2, (count,), generator=generator).tolist()
             entries = torch.randint(0, 7, (count,), generator=generator).tolist()
-            want = pages.take(store, ("a", "b"), rows, entries, 4)
+            want = paged.take(store, ("a", "b"), rows, entries, 4)
             got = cache.take(store, ("a", "b"), rows, entries, 4, torch.device("cpu"))
             assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_the_least_recently_used_slot_goes() -> None:
     store = {"0": {"a": drawn(1, 4, 2)}}
-    cache = pages.SlotCache(2)
+    cache = paged.SlotCache(2)
     with torch.no_grad():
         for entries in ([0], [1], [0], [2], [0], [1]):
             cache.take(store, ("a",), [0] * len(entries), entries, 4, torch.device("cpu"))

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memwrap.ops import backend, delta, gla, gla_chunked, gsa
+from memwrap.ops import backend, delta, gla
 from memwrap.ops.delta import unit
-from memwrap.ops.features import FEATURE_MAPS, feature_width, features
+from memwrap.ops.gla import chunked, gsa
+from memwrap.ops.gla.features import FEATURE_MAPS, feature_width, features
 
 BACKENDS = ("naive", "torch")
 DOUBLE = torch.float64
@@ -130,7 +131,7 @@ def test_compiled_whole(kind: str) -> None:
 def test_chunks_are_as_long_as_their_gates_allow(gate: float, length: int, strong: bool) -> None:
     """Factors stay within 2 ** 60: 64 tokens with gates of 0.9, 32 of 1.8, 16 of 3.7."""
     logs = torch.full((1, 2, 3, 64, 4), -gate)
-    assert gla_chunked._length(logs) == (length, strong)
+    assert chunked._length(logs) == (length, strong)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memwrap.ops import backend, neurocache
+from memwrap.ops.neurocache import chunked
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -56,7 +57,7 @@ def test_gradients_and_blocks(layout: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
     want = function(*leaves.values())
     gradients = torch.autograd.grad(want.square().sum(), list(leaves.values()))
-    monkeypatch.setattr(neurocache, "_GATHERED_AT_ONCE", 1)  # one query at a time
+    monkeypatch.setattr(chunked, "_GATHERED_AT_ONCE", 1)  # one query at a time
     got = function(*leaves.values())
     torch.testing.assert_close(got, want)
     others = torch.autograd.grad(got.square().sum(), list(leaves.values()))

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memwrap.ops import backend, retrieve, rings
+from memwrap.ops import backend, retrieve
+from memwrap.ops.buffers import filled, ring
+from memwrap.ops.retrieve import chunked
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -21,7 +23,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 def cache(heads: int = 4, kv_heads: int = 2, count: int = 11, length: int = 5) -> dict[str, Any]:
     """Two rows; the second holds three entries less than the first."""
-    valid = rings.filled(torch.tensor([count, max(0, count - 3)]), count)
+    valid = filled(torch.tensor([count, max(0, count - 3)]), count)
     return {
         "query": draw(2, heads, length, 6, seed=1), "keys": draw(2, kv_heads, count, 6, seed=2),
         "values": draw(2, kv_heads, count, 3, seed=3), "valid": valid,
@@ -66,9 +68,9 @@ def test_chunks_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         return read, [t.grad for t in own.values()]  # type: ignore[misc]
 
     want, gradients = run()
-    monkeypatch.setattr(retrieve, "_SCORES_AT_ONCE", 2 * 4 * 128)  # of few queries and entries
-    monkeypatch.setattr(retrieve, "_ENTRIES_LEAST", 40)
-    monkeypatch.setattr(retrieve, "_GATHERED_AT_ONCE", 2 * 4 * 16 * 9 * 2)  # 2 queries at a time
+    monkeypatch.setattr(chunked, "_SCORES_AT_ONCE", 2 * 4 * 128)  # of few queries and entries
+    monkeypatch.setattr(chunked, "_ENTRIES_LEAST", 40)
+    monkeypatch.setattr(chunked, "_GATHERED_AT_ONCE", 2 * 4 * 16 * 9 * 2)  # 2 queries at a time
     got, others = run()
     assert torch.equal(got.index, want.index)
     torch.testing.assert_close(got.out, want.out)
@@ -139,7 +141,7 @@ def test_of_equal_entries_the_first_are_taken(
     chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk is not None:
-        monkeypatch.setattr(retrieve, "_SCORES_AT_ONCE", chunk)
+        monkeypatch.setattr(chunked, "_SCORES_AT_ONCE", chunk)
     keys = draw(1, 1, 600, 6).repeat(1, 1, 2, 1)
     query = torch.cat([torch.zeros(1, 1, 1, 6), draw(1, 1, 3, 6, seed=1)], 2)
     valid = torch.ones(1, 1200, dtype=torch.bool)
@@ -169,16 +171,16 @@ def test_a_ring_keeps_the_last_entries(size: int, writes: list[list[list[bool]]]
     for number, write in enumerate(writes):
         valid = torch.tensor(write)
         rows = 1 + number * 10 + torch.arange(8.0).view(2, 1, 4, 1)
-        place = rings.places(count, valid, size)
+        place = ring.slots(count, valid, size)
         count = count + valid.sum(1)
-        buffer = rings.store(buffer, place, rows, rings.capacity(count, buffer.shape[2], size))
+        buffer = ring.store(buffer, place, rows, ring.capacity(count, buffer.shape[2], size))
         for row in range(2):
             plain[row] += rows[row, 0, valid[row], 0].tolist()
     assert count.tolist() == [len(p) for p in plain]
     assert buffer.shape[2] == min(size, max(len(p) for p in plain))
-    number = rings.entries(count, buffer.shape[2], size)
+    number = ring.entries(count, buffer.shape[2], size)
     for row in range(2):
-        there = rings.filled(count, buffer.shape[2])[row]
+        there = filled(count, buffer.shape[2])[row]
         assert torch.equal(there, number[row] >= 0)
         found = {int(n): float(x) for n, x in zip(number[row], buffer[row, 0, :, 0], strict=True)}
         found.pop(-1, None)

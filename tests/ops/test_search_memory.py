@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memwrap.ops import neighbours, retrieve
+from memwrap.ops.retrieve.chunked import _SCORES_AT_ONCE
 from memwrap.stores import TorchStore
 
 
@@ -51,7 +52,7 @@ def heads(queries: int, entries: int, k: int) -> None:
 SEARCHES = {
     "nearest": (nearest, neighbours._BLOCK),
     "TorchStore": (stored, neighbours._BLOCK),
-    "retrieval attention": (heads, retrieve._SCORES_AT_ONCE),
+    "retrieval attention": (heads, _SCORES_AT_ONCE),
 }
 
 

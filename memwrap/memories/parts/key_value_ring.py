@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memwrap.backbones.attention_probe import AttentionSizes
-from memwrap.ops import rings
+from memwrap.ops.buffers import filled, ring
 from memwrap.state.trees import Tree
 
 
@@ -46,16 +46,16 @@ class KeyValueRings:
 
     def filled(self, state: Tree) -> Tensor:
         """Which places of a layer hold an entry, `(B, C)` bool."""
-        return rings.filled(state["count"], state["key"].shape[2])
+        return filled(state["count"], state["key"].shape[2])
 
     def add(self, state: Tree, key: Tensor, value: Tensor, valid: Tensor) -> Tree:
         """A layer's tree with entries added: keys `(B, Hkv, K, Dk)`, values `(B, Hkv, K, Dv)`,
         those that `valid` `(B, K)` names."""
         count, total = state["count"], state["count"] + valid.sum(1)
-        place = rings.places(count, valid, self.size)
-        capacity = rings.capacity(total, state["key"].shape[2], self.size)
+        place = ring.slots(count, valid, self.size)
+        capacity = ring.capacity(total, state["key"].shape[2], self.size)
         return {
-            "key": rings.store(state["key"], place, key, capacity),
-            "value": rings.store(state["value"], place, value, capacity),
+            "key": ring.store(state["key"], place, key, capacity),
+            "value": ring.store(state["value"], place, value, capacity),
             "count": total,
         }

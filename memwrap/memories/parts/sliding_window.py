@@ -17,7 +17,9 @@ from torch import Tensor
 from memwrap.backbones.attention_probe import AttentionSizes
 from memwrap.backbones.layer_attention import LayerAttention
 from memwrap.backbones.positions import Rows
-from memwrap.ops.rows import earliest, latest, right_valid, take
+from memwrap.ops.buffers import take
+from memwrap.ops.buffers.left_aligned import earliest
+from memwrap.ops.buffers.right_aligned import latest, right_valid
 from memwrap.state.trees import Tree
 
 

@@ -1,0 +1,63 @@
+"""What lies in the host's memory on its way to a device, started before it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Fetch = Callable[[], tuple[Tensor, ...]]
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; to a GPU by way of pinned memory, from where it moves while both
+    sides go on (what belongs to a graph goes without: pinning has no gradient)."""
+    if device.type == "cuda" and not tensor.is_cuda and not tensor.requires_grad:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def prefetch(fetches: Iterable[Fetch], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the results of some fetches in their order, each started before the one in front of it
+    is given out. On a GPU they run on a stream of their own: what comes next moves over while the
+    device works on what is here. Elsewhere all is the same but for the stream.
+
+    Not for tensors that belong to a graph. The inputs of all fetches must be there at the first.
+    """
+    stream = _stream(device)
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    before: tuple[tuple[Tensor, ...], Any] | None = None
+    for fetch in fetches:
+        now = _started(fetch, stream)
+        if before is not None:
+            yield _arrived(*before, device)
+        before = now
+    if before is not None:
+        yield _arrived(*before, device)
+
+
+@cache
+def _stream(device: torch.device) -> Any:
+    """Give one stream a device, so that what fetches write for later ones is in order."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _started(fetch: Fetch, stream: Any) -> tuple[tuple[Tensor, ...], Any]:
+    if stream is None:
+        return fetch(), None
+    with torch.cuda.stream(stream):
+        return fetch(), stream.record_event()
+
+
+def _arrived(found: tuple[Tensor, ...], event: Any, device: torch.device) -> tuple[Tensor, ...]:
+    """Give the result, once the device's own stream may read it."""
+    if event is not None:
+        here = torch.cuda.current_stream(device)
+        here.wait_event(event)
+        for tensor in found:
+            tensor.record_stream(here)  # its memory is not given away before `here` is done
+    return found
