@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memwrap.backbones import Backbone, Places
+from memwrap.backbones import Backbone, Positions
 from memwrap.backbones.masks import layers_without_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.engine.insertion import Inserted, insert, inserted_before
@@ -105,7 +105,7 @@ class SegmentReader:
             states = self._open(embeds, step, states)
         layout = self._layout(embeds, step, states)
         places = self._places(layout, local)
-        order, valid = places.keys, places.key_valid
+        order, valid = places.key_positions, places.key_valid
         context = self._context(step, states, local, places)
         cache = cache_of(local.tree) if keep or not local.empty else None
         hidden, ffn = self._hidden(layout, places, local, cache, context)
@@ -149,7 +149,7 @@ class SegmentReader:
         )
 
     def _hidden(
-        self, layout: Layout, places: Places, local: Local, cache: Any, context: LayerContext
+        self, layout: Layout, places: Positions, local: Local, cache: Any, context: LayerContext
     ) -> tuple[Tensor, Tensor]:
         """Last hidden states `(B, N', D)` of a step's input, and what the last layer's
         feed-forward block was given (nothing, where no memory asks for it)."""
@@ -164,14 +164,14 @@ class SegmentReader:
         return hidden, given[0].view(*hidden.shape[:2], -1)
 
     def _run(
-        self, layout: Layout, places: Places, local: Local, cache: Any, context: LayerContext
+        self, layout: Layout, places: Positions, local: Local, cache: Any, context: LayerContext
     ) -> Tensor:
         plain = local.empty and bool(layout.valid.all()) and self._contiguous(layout.places)
         plain = plain and layout.position_ids is None
         hidden = self.backbone.run(
             layout.x,
             layout.places,
-            key_positions=None if plain else places.keys,
+            key_positions=None if plain else places.key_positions,
             key_valid=None if plain else places.key_valid,
             position_ids=layout.position_ids,
             cache=cache,
@@ -182,7 +182,7 @@ class SegmentReader:
         return hidden
 
     def _context(
-        self, step: Step, states: dict[str, Tree], local: Local, places: Places
+        self, step: Step, states: dict[str, Tree], local: Local, places: Positions
     ) -> LayerContext:
         recurrent, own = self.backbone.recurrent, places.query_valid
         return LayerContext(
@@ -306,13 +306,13 @@ class SegmentReader:
             places[-1] = (step.ends + base)[:, None] + torch.arange(self.num_suffix)
         return torch.cat(places, 1)
 
-    def _places(self, layout: Layout, local: Local) -> Places:
+    def _places(self, layout: Layout, local: Local) -> Positions:
         """Where the step's columns and those of the open segment stand."""
         inserted = torch.zeros_like(local.valid)
         if self.inserting is not None:
             every = self.inserting.insert_every + 1
             inserted = (local.positions - layout.base[:, None]) % every == every - 1
-        return Places.of(
+        return Positions.of(
             (local.positions, local.valid),
             (layout.places, layout.valid),
             torch.cat([inserted, layout.marked], 1),
