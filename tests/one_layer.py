@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
 
-from memwrap.backbones import LayerAttention, Places
+from memwrap.backbones import LayerAttention, Positions
 from memwrap.backbones.attention_probe import AttentionSizes
-from memwrap.backbones.layer_attention import SeenAttention
+from memwrap.backbones.layer_attention import AttentionCall, AttentionStep
 from memwrap.backbones.rotary import Rotary, rotate
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import memory_class
@@ -69,24 +69,23 @@ class OneLayer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Read a whole segment `(B, H, T, D)`, leaving it open: `(B, H, T, D)`."""
         batch, _, count, _ = q.shape
-        places = torch.arange(count).expand(batch, -1)
-        angles = self.rotary.angles(places, 0, q)
+        where = torch.arange(count).expand(batch, -1)
+        angles = self.rotary.angles(where, 0, q)
         valid = torch.ones(batch, count, dtype=torch.bool)
+        nothing = where[:, :0], valid[:, :0]
+        positions = Positions.of(nothing, (where, valid), torch.zeros_like(valid))
+        context: Any = None
         module: Any = self.module
 
         def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
             return eager_attention_forward(module, q, k, v, mask, scaling=module.scaling)
 
         mask = torch.full((count, count), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
-        seen = SeenAttention(
-            module, rotate(q, angles), rotate(k, angles), v, mask.expand(batch, 1, -1, -1),
-            module.scaling, None, call, call, q, {},
-        )  # fmt: skip
         self.attention = LayerAttention(
-            seen,
-            Places.of((places[:, :0], valid[:, :0]), (places, valid), torch.zeros_like(valid)),
-            self.rotary,
-        )
+            module, AttentionCall(context, q), AttentionStep(positions, self.rotary),
+            rotate(q, angles), rotate(k, angles), v, mask.expand(batch, 1, -1, -1),
+            module.scaling, call, call,
+        )  # fmt: skip
         out, self.state = self.memory.attend(0, self.attention, self.state)
         return out.transpose(1, 2)
 

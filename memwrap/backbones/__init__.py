@@ -4,7 +4,7 @@ from memwrap.backbones.attention_probe import AttentionSizes
 from memwrap.backbones.backbone import Backbone
 from memwrap.backbones.layer_attention import LayerAttention
 from memwrap.backbones.layers import LayerReader
-from memwrap.backbones.positions import Places, Rows
+from memwrap.backbones.positions import MemoryKeyValues, Positions
 from memwrap.backbones.vocabulary import add_token
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Backbone",
     "LayerAttention",
     "LayerReader",
-    "Places",
-    "Rows",
+    "MemoryKeyValues",
+    "Positions",
     "add_token",
 ]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memwrap.backbones.layer_attention import SeenAttention
-from memwrap.backbones.rotary import Rotary, unrotate
+from memwrap.backbones.layer_attention import AttentionStep, LayerAttention
+from memwrap.backbones.positions import Positions
+from memwrap.backbones.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,15 @@ class AttentionSizes:
 
 
 class _Probe:
-    """Notes what every layer's attention is given."""
+    """Notes what every layer's attention is given, for one token at a position."""
 
-    def __init__(self) -> None:
-        self.seen: dict[int, SeenAttention] = {}
+    def __init__(self, position: int, rotary: Rotary) -> None:
+        self.position = torch.full((1, 1), position)
+        real = torch.ones(1, 1, dtype=torch.bool)
+        nothing = self.position[:, :0], real[:, :0]
+        positions = Positions.of(nothing, (self.position, real), ~real)
+        self._positions, self._rotary = positions, rotary
+        self.layers: dict[int, LayerAttention] = {}
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         return hidden
@@ -36,9 +42,12 @@ class _Probe:
     def after_layer(self, layer: int, hidden: Tensor) -> None:
         return None
 
-    def attention(self, seen: SeenAttention) -> Tensor:
-        self.seen[seen.layer] = seen
-        return seen.call(seen.query, seen.key, seen.value, seen.mask)[0]
+    def attention_step(self, device: torch.device) -> AttentionStep:
+        return AttentionStep(self._positions, self._rotary)
+
+    def attention(self, attention: LayerAttention) -> Tensor:
+        self.layers[attention.layer] = attention
+        return attention.local()
 
 
 def probe(
@@ -59,35 +68,35 @@ def probe(
         ValueError: if keywords do not reach the attention function, or the rotation is not one
             that can be taken back.
     """
-    first, second = _Probe(), _Probe()
-    run(torch.zeros(1, 1, dtype=torch.long), first)
-    if len(first.seen) != num_layers:
+    first, second = _Probe(0, rotary), _Probe(3, rotary)
+    run(first.position, first)
+    if len(first.layers) != num_layers:
         raise ValueError(
             f"{name} does not hand keyword arguments down to its attention function, which "
             "memories at the attention place need; use a token-level one (rmt)."
         )
-    sizes = {
-        layer: AttentionSizes(
-            s.query.shape[1], s.key.shape[1], s.key.shape[-1], s.value.shape[-1], s.window
+    sizes = {}
+    for layer, attention in sorted(first.layers.items()):
+        heads, (_, kv_heads, _, width) = (
+            attention.rotated_query.shape[1],
+            attention.rotated_key.shape,
         )
-        for layer, s in sorted(first.seen.items())
-    }
+        value_width = attention.value.shape[-1]
+        sizes[layer] = AttentionSizes(heads, kv_heads, width, value_width, attention.window)
     if not rotary.present:
         return sizes
-    place = torch.full((1, 1), 3)
-    run(place, second)
+    run(second.position, second)
     rotated = {}
     for layer in sizes:
-        start, moved = first.seen[layer].key, second.seen[layer].key
-        plain = unrotate(start, rotary.angles(torch.zeros_like(place), layer, start))
-        turned = unrotate(moved, rotary.angles(place, layer, moved))
-        scale = start.abs().max().clamp_min(1e-12)
-        error, still = ((a - b).abs().max() / scale for a, b in ((turned, plain), (moved, start)))
-        if min(error, still) > 0.03:  # bf16 leaves some 0.01
+        start, moved = first.layers[layer], second.layers[layer]
+        scale = start.rotated_key.abs().max().clamp_min(1e-12)
+        error = (moved.key - start.key).abs().max() / scale
+        unmoved = (moved.rotated_key - start.rotated_key).abs().max() / scale
+        if min(error, unmoved) > 0.03:  # bf16 leaves some 0.01
             raise ValueError(
                 f"{name} rotates the keys of layer {layer} in a way that memwrap cannot take back; "
                 "use a memory at another place (rmt, armt)."
             )
-        rotated[layer] = bool(error < still)
+        rotated[layer] = bool(error < unmoved)
     rotary.rotated = rotated
     return sizes

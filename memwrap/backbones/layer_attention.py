@@ -5,287 +5,351 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from memwrap.backbones.positions import Places, Rows
-from memwrap.backbones.rotary import Angles, Rotary, rotate, rotated_once, unrotate
+from memwrap.backbones.positions import MemoryKeyValues, Positions
+from memwrap.backbones.rotary import Angles, Rotary, rotate, rotate_static, unrotate
 from memwrap.ops.buffers import take
 
 PREFIX = "memwrap_"
 
+# `(query, key, value, mask)` to the output `(B, T, H, Dv)` and, from eager attention, weights.
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
-Call = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+class AttentionReader(Protocol):
+    """What travels down the backbone as the keyword `memory_context`, for attention."""
+
+    def attention_step(self, device: torch.device) -> AttentionStep: ...
+
+    def attention(self, attention: LayerAttention) -> Tensor: ...
 
 
 @dataclass
-class SeenAttention:
-    """What a layer's attention function was given.
+class AttentionStep:
+    """What the attention of all layers shares in one step, on one device.
 
     Attributes:
-        module: the attention module; `hidden` `(B, T, D)` and `keywords` are what it was called
-            with.
-        query: `(B, H, T, Dk)`, rotated. key, value: `(B, Hkv, K, ...)`, the cached ones first.
-        mask: as the backbone's attention takes it, or None for plain causal attention.
-        scaling: of the scores; some families scale their queries before.
-        window: tokens that the layer's own sliding window lets a query see, or None.
-        call: the model's own attention: `(query, key, value, mask)` to `(B, T, H, Dv)` and, from
-            eager attention, weights.
-        softcap: scores s become `softcap * tanh(s / softcap)`, if the model does so.
-        added: `(B, T, D)`, added to the module's output.
+        positions: of queries and keys.
+        rotary: the backbone's.
+        losses: auxiliary losses `(B,)`, means per token.
+        notes: what a layer leaves for later ones, on any device.
+        cached: what the first layer that needed it has computed.
     """
 
-    module: Any
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    scaling: float
-    window: int | None
-    call: Call
-    eager: Call
-    hidden: Tensor
-    keywords: dict[str, Any]
-    softcap: float | None = None
-    added: Tensor | None = None
+    positions: Positions
+    rotary: Rotary
+    losses: list[Tensor] = field(default_factory=list)
+    notes: dict[Hashable, Any] = field(default_factory=dict)
+    cached: dict[Hashable, Any] = field(default_factory=dict)
 
-    @property
-    def layer(self) -> int:
-        return self.module.layer_idx
+
+@dataclass
+class AttentionCall:
+    """One call of an attention module: its keyword `memory_context` on the way to the attention
+    function, so that nothing of the call is kept on the module.
+
+    Attributes:
+        context: what is read there.
+        inputs: `(B, T, D)`, the hidden states that the module was called with.
+        keywords: the other arguments, but for the context.
+        added: `(B, T, D)`, is added to the module's output.
+    """
+
+    context: AttentionReader
+    inputs: Tensor
+    keywords: dict[str, Any] = field(default_factory=dict)
+    added: Tensor | None = None
 
 
 @dataclass
 class LayerAttention:
-    """One layer's attention in one step, as a memory sees it.
+    """One layer's attention in one step, as a memory sees it: B rows, T queries, and K keys, the
+    open segment's columns first and the step's T last.
 
     Attributes:
-        layer: its number.
-        places: positions and validity of queries and keys.
-        value: `(B, Hkv, K, Dv)`; the open segment's columns first, the step's T last.
+        module: the attention module; `call`: its call.
+        step: what all layers share.
+        rotated_query: `(B, H, T, Dk)`. rotated_key: `(B, Hkv, K, Dk)`. They are as the model
+            makes them, and their products are scaled by `rotated_scaling`; some families scale
+            their queries before.
+        value: `(B, Hkv, K, Dv)`.
+        mask: as the backbone's attention takes it, or None for plain causal attention.
+        function: the model's own attention; `eager`: the same, giving weights too.
+        window: tokens that the layer's own sliding window lets a query see (itself among them), or
+            None.
+        softcap: scores s become `softcap * tanh(s / softcap)`, if the model does so.
         hidden: `(B, K, D)`, the attention's input at the K columns, for a memory whose
             `needs_hidden` is set.
-        losses: auxiliary losses `(B,)`, means per token; appended to by the memory in training.
     """
 
-    seen: SeenAttention
-    places: Places
-    rotary: Rotary
+    module: Any
+    call: AttentionCall
+    step: AttentionStep
+    rotated_query: Tensor
+    rotated_key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    rotated_scaling: float
+    function: AttentionFunction
+    eager: AttentionFunction
+    window: int | None = None
+    softcap: float | None = None
     hidden: Tensor | None = None
-    losses: list[Tensor] = field(default_factory=list)
-    shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def layer(self) -> int:
-        return self.seen.layer
+        """The layer's number."""
+        return self.module.layer_idx
 
     @property
-    def value(self) -> Tensor:
-        return self.seen.value
+    def positions(self) -> Positions:
+        """Positions and validity of queries and keys."""
+        return self.step.positions
 
     @property
-    def window(self) -> int | None:
-        """Tokens that the layer's own sliding window lets a query see (itself among them)."""
-        return self.seen.window
+    def query_positions(self) -> Tensor:
+        """Where the queries stand in their segments, `(B, T)`."""
+        return self.step.positions.query_positions
 
     @property
-    def padded(self) -> bool:
-        """Whether any of the step's queries is padding."""
-        return self.shared["padded"]
+    def key_positions(self) -> Tensor:
+        """Where the keys stand in their segments, `(B, K)`."""
+        return self.step.positions.key_positions
+
+    @property
+    def query_valid(self) -> Tensor:
+        """Which queries are real, `(B, T)` bool; the others are padding."""
+        return self.step.positions.query_valid
+
+    @property
+    def key_valid(self) -> Tensor:
+        """Which keys are real, `(B, K)` bool."""
+        return self.step.positions.key_valid
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """Auxiliary losses `(B,)`, means per token; appended to by the memory in training."""
+        return self.step.losses
+
+    @property
+    def notes(self) -> dict[Hashable, Any]:
+        """What a memory leaves in one layer for later layers of the step."""
+        return self.step.notes
+
+    @property
+    def inputs(self) -> Tensor:
+        """The attention's input `(B, T, D)` at the step's own columns."""
+        return self.call.inputs
 
     @property
     def groups(self) -> int:
         """Query heads that share a KV head; query head h belongs to KV head h // groups."""
-        return self.seen.query.shape[1] // self.seen.key.shape[1]
+        return self.rotated_query.shape[1] // self.rotated_key.shape[1]
 
     @property
     def scaling(self) -> float:
         """What the scores of plain queries are multiplied with."""
-        return getattr(self.seen.module, "scaling", None) or self.seen.scaling
+        return getattr(self.module, "scaling", None) or self.rotated_scaling
+
+    @property
+    def padded(self) -> bool:
+        """Whether any of the step's queries is padding."""
+        return self.cached_per_step("padded", lambda: not bool(self.query_valid.all()))
+
+    @property
+    def boolean_mask(self) -> bool:
+        """Whether the model's attention takes a bool mask; otherwise one that is added."""
+        return implementation(self.module.config) == "sdpa"
 
     @cached_property
     def query(self) -> Tensor:
         """The queries `(B, H, T, Dk)` without rotation and without scaling."""
-        plain = unrotate(self.seen.query, self._angles(self.places.queries, "queries"))
-        before = self.seen.scaling / self.scaling
-        return plain if before == 1 else plain * before
+        plain = self._unrotated_query()
+        ratio = self.rotated_scaling / self.scaling
+        return plain if ratio == 1 else plain * ratio
 
     @cached_property
     def key(self) -> Tensor:
         """The keys `(B, Hkv, K, Dk)` without rotation."""
-        return unrotate(self.seen.key, self._angles(self.places.keys, "keys"))
+        return unrotate(self.rotated_key, self._angles(self.key_positions, "keys"))
 
-    def keys_of(self, columns: Tensor, name: Hashable | None = None) -> Tensor:
-        """The keys `(B, Hkv, N, Dk)` of columns `(B, N)` without rotation; a `name` says that the
-        columns are the same in every layer of the step."""
-        if name is None:
-            positions = self.places.keys.gather(1, columns)
-        else:
-            positions = self.once(("at", name), lambda: self.places.keys.gather(1, columns))
-        return unrotate(take(self.seen.key, columns), self._angles(positions, name))
+    def keys_at(self, columns: Tensor, name: Hashable | None = None) -> Tensor:
+        """Take the keys `(B, Hkv, N, Dk)` of columns `(B, N)`, without rotation; a `name` says
+        that the columns are the same in every layer of the step."""
 
-    def rotated(self, x: Tensor, positions: Tensor, name: Hashable | None = None) -> Tensor:
-        """Un-rotated rows `(B, H, N, Dk)` as the model rotates them at `positions` `(B, N)`; a
-        `name` says that the positions are the same in every layer of the step."""
+        def gathered() -> Tensor:
+            return self.key_positions.gather(1, columns)
+
+        positions = gathered() if name is None else self.cached_per_step(("at", name), gathered)
+        return unrotate(take(self.rotated_key, columns), self._angles(positions, name))
+
+    def rotate(self, x: Tensor, positions: Tensor, name: Hashable | None = None) -> Tensor:
+        """Rotate `x` `(B, H, N, Dk)` as the model does at `positions` `(B, N)`; a `name` says that
+        the positions are the same in every layer of the step."""
         return rotate(x, self._angles(positions, name))
 
-    def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gives, computed by the first layer of the step that asks for `name`."""
-        if ("once", name) not in self.shared:
-            self.shared["once", name] = make()
-        return self.shared["once", name]
+    def cached_per_step(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """Compute `make()` once per step and share it between layers under `name`."""
+        cached = self.step.cached
+        if name not in cached:
+            cached[name] = make()
+        return cached[name]
 
     def local(self) -> Tensor:
-        """The model's own attention inside the segment, `(B, T, H, Dv)`."""
-        seen = self.seen
-        return seen.call(seen.query, seen.key, seen.value, seen.mask)[0]
+        """Run the model's own attention inside the segment: `(B, T, H, Dv)`."""
+        return self.function(self.rotated_query, self.rotated_key, self.value, self.mask)[0]
 
     def part(self, start: int, stop: int) -> LayerAttention:
-        """The same attention for the queries `start` to `stop` of the step alone."""
-        seen, places = self.seen, self.places
-        kind = self.rotary.kind(self.layer)
+        """Take the same attention for the queries `start` to `stop` of the step alone."""
+        step, kind = self.step, self.step.rotary.kind(self.layer)
         mask = self.visible()[..., start:stop, :]
-        if not is_sdpa(seen) and seen.mask is not None:
-            mask = seen.mask[..., start:stop, :]
-        query = seen.query[:, :, start:stop]
-        keys = {("keys", kind): self._angles(places.keys, "keys")} if kind else {}
+        if not self.boolean_mask and self.mask is not None:
+            mask = self.mask[..., start:stop, :]
+        keys = self._angles(step.positions.key_positions, "keys")
         return replace(
             self,
-            seen=replace(seen, query=query, mask=mask),
-            places=replace(
-                places,
-                queries=places.queries[:, start:stop],
-                query_valid=places.query_valid[:, start:stop],
+            rotated_query=self.rotated_query[:, :, start:stop],
+            mask=mask,
+            step=replace(
+                step,
+                positions=step.positions.of_queries(start, stop),
+                cached={("angles", "keys", kind): keys} if kind else {},
             ),
-            shared=keys,
         )
 
     def join(
         self,
-        *rows: Rows,
+        *memories: MemoryKeyValues,
         local: Tensor | None = None,
         weights: bool = False,
         name: Hashable | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """One softmax over the given rows and the segment's own keys.
+        """Attend in one softmax to what memories hold and to the segment's own keys.
 
         Args:
-            rows: what stands before the segment, in this order.
+            memories: what stands before the segment, in this order, M keys altogether.
             local: `(B, T, K)` bool, further limits who sees whom inside the segment.
             weights: also return the attention weights.
-            name: says that in all layers of the step the rows stand at the same places, and are
-                visible alike where the model's mask is the same.
+            name: says that in all layers of the step the keys stand at the same positions, and
+                are visible alike where the model's mask is the same.
 
         Returns:
             The output `(B, T, H, Dv)` and the weights `(B, H, T, M + K)` or None.
         """
-        seen = self.seen
-        queries, keys = seen.query, seen.key
+        queries, keys = self.rotated_query, self.rotated_key
         single = queries.shape[2] == 1  # a token is decoded
         if single:
-            rows = tuple(r.moved(self.places.queries) for r in rows)
-        own = [r for r in rows if r.query_positions is not None]
-        if own:  # rows that see the queries elsewhere get channels of their own
-            turned = [self._turned(r) for r in own]
-            queries = torch.cat([queries, *turned], -1)
-            keys = torch.cat([keys, *[torch.zeros_like(keys) for _ in own]], -1)
+            memories = tuple(m.moved_to(self.query_positions) for m in memories)
+        elsewhere = [m for m in memories if m.query_positions is not None]
+        if elsewhere:  # keys that see the queries elsewhere get channels of their own
+            queries = torch.cat([queries, *[self._query_seen_by(m) for m in elsewhere]], -1)
+            keys = torch.cat([keys, *[torch.zeros_like(keys) for _ in elsewhere]], -1)
         before = []
-        for index, r in enumerate(rows):
-            where = None if name is None else ("row", index, name)
-            key = self._rotated_rows(r, where, once=single)
+        for index, memory in enumerate(memories):
+            where = None if name is None else ("memory", index, name)
+            key = self._rotated_keys(memory, where, kept=single)
             empty = torch.zeros_like(key)
-            parts = [key if r.query_positions is None else empty]
-            before.append(torch.cat([*parts, *[key if o is r else empty for o in own]], -1))
+            channels = [key if memory.query_positions is None else empty]
+            channels += [key if other is memory else empty for other in elsewhere]
+            before.append(torch.cat(channels, -1))
         keys = torch.cat([*before, keys], 2)
-        values = torch.cat([*[r.values.to(seen.value.dtype) for r in rows], seen.value], 2)
-        added = weights or not is_sdpa(seen)
-        if name is None:
-            mask = self._joined_mask(rows, local, added)
-        else:  # the mask beside it stays alive, so that no other has its id
-            mask, _ = self.once(
-                ("mask", name, id(seen.mask), added),
-                lambda: (self._joined_mask(rows, local, added), seen.mask),
-            )
-        return (seen.eager if weights else seen.call)(queries, keys, values, mask)
+        values = torch.cat([*[m.values.to(self.value.dtype) for m in memories], self.value], 2)
 
-    def _joined_mask(self, rows: Sequence[Rows], local: Tensor | None, added: bool) -> Tensor:
-        """Who sees whom, rows first: `(B, 1, T, M + K)` bool, or what is `added` to scores."""
-        visible = self.visible() if local is None else self.visible() & local[:, None]
-        length = visible.shape[2]
-        before = [
-            (r.visible if r.visible.dim() == 3 else r.visible[:, None].expand(-1, length, -1))
-            for r in rows
-        ]
-        mask = torch.cat([*[b[:, None] for b in before], visible], -1)
-        if not added:
-            return mask
-        dtype = self.seen.query.dtype
-        zero = torch.zeros((), dtype=dtype, device=mask.device)
-        return torch.where(mask, zero, torch.finfo(dtype).min)
+        def mask() -> tuple[Tensor, Tensor | None]:
+            visible = self._visible_to_all(memories, local)
+            return self.mask_for(visible, boolean=self.boolean_mask and not weights), self.mask
+
+        if name is None:
+            joint = mask()[0]
+        else:  # the model's mask stays alive beside it, so that no other has its id
+            joint = self.cached_per_step(("mask", name, id(self.mask), weights), mask)[0]
+        return (self.eager if weights else self.function)(queries, keys, values, joint)
+
+    def mask_for(self, visible: Tensor, boolean: bool | None = None) -> Tensor:
+        """Make the mask that the model's attention takes of who sees whom, a bool tensor; `boolean`
+        overrules what it takes."""
+        if self.boolean_mask if boolean is None else boolean:
+            return visible
+        dtype = self.rotated_query.dtype
+        zero = torch.zeros((), dtype=dtype, device=visible.device)
+        return torch.where(visible, zero, torch.finfo(dtype).min)
 
     def add(self, output: Tensor) -> None:
         """Add `(B, T, D)` to what the attention module gives, behind its output projection."""
-        added = self.seen.added
-        self.seen.added = output if added is None else added + output
+        added = self.call.added
+        self.call.added = output if added is None else added + output
 
-    def project(self, rows: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
-        """Keys (un-rotated) and values of stored attention inputs `(B, M, D)`, by the layer's
-        own projections; `frozen` keeps gradients away from their weights."""
-        capture = _Capture()
-        keywords = {**self.seen.keywords, "memory_context": capture, "attention_mask": None}
+    def project(self, inputs: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
+        """Project stored attention inputs `(B, M, D)` by the layer's own matrices: to keys
+        (un-rotated) and values; `frozen` keeps gradients away from the matrices."""
+        capture = _Capture(self.step)
+        keywords = {**self.call.keywords, "memory_context": capture, "attention_mask": None}
         for name, value in keywords.items():
             if isinstance(value, Cache) or name == "position_ids":
                 keywords[name] = None
         angles = keywords.get("position_embeddings")
         if angles is not None:
-            shape = (rows.shape[0], rows.shape[1], angles[0].shape[-1])
-            still = (angles[0].new_ones(shape), angles[0].new_zeros(shape))
-            keywords["position_embeddings"] = still
-        module = self.seen.module
+            shape = (inputs.shape[0], inputs.shape[1], angles[0].shape[-1])
+            unmoved = (angles[0].new_ones(shape), angles[0].new_zeros(shape))
+            keywords["position_embeddings"] = unmoved
         if frozen:
-            weights = {name: p.detach() for name, p in module.named_parameters()}
-            torch.func.functional_call(module, weights, (rows,), keywords)
+            weights = {name: p.detach() for name, p in self.module.named_parameters()}
+            torch.func.functional_call(self.module, weights, (inputs,), keywords)
         else:
-            module(rows, **keywords)
+            self.module(inputs, **keywords)
         return capture.key, capture.value
 
     def visible(self) -> Tensor:
-        """Who sees whom inside the segment, `(B, 1, T, K)` bool."""
-        mask = self.seen.mask
+        """Tell who sees whom inside the segment, `(B, 1, T, K)` bool."""
+        key, mask = self.rotated_key, self.mask
         if mask is None:
-            batch, length, total = self.seen.key.shape[0], *self._lengths
-            plain = torch.ones(length, total, dtype=torch.bool, device=self.seen.key.device)
-            return plain.tril(total - length).expand(batch, 1, length, total)
-        mask = mask[..., : self.seen.key.shape[2]]
+            batch, length, total = key.shape[0], self.rotated_query.shape[2], key.shape[2]
+            causal = torch.ones(length, total, dtype=torch.bool, device=key.device)
+            return causal.tril(total - length).expand(batch, 1, length, total)
+        mask = mask[..., : key.shape[2]]
         return mask if mask.dtype == torch.bool else mask >= 0
 
-    @property
-    def _lengths(self) -> tuple[int, int]:
-        return self.seen.query.shape[2], self.seen.key.shape[2]
+    def _visible_to_all(self, memories: Sequence[MemoryKeyValues], local: Tensor | None) -> Tensor:
+        """Who sees whom, what memories hold first: `(B, 1, T, M + K)` bool."""
+        visible = self.visible() if local is None else self.visible() & local[:, None]
+        length = visible.shape[2]
+        before = [
+            (m.visible if m.visible.dim() == 3 else m.visible[:, None].expand(-1, length, -1))
+            for m in memories
+        ]
+        return torch.cat([*[b[:, None] for b in before], visible], -1)
 
-    def _rotated_rows(self, rows: Rows, name: Hashable | None, once: bool) -> Tensor:
-        dtype = self.seen.key.dtype
-        if once and rows.still:
-            return rotated_once(rows.keys, dtype, lambda: self._angles(rows.positions, name))
-        return rotate(rows.keys.to(dtype), self._angles(rows.positions, name))
+    def _rotated_keys(self, memory: MemoryKeyValues, name: Hashable | None, kept: bool) -> Tensor:
+        """A memory's keys, rotated; with `kept`, those that are static are kept for later steps."""
+        dtype = self.rotated_key.dtype
+        if kept and memory.static:
+            return rotate_static(memory.keys, dtype, lambda: self._angles(memory.positions, name))
+        return rotate(memory.keys.to(dtype), self._angles(memory.positions, name))
 
-    def _turned(self, rows: Rows) -> Tensor:
-        """The queries rotated to where `rows` see them (scaled as the model scales them)."""
-        plain = unrotate(self.seen.query, self._angles(self.places.queries, "queries"))
-        return rotate(plain, self._angles(rows.query_positions))  # type: ignore[arg-type]
+    def _query_seen_by(self, memory: MemoryKeyValues) -> Tensor:
+        """The queries rotated to where `memory` sees them (scaled as the model scales them)."""
+        return rotate(self._unrotated_query(), self._angles(memory.query_positions))  # type: ignore[arg-type]
+
+    def _unrotated_query(self) -> Tensor:
+        angles = self._angles(self.query_positions, "queries")
+        return unrotate(self.rotated_query, angles)
 
     def _angles(self, positions: Tensor, name: Hashable | None = None) -> Angles | None:
-        """Angles at positions; those of the step's own are computed once for all layers."""
-        kind = self.rotary.kind(self.layer)
+        """Angles at positions; with a `name`, computed once for all layers of the step."""
+        rotary = self.step.rotary
+        kind = rotary.kind(self.layer)
         if not kind:
             return None
-        if name is None:
-            return self.rotary.angles(positions, self.layer, self.seen.key)
-        if (name, kind) not in self.shared:
-            self.shared[name, kind] = self.rotary.angles(positions, self.layer, self.seen.key)
-        return self.shared[name, kind]
+
+        def angles() -> Angles | None:
+            return rotary.angles(positions, self.layer, self.rotated_key)
+
+        return angles() if name is None else self.cached_per_step(("angles", name, kind), angles)
 
 
 class _Capture:
@@ -294,27 +358,31 @@ class _Capture:
     key: Tensor
     value: Tensor
 
-    def attention(self, seen: SeenAttention) -> Tensor:
-        self.key, self.value = seen.key, seen.value
-        batch, heads, length, _ = seen.query.shape
-        return seen.value.new_zeros(batch, length, heads, seen.value.shape[-1])
+    def __init__(self, step: AttentionStep) -> None:
+        self._step = step
 
+    def attention_step(self, device: torch.device) -> AttentionStep:
+        return self._step
 
-def is_sdpa(seen: SeenAttention) -> bool:
-    return implementation(seen.module.config) == "sdpa"
+    def attention(self, attention: LayerAttention) -> Tensor:
+        self.key, self.value = attention.rotated_key, attention.value
+        batch, heads, length, _ = attention.rotated_query.shape
+        return self.value.new_zeros(batch, length, heads, self.value.shape[-1])
 
 
 def implementation(config: Any) -> str:
-    """The backbone's own attention implementation, also while memwrap's stands before it."""
+    """Name the backbone's own attention implementation, also while memwrap's stands before it."""
     return str(config._attn_implementation).removeprefix(PREFIX)
 
 
-def cached_attention(module: Any, key: Tensor, value: Tensor) -> SeenAttention:
-    """The attention of a layer that is given no queries, over cached keys and values."""
-    nothing = key[:, :, :0]
+def cached_attention(
+    module: Any, context: AttentionReader, key: Tensor, value: Tensor
+) -> LayerAttention:
+    """Make the attention of a layer that is given no queries, over cached keys and values."""
 
     def refuse(*args: Any) -> tuple[Tensor, Tensor | None]:
         raise RuntimeError("A segment that closes without queries has no attention output.")
 
-    hidden = value.new_zeros(value.shape[0], 0, 0)
-    return SeenAttention(module, nothing, key, value, None, 1.0, None, refuse, refuse, hidden, {})
+    call = AttentionCall(context, value.new_zeros(value.shape[0], 0, 0))
+    step = context.attention_step(key.device)
+    return LayerAttention(module, call, step, key[:, :, :0], key, value, None, 1.0, refuse, refuse)

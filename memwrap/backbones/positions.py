@@ -1,4 +1,4 @@
-"""Where the queries and keys of a step stand, and rows that a memory puts in front of them."""
+"""Where the queries and keys of a step stand, and what a memory puts in front of them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 @dataclass
-class Places:
-    """Where the queries and keys of a step stand in their segments.
+class Positions:
+    """Where the T queries and K keys of a step stand in their segments, and which are real.
 
     Attributes:
-        queries, keys: positions `(B, T)` and `(B, K)`; a segment starts at 0.
+        query_positions, key_positions: `(B, T)` and `(B, K)`; a segment starts at 0.
         query_valid, key_valid: `(B, T)` and `(B, K)` bool; False is padding.
         inserted: `(B, K)` bool, the keys of tokens that a memory inserted.
         length: one more than the largest position of a key.
         ordered: the keys of every row stand at positions 0, 1, ... without padding.
     """
 
-    queries: Tensor
-    keys: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
     query_valid: Tensor
     key_valid: Tensor
     inserted: Tensor
@@ -32,30 +32,39 @@ class Places:
     @classmethod
     def of(
         cls, before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], inserted: Tensor
-    ) -> Places:
-        """From positions and validity of the open segment's columns and of the step's."""
+    ) -> Positions:
+        """Make them from positions and validity of the open segment's columns and the step's."""
         keys, valid = (torch.cat(pair, 1) for pair in zip(before, now, strict=True))
         total = keys.shape[1]
         length = int(keys.max()) + 1 if keys.numel() else 0
         ordered = bool(valid.all()) and bool((keys == torch.arange(total)).all())
         return cls(now[0], keys, now[1], valid, inserted, length, ordered)
 
-    def to(self, device: torch.device) -> Places:
+    def to(self, device: torch.device) -> Positions:
+        """Move the tensors to a device."""
         moved: Any = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **moved)
 
+    def of_queries(self, start: int, stop: int) -> Positions:
+        """Keep the queries `start` to `stop`, and all keys."""
+        return replace(
+            self,
+            query_positions=self.query_positions[:, start:stop],
+            query_valid=self.query_valid[:, start:stop],
+        )
+
 
 @dataclass
-class Rows:
+class MemoryKeyValues:
     """Keys and values that a memory puts in front of a segment's own.
 
     Attributes:
         keys, values: `(B, Hkv, M, Dk)` un-rotated and `(B, Hkv, M, Dv)`.
         positions: `(B, M)`, where 0 is the segment's first place: negative for the past.
         visible: `(B, M)` or, different for each query, `(B, T, M)` bool.
-        query_positions: `(B, T)`, where the queries stand as these rows see them; None: where
+        query_positions: `(B, T)`, where the queries stand as these keys see them; None: where
             they stand in the segment.
-        still: the positions are the same for as long as the tensor `keys` lives, so that it need
+        static: the positions are the same for as long as the tensor `keys` lives, so that it need
             not be rotated anew for every token that is decoded.
     """
 
@@ -64,12 +73,12 @@ class Rows:
     positions: Tensor
     visible: Tensor
     query_positions: Tensor | None = None
-    still: bool = False
+    static: bool = False
 
-    def moved(self, queries: Tensor) -> Rows:
-        """The same seen by one query a row of the batch, which stands at `queries` `(B, 1)`: the
-        rows move instead of it."""
+    def moved_to(self, query_positions: Tensor) -> MemoryKeyValues:
+        """Move the keys instead of the queries, as one query a row of the batch, which stands at
+        `query_positions` `(B, 1)` in the segment, sees them."""
         if self.query_positions is None:
             return self
-        positions = self.positions + (queries - self.query_positions)
+        positions = self.positions + (query_positions - self.query_positions)
         return replace(self, positions=positions, query_positions=None)

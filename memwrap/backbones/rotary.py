@@ -22,22 +22,23 @@ def rotate(x: Tensor, angles: Angles | None) -> Tensor:
     return torch.cat([part * cos + _half(part) * sin, rest], -1)
 
 
-# Weak: what is kept goes with the tensor that it was made of.
+# Weak: what is kept goes with the tensor that it was made of. Calls in several threads may share
+# it: whichever writes last has written the same.
 _ROTATED: Any = WeakIdKeyDictionary()
 
 
-def rotated_once(x: Tensor, dtype: torch.dtype, angles: Callable[[], Angles | None]) -> Tensor:
-    """`x` in `dtype`, rotated by angles that are always the same for this very tensor, which
-    nobody writes to. Kept beside it, except where gradients are recorded."""
+def rotate_static(x: Tensor, dtype: torch.dtype, angles: Callable[[], Angles | None]) -> Tensor:
+    """Rotate `x` in `dtype` by angles that are always the same for this very tensor, which nobody
+    writes to. The result is kept beside it, except where gradients are recorded."""
     if torch.is_grad_enabled():
         return rotate(x.to(dtype), angles())
-    found = _ROTATED.get(x)
-    if found is None or found.dtype != dtype:
+    rotated = _ROTATED.get(x)
+    if rotated is None or rotated.dtype != dtype:
         by = angles()
         if by is None:
             return x.to(dtype)
-        found = _ROTATED[x] = rotate(x.to(dtype), by)
-    return found
+        rotated = _ROTATED[x] = rotate(x.to(dtype), by)
+    return rotated
 
 
 def unrotate(x: Tensor, angles: Angles | None) -> Tensor:

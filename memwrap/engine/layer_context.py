@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memwrap.backbones import LayerAttention, Places
-from memwrap.backbones.layer_attention import SeenAttention, cached_attention
+from memwrap.backbones import LayerAttention, Positions
+from memwrap.backbones.layer_attention import AttentionStep, cached_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.memories.protocol import AttentionMemory, LayerMemory
@@ -28,12 +28,13 @@ class LayerContext:
         num_suffix: suffix tokens of all memories, at the end of the step's columns.
         suffixes: where among them those of each memory stand.
         closing: whether any row's segment closes.
-        places: where queries and keys stand.
+        positions: where queries and keys stand.
         segment: the open segments before the step.
         seen, attended: layers met.
         noted: layer states after reading; written: layer states after closing.
         hidden: the attention's inputs at all K columns, for memories that need them.
         losses: auxiliary losses `(B,)`.
+        notes: what attention leaves in one layer for later ones.
         recurrence: the states of the backbone's own recurrent layers, if it has any.
     """
 
@@ -43,7 +44,7 @@ class LayerContext:
     num_suffix: int
     suffixes: dict[str, slice]
     closing: bool
-    places: Places
+    positions: Positions
     segment: OpenSegment
     rotary: Rotary
     seen: set[int] = field(default_factory=set)
@@ -53,7 +54,8 @@ class LayerContext:
     hidden: Tree = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
     recurrence: Recurrence | None = None
-    _shared: dict = field(default_factory=dict)
+    notes: dict = field(default_factory=dict)
+    _steps: dict[torch.device, AttentionStep] = field(default_factory=dict)
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         self.seen.add(layer)
@@ -73,22 +75,30 @@ class LayerContext:
                 new = memory.write_layer(layer, suffix[:, self.suffixes.get(name, slice(0))], state)
                 self.written.setdefault(name, {})[str(layer)] = new
 
-    def attention(self, seen: SeenAttention) -> Tensor:
-        """What the registered attention function gives for one layer."""
-        layer = seen.layer
+    def attention_step(self, device: torch.device) -> AttentionStep:
+        """Give what the attention of all layers shares, on one device."""
+        if device not in self._steps:
+            self._steps[device] = AttentionStep(
+                self.positions.to(device), self.rotary, self.losses, self.notes
+            )
+        return self._steps[device]
+
+    def attention(self, attention: LayerAttention) -> Tensor:
+        """Give the attention's output for one layer."""
+        layer = attention.layer
         self.attended.add(layer)
         for name, memory in self.attending.items():
             state = self._state(name, layer)
             if state is None:
                 break
-            attention = self._attention(memory, seen)
+            self._keep_hidden(memory, attention)
             out, state = memory.attend(layer, attention, state)
             self.noted.setdefault(name, {})[str(layer)] = state
             if self.closing:
                 new = memory.write_attention(layer, attention, state)
                 self.written.setdefault(name, {})[str(layer)] = new
-            return out.to(seen.value.dtype)
-        return seen.call(seen.query, seen.key, seen.value, seen.mask)[0]
+            return out.to(attention.value.dtype)
+        return attention.local()
 
     def close_attention(self, layer: int, module: object) -> None:
         """Close a layer's open segment without new tokens, from its cached keys and values."""
@@ -96,7 +106,8 @@ class LayerContext:
         for name, memory in self.attending.items():
             state = self._state(name, layer)
             if state is not None:
-                attention = self._attention(memory, cached_attention(module, keys, values))
+                attention = cached_attention(module, self, keys, values)
+                self._keep_hidden(memory, attention)
                 new = memory.write_attention(layer, attention, state)
                 self.written.setdefault(name, {})[str(layer)] = new
 
@@ -116,20 +127,17 @@ class LayerContext:
     def _state(self, name: str, layer: int) -> Tree | None:
         return self.states[name].get("layers", {}).get(str(layer))
 
-    def _attention(self, memory: AttentionMemory, seen: SeenAttention) -> LayerAttention:
-        shared = self._shared.setdefault(seen.key.device, {})
-        if "places" not in shared:
-            shared["places"] = self.places.to(seen.key.device)
-            shared["padded"] = not bool(self.places.query_valid.all())
-        hidden = None
-        if memory.needs_hidden:
-            hidden, key = seen.hidden, str(seen.layer)
-            if len(self.segment):
-                before = self.segment.tree["hidden"][key].squeeze(1)
-                # A segment that closes without new tokens has no inputs, of no width.
-                hidden = torch.cat([before, hidden], 1) if hidden.shape[1] else before
-            self.hidden[key] = hidden[:, None]
-        return LayerAttention(seen, shared["places"], self.rotary, hidden, self.losses, shared)
+    def _keep_hidden(self, memory: AttentionMemory, attention: LayerAttention) -> None:
+        """Give the attention its inputs at all columns of the segment, and note them."""
+        if not memory.needs_hidden:
+            return
+        hidden, key = attention.inputs, str(attention.layer)
+        if len(self.segment):
+            before = self.segment.tree["hidden"][key].squeeze(1)
+            # A segment that closes without new tokens has no inputs, of no width.
+            hidden = torch.cat([before, hidden], 1) if hidden.shape[1] else before
+        self.hidden[key] = hidden[:, None]
+        attention.hidden = hidden
 
 
 def _with_layers(tree: Tree, layers: Tree) -> Tree:

@@ -90,7 +90,7 @@ class SegmentReader:
         """Read one step.
 
         Args:
-            embeds: `(B, N, D)` of the step's tokens (anything at empty places).
+            embeds: `(B, N, D)` of the step's tokens (anything at empty positions).
             step: the plan.
             states: the memories' trees.
             segment: the open segments before the step.
@@ -113,8 +113,10 @@ class SegmentReader:
         if keep and cache is not None:
             noted = {"hidden": context.hidden, "tokens": looked}
             tree = keys_and_values(cache) | {name: part for name, part in noted.items() if part}
-            places = given.places
-            after = OpenSegment(tree, places.keys, places.key_valid).after(step.closes)
+            positions = given.positions
+            after = OpenSegment(tree, positions.key_positions, positions.key_valid).after(
+                step.closes
+            )
         auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
         in_loss, ends = self.layout.insertion.in_loss, given.columns.ends
         inserted = (given.of_tokens(hidden), ends) if in_loss and ends is not None else None
@@ -158,12 +160,12 @@ class SegmentReader:
         return hidden, noted[0].view(*hidden.shape[:2], -1)
 
     def _run(self, given: StepInput, cache: Any, context: LayerContext) -> Tensor:
-        places = given.places
+        positions = given.positions
         hidden = self.backbone.run(
             given.embeds,
-            places.queries,
-            key_positions=None if given.plain else places.keys,
-            key_valid=None if given.plain else places.key_valid,
+            positions.query_positions,
+            key_positions=None if given.plain else positions.key_positions,
+            key_valid=None if given.plain else positions.key_valid,
             position_ids=given.position_ids,
             cache=cache,
             context=context if self.layered or self.attending else None,
@@ -175,7 +177,7 @@ class SegmentReader:
     def _context(
         self, step: Step, states: dict[str, Tree], given: StepInput, segment: OpenSegment
     ) -> LayerContext:
-        recurrent, valid = self.backbone.recurrent, given.places.query_valid
+        recurrent, valid = self.backbone.recurrent, given.positions.query_valid
         return LayerContext(
             layered=self.layered,
             attending=self.attending,
@@ -183,7 +185,7 @@ class SegmentReader:
             num_suffix=self.layout.num_suffix,
             suffixes=self.layout.suffixes,
             closing=bool(step.closes.any()),
-            places=given.places,
+            positions=given.positions,
             segment=segment,
             rotary=self.backbone.rotary,
             recurrence=Recurrence(states[BACKBONE], valid) if recurrent else None,
@@ -229,7 +231,7 @@ class SegmentReader:
         """
         result, count = dict(states), self.layout.num_suffix
         suffix = hidden[:, hidden.shape[1] - count :]
-        end = given.places.keys.shape[1] - count
+        end = given.positions.key_positions.shape[1] - count
         tokens = self._segment_tokens(looked, given, end) if self.seeing else None
         for name in self.memories:
             new = states[name]
@@ -246,7 +248,7 @@ class SegmentReader:
     def _segment_tokens(self, looked: Tree, given: StepInput, end: int) -> SegmentTokens:
         """The closing segments' tokens, of the first `end` columns."""
         inside = given.inside[:, :end]
-        valid = given.places.key_valid[:, :end] & inside
+        valid = given.positions.key_valid[:, :end] & inside
         counted = inside if self.count_padding else valid
         of = {kind: value[:, 0, :end] for kind, value in looked.items()}
         ids = of["ids"][..., 0] if "ids" in of else None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memwrap.backbones import Backbone, Places
+from memwrap.backbones import Backbone, Positions
 from memwrap.engine.insertion import NoInsertion, TokenColumns, TokenInsertion, wide
 from memwrap.engine.plan import Step
 from memwrap.memories.protocol import InsertsTokens, Memory, SoftPrompt
@@ -22,7 +22,7 @@ class StepInput:
 
     Attributes:
         embeds: `(B, N', D)`.
-        places: where they and the columns of the open segment stand, and which are real.
+        positions: where they and the columns of the open segment stand, and which are real.
         position_ids: `(B, N')` where the backbone is told other positions, else None.
         first: columns of the prefix.
         base: `(B, 1)` positions of the prefix in front of each row's tokens.
@@ -30,7 +30,7 @@ class StepInput:
     """
 
     embeds: Tensor
-    places: Places
+    positions: Positions
     position_ids: Tensor | None
     first: int
     base: Tensor
@@ -63,17 +63,17 @@ class StepInput:
     @property
     def plain(self) -> bool:
         """Whether causal attention over contiguous positions is all there is to mask."""
-        places = self.places
+        positions = self.positions
         return (
-            places.keys.shape == places.queries.shape
-            and places.ordered
+            positions.key_positions.shape == positions.query_positions.shape
+            and positions.ordered
             and (self.position_ids is None)
         )
 
     @property
     def inside(self) -> Tensor:
         """`(B, K)` bool: columns of the segment's own, neither prefix nor inserted."""
-        return (self.places.keys >= self.base) & ~self.places.inserted
+        return (self.positions.key_positions >= self.base) & ~self.positions.inserted
 
 
 class _Block(NamedTuple):
@@ -143,9 +143,9 @@ class InputLayout:
         pad = (first, x.shape[1] - first - columns.valid.shape[1])
         inserted = torch.nn.functional.pad(columns.inserted, pad)
         inserted = torch.cat([self.insertion.at(segment.positions - base), inserted], 1)
-        places = Places.of((segment.positions, segment.valid), (positions, valid), inserted)
+        positions = Positions.of((segment.positions, segment.valid), (positions, valid), inserted)
         ids = table if self._asks_table else None
-        return StepInput(x, places, ids, first, base, columns)
+        return StepInput(x, positions, ids, first, base, columns)
 
     def _prefix_mask(self, states: dict[str, Tree], batch: int) -> Tensor:
         """Which rows of the prefix exist, `(B, P)` bool."""

@@ -199,17 +199,18 @@ class AHNMemory(AttentionMemory):
         network: Any = self.networks[str(layer)]
         window, dtype = state["window"], attention.value.dtype
         hidden: Tensor = attention.hidden  # type: ignore[assignment]
-        leaving = self.window.leaving(attention, window)
-        key, value = self.window.left(attention, window)
-        gates = leaving.rows(window["gates"], lambda: network.gates(take(hidden, leaving.columns)))
+        evicted = self.window.evicted(attention, window)
+        key, value = self.window.evicted_key_values(attention, window)
+        gates = evicted.rows(window["gates"], lambda: network.gates(take(hidden, evicted.columns)))
         strength, *forget = gates.unbind(-1)
         query = attention.query
         if self.config.rotate:
-            query = attention.rotated(query, leaving.places, "places")
-            key = attention.rotated(key, leaving.left.clamp_min(0), "left")
+            query = attention.rotate(query, evicted.query_positions, "in the document")
+            key = attention.rotate(key, evicted.positions.clamp_min(0), "evicted")
         if self.config.states == "query_head":
             key, value = (x.repeat_interleave(attention.groups, 1) for x in (key, value))
-        entering = attention.places.query_valid & (leaving.left >= self.config.num_sinks)
+        entering = attention.query_valid
+        entering = entering & (evicted.positions >= self.config.num_sinks)
         query, key, value = (x.to(dtype) for x in (query, key, value))
         if self.config.form == "gated":
             query, key = (delta.unit(x.to(strength.dtype)).to(dtype) for x in (query, key))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from memwrap.backbones import LayerAttention, Rows
+from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
@@ -137,9 +137,9 @@ class CompressiveMemory(AttentionMemory):
         return {"layers": layers}
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        rows = [self._rows(attention, state, part) for part in reversed(PARTS)]
+        parts = [self._key_values(attention, state, part) for part in reversed(PARTS)]
         counting = "usage" in state
-        out, weights = attention.join(*rows, weights=counting)
+        out, weights = attention.join(*parts, weights=counting)
         if counting and weights is not None:
             state = {**state, "usage": state["usage"] + self._usage(attention, weights)}
         return out, state
@@ -147,9 +147,7 @@ class CompressiveMemory(AttentionMemory):
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         memory, config = state["memory"], self.config
         new = self._segment(attention)
-        valid = torch.cat(
-            [right_valid(memory["count"], self.capacity), attention.places.key_valid], 1
-        )
+        valid = torch.cat([right_valid(memory["count"], self.capacity), attention.key_valid], 1)
         pool = {n: torch.cat([memory[n], x.to(memory[n].dtype)], -2) for n, x in new.items()}
         order = earliest(valid, valid.shape[1])
         pool = {n: take(x, order) for n, x in pool.items()}
@@ -158,7 +156,7 @@ class CompressiveMemory(AttentionMemory):
         evicted = (total - config.memory_size).clamp_min(0) // rate * rate
         most = valid.shape[1] // rate * rate  # a row of the batch can let go of so many
         old = {n: x[..., :most, :] for n, x in pool.items()}
-        fresh, made = self._compress(layer, old, evicted, state, order, attention.places.keys)
+        fresh, made = self._compress(layer, old, evicted, state, order, attention.key_positions)
         if self.training and config.learned and attention.query.shape[2]:
             self._teach(layer, attention, old, fresh, evicted)
         result: Tree = {
@@ -166,7 +164,7 @@ class CompressiveMemory(AttentionMemory):
             "memory": self._left(pool, evicted, total),
         }
         # From here on places are counted from the next segment's start.
-        length = attention.places.key_valid.sum(1)
+        length = attention.key_valid.sum(1)
         for part in PARTS:
             count, place = result[part]["count"], result[part]["place"]
             there = right_valid(count, place.shape[1])[..., None]
@@ -175,25 +173,25 @@ class CompressiveMemory(AttentionMemory):
             result["usage"] = torch.zeros_like(state["usage"])
         return result
 
-    def _rows(self, attention: LayerAttention, state: Tree, part: str) -> Rows:
-        own = state[part]
-        visible = right_valid(own["count"], own["place"].shape[1])
+    def _key_values(self, attention: LayerAttention, state: Tree, part: str) -> MemoryKeyValues:
+        buffer = state[part]
+        visible = right_valid(buffer["count"], buffer["place"].shape[1])
         if self.config.positions == "timeline":
-            positions = own["place"].squeeze(-1)
+            positions = buffer["place"].squeeze(-1)
         else:
-            size = own["place"].shape[1]
+            size = buffer["place"].shape[1]
             positions = torch.arange(-size, 0, device=visible.device).expand(visible.shape)
             if part == "compressed":
                 positions = positions - state["memory"]["count"][:, None]
-        keys, values = own.get("key"), own.get("value")
-        still = keys is not None  # both change only where a segment closes
+        keys, values = buffer.get("key"), buffer.get("value")
+        static = keys is not None  # both change only where a segment closes
         if keys is None:
-            keys, values = attention.project(own["hidden"].squeeze(1))
-        return Rows(keys, values, positions, visible, still=still)
+            keys, values = attention.project(buffer["hidden"].squeeze(1))
+        return MemoryKeyValues(keys, values, positions, visible, static=static)
 
     def _segment(self, attention: LayerAttention) -> Tree:
         """The segment's rows as they are stored, and their places `(B, K, 1)`."""
-        place = attention.places.keys[..., None].float()
+        place = attention.key_positions[..., None].float()
         if attention.hidden is not None:
             return {"hidden": attention.hidden[:, None], "place": place}
         return {"key": attention.key, "value": attention.value, "place": place}
@@ -243,13 +241,13 @@ class CompressiveMemory(AttentionMemory):
 
     def _usage(self, attention: LayerAttention, weights: Tensor) -> Tensor:
         """Attention that memory rows and the segment's own rows received, `(B, slots)`."""
-        valid = attention.places.query_valid[:, None, :, None]
+        valid = attention.query_valid[:, None, :, None]
         received = (weights.detach().float() * valid).sum((1, 2))[:, self.config.compressed_size :]
         memory, own = received[:, : self.capacity], received[:, self.capacity :]
-        places, size = attention.places.keys, self.config.segment_size
-        inside = (places < size) & attention.places.key_valid
+        positions, size = attention.key_positions, self.config.segment_size
+        inside = (positions < size) & attention.key_valid
         segment = memory.new_zeros(len(memory), size)
-        segment = segment.scatter_add(1, places.clamp(0, size - 1), own * inside)
+        segment = segment.scatter_add(1, positions.clamp(0, size - 1), own * inside)
         return torch.cat([memory, segment], 1)
 
     def _usage_of_pool(self, usage: Tensor, places: Tensor) -> Tensor:
@@ -297,6 +295,6 @@ class CompressiveMemory(AttentionMemory):
             made = there[:, rate - 1 :: rate]
             loss = ops.reconstruction(
                 attention.query.to(wide), (*found[0], there), (*found[1], made),
-                scaling=attention.scaling, query_valid=attention.places.query_valid,
+                scaling=attention.scaling, query_valid=attention.query_valid,
             )  # fmt: skip
         attention.losses.append(loss * (evicted > 0) * config.loss_weight / len(self.chosen))

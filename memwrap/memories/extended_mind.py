@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.parts.joint_softmax import join_summary
+from memwrap.memories.parts.joint_softmax import merge_attention_states
 from memwrap.memories.parts.key_value_ring import KeyValueRings
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
@@ -110,20 +110,21 @@ class ExtendedMindMemory(AttentionMemory):
         return self.rings.empty(batch_size, device)
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        config, seen = self.config, attention.seen
+        config = self.config
         if state["key"].shape[2] == 0:
             return attention.local(), state
         if config.positions == "zero":
-            query, scale = seen.query, seen.scaling
+            query, scale = attention.rotated_query, attention.rotated_scaling
         else:
             query, scale = attention.query, attention.scaling
         with torch.autocast(query.device.type, enabled=False):
             read = retrieve.attend(
                 query, state["key"], state["value"], self.rings.filled(state), config.top_k,
                 scale=scale, similarity="cosine", threshold=config.similarity_threshold,
-                softcap=seen.softcap,
+                softcap=attention.softcap,
             )  # fmt: skip
-        out, share = join_summary(attention, read.out, read.logsumexp, read.index.shape[-1])
+        most = read.index.shape[-1]
+        out, share = merge_attention_states(attention, read.out, read.logsumexp, most)
         notes = _notes.get()
         if notes is not None:
             number = ring.entries(state["count"], state["key"].shape[2], config.cache_size)
@@ -136,5 +137,5 @@ class ExtendedMindMemory(AttentionMemory):
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         key, value = attention.key, attention.value
         if self.config.positions == "zero":
-            key = attention.rotated(key, torch.zeros_like(attention.places.keys))
-        return self.rings.add(state, key, value, attention.places.key_valid)
+            key = attention.rotate(key, torch.zeros_like(attention.key_positions))
+        return self.rings.add(state, key, value, attention.key_valid)

@@ -89,7 +89,7 @@ class InfiniMemory(AttentionMemory):
         with torch.autocast(attention.value.device.type, enabled=False):
             M, z = infini.write(
                 attention.key, attention.value, state["M"], state["z"],
-                update=self.config.update, mask=attention.places.key_valid,
+                update=self.config.update, mask=attention.key_valid,
             )  # fmt: skip
         return {"M": M, "z": z, "written": torch.ones_like(state["written"])}
 

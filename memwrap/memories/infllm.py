@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from memwrap.backbones import LayerAttention, Rows
+from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
@@ -186,8 +186,8 @@ class InfLLMMemory(AttentionMemory):
 
     def _select(self, attention: LayerAttention, state: Tree) -> tuple[Selection, Tree]:
         """The units that the step's queries see, and what the state notes of it."""
-        config, places = self.config, attention.places
-        valid = places.query_valid
+        config = self.config
+        valid = attention.query_valid
         rows = torch.arange(len(valid), device=valid.device)
         _, units = self._settled(state["tokens"])
         noted: Tree = {}
@@ -196,7 +196,7 @@ class InfLLMMemory(AttentionMemory):
             query = attention.query.detach().to(state["query_sum"].dtype) * valid[:, None, :, None]
             means = (query.sum(2) / valid.sum(1).clamp_min(1)[:, None, None])[:, None]
         else:
-            starts = valid & (places.queries % config.retrieval_interval == 0)
+            starts = valid & (attention.query_positions % config.retrieval_interval == 0)
             index = starts.long().cumsum(1)
             means, noted["query_sum"], noted["query_count"] = ops.gather_queries(
                 attention.query, starts, valid, state["query_sum"], state["query_count"]
@@ -213,7 +213,7 @@ class InfLLMMemory(AttentionMemory):
         place = torch.full(
             (len(rows), means.shape[1]), self._reach(attention) - 1, device=index.device
         )
-        query = attention.rotated(means.transpose(1, 2), place).transpose(1, 2)
+        query = attention.rotate(means.transpose(1, 2), place).transpose(1, 2)
         scores = torch.cat(
             [ops.unit_scores(query, pages[str(n)]["rep"]) for n in range(len(pages))], 2
         )
@@ -230,36 +230,36 @@ class InfLLMMemory(AttentionMemory):
     ) -> tuple[Tensor, Tensor | None]:
         """The output of some queries, and the score that recent and own columns received from
         them, `(B, H, recent + K)`."""
-        places, reach = attention.places, self._reach(attention)
+        reach = self._reach(attention)
         recent, there = self._recent(state)
         count = there.shape[1]
         positions = torch.arange(-count, 0, device=there.device).expand(len(there), -1)
-        distance = places.queries[:, :, None] - positions[:, None]
+        distance = attention.query_positions[:, :, None] - positions[:, None]
         near = there[:, None] & (distance < reach)
         rows = self._far_rows(attention, state, units, (recent, there, distance))
         far = sum(r.positions.shape[1] for r in rows)
         if count:
-            rows.append(Rows(recent["key"], recent["value"], positions, near))
-        local = places.queries[:, :, None] - places.keys[:, None] < reach
+            rows.append(MemoryKeyValues(recent["key"], recent["value"], positions, near))
+        local = attention.query_positions[:, :, None] - attention.key_positions[:, None] < reach
         counting = units is not None and self.config.score == "attention"
         out, weights = attention.join(*rows, local=local, weights=counting)
         if units is None:
             return out, None
         if weights is not None and counting:
             seen = weights.detach()[..., far:].to(state["score"].dtype)
-            return out, (seen * places.query_valid[:, None, :, None]).sum(2)
+            return out, (seen * attention.query_valid[:, None, :, None]).sum(2)
         keys = torch.cat([recent["key"].to(attention.key.dtype), attention.key], 2)
-        place = torch.cat([positions, places.keys], 1)
-        distance = places.queries[:, :, None] - place[:, None]
-        seen = (distance > 0) & (distance < reach) & places.query_valid[..., None]
-        seen &= torch.cat([there, places.key_valid], 1)[:, None]
-        query = attention.rotated(attention.query, places.queries)
-        return out, ops.received_products(query, attention.rotated(keys, place), seen)
+        place = torch.cat([positions, attention.key_positions], 1)
+        distance = attention.query_positions[:, :, None] - place[:, None]
+        seen = (distance > 0) & (distance < reach) & attention.query_valid[..., None]
+        seen &= torch.cat([there, attention.key_valid], 1)[:, None]
+        query = attention.rotate(attention.query, attention.query_positions)
+        return out, ops.received_products(query, attention.rotate(keys, place), seen)
 
     def _far_rows(
         self, attention: LayerAttention, state: Tree, units: Units | None,
         around: tuple[Tree, Tensor, Tensor],
-    ) -> list[Rows]:  # fmt: skip
+    ) -> list[MemoryKeyValues]:  # fmt: skip
         """What stands at the constant distance: units, sinks, and tokens past the window."""
         config, window = self.config, self.config.window_size
         if units is None and attention.window is not None:
@@ -274,7 +274,7 @@ class InfLLMMemory(AttentionMemory):
             absolute = tokens[:, None] + torch.arange(-there.shape[1], 0, device=tokens.device)
             gone &= (absolute[:, :past] < config.num_sinks)[:, None]
         elif config.window_mask == "published":
-            read = (attention.places.keys + 1).masked_fill(~attention.places.key_valid, 0).amax(1)
+            read = (attention.key_positions + 1).masked_fill(~attention.key_valid, 0).amax(1)
             first = there.shape[1] - there.sum(1) + (there.sum(1) + read - window).clamp_min(0)
             gone = there[:, :past] & (torch.arange(past, device=tokens.device) < first[:, None])
             gone = gone[:, None].expand(-1, length, -1)
@@ -288,11 +288,12 @@ class InfLLMMemory(AttentionMemory):
         mask = torch.cat(seen, 2)
         if not mask.shape[2] or not bool(mask.any()):
             return []
-        still = torch.zeros(batch, mask.shape[2], dtype=torch.long, device=tokens.device)
-        query_positions = attention.places.queries.new_full(
+        origin = torch.zeros(batch, mask.shape[2], dtype=torch.long, device=tokens.device)
+        query_positions = attention.query_positions.new_full(
             (batch, length), self._reach(attention) - 1
         )
-        return [Rows(torch.cat(keys, 2), torch.cat(values, 2), still, mask, query_positions)]
+        key, value = torch.cat(keys, 2), torch.cat(values, 2)
+        return [MemoryKeyValues(key, value, origin, mask, query_positions)]
 
     def _fetched(
         self, layer: int, state: Tree, selection: Selection | None, parts: list[slice]
@@ -334,7 +335,7 @@ class InfLLMMemory(AttentionMemory):
 
     def _scored(self, attention: LayerAttention, state: Tree, received: Tensor) -> Tree:
         """The scores with what recent and own columns received."""
-        places, total = attention.places, attention.value.shape[2]
+        total = attention.value.shape[2]
         count = received.shape[2] - total
         recent, own = received[..., :count], received[..., count:]
         score = state["score"]
@@ -342,15 +343,15 @@ class InfLLMMemory(AttentionMemory):
             [score[..., : self.kept - count], score[..., self.kept - count :] + recent], 2
         )
         window = self.config.window_size
-        inside = (places.keys < window) & places.key_valid
-        index = places.keys.clamp(0, window - 1)[:, None].expand_as(own)
+        inside = (attention.key_positions < window) & attention.key_valid
+        index = attention.key_positions.clamp(0, window - 1)[:, None].expand_as(own)
         own = own * inside[:, None]
         return {"score": score, "open_score": state["open_score"].scatter_add(2, index, own)}
 
     # Writing
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
-        config, valid = self.config, attention.places.key_valid
+        config, valid = self.config, attention.key_valid
         recent, there = self._recent(state)
         before = state["tokens"]
         tokens = before + valid.sum(1)
@@ -374,8 +375,8 @@ class InfLLMMemory(AttentionMemory):
         scores = None
         if layer in self.retrieving:
             count = there.shape[1]
-            place = attention.places.keys.clamp(0, config.window_size - 1)
-            inside = attention.places.keys < config.window_size
+            place = attention.key_positions.clamp(0, config.window_size - 1)
+            inside = attention.key_positions < config.window_size
             opened = state["open_score"].gather(
                 2, place[:, None].expand(-1, state["open_score"].shape[1], -1)
             )

@@ -128,26 +128,24 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         return self.config.first_layer or layer > 0
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        seen, places = attention.seen, attention.places
-        length = seen.query.shape[2]
-        marks = places.inserted[:, places.inserted.shape[1] - length :]
-        if places.ordered:
-            k, v, valid, where = seen.key, seen.value, None, None
-        else:
-            index, valid = self._by_place(attention)
-            k, v, where = take(seen.key, index), take(seen.value, index), places.queries
-        found = ops.attention(
-            seen.query, k, v, self.config.block_size,
-            scaling=seen.scaling, places=where, landmark=marks, valid=valid,
-            softcap=seen.softcap, window=attention.window,
+        query, key, value = attention.rotated_query, attention.rotated_key, attention.value
+        inserted, where, valid = attention.positions.inserted, None, None
+        marks = inserted[:, inserted.shape[1] - query.shape[2] :]
+        if not attention.positions.ordered:
+            index, valid = self._by_position(attention)
+            key, value, where = take(key, index), take(value, index), attention.query_positions
+        local = ops.attention(
+            query, key, value, self.config.block_size,
+            scaling=attention.rotated_scaling, places=where, landmark=marks, valid=valid,
+            softcap=attention.softcap, window=attention.window,
         )  # fmt: skip
         if self.retrieves(layer) and self._any(attention, state):
             ids, state = self._chosen(layer, attention, state)
             past = self._past(attention, state, ids)
-            out = ops.merge(found, past)
+            out = ops.merge(local, past)
         else:
-            out = found[0]
-        return out.transpose(1, 2).to(seen.value.dtype).contiguous(), state
+            out = local[0]
+        return out.transpose(1, 2).to(attention.value.dtype).contiguous(), state
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
         """The blocks `(B, H, T, R)` that are read, ascending, by scores `(B, H, T, N)`."""
@@ -182,26 +180,24 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
 
     def _any(self, attention: LayerAttention, state: Tree) -> bool:
         """Whether any row has stored blocks; asked once a step."""
-        if "landmark_any" not in attention.shared:
-            attention.shared["landmark_any"] = bool((state["count"] > 0).any())
-        return attention.shared["landmark_any"]
+        return attention.cached_per_step((self, "any"), lambda: bool((state["count"] > 0).any()))
 
-    def _by_place(self, attention: LayerAttention) -> tuple[Tensor, Tensor]:
-        """Which column holds the key of each place, `(B, P)`, and whether there is one."""
-        if "landmark_places" not in attention.shared:
-            places = attention.places
-            spare = places.length
-            target = torch.where(places.key_valid, places.keys, spare)
+    def _by_position(self, attention: LayerAttention) -> tuple[Tensor, Tensor]:
+        """Which column holds the key of each position, `(B, P)`, and whether there is one."""
+
+        def columns() -> tuple[Tensor, Tensor]:
+            spare = attention.positions.length
+            target = torch.where(attention.key_valid, attention.key_positions, spare)
             columns = torch.arange(target.shape[1], device=target.device).expand_as(target)
             empty = torch.zeros(len(target), spare + 1, dtype=torch.long, device=target.device)
             index = empty.scatter(1, target, columns)[:, :spare]
-            there = empty.bool().scatter(1, target, True)[:, :spare]
-            attention.shared["landmark_places"] = index, there
-        return attention.shared["landmark_places"]
+            return index, empty.bool().scatter(1, target, True)[:, :spare]
+
+        return attention.cached_per_step((self, "columns"), columns)
 
     def _pieces(self, attention: LayerAttention, state: Tree) -> list[slice]:
         """Parts of the queries for which scores and gathered blocks may exist at once."""
-        batch, heads, length, width = attention.seen.query.shape
+        batch, heads, length, width = attention.rotated_query.shape
         config, own = self.config, state["landmark"]
         each = max(own.shape[2], (config.top_k + 1) * width, config.top_k * config.block_size)
         block = config.block_size * width
@@ -214,12 +210,12 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         """Queries `(B, H, T, R + 1, Dk)` as blocks 1 to R + 1 back see them."""
         config, query = self.config, attention.query[:, :, piece]
         positions = ops.queries_for(
-            config.block_size, config.top_k, attention.places.queries[:, piece]
+            config.block_size, config.top_k, attention.query_positions[:, piece]
         )
         many = query[:, :, :, None].expand(-1, -1, -1, config.top_k + 1, -1)
-        name = f"landmark_{piece.start}"
-        turned = attention.rotated(many.flatten(2, 3), positions.flatten(1), name)
-        return turned.unflatten(2, (-1, config.top_k + 1))
+        name = self, piece.start
+        rotated = attention.rotate(many.flatten(2, 3), positions.flatten(1), name)
+        return rotated.unflatten(2, (-1, config.top_k + 1))
 
     @torch.no_grad()
     def _chosen(
@@ -227,7 +223,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
     ) -> tuple[list[Tensor], Tree]:
         """Ids of the blocks for each piece of the queries, and the state that knows of them."""
         retrieval = self.config.retrieval
-        valid, softcap = attention.places.query_valid, attention.seen.softcap
+        valid, softcap = attention.query_valid, attention.softcap
         result: list[Tensor] = []
         together = retrieval == "call"
         zero = torch.zeros((), device=valid.device)
@@ -262,7 +258,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
             q = self._turned(attention, state, piece, own)
             return ops.retrieved(
                 q, keys, values, landmarks, state["valid"].squeeze(1), own,
-                attention.scaling, attention.seen.softcap,
+                attention.scaling, attention.softcap,
             )  # fmt: skip
 
         if self.config.offload and not torch.is_grad_enabled():
@@ -271,7 +267,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         tensors = held["key"], held["value"], state["landmark"]
         pieces = self._pieces(attention, state)
         each = sum(t[0, 0, 0].numel() for t in tensors) * self.config.top_k
-        again = each * attention.seen.query[..., 0].numel() > ops.SAVED
+        again = each * attention.rotated_query[..., 0].numel() > ops.SAVED
         found = [
             ops.again_later(part, again, *tensors, piece, own)
             for piece, own in zip(pieces, ids, strict=True)
@@ -292,7 +288,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         """`_past` of blocks in the host's memory, one KV head after the other: the blocks of the
         next come over while one is read. A single token reads all heads at once."""
         held, heads, groups = self._held(state), state["landmark"].shape[1], attention.groups
-        at_once = heads if attention.seen.query.shape[2] == 1 else 1
+        at_once = heads if attention.rotated_query.shape[2] == 1 else 1
         pieces = self._pieces(attention, state)
         work = [(n, first) for n in range(len(pieces)) for first in range(0, heads, at_once)]
 
@@ -318,7 +314,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
             q = q.unflatten(1, (-1, groups)).flatten(0, 1)
             result = ops.retrieved(
                 q, keys[:, None], values[:, None], landmarks[:, None], valid, own,
-                attention.scaling, attention.seen.softcap,
+                attention.scaling, attention.softcap,
             )  # fmt: skip
             for part, into in zip(result, (outputs[n], logs[n]), strict=True):
                 into.append(part.unflatten(0, (-1, at_once)).flatten(1, 2))
@@ -327,13 +323,13 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
 
     def _blocks(self, attention: LayerAttention, state: Tree) -> tuple[Tree, Tensor]:
         """The segment's blocks as they are stored, `(B, Hkv, S, ...)`, and which are there."""
-        places, size = attention.places, self.config.block_size + 1
-        index, there = self._by_place(attention)
+        size = self.config.block_size + 1
+        index, there = self._by_position(attention)
         short = -index.shape[1] % size
         index, there = (torch.nn.functional.pad(t, (0, short)) for t in (index, there))
-        marks = places.inserted.gather(1, index) & there
-        inside = places.keys % size
-        key = take(attention.rotated(attention.key, inside, "landmark_inside"), index)
+        marks = attention.positions.inserted.gather(1, index) & there
+        inside = attention.key_positions % size
+        key = take(attention.rotate(attention.key, inside, (self, "inside")), index)
         key, value = (x.unflatten(2, (-1, size)) for x in (key, take(attention.value, index)))
         there, marks = (t.unflatten(1, (-1, size)) for t in (there, marks))
         tokens = (there & ~marks)[..., :-1]

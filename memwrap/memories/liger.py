@@ -235,16 +235,16 @@ class LigerMemory(AttentionMemory):
 
     def _recurrent(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """What the step's tokens read of the recurrence `(B, T, H, Dv)`, and the state after."""
-        config, places = self.config, attention.places
+        config = self.config
         q, length = attention.query, attention.query.shape[2]
         start = attention.key.shape[2] - length
         k, v = attention.key[:, :, start:], attention.value[:, :, start:]
-        mask = places.query_valid
+        mask = attention.query_valid
         new: Tree = {**state, "read": state["read"] + mask.sum(1)}
         gate = k.to(state["S" if "S" in state else "K"].dtype)  # before feature map and rotation
         if config.rotate:
             positions = state["read"][:, None] + mask.cumsum(1) - 1
-            q, k = (attention.rotated(x, positions) for x in (q, k))
+            q, k = (attention.rotate(x, positions) for x in (q, k))
         dtype = v.dtype
         full: dict[str, Any] = {"mask": mask if attention.padded else None, "scale": 1.0}
         if config.form == "gsa":

@@ -130,7 +130,7 @@ class LoLCATsMemory(AttentionMemory):
         if not self._transfers:
             return out, state
         wanted = attention.local()
-        valid = attention.places.query_valid.to(out)
+        valid = attention.query_valid.to(out)
         error = (out - wanted.detach().to(out.dtype)).square().mean((2, 3))
         mean = (error * valid).sum(1) / valid.sum(1).clamp_min(1)
         attention.losses.append(mean * (self.config.loss_weight / len(self.maps)))
@@ -165,17 +165,17 @@ class LoLCATsMemory(AttentionMemory):
     def _linear(self, maps: Any, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Sums `(B, H, T, Dv + 1)` over tokens behind the window, and the state after the step."""
         wide = state["S"].dtype
-        leaving = self.window.leaving(attention, state["window"])
-        keys, values = self.window.left(attention, state["window"])
-        keys = attention.rotated(keys, leaving.left.clamp_min(0), "left")
-        query = attention.rotated(attention.query, leaving.places, "places")
+        evicted = self.window.evicted(attention, state["window"])
+        keys, values = self.window.evicted_key_values(attention, state["window"])
+        keys = attention.rotate(keys, evicted.positions.clamp_min(0), "evicted")
+        query = attention.rotate(attention.query, evicted.query_positions, "in the document")
         q = learned_features(query, maps.query.to(wide))
         group = attention.groups
         values = F.pad(values, (0, 1), value=1.0).to(wide)
         if self.config.key_maps == "query_head":
             keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
         k = learned_features(keys, maps.key.to(wide))
-        entering = attention.places.query_valid & (leaving.left >= 0)
+        entering = attention.query_valid & (evicted.positions >= 0)
         out, S = gla.scan(q, k, values, None, state["S"], scale=1.0, mask=entering)
         return out, {**state, "S": S}
 

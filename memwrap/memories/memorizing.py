@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.parts.joint_softmax import join_summary
+from memwrap.memories.parts.joint_softmax import merge_attention_states
 from memwrap.memories.parts.key_value_ring import KeyValueRings
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
@@ -98,14 +98,14 @@ class MemorizingMemory(AttentionMemory):
             if self.config.qk_norm:
                 query, scale = retrieve.normalise(query), self.scales[str(layer)].exp()
             elif joint:
-                softcap = attention.seen.softcap
+                softcap = attention.softcap
             read = retrieve.attend(
                 query, state["key"], state["value"], self.rings.filled(state),
                 self.config.top_k, scale=scale, softcap=softcap,
             )  # fmt: skip
         if joint:
             most = max(1, read.index.shape[-1])
-            out = join_summary(attention, read.out, read.logsumexp, most)[0]
+            out = merge_attention_states(attention, read.out, read.logsumexp, most)[0]
             return out.to(attention.value.dtype), state
         local = attention.local()
         gate = torch.sigmoid(self.gates[str(layer)].to(read.out.dtype))[:, None]
@@ -115,7 +115,7 @@ class MemorizingMemory(AttentionMemory):
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         key = retrieve.normalise(attention.key) if self.config.qk_norm else attention.key
-        return self.rings.add(state, key, attention.value, attention.places.key_valid)
+        return self.rings.add(state, key, attention.value, attention.key_valid)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         own = [*self.gates.parameters(), *self.scales.parameters()]

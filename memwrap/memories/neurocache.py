@@ -187,16 +187,16 @@ class NeurocacheMemory(AttentionMemory):
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         if "states" in state:
-            attention.shared[self.config.name] = self._retrieve(attention, state)
+            attention.notes[self.config.name] = self._retrieve(attention, state)
         if layer in self.reading:
-            found = attention.shared[self.config.name]
+            found = attention.notes[self.config.name]
             with torch.autocast(attention.value.device.type, enabled=False):
                 own: Any = self.cache_attns[str(layer)]
-                attention.add(own(attention.seen.hidden, found, self.config.head_layout))
+                attention.add(own(attention.inputs, found, self.config.head_layout))
         return attention.local(), state
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
-        count, valid, size = state["count"], attention.places.key_valid, self.config.cache_size
+        count, valid, size = state["count"], attention.key_valid, self.config.cache_size
         total = count + valid.sum(1)
         if "states" not in state:
             return {"count": total}
@@ -218,10 +218,11 @@ class NeurocacheMemory(AttentionMemory):
 
     def _retrieve(self, attention: LayerAttention, state: Tree) -> Found:
         """One retrieval for every token of the step, and for those before it that it reads with."""
-        config, places = self.config, attention.places
+        config = self.config
         column, there = ops.context(
-            places.queries, places.keys, places.key_valid, config.context_size, clamp=config.compat
-        )
+            attention.query_positions, attention.key_positions, attention.key_valid,
+            config.context_size, clamp=config.compat,
+        )  # fmt: skip
         hidden: Tensor = attention.hidden  # type: ignore[assignment]
         needed = torch.zeros(hidden.shape[1], dtype=torch.bool, device=hidden.device)
         needed[column.flatten()] = True

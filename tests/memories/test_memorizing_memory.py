@@ -63,11 +63,13 @@ def joined_by_hand(attention: str, family: str = "llama", **base: Any) -> tuple[
         if state["count"].any():
             groups = seen.groups
             keys, values = (state[n].repeat_interleave(groups, 1) for n in ("key", "value"))
-            own, own_values = (x.repeat_interleave(groups, 1) for x in (seen.seen.key, seen.value))
+            own, own_values = (
+                x.repeat_interleave(groups, 1) for x in (seen.rotated_key, seen.value)
+            )
             scores = seen.query @ keys.transpose(-1, -2) * seen.scaling
-            near = seen.seen.query @ own.transpose(-1, -2) * seen.seen.scaling
+            near = seen.rotated_query @ own.transpose(-1, -2) * seen.rotated_scaling
             both = torch.cat([scores, near], -1)
-            cap = seen.seen.softcap
+            cap = seen.softcap
             if cap is not None:
                 both = cap * torch.tanh(both / cap)
             visible = torch.ones_like(near, dtype=torch.bool).tril()

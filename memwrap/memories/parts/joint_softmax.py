@@ -12,13 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-from memwrap.backbones.layer_attention import LayerAttention, is_sdpa
+from memwrap.backbones.layer_attention import LayerAttention
 
 
-def join_summary(
+def merge_attention_states(
     attention: LayerAttention, out: Tensor, logsumexp: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Attend to the segment's own keys and to entries that a memory has summed up.
+    """Attend in one softmax to the segment's own keys and to entries that a memory has attended to.
 
     Args:
         attention: the layer's.
@@ -30,33 +30,30 @@ def join_summary(
     Returns:
         The output `(B, T, H, Dv)`, and the weight `(B, H, T)` that the entries got together.
     """
-    seen = attention.seen
-    dtype, wide = seen.query.dtype, logsumexp.dtype
-    there = logsumexp > -math.inf
-    score = logsumexp.masked_fill(~there, 0.0)
+    query, key, value = attention.rotated_query, attention.rotated_key, attention.value
+    dtype, wide = query.dtype, logsumexp.dtype
+    finite = logsumexp > -math.inf
+    score = logsumexp.masked_fill(~finite, 0.0)
     keys = 1
-    if seen.softcap is not None:  # several keys share the sum, since one could not reach it
-        keys, cap = count, seen.softcap
+    if attention.softcap is not None:  # several keys share the sum, since one could not reach it
+        keys, cap = count, attention.softcap
         score = cap * torch.atanh(((score - math.log(count)) / cap).clamp(-1 + 1e-6, 1 - 1e-6))
-    score = score / seen.scaling
+    score = score / attention.rotated_scaling
     high = score.to(dtype)  # and the rest: half types hold a score too coarsely
     parts = torch.stack([high, (score - high.to(wide)).to(dtype)], -1)
-    queries = torch.cat([seen.query, parts], -1)
+    queries = torch.cat([query, parts], -1)
     pad = torch.nn.functional.pad
-    summary = seen.key.new_zeros(*seen.key.shape[:2], keys, seen.key.shape[-1] + 2)
+    summary = key.new_zeros(*key.shape[:2], keys, key.shape[-1] + 2)
     summary[..., -2:] = 1.0
-    marked = seen.value.new_zeros(*seen.value.shape[:2], keys, seen.value.shape[-1] + 1)
+    marked = value.new_zeros(*value.shape[:2], keys, value.shape[-1] + 1)
     marked[..., -1] = 1.0
     visible = attention.visible().expand(-1, queries.shape[1], -1, -1)
-    mask = torch.cat([there[..., None].expand(-1, -1, -1, keys), visible], -1)
-    if not is_sdpa(seen):
-        zero = torch.zeros((), dtype=dtype, device=mask.device)
-        mask = torch.where(mask, zero, torch.finfo(dtype).min)
-    joined = seen.call(
+    visible = torch.cat([finite[..., None].expand(-1, -1, -1, keys), visible], -1)
+    joined = attention.function(
         queries,
-        torch.cat([summary, pad(seen.key, (0, 2))], 2),
-        torch.cat([marked, pad(seen.value, (0, 1))], 2),
-        mask,
+        torch.cat([summary, pad(key, (0, 2))], 2),
+        torch.cat([marked, pad(value, (0, 1))], 2),
+        attention.mask_for(visible),
     )[0]
     weight = joined[..., -1].to(wide)
     result = joined[..., :-1].to(wide) + weight[..., None] * out.transpose(1, 2)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memwrap.backbones.attention_probe import AttentionSizes
 from memwrap.backbones.layer_attention import LayerAttention
-from memwrap.backbones.positions import Rows
+from memwrap.backbones.positions import MemoryKeyValues
 from memwrap.ops.buffers import take
 from memwrap.ops.buffers.left_aligned import earliest
 from memwrap.ops.buffers.right_aligned import latest, right_valid
@@ -24,43 +24,48 @@ from memwrap.state.trees import Tree
 
 
 @dataclass(frozen=True)
-class Leaving:
-    """Which row leaves the window as each query of a step comes.
+class Evicted:
+    """The row that leaves the window as each query of a step comes.
 
     Attributes:
-        places: `(B, T)` of the queries in the document, from 0.
-        left: `(B, T)` of the rows that leave; negative where none does.
+        query_positions: `(B, T)` of the queries in the document, from 0.
+        positions: `(B, T)` of the rows that leave; negative where none does.
         kept: `(B, T)` that row among the ones kept before the segment.
         columns: `(B, T)` its column in the segment, where it is one of the segment's.
         inside: `(B, T)` bool, where it is; None: nowhere.
     """
 
-    places: Tensor
-    left: Tensor
+    query_positions: Tensor
+    positions: Tensor
     kept: Tensor
     columns: Tensor
     inside: Tensor | None
 
-    def rows(self, kept: Tensor, own: Callable[[], Tensor]) -> Tensor:
-        """What left, `(B, H, T, D)`: of the kept rows `(B, H, W, D)` and, where it is inside, of
-        what `own` gives for `columns`, `(B, H, T, D)`."""
+    def rows(self, kept: Tensor, segment_rows: Callable[[], Tensor]) -> Tensor:
+        """Take what left, `(B, H, T, D)`: of the kept rows `(B, H, W, D)` and, where it is inside,
+        of what `segment_rows` gives for `columns`, `(B, H, T, D)`."""
         before = take(kept, self.kept)
         if self.inside is None:
             return before
-        return torch.where(self.inside[:, None, :, None], own().to(kept), before)
+        return torch.where(self.inside[:, None, :, None], segment_rows().to(kept), before)
 
 
 @dataclass(frozen=True)
-class _Sight:
-    """Who sees whom in a step: positions `(B, W)` of the window's rows and which are seen
-    `(B, T, W)`, who sees whom inside the segment `(B, T, K)`; the sinks' places `(B, n)`, which
-    are seen `(B, T, n)`, and where they see the queries `(B, T)`."""
+class VisibilityMasks:
+    """Who sees whom in a step.
 
-    positions: Tensor
-    recent: Tensor
+    Attributes:
+        window_positions: `(B, W)` of the window's rows; `window`: `(B, T, W)` bool, which are seen.
+        local: `(B, T, K)` bool, inside the segment.
+        sink_positions: `(B, n)`; `sinks`: `(B, T, n)` bool, which are seen.
+        query_positions: `(B, T)`, where the sinks see the queries.
+    """
+
+    window_positions: Tensor
+    window: Tensor
     local: Tensor
-    places: Tensor
-    gone: Tensor
+    sink_positions: Tensor
+    sinks: Tensor
     query_positions: Tensor
 
 
@@ -106,75 +111,84 @@ class SlidingWindow:
     def attend(
         self, attention: LayerAttention, state: Tree, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The softmax over window, sinks and segment; as `LayerAttention.join`."""
+        """Attend in one softmax to window, sinks and segment; as `LayerAttention.join`."""
         name = ("window", self, attention.window)
-        sight = attention.once(name, lambda: self._sight(attention, state))
-        key, value = state["window_key"], state["window_value"]
-        rows = [Rows(key, value, sight.positions, sight.recent, still=True)]
-        if self.num_sinks and attention.window is None:
-            sinks = self._sinks(attention, state)
-            rows.insert(0, Rows(*sinks, sight.places, sight.gone, sight.query_positions))
-        return attention.join(*rows, local=sight.local, weights=weights, name=name)
+        masks = attention.cached_per_step(name, lambda: self._masks(attention, state))
+        window = MemoryKeyValues(
+            state["window_key"], state["window_value"], masks.window_positions, masks.window,
+            static=True,
+        )  # fmt: skip
+        if not self.num_sinks or attention.window is not None:
+            return attention.join(window, local=masks.local, weights=weights, name=name)
+        key, value = self._sinks(attention, state)
+        sinks = MemoryKeyValues(
+            key, value, masks.sink_positions, masks.sinks, masks.query_positions
+        )
+        return attention.join(sinks, window, local=masks.local, weights=weights, name=name)
 
     def closed(
         self, attention: LayerAttention, state: Tree, beside: dict[str, Tensor] | None = None
     ) -> Tree:
-        """What is kept once the segment is part of the past; `beside` keys and values rows
-        `(B, H, K, D)` of the segment for other buffers of `kept` rows in the state."""
-        tokens, kept, there = attention.once(("kept", self), lambda: self._kept(attention, state))
+        """Make the segment part of the past; `beside` keys and values rows `(B, H, K, D)` of the
+        segment for other buffers of `kept` rows in the state."""
+        tokens, kept, valid = attention.cached_per_step(
+            ("kept", self), lambda: self._kept(attention, state)
+        )
         new = {**state, "tokens": tokens}
-        own = {"window_key": attention.key, "window_value": attention.value}
-        for name, rows in (own | (beside or {})).items():
-            new[name] = take(torch.cat([state[name], rows.to(state[name])], 2), kept, there)
+        segment = {"window_key": attention.key, "window_value": attention.value}
+        for name, rows in (segment | (beside or {})).items():
+            new[name] = take(torch.cat([state[name], rows.to(state[name])], 2), kept, valid)
         if self.num_sinks:
             new["sink_key"], new["sink_value"] = self._sinks(attention, state)
         return new
 
-    def leaving(self, attention: LayerAttention, state: Tree) -> Leaving:
-        """What leaves the window at each query of the step; needs `kept` of at least `size`."""
-        return attention.once(("leaving", self), lambda: self._leaving(attention, state))
+    def evicted(self, attention: LayerAttention, state: Tree) -> Evicted:
+        """Tell what leaves the window at each query of the step; needs `kept` of at least
+        `size`."""
+        return attention.cached_per_step(("evicted", self), lambda: self._evicted(attention, state))
 
-    def left(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys `(B, Hkv, T, Dk)` and values `(B, Hkv, T, Dv)` of what leaves."""
-        leaving = self.leaving(attention, state)
-        columns, name = leaving.columns, ("leaving", self)
-        key = leaving.rows(state["window_key"], lambda: attention.keys_of(columns, name))
-        value = leaving.rows(state["window_value"], lambda: take(attention.value, columns))
+    def evicted_key_values(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor]:
+        """Take un-rotated keys `(B, Hkv, T, Dk)` and values `(B, Hkv, T, Dv)` of what leaves."""
+        evicted = self.evicted(attention, state)
+        columns, name = evicted.columns, ("evicted", self)
+        key = evicted.rows(state["window_key"], lambda: attention.keys_at(columns, name))
+        value = evicted.rows(state["window_value"], lambda: take(attention.value, columns))
         return key, value
 
-    def _leaving(self, attention: LayerAttention, state: Tree) -> Leaving:
-        valid, mask = attention.places.key_valid, attention.places.query_valid
-        rank = (valid.long().cumsum(1) - 1)[:, valid.shape[1] - mask.shape[1] :].clamp_min(0)
+    def _evicted(self, attention: LayerAttention, state: Tree) -> Evicted:
+        valid, length = attention.key_valid, attention.query_valid.shape[1]
+        rank = (valid.long().cumsum(1) - 1)[:, valid.shape[1] - length :].clamp_min(0)
         sizes = state["sizes"][:, None] if "sizes" in state else self.size
         column = rank - sizes  # of the valid ones; negative for those before the segment
         columns = earliest(valid, valid.shape[1]).gather(1, column.clamp_min(0))
         kept = (column + self.kept).clamp_max(self.kept - 1)
-        places = state["tokens"][:, None] + rank
+        positions = state["tokens"][:, None] + rank
         inside = column >= 0
         within = bool(inside.any())  # seldom in decoding: asked once a step, for all layers
-        return Leaving(places, places - sizes, kept, columns, inside if within else None)
+        return Evicted(positions, positions - sizes, kept, columns, inside if within else None)
 
     def _kept(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens read, which of kept and own rows stay, `(B, W)`, and which of these are there."""
-        before, valid = state["tokens"], attention.places.key_valid
+        """Tokens read, which of kept rows and the segment's stay, `(B, W)`, and which of these
+        are real."""
+        before, valid = state["tokens"], attention.key_valid
         tokens = before + valid.sum(1)
         rows = latest(torch.cat([right_valid(before, self.kept), valid], 1), self.kept)
         return tokens, rows, right_valid(tokens, self.kept)
 
-    def _sight(self, attention: LayerAttention, state: Tree) -> _Sight:
-        places, before = attention.places, state["tokens"]
+    def _masks(self, attention: LayerAttention, state: Tree) -> VisibilityMasks:
+        queries, before = attention.query_positions, state["tokens"]
         most = self.size if attention.window is None else min(self.size, attention.window)
         window: Tensor | int = most
         if "sizes" in state:
             window = state["sizes"][:, None, None].clamp_max(most)
         positions = torch.arange(-self.kept, 0, device=before.device).expand(len(before), -1)
-        recent = places.queries[:, :, None] - positions[:, None] < window
+        recent = queries[:, :, None] - positions[:, None] < window
         recent &= right_valid(before, self.kept)[:, None]
-        local = places.queries[:, :, None] - places.keys[:, None] < window
-        absolute = before[:, None] + places.queries
+        local = queries[:, :, None] - attention.key_positions[:, None] < window
+        absolute = before[:, None] + queries
         sinks = torch.arange(self.num_sinks, device=before.device).expand(len(before), -1)
         last = window + self.num_sinks - 1
-        return _Sight(
+        return VisibilityMasks(
             positions, recent, local, sinks, absolute[:, :, None] - sinks[:, None] >= window,
             absolute.clamp_max(last[:, 0] if isinstance(last, Tensor) else last),
         )  # fmt: skip
@@ -182,28 +196,30 @@ class SlidingWindow:
     def _sinks(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor]:
         """Keys and values of the document's first tokens, those just read among them."""
         before = state["sink_key"], state["sink_value"]
-        first = attention.once(("sinks", self), lambda: self._first(attention, state["tokens"]))
+        first = attention.cached_per_step(
+            ("sinks", self), lambda: self._first(attention, state["tokens"])
+        )
         if first is None:
             return before
-        old, columns, there = first
-        own = attention.keys_of(columns, ("sinks", self)), take(attention.value, columns)
+        old, columns, valid = first
+        read = attention.keys_at(columns, ("sinks", self)), take(attention.value, columns)
         key, value = (
-            torch.where(old, kept, new.to(kept)) * there
-            for kept, new in zip(before, own, strict=True)
+            torch.where(old, kept, new.to(kept)) * valid
+            for kept, new in zip(before, read, strict=True)
         )
         return key, value
 
     def _first(
         self, attention: LayerAttention, before: Tensor
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Which sinks were there before the segment `(B, 1, n, 1)`, the segment's columns of the
-        others `(B, n)`, and which are there now `(B, 1, n, 1)`; None if all were there."""
+        """Which sinks were read before the segment `(B, 1, n, 1)`, the segment's columns of the
+        others `(B, n)`, and which are read now `(B, 1, n, 1)`; None if all were read before."""
         if bool((before >= self.num_sinks).all()):
             return None
-        valid = attention.places.key_valid
-        places = torch.arange(self.num_sinks, device=before.device)
+        valid = attention.key_valid
+        numbers = torch.arange(self.num_sinks, device=before.device)
         columns = earliest(valid, min(self.num_sinks, valid.shape[1]))
-        number = (places - before[:, None]).clamp(0, columns.shape[1] - 1)
-        old = (places < before[:, None])[:, None, :, None]
-        there = (places < (before + valid.sum(1))[:, None])[:, None, :, None]
-        return old, columns.gather(1, number), there
+        index = (numbers - before[:, None]).clamp(0, columns.shape[1] - 1)
+        old = (numbers < before[:, None])[:, None, :, None]
+        read = (numbers < (before + valid.sum(1))[:, None])[:, None, :, None]
+        return old, columns.gather(1, index), read
