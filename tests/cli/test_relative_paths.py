@@ -1,4 +1,4 @@
-"""Paths as people type them, relative to where they stand: every command and call that takes one."""
+"""Paths relative to the working directory, in every command and call that takes one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from support import error_of, ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
 from memwrap import exporting
+from memwrap.testing.helpers import error_of, ids
 from memwrap.stores import FaissStore, TorchStore, open_store
 
 TEXT = "".join(f"Line {n}: the number of this line is {n}.\n" for n in range(40))

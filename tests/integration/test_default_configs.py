@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import assert_same_states, ids, randomise, refused
+from support import refused
 
 import memwrap
 from memwrap.io.checksums import checksums
+from memwrap.testing.families import build
+from memwrap.testing.helpers import assert_same_states, ids, randomise
 
 
 @pytest.mark.parametrize("memory", memwrap.available())
