@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
 from memwrap import exporting
-from memwrap.testing.helpers import error_of, ids
 from memwrap.stores import FaissStore, TorchStore, open_store
+from memwrap.testing.helpers import error_of, ids
 
 TEXT = "".join(f"Line {n}: the number of this line is {n}.\n" for n in range(40))
 TINY = (
