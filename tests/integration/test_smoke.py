@@ -14,6 +14,8 @@ from peft import LoraConfig
 
 import memwrap
 from memwrap import exporting
+from memwrap.memories.protocol import places_of
+from memwrap.memories.registry import memory_class
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
     SEGMENT,
@@ -39,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def places(memories: Iterable[str]) -> set[str]:
-    return set().union(*(memwrap.config_class(memory).places for memory in memories))
+    return set().union(*(places_of(memory_class(memory)) for memory in memories))
 
 
 def test_every_place_has_a_memory_here() -> None:
