@@ -1,4 +1,5 @@
-# make demo | test | test-full | test-lowest | lint | docs | clean. Everything happens in .venv, made on first use.
+# make demo | test | test-full | test-lowest | test-newest | lint | docs | clean. Everything happens
+# in .venv, made on first use; the oldest and the newest versions have environments of their own.
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path another environment.
 
@@ -15,7 +16,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-full test-lowest lint docs install install-dev clean
+.PHONY: demo test test-full test-lowest test-newest smoke-newest lint docs install install-dev clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -28,19 +29,40 @@ test: $(VENV)/.installed-dev
 test-full: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full"
 
-# The same on the lowest supported transformers, in an environment of its own.
+# The same at the lower bounds of pyproject.toml. torch is the tested one, which has a CPU build
+# here; `make test-lowest LOWEST_TORCH=torch==2.11.0` takes the bound's (PyPI's: gigabytes of CUDA).
 LOWEST := .venv-lowest
-LOWEST_TRANSFORMERS := transformers==5.17.0
+LOWEST_TORCH ?= $(TORCH)
 
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -n $(WORKERS)
 
-$(LOWEST)/.installed: constraints.txt pyproject.toml
+$(LOWEST)/.installed: constraints.txt pyproject.toml .ci/lower_bounds.py
 	$(PYTHON) -m venv $(LOWEST)
-	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(LOWEST)/constraints.txt
-	echo '$(LOWEST_TRANSFORMERS)' >> $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt $(TORCH)
-	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable ".[dev]"
+	$(PYTHON) .ci/lower_bounds.py torch > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet $(LOWEST_TORCH)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt \
+		--editable ".[dev]"
+	@touch $@
+
+# The same with the newest release of everything but torch. Each call looks for newer ones.
+NEWEST := .venv-newest
+UPGRADE := $(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(TORCH)
+
+test-newest: $(NEWEST)/.made
+	$(UPGRADE) --editable ".[dev]"
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS)
+
+# A short look at the newest releases, which takes few packages and two minutes: part of .ci/run.
+smoke-newest: $(NEWEST)/.made
+	$(UPGRADE) --editable ".[testing]" trl
+	$(NEWEST)/bin/python -m memwrap doctor
+	$(NEWEST)/bin/python -m pytest $(SMOKE)
+
+SMOKE := tests/integration/test_smoke.py tests/integration/test_trainers.py::test_sft_loss_equals_ours
+
+$(NEWEST)/.made:
+	$(PYTHON) -m venv $(NEWEST)
 	@touch $@
 
 lint: $(VENV)/.installed-dev
@@ -82,4 +104,4 @@ $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
 	@touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ module is collected. Processes that tests start do not inherit the variable.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-if not torch.cuda.is_available():
+# The smoke test's environment has no Triton.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     with pytest.MonkeyPatch.context() as choice:
         choice.setenv("TRITON_INTERPRET", "1")
         import memwrap_kernels  # noqa: F401

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import runpy
 import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import memwrap
@@ -286,3 +288,24 @@ def test_the_project_file() -> None:
     for requirement in needed:
         name = re.match(r"[A-Za-z0-9_.-]+", requirement).group().lower().replace("_", "-")  # type: ignore[union-attr]
         assert name in pinned | {"memwrap"}, f"constraints.txt does not pin {name}"
+
+
+def test_lower_bounds_are_not_above_the_tested_versions() -> None:
+    """`make test-lowest` installs them, from the list that this reads."""
+    read = runpy.run_path(str(ROOT / ".ci" / "lower_bounds.py"))["lower_bounds"]
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
+    tested = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)", pins, re.MULTILINE))
+    bounds = read()
+    assert {"torch", "transformers", "peft", "datasets", "pytest"} <= bounds.keys()
+    for name in bounds.keys() & tested.keys():
+        assert Version(bounds[name]) <= Version(tested[name]), name
+
+
+def test_a_dependency_without_a_lower_bound_is_refused(tmp_path: Path) -> None:
+    read = runpy.run_path(str(ROOT / ".ci" / "lower_bounds.py"))["lower_bounds"]
+    path = tmp_path / "pyproject.toml"
+    head = '[project]\nname = "memwrap"\n[project.optional-dependencies]\nx = ["memwrap[y]"]\n'
+    for needed, words in (('"a"', "no lower bound"), ('"a>=1", "a>=2"', "two lower bounds")):
+        path.write_text(head.replace("\n[project.", f"\ndependencies = [{needed}]\n[project."))
+        with pytest.raises(ValueError, match=words):
+            read(path)

@@ -15,9 +15,16 @@ def asset(name: str | Path) -> Path | None:
 
 
 def asset_name(path: str | Path) -> str:
-    """The name of a shipped model given its folder; any other path as it is."""
-    if not str(path):
-        return ""
+    """Name a model so that it is found again from any working directory.
+
+    Args:
+        path: what it was loaded from.
+
+    Returns:
+        The name of a shipped model given its folder, any other folder's absolute path, and what is
+        no folder (a repo id) as it is.
+    """
     folder = Path(path)
-    same = folder.is_dir() and folder.resolve().parent == ROOT.resolve()
-    return folder.name if same else str(path)
+    if not str(path) or not folder.is_dir():
+        return str(path)
+    return folder.name if folder.resolve().parent == ROOT.resolve() else str(folder.absolute())

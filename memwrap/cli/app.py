@@ -279,8 +279,10 @@ def doctor(
     from memwrap.cli import doctor as room
 
     transformers_logging.disable_progress_bar()
-    for name, version in room.versions().items():
+    versions = room.versions()
+    for name, version in versions.items():
         typer.echo(f"{name:<16}{version}")
+    typer.echo(f"{'versions':<16}{room.compared(versions)}")
     for line in room.devices():
         typer.echo(f"{'device':<16}{line}")
     typer.echo(f"{'ops':<16}{room.backends()}")

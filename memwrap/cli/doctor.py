@@ -6,14 +6,16 @@ import copy
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import memwrap
 from memwrap import ops
-from memwrap.assets import asset
+from memwrap.assets import ROOT, asset
 from memwrap.backbones.masks import ATTENDING
 from memwrap.memories.registry import installed
 
@@ -21,6 +23,9 @@ _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "triton", "datasets",
     "pypdf", "bitsandbytes",
 )  # fmt: skip
+_MISSING = "not installed"
+# The versions that the tests run with: beside the shipped models, or in a checkout.
+_PINS = (ROOT / "constraints.txt", Path(memwrap.__file__).parents[1] / "constraints.txt")
 # Of a model that is built only to be tried. Names that a config lacks are left out.
 _SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
@@ -50,11 +55,43 @@ def versions() -> dict[str, str]:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            found[package] = _MISSING
     for point in installed():
         if point.dist:
             found[point.dist.name] = f"{point.dist.version} (memory {point.name})"
     return found
+
+
+def tested() -> dict[str, str]:
+    """Read the version of each package that the tests run with (constraints.txt).
+
+    Raises:
+        FileNotFoundError: if the file was not installed with memwrap.
+    """
+    path = next((path for path in _PINS if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{_PINS[0]} is missing; install memwrap again.")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==", 1) for line in lines if "==" in line and line[0] != "#")
+
+
+def compared(found: dict[str, str]) -> str:
+    """Compare versions with the tested ones; other versions are a note, for they may well work.
+
+    Args:
+        found: of `versions`; what is not installed or not tested is left out.
+
+    Returns:
+        One line.
+    """
+    pins = tested()
+    others: dict[str, list[str]] = {"newer": [], "older": []}
+    for name in (n for n, v in found.items() if n in pins and v != _MISSING):
+        have, pin = Version(Version(found[name]).public), Version(pins[name])  # without "+cpu"
+        if have != pin:
+            others["newer" if have > pin else "older"].append(f"{name} {have} ({pin})")
+    notes = [f"{age} than tested: {', '.join(names)}" for age, names in others.items() if names]
+    return f"note: {'; '.join(notes)}" if notes else "as tested"
 
 
 def devices() -> list[str]:
@@ -170,4 +207,6 @@ def _try(name: str, config: PreTrainedConfig, memory: str) -> Trial:
     return Trial(memory)
 
 
-__all__ = ["Trial", "backends", "devices", "small_model", "try_model", "versions"]
+__all__ = [
+    "Trial", "backends", "compared", "devices", "small_model", "tested", "try_model", "versions",
+]  # fmt: skip

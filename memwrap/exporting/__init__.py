@@ -82,7 +82,8 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty; export into a new folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".exporting-"))
+    # Absolute, for the check runs in another folder (mkdtemp itself is relative on Python 3.11).
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent.absolute(), prefix=".exporting-"))
     try:
         _write(model, scratch, tokenizer, about or {}, folder.name)
         found = _checked(model, scratch) if check else None

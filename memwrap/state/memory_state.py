@@ -282,11 +282,12 @@ class MemoryState(Cache):
     @classmethod
     def _from_file(cls, about: dict, tensors: dict[str, Tensor]) -> MemoryState:
         tree = tree_build(tensors)
-        memories = tree.get("memories", {})
+        found = tree.get("memories", {})
         rows: dict[str, Tensor] = tree["rows"]
-        if sorted(memories) != sorted(about["memories"]):
-            lost = sorted(set(about["memories"]) ^ set(memories))
-            raise KeyError(f"the tensors of {lost} are missing or foreign")
+        if foreign := sorted(found.keys() - set(about["memories"])):
+            raise KeyError(f"the tensors of {foreign} are foreign")
+        # A memory may keep nothing (a kNN-LM without a cache); lost tensors lack their checksums.
+        memories = {name: found.get(name, {}) for name in about["memories"]}
         state = cls(memories, rows["fill"].shape[0], about["signature"])
         state.open = OpenSegment(tree.get("open", {}), rows["open_positions"], rows["open_valid"])
         for name in _COUNTERS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from commands import run
 from transformers import AutoTokenizer
 
 import memwrap
+from memwrap.cli import doctor
 from memwrap.model.conversation import Conversation
 
 ROOT = Path(__file__).resolve().parents[2]
+OTHERS = {"memwrap", "python", "bitsandbytes"}  # constraints.txt has none of them
 TEXT = "".join(f"Line {n}: the number of this line is {n}.\n" for n in range(40))
 
 
@@ -209,6 +212,27 @@ def test_doctor(base: Path) -> None:
     assert torch.__version__ in output and "ops" in output
     for name in memwrap.available():
         assert any(line.split() == [name, "works"] for line in output.splitlines())
+
+
+def test_doctor_compares_with_the_tested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of constraints.txt, a file that the wheel brings along."""
+    text = (ROOT / "constraints.txt").read_text()
+    pins = doctor.tested()
+    assert pins["torch"] in text and len(pins) == text.count("==") - 1  # one in a comment
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    shipped = wheel["targets"]["wheel"]["force-include"]["constraints.txt"]
+    assert ROOT / shipped == doctor._PINS[0] and doctor._PINS[1] == ROOT / "constraints.txt"
+    assert all(name in pins for name in doctor.versions() if name not in OTHERS)
+    same = pins | {"torch": f"{pins['torch']}+cpu", "trl": "not installed", "python": "3.99"}
+    assert doctor.compared(same) == "as tested"
+    other = {"torch": "99.1+cu130", "peft": "0.20.0", "transformers": "99.0.dev0"}
+    other |= {"safetensors": pins["safetensors"]}
+    monkeypatch.setattr(doctor, "versions", lambda: other)
+    line = next(x for x in run("doctor").output.splitlines() if x.startswith("versions"))
+    assert line.split(maxsplit=1)[1] == (
+        f"note: newer than tested: torch 99.1 ({pins['torch']}), transformers 99.0.dev0 "
+        f"({pins['transformers']}); older than tested: peft 0.20.0 ({pins['peft']})"
+    )
 
 
 def test_doctor_says_why_not(tmp_path: Path) -> None:
