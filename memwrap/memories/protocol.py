@@ -66,6 +66,7 @@ class Memory(nn.Module):
         insert_id: the vocabulary's id of that token; None: its embedding is `inserted(state)`.
         insert_predicts: the inserted token predicts what follows it, and is a target of the token
             before it (needs an `insert_id`). Otherwise it is outside the loss.
+        takes_store: it searches a store of vectors, which a caller of `load` may name.
         grows: the state's tensors may become longer in one dimension, filled from its beginning.
         branches: parts of what is read that can be read alone, by setting `branch` to one of
             them; an evaluation measures what each is worth.
@@ -77,6 +78,7 @@ class Memory(nn.Module):
     needs_hidden: bool = False
     within_window: bool = False
     bytes_per_token: float = 0.0
+    takes_store: bool = False
     grows: bool = False
     branches: tuple[str, ...] = ()
     branch: str = "both"
@@ -169,11 +171,30 @@ class Memory(nn.Module):
 
     # Files beside the parameters
 
-    def save_files(self, folder: Path) -> None:
-        """Write what is neither a parameter nor a setting into a saved model's folder."""
+    def open_named(self, config: MemoryConfig) -> None:
+        """Open what the caller of `wrap` names in a config. A loaded model's config opens nothing:
+        somebody else may have written it."""
 
-    def load_files(self, folder: Path) -> None:
-        """Read what `save_files` wrote."""
+    def save_files(self, new: Path, folder: Path) -> dict[str, str]:
+        """Write what is neither a parameter nor a setting.
+
+        Args:
+            new: an empty folder; what is in it takes its place in `folder`, all at once.
+            folder: the saved model's.
+
+        Returns:
+            Names and what tells each from another of that name, for `load_files`.
+        """
+        return {}
+
+    def load_files(self, folder: Path, marks: dict[str, str] | None, store: Any) -> None:
+        """Read what `save_files` wrote.
+
+        Args:
+            folder: the saved model's.
+            marks: what `save_files` returned; None where that was not kept.
+            store: what the caller named instead; False for no store (`takes_store`).
+        """
 
     def figures(self) -> dict[str, Tensor]:
         """Learned numbers worth watching, `(layers, heads)` each: logged and plotted."""
