@@ -14,7 +14,8 @@ from memwrap.assets import asset
 from memwrap.cli.shared import load_model, load_tokenizer, plain_errors
 from memwrap.io.atomic_files import write_text
 from memwrap.memories.knnlm import KnnLMConfig
-from memwrap.stores import URLS, FaissStore, Store, new_store, open_store
+from memwrap.stores import FaissStore, Store, new_store, open_store
+from memwrap.stores.urls import is_url
 
 store_commands = typer.Typer(
     help="Stores of text that a kNN-LM searches.", no_args_is_help=True, rich_markup_mode=None
@@ -87,7 +88,7 @@ def build(
     loaded = _with_memory(model, config, dtype, own=bool(segment or key))
     memory = loaded.memories["knnlm"]
     documents = load_documents(corpus, None if split == "all" else split)
-    options: dict[str, Any] = {} if output.startswith(URLS) else {"factory": factory}
+    options: dict[str, Any] = {} if is_url(output) else {"factory": factory}
     store = new_store(memory.width, memory.config.metric, path=output, **options)
     count = build_store(
         loaded, load_tokenizer(model, loaded), documents, store, tokens=tokens,
@@ -98,7 +99,7 @@ def build(
 
 def _shown(place: str) -> str:
     """A place without a password."""
-    return place if not place.startswith(URLS) else "the server"
+    return place if not is_url(place) else "the server"
 
 
 @store_commands.command("tune")

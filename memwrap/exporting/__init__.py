@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,11 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 from memwrap.exporting.card import card, foreign_packages
 from memwrap.exporting.flat import flat_files
-from memwrap.io.atomic_files import default_mode
-from memwrap.io.checksums import checksums
+from memwrap.io.whole_folders import making
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.model.saving import VERSION, adapter_keys, plain_name
-from memwrap.model.weight_files import untied
+from memwrap.model.weight_files import seal, write_model
 
 TOLERANCE = 1e-4  # of the logits' scale, in float32; half types round more
 TOLERANCES = {torch.float32: TOLERANCE, torch.float64: TOLERANCE}
@@ -79,21 +77,9 @@ def export(
             packages that transformers does not bring, or the check fails.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty; export into a new folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Absolute, for the check runs in another folder (mkdtemp itself is relative on Python 3.11).
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent.absolute(), prefix=".exporting-"))
-    try:
-        _write(model, scratch, tokenizer, about or {}, folder.name)
-        found = _checked(model, scratch) if check else None
-        scratch.chmod(0o777 & ~_umask())
-        if folder.exists():
-            folder.rmdir()
-        os.replace(scratch, folder)
-        return found
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with making(folder) as new:
+        _write(model, new, tokenizer, about or {}, folder.name)
+        return _checked(model, new) if check else None
 
 
 def push(folder: str | Path, repo_id: str, token: str | None = None) -> Any:
@@ -106,8 +92,6 @@ def push(folder: str | Path, repo_id: str, token: str | None = None) -> Any:
 def _write(
     model: MemoryModelForCausalLM, folder: Path, tokenizer: Any, about: dict[str, Any], name: str
 ) -> None:
-    tensors = {k: v.contiguous() for k, v in untied(merged(model)).items()}
-    huggingface_hub.save_torch_state_dict(tensors, folder, metadata=checksums(tensors))
     config = copy.deepcopy(model.config)
     config.base_included, config.memwrap_version, config.adapters = True, VERSION, None
     config.backbone.dtype = model.backbone.dtype
@@ -116,8 +100,8 @@ def _write(
         "AutoConfig": "configuration_memwrap.MemoryModelConfig",
         "AutoModelForCausalLM": "modeling_memwrap.MemoryModelForCausalLM",
     }
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    write_model(folder, merged(model), config, model.generation_config)
+    seal(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     files = flat_files([type(memory).__module__ for memory in model.memories.values()]) | {
@@ -125,8 +109,6 @@ def _write(
     }
     for file, text in files.items():
         (folder / file).write_text(text, encoding="utf-8")
-    for path in folder.iterdir():
-        path.chmod(default_mode())
 
 
 def merged(model: MemoryModelForCausalLM) -> dict[str, Tensor]:
@@ -215,12 +197,6 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 __all__ = ["Checked", "export", "merged", "push"]

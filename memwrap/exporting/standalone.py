@@ -12,7 +12,17 @@ from typing import Any
 import huggingface_hub
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from memwrap.model.weight_files import put_weights, read_config, read_weights, untied
+from memwrap.io.whole_folders import rewriting
+from memwrap.model.limits import building
+from memwrap.model.weight_files import (
+    CONFIG,
+    OWN_FILES,
+    SavedModel,
+    check_names,
+    put_weights,
+    seal,
+    write_model,
+)
 
 
 def plain_name(name: str) -> str:
@@ -69,19 +79,22 @@ class SavingMixin:
             raise ValueError(
                 f"device_map={device_map!r} spreads the model over devices; give one device."
             )
-        own = read_config(cls, folder)
+        saved = SavedModel(cls, folder)
+        own = saved.config
         options = (
             {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         )
         kind = own.backbone.dtype if dtype in (None, "auto") else dtype
-        base = AutoModelForCausalLM.from_config(copy.deepcopy(own.backbone), dtype=kind, **options)
-        own.backbone = copy.deepcopy(base.config)
-        model: Any = cls(own, base)  # type: ignore[call-arg]
-        tensors = read_weights(folder)
-        foreign = sorted(tensors.keys() - model.state_dict().keys())
-        if foreign:
-            raise ValueError(f"{folder} holds {foreign[0]}, which the model has not.")
-        put_weights(model, tensors, folder)
+        with building(saved.tensors, folder / CONFIG):
+            base = AutoModelForCausalLM.from_config(
+                copy.deepcopy(own.backbone), dtype=kind, trust_remote_code=False, **options
+            )
+            own.backbone = copy.deepcopy(base.config)
+            model: Any = cls(own, base)  # type: ignore[call-arg]
+        check_names(model, saved.tensors, set(model.state_dict()), folder)
+        put_weights(model, saved.tensors, folder)
+        if saved.generation_config is not None:
+            model.generation_config = saved.generation_config
         device = device_map.get("") if isinstance(device_map, dict) else device_map
         return (model if device in (None, "auto") else model.to(device)).eval()
 
@@ -93,11 +106,9 @@ class SavingMixin:
             kwargs: accepted for transformers' callers, without effect here.
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        huggingface_hub.save_torch_state_dict(untied(self.state_dict()), folder, metadata=None)
-        config = copy.deepcopy(self.config)
-        config.save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
-        for file in Path(__file__).parent.glob("*.py"):
-            if not (folder / file.name).exists():
-                shutil.copy(file, folder / file.name)
+        with rewriting(folder, replaces=[OWN_FILES]) as new:
+            write_model(new, self.state_dict(), self.config, self.generation_config)
+            seal(new)
+            for file in Path(__file__).parent.glob("*.py"):
+                if not (folder / file.name).exists():
+                    shutil.copy(file, new / file.name)

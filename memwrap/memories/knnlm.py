@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from memwrap.io.own_paths import is_own, mark_of
+from memwrap.io.reading import inside
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import Claims, LogitsMemory, SeesSegment, SegmentTokens
 from memwrap.memories.registry import register
@@ -18,8 +20,9 @@ from memwrap.ops.buffers import filled, ring, take
 from memwrap.ops.interpolation import interpolate
 from memwrap.state.trees import Tree
 from memwrap.stores import Store, open_store
+from memwrap.stores.urls import is_url, without_password
 
-FOLDER = "knnlm_store"
+FOLDER, STORE_PATH = "knnlm_store", "knnlm_store_path"
 WEIGHT, TEMPERATURE = 0.25, 1.0
 
 
@@ -59,6 +62,13 @@ class KnnLMConfig(MemoryConfig):
         if self.adaptive and self.metric != "l2":
             self._fail("adaptive", "False where `metric` is 'ip': it needs distances")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As for every config, without the password of a store's URL: it is written into files."""
+        values = super().to_dict()
+        if self.store is not None and is_url(self.store):
+            values["store"] = without_password(self.store)
+        return values
+
     @classmethod
     def tiny(cls) -> KnnLMConfig:
         # Adaptive: the distances of tiny random models differ by orders of magnitude.
@@ -75,6 +85,7 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
     token of a segment waits in `last` until the next segment tells what followed it."""
 
     claims = Claims(neutral_start=True, bounded=False, lengthens=True)
+    takes_store = True
 
     config: KnnLMConfig
 
@@ -86,8 +97,6 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
             self.bytes_per_token = self.width * sizes.dtype.itemsize + 8.0
             self.looks_at = frozenset({config.key, "ids"})
         self.store: Store | None = None
-        if config.store is not None:
-            self.attach(config.store)
 
     def attach(self, store: Store | str | Path | None) -> None:
         """Search this store from now on; `None` for none. A store given here, rather than by
@@ -109,13 +118,32 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
                 raise ValueError(f"The store's keys are {kind!r}, `key` is {self.config.key!r}.")
         self.store = opened
 
-    def save_files(self, folder: Path) -> None:
-        if self.store is not None and self.config.store is None:
-            self.store.save(folder / FOLDER)
+    def open_named(self, config: MemoryConfig) -> None:
+        if isinstance(config, KnnLMConfig) and config.store is not None:
+            self.attach(config.store)
 
-    def load_files(self, folder: Path) -> None:
-        if self.config.store is None and (folder / FOLDER).is_dir():
-            self.attach(folder / FOLDER)
+    def save_files(self, new: Path, folder: Path) -> dict[str, str]:
+        named = self.config.store
+        if named is not None and not is_url(named) and Path(named).is_dir():
+            return {STORE_PATH: mark_of(named)}
+        if self.store is None or named is not None:
+            return {}
+        self.store.save_beside(new / FOLDER, folder / FOLDER)
+        return {FOLDER: self.store.identity}
+
+    def load_files(self, folder: Path, marks: dict[str, str] | None, store: Any) -> None:
+        if store is not None:
+            self.attach(None if store is False else store)
+        elif self.config.store is not None:
+            self.attach(_followed(folder, self.config.store, (marks or {}).get(STORE_PATH, "")))
+        elif FOLDER in marks if marks is not None else (folder / FOLDER).is_dir():
+            opened = open_store(inside(folder, FOLDER))
+            if marks is not None and opened.identity != marks[FOLDER]:
+                raise ValueError(
+                    f"{folder / FOLDER} is not the store that this model was saved with; name the "
+                    "one to search: memwrap.load(folder, store=...)."
+                )
+            self.attach(opened)
 
     # The text itself
 
@@ -209,6 +237,23 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
         )
         tokens = tokens.gather(1, places.clamp_min(0).flatten(1)).view_as(places)
         return (scores if self.config.metric == "l2" else -scores), tokens
+
+
+def _followed(folder: Path, named: str, mark: str) -> Path:
+    """The store that a saved model's config names, if this user wrote it there.
+
+    Raises:
+        ValueError: for a server, and for another path outside the model's folder.
+    """
+    if not is_url(named):
+        if is_own(named, mark):
+            return Path(named)
+        if (folder / named).is_dir():
+            return inside(folder, named)
+    raise ValueError(
+        f"The model in {folder.name} names the store {without_password(named)[:200]!r}, which "
+        "memwrap.load follows only if you name it: store=..., or store=False for none."
+    )
 
 
 def adapt(

@@ -106,12 +106,14 @@ class Memory(nn.Module):
         claims: what the invariants hold it to.
         bytes_per_token: at most so many bytes a token and row does the state grow by; 0 if it is
             bounded.
+        takes_store: it searches a store of vectors, which a caller of `load` may name.
         branches: parts of what is read that can be read alone; an evaluation measures what each
             is worth.
     """
 
     claims: ClassVar[Claims] = Claims()
     bytes_per_token: float = 0.0
+    takes_store: ClassVar[bool] = False
     branches: ClassVar[tuple[str, ...]] = ()
     branch: str = "both"
 
@@ -129,11 +131,30 @@ class Memory(nn.Module):
         """The state of rows that have read nothing: a tree of tensors, batch first."""
         raise NotImplementedError
 
-    def save_files(self, folder: Path) -> None:
-        """Write what is neither a parameter nor a setting into a saved model's folder."""
+    def open_named(self, config: MemoryConfig) -> None:
+        """Open what the caller of `wrap` names in a config. A loaded model's config opens nothing:
+        somebody else may have written it."""
 
-    def load_files(self, folder: Path) -> None:
-        """Read what `save_files` wrote."""
+    def save_files(self, new: Path, folder: Path) -> dict[str, str]:
+        """Write what is neither a parameter nor a setting.
+
+        Args:
+            new: an empty folder; what is in it takes its place in `folder`, all at once.
+            folder: the saved model's.
+
+        Returns:
+            Names and what tells each from another of that name, for `load_files`.
+        """
+        return {}
+
+    def load_files(self, folder: Path, marks: dict[str, str] | None, store: Any) -> None:
+        """Read what `save_files` wrote.
+
+        Args:
+            folder: the saved model's.
+            marks: what `save_files` returned; None where that was not kept.
+            store: what the caller named instead; False for no store (`takes_store`).
+        """
 
     def figures(self) -> dict[str, Tensor]:
         """Learned numbers worth watching, `(layers, heads)` each: logged and plotted."""

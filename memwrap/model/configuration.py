@@ -15,6 +15,7 @@ class MemoryModelConfig(PreTrainedConfig):
         memories: one dict a memory, with its `name`.
         backbone: the backbone's own config.
         base_model: name or path the backbone was loaded from ("" if unknown).
+        base_mark: made by whoever saved the model, if `base_model` is a path (`io.own_paths`).
         base_fingerprint: which weights it had when it was wrapped.
         base_included: whether its weights are saved beside the memory's.
         adapters: PEFT configs of the adapters inside the backbone, by adapter name.
@@ -28,6 +29,7 @@ class MemoryModelConfig(PreTrainedConfig):
     memories: list | None = None
     backbone: Any = None
     base_model: str = ""
+    base_mark: str = ""
     base_fingerprint: str = ""
     base_included: bool = False
     adapters: dict | None = None
@@ -37,6 +39,7 @@ class MemoryModelConfig(PreTrainedConfig):
         if isinstance(self.backbone, dict):
             values = dict(self.backbone)
             self.backbone = CONFIG_MAPPING[values.pop("model_type")](**values)
+        kwargs.pop("sealed", None)  # of a file (`weight_files.seal`), no setting
         self.tie_word_embeddings = False  # what the backbone ties it ties itself
         super().__post_init__(**kwargs)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -13,31 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from memwrap.assets import asset
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.backbones.vocabulary import extend
-from memwrap.io.atomic_files import default_mode
-from memwrap.io.checksums import checksums
+from memwrap.io.atomic_files import SCRATCH
 from memwrap.io.fingerprints import fingerprint
+from memwrap.io.own_paths import mark_of
+from memwrap.io.whole_folders import SAVED, rewriting
 from memwrap.memories.registry import config_class
+from memwrap.model.adapter_configs import adapter_of, plain_adapter, untouched_if_it_fails
+from memwrap.model.base_loading import HUB_OPTIONS, find_folder, load_base, place_of
+from memwrap.model.limits import building
 from memwrap.model.weight_files import (
-    WEIGHTS,
+    CONFIG,
+    OWN_FILES,
+    SavedModel,
+    check_names,
     check_shape,
     put_weights,
-    read_config,
-    read_weights,
-    untied,
+    seal,
+    write_model,
 )
 
 VERSION = "0.1.0"
+# What a writer that was killed may have left.
+NOT_UPLOADED = [f"{SCRATCH}/*", f"{SAVED}/*", ".lock"]
 # What PEFT puts into names; adapters of several tensors of one module stand in each other.
 _WRAPPERS = re.compile(r"((\.token_adapter)?\.base_layer|\.original_module)+(?=\.)")
 
@@ -168,39 +172,27 @@ class SavingMixin:
             changed = now != self.config.base_fingerprint
             include_base = changed or self.config.base_included
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         config = copy.deepcopy(self.config)
         config.base_included, config.memwrap_version = include_base, VERSION
+        here = bool(config.base_model) and os.path.isdir(config.base_model)
+        config.base_mark = mark_of(config.base_model) if here else ""
         config.backbone.dtype = self.backbone.dtype  # as it is now, not as it was loaded
         config.architectures = [type(self).__name__.removeprefix("FSDP")]  # as sharding names it
-        config.adapters = {n: _json_able(c.to_dict()) for n, c in self.adapters().items()}
-        scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
-        try:
-            tensors = self.weights_to_save(include_base, state_dict)
-            names = {id(v): k for k, v in reversed(tensors.items())}
-            unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
-            if unique:
-                plain = untied(unique)
-                huggingface_hub.save_torch_state_dict(plain, scratch, metadata=checksums(plain))
-            else:  # a memory without parameters
-                save_file({}, scratch / WEIGHTS, metadata={"format": "pt"})
-            config.save_pretrained(scratch)
-            self.generation_config.save_pretrained(scratch)  # type: ignore[attr-defined]
-            for old in folder.glob("model*.safetensors*"):
-                if not (scratch / old.name).exists():
-                    old.unlink()
-            for file in scratch.iterdir():
-                file.chmod(default_mode())  # safetensors writes private files
-                os.replace(file, folder / file.name)
+        config.adapters = {
+            n: plain_adapter(n, c, self.backbone) for n, c in self.adapters().items()
+        }
+        tensors = self.weights_to_save(include_base, state_dict)
+        marks: dict[str, str] = {}
+        with rewriting(folder, replaces=[OWN_FILES]) as new:
+            write_model(new, tensors, config, self.generation_config)  # type: ignore[attr-defined]
             for memory in self.memories.values():
-                memory.save_files(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                marks |= memory.save_files(new, folder)
+            seal(new, marks)
         if push_to_hub:
             name = repo_id or folder.name
             api = huggingface_hub.HfApi(token=token)
             api.create_repo(name, exist_ok=True)
-            api.upload_folder(repo_id=name, folder_path=folder)
+            api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=NOT_UPLOADED)
 
     def push_to_hub(
         self,
@@ -247,7 +239,8 @@ class SavingMixin:
                 has in another shape.
         """
         path = Path(folder)
-        theirs = read_config(type(self), path)
+        saved = SavedModel(type(self), path)
+        theirs, tensors = saved.config, saved.tensors
         named = [values["name"] for values in theirs.memories or []]
         if named != list(self.memories):
             raise ValueError(
@@ -256,7 +249,6 @@ class SavingMixin:
             )
         check_shape(theirs, self.backbone, path)
         _warn_of_another_base(theirs, self.backbone, path)
-        tensors = read_weights(path)
         foreign = sorted(tensors.keys() - self.state_dict().keys())  # type: ignore[attr-defined]
         if foreign:
             raise ValueError(f"{path} holds {foreign[0]}, which this model has not.")
@@ -267,86 +259,62 @@ class SavingMixin:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        base: PreTrainedModel | None = None,
+        base: PreTrainedModel | str | Path | None = None,
         *,
         config: Any = None,
         revision: str | None = None,
-        token: str | None = None,
+        store: Any = None,
         **kwargs: Any,
     ):
         """Load a saved model. See `memwrap.load`."""
-        folder = _folder(pretrained_model_name_or_path, revision, token)
-        own = read_config(cls, folder)
-        place = None
-        if base is None:
-            if own.base_included:
-                place = _one_place(kwargs, folder)
-            base = _base_of(own, kwargs)
-        elif kwargs and set(kwargs) - _IGNORED_KEYS:
-            raise ValueError(
-                f"{sorted(set(kwargs) - _IGNORED_KEYS)} go to the loading of the base, but a base "
-                "was given; leave them out."
-            )
-        check_shape(own, base, folder)
-        # Tokens that were added before it was wrapped.
-        extend(base, own.backbone.get_text_config(decoder=True).vocab_size)
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        folder = find_folder(pretrained_model_name_or_path, revision=revision, **hub)
+        saved = SavedModel(cls, folder)
+        own = saved.config
         _check_memories(own, folder)
+        place = place_of(kwargs) if base is None and own.base_included else None
+        backbone = load_base(saved, base, kwargs)
+        check_shape(own, backbone, folder)
+        _grow(backbone, own, folder, given=backbone is base)
         if not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
-            _warn_of_another_base(own, base, folder)
-        own.backbone = copy.deepcopy(base.config)
-        model = cls(own, base)  # type: ignore[call-arg]
-        for name, values in (own.adapters or {}).items():
-            model.add_lora(_adapter(values, folder), name)
-        _load_weights(model, folder)
-        for memory in model.memories.values():
-            memory.load_files(folder)
+            _warn_of_another_base(own, backbone, folder)
+        own.backbone = copy.deepcopy(backbone.config)
+        with untouched_if_it_fails(backbone):
+            with building(saved.tensors, folder / CONFIG):
+                model = cls(own, backbone)  # type: ignore[call-arg]
+                for name, values in (own.adapters or {}).items():
+                    model.add_lora(adapter_of(values), name)
+            whole = base is None and own.base_included
+            check_names(model, saved.tensors, set(model.weights_to_save(whole)), folder)
+            put_weights(model, saved.tensors, folder)
+            if saved.generation_config is not None:
+                model.generation_config = saved.generation_config  # type: ignore[attr-defined]
+            _load_files(model, saved, store)
         if place is not None:
             model.to(place)  # type: ignore[attr-defined]
         return model.eval()  # type: ignore[attr-defined]
 
 
-_IGNORED_KEYS = {
-    "trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash", "code_revision",
-    "use_safetensors", "weights_only",
-}  # fmt: skip
+# A token for each of so many things that a model learns to write is added before it is wrapped.
+_MOST_NEW_TOKENS = 4096
 
 
-def _folder(name: str | Path, revision: str | None, token: str | None) -> Path:
-    folder = asset(name) or Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
-        raise FileNotFoundError(f"There is no folder {name}; save a model there first.")
-    return Path(huggingface_hub.snapshot_download(str(name), revision=revision, token=token))
-
-
-def _base_of(config: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The backbone of a saved model: rebuilt to be filled, or found by its recorded name."""
-    options = {k: v for k, v in kwargs.items() if k not in _IGNORED_KEYS}
-    given = options.pop("dtype", None) or options.pop("torch_dtype", None)
-    dtype = config.backbone.dtype if given in (None, "auto") else given
-    if config.base_included:
-        attention = options.get("attn_implementation")
-        chosen = {} if attention is None else {"attn_implementation": attention}
-        return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config.backbone), dtype=dtype, **chosen
-        )
-    if not config.base_model:
+def _grow(base: PreTrainedModel, config: Any, folder: Path, *, given: bool) -> None:
+    """Give the base the tokens that were added to it before it was wrapped."""
+    size = config.backbone.get_text_config(decoder=True).vocab_size
+    table: Any = base.get_input_embeddings()
+    have = table.weight.shape[0]
+    if given and size > have:
         raise ValueError(
-            "The saved model does not name its base (it was wrapped in memory); give it: "
-            "memwrap.load(folder, base)."
+            f"The model in {folder.name} has {size} ids, the given base {have}: add the missing "
+            "tokens to it first, as memwrap.backbones.vocabulary.add_token does."
         )
-    name = asset(config.base_model) or config.base_model
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-
-
-def _adapter(values: dict[str, Any], folder: Path) -> Any:
-    try:
-        return PeftConfig.from_peft_type(**values)
-    except (KeyError, TypeError, ValueError) as error:
+    if size > have + _MOST_NEW_TOKENS:
         raise ValueError(
-            f"{folder / 'config.json'} has no adapter that PEFT knows: {error}"
-        ) from error
+            f"{folder / CONFIG} asks for {size} ids, its base has {have}; at most "
+            f"{_MOST_NEW_TOKENS} are added to a base."
+        )
+    extend(base, size)
 
 
 def _check_memories(config: Any, folder: Path) -> None:
@@ -355,31 +323,7 @@ def _check_memories(config: Any, folder: Path) -> None:
         for values in config.memories or []:
             config_class(values["name"]).from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-
-
-# What loading a base by its name can do, and filling one from the saved model's own file cannot.
-_NEEDS_A_NAME = (
-    "quantization_config", "max_memory", "offload_folder", "tp_plan", "load_in_4bit", "load_in_8bit"
-)  # fmt: skip
-
-
-def _one_place(kwargs: dict[str, Any], folder: Path) -> Any:
-    """The device that `device_map` names, for a saved model that holds its base's weights."""
-    wanted = kwargs.get("device_map")
-    places = set(wanted.values()) if isinstance(wanted, dict) else {wanted}
-    refused = [name for name in _NEEDS_A_NAME if kwargs.get(name) is not None]
-    if len(places) > 1 or "disk" in places:
-        refused.append("device_map")
-    if refused:
-        raise ValueError(
-            f"{folder} holds its base's weights, which are loaded onto one device: `{refused[0]}` "
-            "does not go with it. Load the base yourself and give it: memwrap.load(folder, base)."
-        )
-    place = places.pop() if places else None
-    if place in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return place
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
 
 
 def _warn_of_another_base(config: Any, base: PreTrainedModel, folder: Path) -> None:
@@ -392,27 +336,10 @@ def _warn_of_another_base(config: Any, base: PreTrainedModel, folder: Path) -> N
         )
 
 
-def _load_weights(model: Any, folder: Path) -> None:
-    tensors = read_weights(folder)
-    needed = {k for k in model.weights_to_save(False) if not k.startswith("backbone.")}
-    needed |= {f"backbone.{k}" for k in adapter_keys(model.backbone)}
-    own = model.state_dict(keep_vars=True)
-    there = {id(own[k]) for k in tensors.keys() & own.keys()}  # tied ones have one name in the file
-    missing = sorted(k for k in needed - tensors.keys() if id(own[k]) not in there)
-    foreign = sorted(tensors.keys() - model.state_dict().keys())
-    if missing or foreign:
-        what = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which the model has not"
-        raise ValueError(f"{folder / WEIGHTS} does not fit its config: it {what}.")
-    put_weights(model, tensors, folder)
-
-
-def _json_able(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _json_able(v) for k, v in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_json_able(v) for v in value)
-    if isinstance(value, (list, tuple)):
-        return [_json_able(v) for v in value]
-    if isinstance(value, torch.dtype):
-        return str(value)
-    return value.value if hasattr(value, "value") else value
+def _load_files(model: Any, saved: SavedModel, store: Any) -> None:
+    """Let memories read what they wrote beside the weights, or take the store that is named."""
+    takers = [memory for memory in model.memories.values() if memory.takes_store]
+    if store not in (None, False) and not takers:
+        raise ValueError(f"`store` was given, but no memory in {saved.folder.name} searches one.")
+    for memory in model.memories.values():
+        memory.load_files(saved.folder, saved.marks, store if memory.takes_store else None)

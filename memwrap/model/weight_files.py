@@ -1,19 +1,26 @@
-"""Files of a saved model: reading and checking them, without adapters and without a base."""
+"""Files of a saved model: writing, reading and checking them, without adapters and bases."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from memwrap.io.checksums import check_sums
+from memwrap.io.checksums import check_sums, checksums
+from memwrap.io.reading import inside, read_json
+from memwrap.io.whole_folders import settle
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, CONFIG, GENERATION = "model.safetensors", "config.json", "generation_config.json"
+OWN_FILES = "model*.safetensors*"
+SEAL, SEAL_FORMAT = "sealed", 1
+_MOST_COUNT, _MOST_NUMBER = 2**20, 2**53
 
 
 def check_shape(config: Any, base: PreTrainedModel, folder: Path) -> None:
@@ -30,21 +37,125 @@ def check_shape(config: Any, base: PreTrainedModel, folder: Path) -> None:
             )
 
 
-def read_config(cls: Any, folder: Path) -> Any:
-    path = folder / "config.json"
+# Writing
+
+
+def write_model(
+    folder: Path, tensors: dict[str, Tensor], config: Any, generation_config: Any
+) -> None:
+    """Write weights and configs of a model into a new folder; `seal` it when all is there."""
+    names = {id(v): k for k, v in reversed(tensors.items())}
+    unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
+    if unique:
+        plain = untied(unique)
+        huggingface_hub.save_torch_state_dict(plain, folder, metadata=checksums(plain))
+    else:  # a memory without parameters
+        save_file({}, folder / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
+
+
+def seal(folder: Path, marks: dict[str, str] | None = None) -> None:
+    """Note in config.json what it says and what the files beside it are, so that a mixture of two
+    saves, or a file that changed, is found at loading.
+
+    Args:
+        folder: of `write_model`.
+        marks: what memories wrote beside it (`Memory.save_files`).
+    """
+    values = read_json(folder / CONFIG)
+    values.pop(SEAL, None)
+    files = [*folder.glob(OWN_FILES), folder / GENERATION]
+    about = {
+        "format": SEAL_FORMAT, "settings": _settings(values), "marks": marks or {},
+        "files": {path.name: _digest(path) for path in sorted(files) if path.is_file()},
+    }  # fmt: skip
+    text = json.dumps({**values, SEAL: about}, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _settings(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(path: Path) -> str:
+    """Of tensors what the head of their file says, with the checksums that stand there."""
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            length = int.from_bytes(file.read(8), "little")
+            return hashlib.sha256(file.read(min(length, 2**27))).hexdigest()[:32]
+        return hashlib.sha256(file.read(2**27)).hexdigest()[:32]
+
+
+# Reading
+
+
+class SavedModel:
+    """What a folder holds, read at once and only if its parts belong together.
+
+    Attributes:
+        folder: the folder.
+        config: its config.
+        tensors: its weights by name.
+        generation_config: its generation config, or None.
+        marks: what memories wrote beside it; None if the folder has no seal.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: for damaged and foreign files, and for a folder whose parts are not of one save.
+    """
+
+    def __init__(self, model_class: Any, folder: Path) -> None:
+        settle(folder)
+        self.folder = folder
+        for attempt in range(3):
+            values = _values(folder)
+            try:
+                self._read(model_class, values)
+                return
+            except (ValueError, FileNotFoundError):
+                # Another process may have saved there in between.
+                if attempt == 2 or values == _values(folder):
+                    raise
+
+    def _read(self, model_class: Any, values: dict[str, Any]) -> None:
+        path = self.folder / CONFIG
+        sealed = values.get(SEAL)
+        self.config = _config(model_class, {k: v for k, v in values.items() if k != SEAL}, path)
+        if sealed is None:
+            self.marks = None
+            names = _weight_names(self.folder)
+            generation = inside(self.folder, GENERATION)
+        else:
+            files, self.marks = _checked_seal(values, self.folder)
+            names = [name for name in files if name.endswith(".safetensors")]
+            generation = self.folder / (GENERATION if GENERATION in files else "")
+        self.tensors = read_weights(self.folder, names)
+        self.generation_config = None
+        if generation.is_file():
+            try:
+                self.generation_config = GenerationConfig.from_dict(read_json(generation))
+            except Exception as error:  # transformers' own checks, of every kind
+                raise ValueError(f"{generation} is damaged: {error}") from error
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    path = inside(folder, CONFIG)
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; it is not a saved memwrap model.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    values = read_json(path)
     if not isinstance(values, dict) or values.get("model_type") != "memwrap":
         kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
         raise ValueError(
             f"{folder} holds a {kind!r} model, not a memwrap one; use memwrap.wrap(model, ...)."
         )
+    return values
+
+
+def _config(model_class: Any, values: dict[str, Any], path: Path) -> Any:
+    _check_numbers(values, path)
     try:
-        config = cls.config_class.from_dict(values)
+        config = model_class.config_class.from_dict(values)
     except Exception as error:  # transformers' and each family's own checks, of every kind
         raise ValueError(f"{path} does not describe a memwrap model: {error}") from error
     for name in ("memories", "backbone"):
@@ -53,39 +164,100 @@ def read_config(cls: Any, folder: Path) -> Any:
     return config
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a saved model, by name."""
-    index = folder / f"{WEIGHTS}.index.json"
-    names = [WEIGHTS]
-    if index.is_file():
-        try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(places.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged: {error}") from error
+def _check_numbers(values: Any, path: Path) -> None:
+    """Refuse what no model has, before a config makes lists of it; and a choice of code that is
+    made when a model is loaded."""
+    if isinstance(values, list):
+        for value in values:
+            _check_numbers(value, path)
+    if not isinstance(values, dict):
+        return
+    for key, value in values.items():
+        if key.endswith(("attn_implementation", "experts_implementation")) and value is not None:
+            raise ValueError(f"{path} chooses `{key}`; give it to memwrap.load instead.")
+        if isinstance(value, int):
+            most = _MOST_COUNT if key.startswith(("num_", "n_")) else _MOST_NUMBER
+            if abs(value) > most:
+                raise ValueError(f"{path} does not describe a memwrap model: {key} is {value:.1e}.")
+        _check_numbers(value, path)
+
+
+def _checked_seal(values: dict[str, Any], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Names and digests of the files that belong together, and the memories' marks."""
+    path, about = folder / CONFIG, values[SEAL]
+    form = about.get("format") if isinstance(about, dict) else None
+    if form != SEAL_FORMAT:
+        raise ValueError(f"{path} has the format {form!r}; this memwrap reads {SEAL_FORMAT}.")
+    files, marks = about.get("files"), about.get("marks")
+    if not isinstance(files, dict) or not isinstance(marks, dict):
+        raise ValueError(f'{path} is damaged: its "{SEAL}" cannot be read.')
+    advice = f'save it again, or take "{SEAL}" out of config.json if that is meant'
+    if about.get("settings") != _settings({k: v for k, v in values.items() if k != SEAL}):
+        raise ValueError(f"{path} was changed after it was saved, or is damaged; {advice}.")
+    for name, digest in files.items():
+        file = inside(folder, name)
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} lacks {name}; the saved model is not whole.")
+        if _digest(file) != digest:
+            raise ValueError(f"{file} is damaged, or not of one save with config.json; {advice}.")
+    return files, marks
+
+
+def _weight_names(folder: Path) -> list[str]:
+    index = inside(folder, f"{WEIGHTS}.index.json")
+    if not index.is_file():
+        return [WEIGHTS]
+    places = read_json(index)
+    names = places.get("weight_map") if isinstance(places, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} is damaged: it has no map of names to files.")
+    return sorted(set(names.values()))
+
+
+def read_weights(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    """All tensors of a saved model's files, by name."""
     tensors: dict[str, Tensor] = {}
     for name in names:
-        path = folder / name
+        path = inside(folder, name)
         if not path.is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; the saved model is not whole.")
         try:
             own = load_file(path)
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         check_sums(own, metadata, path)
+        for key in own.keys() & tensors.keys():
+            raise ValueError(f"{path} holds {key}, which another of the model's files holds too.")
         tensors |= own
     return tensors
 
 
+def check_names(model: Any, tensors: dict[str, Tensor], needed: set[str], folder: Path) -> None:
+    """Refuse weights that are not those of the model: all that are `needed`, and no others."""
+    own = model.state_dict(keep_vars=True)
+    there = {id(own[k]) for k in tensors.keys() & own.keys()}  # tied ones have one name in the file
+    missing = sorted(k for k in needed - tensors.keys() if id(own[k]) not in there)
+    foreign = sorted(tensors.keys() - own.keys())
+    if missing or foreign:
+        what = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which the model has not"
+        raise ValueError(f"{folder / WEIGHTS} does not fit its config: it {what}.")
+
+
 def put_weights(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    """Fill a model with the tensors of its folder, all or none of them."""
+    own = model.state_dict()
     for key, value in tensors.items():
-        if value.shape != shapes[key]:
+        if value.shape != own[key].shape:
             raise ValueError(
                 f"{folder / WEIGHTS}: {key} has shape {tuple(value.shape)}, the model needs "
-                f"{tuple(shapes[key])}."
+                f"{tuple(own[key].shape)}."
+            )
+        if value.is_floating_point() != own[key].is_floating_point() or value.is_complex():
+            raise ValueError(
+                f"{folder / WEIGHTS}: {key} has dtype {value.dtype}, the model needs "
+                f"{own[key].dtype}."
             )
     model.load_state_dict(tensors, strict=False)
     # PEFT's trainable tokens tie their own wrappers; transformers would look for a parameter there.

@@ -66,6 +66,8 @@ def wrap(
     )
     config.backbone._name_or_path = config.base_model  # a shipped base has no path
     wrapped = MemoryModelForCausalLM(config, model)
+    for own in configs:
+        wrapped.memories[own.name].open_named(own)
     return wrapped.train(model.training)
 
 
@@ -132,15 +134,26 @@ def unwrap(model: MemoryModelForCausalLM) -> PreTrainedModel:
 
 
 def load(
-    path: str | Path, base: PreTrainedModel | None = None, **kwargs: Any
+    path: str | Path,
+    base: PreTrainedModel | str | Path | None = None,
+    *,
+    store: Any = None,
+    **kwargs: Any,
 ) -> MemoryModelForCausalLM:
     """Load a saved memory model.
 
+    No code of the folder runs, and nothing outside of it is followed unless it is named here: no
+    path to a base that somebody else wrote down, no server of a store.
+
     Args:
         path: a folder, the name of a shipped model, or a repo id on the Hub.
-        base: the backbone; by default it is loaded by the name or path recorded at saving.
-        kwargs: for loading the base (`dtype`, `device_map`, `attn_implementation`, ...), and
-            `revision`, `token` for the Hub.
+        base: the backbone, or its name or folder; by default it is loaded by the name recorded at
+            saving.
+        store: for a kNN-LM, the store it searches (a `Store`, a folder or a URL) instead of the
+            one in the folder; False for none.
+        kwargs: for loading the base (`dtype`, `device_map`, `attn_implementation`,
+            `use_safetensors`, ...), and `revision`, `token`, `cache_dir`, `local_files_only` for
+            the Hub. What no loader here understands is refused.
 
     Returns:
         The model in evaluation mode.
@@ -149,7 +162,7 @@ def load(
         FileNotFoundError: if nothing is there.
         ValueError: if the files are damaged, foreign, or do not fit each other or the base.
     """
-    return MemoryModelForCausalLM.from_pretrained(path, base, **kwargs)
+    return MemoryModelForCausalLM.from_pretrained(path, base, store=store, **kwargs)
 
 
 # Here and not beside the classes: exported copies of these must not take memwrap's own places.

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from memwrap.io.reading import inside
+from memwrap.io.whole_folders import settle
 from memwrap.stores.base import Entries, Neighbours, Store
 from memwrap.stores.embedded import FaissStore
 from memwrap.stores.exact import FILE, TorchStore
 from memwrap.stores.files import HEADER, read_json
-
-URLS = ("postgresql://", "postgres://")
+from memwrap.stores.urls import is_url
 
 CROSSOVER = {"cpu": 256, "cuda": 1_000_000}
 """From so many entries on `FaissStore` answers one query and a batch of them in less time than
@@ -51,7 +52,7 @@ def new_store(
         device: where queries come from.
         options: for the kind that is chosen.
     """
-    if path is not None and str(path).startswith(URLS):
+    if path is not None and is_url(path):
         from memwrap.stores.server import PgVectorStore
 
         return PgVectorStore(str(path), dim, metric, **options)
@@ -64,7 +65,8 @@ def open_store(path: str | Path, **options: Any) -> Store:
     """Open a store that is there.
 
     Args:
-        path: a folder, or the URL of a PostgreSQL server with its table.
+        path: a folder, or the URL of a PostgreSQL server with its table. A folder that stands for
+            a server is refused: only a URL that is given here is connected to.
         options: for the kind that it is (`mmap=True`, `effort=`, `device=`).
 
     Raises:
@@ -72,15 +74,16 @@ def open_store(path: str | Path, **options: Any) -> Store:
         ValueError: for a damaged or foreign file.
         ConnectionError: if the server is away.
     """
-    if str(path).startswith(URLS):
+    if is_url(path):
         from memwrap.stores.server import PgVectorStore
 
         return PgVectorStore.load(str(path), **options)
     folder = Path(path).expanduser()
+    settle(folder)
     if (folder / FILE).is_file():
         return TorchStore.load(folder, **options)
     if (folder / HEADER).is_file():
-        if read_json(folder / HEADER).get("kind") == "pgvector":
+        if read_json(inside(folder, HEADER)).get("kind") == "pgvector":
             from memwrap.stores.server import PgVectorStore
 
             return PgVectorStore.load(folder, **options)

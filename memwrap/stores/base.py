@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from torch import Tensor
 METRICS = ("l2", "ip")
 NONE = -1
 """Stands for a value, a document or a token place that was not given."""
+_LARGEST = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Entries:
         if spans is None:
             columns += [np.full(count, NONE, np.int64)] * 2
         else:
-            pairs = np.asarray(spans, dtype=np.int64)
+            pairs = _whole(spans, "spans")
             if pairs.shape != (count, 2):
                 raise ValueError(f"`spans` has shape {pairs.shape}; it needs ({count}, 2).")
             columns += [pairs[:, 0], pairs[:, 1]]
@@ -90,6 +93,17 @@ class Entries:
             *[np.concatenate([getattr(p, name) for p in parts]) for name in Entries.FIELDS]
         )
 
+    def check_range(self) -> None:
+        """Refuse numbers that the 32 bits they are kept in do not hold.
+
+        Raises:
+            ValueError: names the column.
+        """
+        for name in self.FIELDS:
+            column = getattr(self, name)
+            if column.size and (column.max() > _LARGEST or column.min() < NONE):
+                raise ValueError(f"`{name}` must be from {NONE} to {_LARGEST}.")
+
     @property
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in self.FIELDS)
@@ -98,12 +112,23 @@ class Entries:
 def _column(given: Any, count: int, name: str) -> np.ndarray:
     if given is None:
         return np.full(count, NONE, np.int64)
-    column = np.asarray(given, dtype=np.int64)
+    column = _whole(given, name)
     if column.ndim == 0:
         column = np.full(count, column)
     if column.shape != (count,):
         raise ValueError(f"`{name}` has shape {column.shape}; it needs ({count},).")
     return column
+
+
+def _whole(given: Any, name: str) -> np.ndarray:
+    """Integers that a 64-bit number holds; nothing is rounded."""
+    try:
+        array = np.asarray(given)
+        if array.size == 0 or array.dtype.kind in "iub":
+            return array.astype(np.int64)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"`{name}` must be whole numbers; got {str(given)[:60]}.")
 
 
 class Store(ABC):
@@ -112,6 +137,7 @@ class Store(ABC):
     Attributes:
         dim: width D of the vectors.
         metric: `"l2"` or `"ip"`.
+        identity: tells the store from others; copies and what is added later keep it.
     """
 
     kind: str = ""
@@ -127,6 +153,7 @@ class Store(ABC):
         """Saved with the store: what its vectors are, tuned settings."""
         self.cursor: Any = None
         """The `cursor` of the last `add` that is safe."""
+        self.identity = uuid.uuid4().hex
 
     @abstractmethod
     def add(
@@ -174,6 +201,11 @@ class Store(ABC):
     @abstractmethod
     def save(self, path: str | Path) -> None:
         """Write the store to a folder."""
+
+    def save_beside(self, new: Path, folder: Path) -> None:
+        """Write a copy into `new`, a folder that will become `folder`; nothing where the store
+        lies there already. The store itself stays where it is."""
+        self.save(new)
 
     @classmethod
     @abstractmethod
@@ -231,7 +263,10 @@ class Store(ABC):
         Raises:
             ValueError: says what is wrong.
         """
-        vectors = torch.as_tensor(vectors)
+        try:
+            vectors = torch.as_tensor(vectors)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"`{what}` is {type(vectors).__name__}; give a tensor.") from error
         if vectors.dim() < 2 or vectors.shape[-1] != self.dim:
             raise ValueError(
                 f"`{what}` has shape {tuple(vectors.shape)}; the store's vectors are "
@@ -243,6 +278,16 @@ class Store(ABC):
         if not bool(vectors.isfinite().all()):
             raise ValueError(f"`{what}` holds numbers that are not finite; nothing was changed.")
         return vectors
+
+
+def check_names(document: Any, cursor: Any) -> None:
+    """Refuse a document's name or a cursor that cannot be written down."""
+    if document is not None and not isinstance(document, str):
+        raise ValueError(f"`document` is {type(document).__name__}; it must be text.")
+    try:
+        json.dumps(cursor)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"`cursor` cannot be written as JSON: {error}") from error
 
 
 def check_k(k: int) -> None:

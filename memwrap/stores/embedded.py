@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import sys
+import shutil
 import time
 import weakref
 from collections.abc import Iterable, Sequence
@@ -15,21 +16,38 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memwrap.io.atomic_files import replacing
-from memwrap.stores.base import Entries, Neighbours, Store, check_k, nothing_found
+from memwrap.io.atomic_files import SCRATCH
+from memwrap.io.whole_folders import settle
+from memwrap.stores.base import (
+    METRICS,
+    Entries,
+    Neighbours,
+    Store,
+    check_k,
+    check_names,
+    nothing_found,
+)
 from memwrap.stores.files import (
     HEADER,
     copy_folder,
     file_checksum,
     holds_files,
+    lock,
     read_json,
     write_json,
 )
 from memwrap.stores.gpu import GpuCopy
+from memwrap.stores.index_files import (
+    INDEX,
+    check_index,
+    check_lists,
+    index_file,
+    is_sane,
+    read_index,
+    write_index,
+)
 from memwrap.stores.indexes import choose_factory, faiss_module, rescored, search_options, sifted
 from memwrap.stores.shards import REMOVED, Shards
-
-INDEX = "index.json"
 
 
 class FaissStore(Store):
@@ -82,6 +100,8 @@ class FaissStore(Store):
             raise ValueError("`shard_size` and `refine` must be at least 1.")
         if mmap and device is not None and str(device) != "cpu":
             raise ValueError(f"`device` is {device!r}; an index that is mapped is on no GPU.")
+        if factory is not None and not is_sane(factory, dim):
+            raise ValueError(f"`factory` is {factory!r}; give one of faiss, such as 'HNSW32'.")
         self.gpu = GpuCopy("cpu" if mmap else device)
         self.factory, self.dtype, self.shard_size = factory, dtype, shard_size
         self.effort, self.refine, self.mmap = effort, refine, mmap
@@ -92,6 +112,8 @@ class FaissStore(Store):
         self.made_by = ""  # factory string of the index
         self._lock: Any = None
         self._selector: Any = None
+        if self.path is not None:
+            settle(self.path)
         if self.path is not None and (self.path / HEADER).is_file():
             self._continue(self.path)
         elif self.path is not None and holds_files(self.path):
@@ -110,12 +132,16 @@ class FaissStore(Store):
             kind = header.get("kind")
             raise ValueError(f"{path} is a store of kind {kind!r}, not {self.kind!r}.")
         for name in ("dim", "metric"):
-            if header[name] != getattr(self, name):
-                raise ValueError(
-                    f"The store {path} has {name} {header[name]!r}, not {getattr(self, name)!r}."
-                )
-        self.dtype, self.notes = header["dtype"], header["notes"]
-        self.factory = self.factory or header["factory"]
+            if header.get(name) != getattr(self, name):
+                have, want = header.get(name), getattr(self, name)
+                raise ValueError(f"The store {path} has {name} {have!r}, not {want!r}.")
+        factory, dtype, notes = (header.get(name) for name in ("factory", "dtype", "notes"))
+        if dtype not in ("float16", "float32") or not isinstance(notes, dict):
+            raise ValueError(f"{path / HEADER} is damaged: it has no `dtype` or no `notes`.")
+        if factory is not None and not is_sane(factory, self.dim):
+            raise ValueError(f"{path / HEADER} asks for the index {str(factory)[:60]!r}.")
+        self.dtype, self.notes, self.identity = dtype, notes, str(header.get("id", ""))
+        self.factory = self.factory or factory
         if header.get("removals") and not (path / REMOVED).is_file():
             raise FileNotFoundError(f"{path / REMOVED} is missing; the store is not whole.")
 
@@ -125,7 +151,8 @@ class FaissStore(Store):
             names = ("kind", "dim", "metric", "dtype", "factory", "notes")
             some = bool(self._shards.removed) if removals is None else removals
             about: Any = {name: getattr(self, name) for name in names}
-            write_json(self.path / HEADER, about | {"removals": some})
+            about |= {"removals": some, "id": self.identity}
+            write_json(self.path / HEADER, about)
 
     def _locked(self) -> None:
         """Hold the folder for writing; the system gives it back when the process ends."""
@@ -134,18 +161,12 @@ class FaissStore(Store):
         if self.mmap:
             raise ValueError(f"The store {self.path} was opened with mmap=True: it is read-only.")
         self.path.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(file)
-                raise ValueError(f"Another process is writing the store {self.path}.") from error
+        file = lock(self.path)
+        if file is None:
+            raise ValueError(f"Another process is writing the store {self.path}.")
         self._lock = weakref.finalize(self, os.close, file)
-        for left in self.path.glob(".*.tmp"):  # of a process that was killed
-            left.unlink(missing_ok=True)
+        for left in self.path.glob(SCRATCH):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
 
     def close(self) -> None:
         """Commit, and let others write the folder."""
@@ -157,40 +178,16 @@ class FaissStore(Store):
     def _read_index(self) -> None:
         if self.path is None or not (self.path / INDEX).is_file():
             return
-        about = read_json(self.path / INDEX)
-        file = self.path / str(about["file"])
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; delete {INDEX} beside it to build anew.")
-        broken = file.stat().st_size != about["size"]
-        if broken or (not self.mmap and file_checksum(file) != about["crc32"]):
+        file, about = index_file(self.path, self._shards)
+        if not self.mmap and file_checksum(file) != about["crc32"]:
             raise ValueError(f"{file} is damaged; delete it and {INDEX} to build the index anew.")
-        if about["count"] > len(self._shards):
-            raise ValueError(
-                f"{file} covers {about['count']} entries, the shards of {self.path} hold "
-                f"{len(self._shards)}: a shard is missing."
-            )
-        faiss = faiss_module()
-        flags = faiss.IO_FLAG_MMAP_IFC if self.mmap else 0
-        try:
-            self._index = faiss.read_index(str(file), flags)
-        except RuntimeError as error:
-            raise ValueError(f"{file} is damaged: faiss cannot read it ({error}).") from error
+        self._index = read_index(file, self.dim, self.metric, about["count"], mmap=self.mmap)
         self._indexed, self.made_by = about["count"], about["factory"]
 
     def _write_index(self) -> None:
-        """Put the index beside the shards: first the file, then what points to it."""
-        if self.path is None:
-            return
-        self._locked()
-        name = f"index-{self._indexed:012d}.faiss"
-        with replacing(self.path / name) as temporary:
-            faiss_module().write_index(self._index, str(temporary))
-            size, checksum = temporary.stat().st_size, file_checksum(temporary)
-        about = {"file": name, "count": self._indexed, "factory": self.made_by}
-        write_json(self.path / INDEX, {**about, "size": size, "crc32": checksum})
-        for old in self.path.glob("index-*.faiss"):
-            if old.name != name:
-                old.unlink()
+        if self.path is not None:
+            self._locked()
+            write_index(self.path, self._index, self.made_by, self._shards)
 
     # Entries
 
@@ -205,12 +202,17 @@ class FaissStore(Store):
     ) -> range:
         """See `Store.add`. Entries become safe shard by shard; `commit` writes what waits."""
         self._locked()
+        check_names(document, cursor)
         block = self._checked(vectors)
         if block.dim() != 2:
             raise ValueError(f"`vectors` has shape {tuple(block.shape)}; it needs (N, {self.dim}).")
         new = self._shards.append(block.cpu().numpy(), values, document, spans, cursor)
         if self.path is not None and self._shards.pending >= self.shard_size:
-            self.commit()
+            try:
+                self.commit()
+            except BaseException:
+                self._shards.withdraw(new.start)
+                raise
         return new
 
     def commit(self) -> None:
@@ -252,6 +254,7 @@ class FaissStore(Store):
         faiss = faiss_module()
         wanted = self._wanted(count)
         if self._index is None or self._outgrown(count):
+            check_lists(wanted, count)
             measure = faiss.METRIC_L2 if self.metric == "l2" else faiss.METRIC_INNER_PRODUCT
             try:
                 self._index = faiss.index_factory(self.dim, wanted, measure)
@@ -262,9 +265,19 @@ class FaissStore(Store):
             self._train(count)
             if checkpoints:
                 self._write_index()
-        last = time.monotonic()
         bar = tqdm(total=count, initial=self._indexed, desc="index", unit="vector",
                    disable=not progress)  # fmt: skip
+        try:
+            self._fill(bar, checkpoints)
+        except BaseException:  # half of a block may be in it: back to what is on disk, or nothing
+            self._index, self._indexed, self.made_by = None, 0, ""
+            self._read_index()
+            raise
+        finally:
+            bar.close()
+
+    def _fill(self, bar: Any, checkpoints: bool) -> None:
+        last = time.monotonic()
         for first, block in self._shards.blocks(self._indexed, check=checkpoints):
             for start in range(0, len(block), 16_384):
                 piece = np.ascontiguousarray(block[start : start + 16_384], np.float32)
@@ -274,7 +287,6 @@ class FaissStore(Store):
             if checkpoints and time.monotonic() - last > self.checkpoint_seconds:
                 self._write_index()
                 last = time.monotonic()
-        bar.close()
 
     def _train(self, count: int) -> None:
         """Centroids and codes from evenly spread vectors."""
@@ -302,6 +314,8 @@ class FaissStore(Store):
         flat = q.reshape(-1, self.dim)
         array = np.ascontiguousarray(flat.cpu().numpy())
         scores, ids = self._searched(array, wanted)
+        if ids.size and ids.max() >= len(self._shards):
+            raise ValueError(f"The index of {self.path} is damaged: it names entries that are not.")
         if lossy:
             scores, ids = rescored(array, ids, k, self.metric, self._shards.gather)
         scores[ids < 0] = np.inf if self.metric == "l2" else -np.inf  # faiss: its largest number
@@ -408,10 +422,11 @@ class FaissStore(Store):
         """
         self._shards.verify()
         if self.path is not None and (self.path / INDEX).is_file():
-            about = read_json(self.path / INDEX)
-            file = self.path / about["file"]
+            file, about = index_file(self.path, self._shards)
             if file_checksum(file) != about["crc32"]:
                 raise ValueError(f"{file} is damaged: its contents do not have their checksum.")
+            index = read_index(file, self.dim, self.metric, about["count"])
+            check_index(index, file, self._shards.gather)
 
     def save(self, path: str | Path) -> None:
         """Write everything, the index too. A store in memory lies in `path` from then on; one on
@@ -434,11 +449,26 @@ class FaissStore(Store):
         if target.resolve() != self.path.resolve():
             copy_folder(self.path, target)
 
+    def save_beside(self, new: Path, folder: Path) -> None:
+        if self.path is not None and self.path.resolve() == folder.resolve():
+            if not self.mmap:
+                self.build()
+        elif self.path is not None:
+            self.save(new)
+        else:
+            if len(self._shards):
+                self._ready()
+            twin = copy.copy(self)
+            twin._shards = self._shards.copy()
+            twin.save(new)
+            twin.close()
+
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> FaissStore:
         """Open a store; `options` as for the class (`mmap=True`, `effort`, `refine`)."""
+        settle(Path(path))
         header = read_json(Path(path) / HEADER)
-        try:
-            return cls(header["dim"], header["metric"], path=path, **options)
-        except KeyError as error:
-            raise ValueError(f"{Path(path) / HEADER} is damaged: it lacks {error}.") from error
+        dim, metric = header.get("dim"), header.get("metric")
+        if type(dim) is not int or not 0 < dim < 2**20 or metric not in METRICS:
+            raise ValueError(f"{Path(path) / HEADER} is damaged: its `dim` or `metric` is none.")
+        return cls(dim, metric, path=path, **options)

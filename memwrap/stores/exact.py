@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memwrap.io.reading import inside
 from memwrap.ops import neighbours
-from memwrap.stores.base import Entries, Neighbours, Store, check_k, nothing_found
+from memwrap.stores.base import Entries, Neighbours, Store, check_k, check_names, nothing_found
 from memwrap.stores.files import read_arrays, write_arrays
 
 FILE = "store.safetensors"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+           "float64": torch.float64}  # fmt: skip
 
 
 class TorchStore(Store):
@@ -78,6 +81,7 @@ class TorchStore(Store):
         Returns:
             The new entries' numbers; those of row 0 where rows differ.
         """
+        check_names(document, cursor)
         vectors = self._checked(vectors)
         if tuple(vectors.shape[:-2]) != self.rows:
             raise ValueError(
@@ -89,16 +93,24 @@ class TorchStore(Store):
         new = Entries.make(vectors.shape[-2], values, self._number(document), spans)
         first = int(self.counts[0])
         block = (vectors if self.rows else vectors[None]).to(self.vectors)
+        if not bool(block.isfinite().all()):
+            raise ValueError(
+                f"`vectors` overflow {block.dtype}; make the store with another dtype."
+            )
         chosen = torch.ones(self._lead[0], block.shape[-2], dtype=torch.bool)
         if valid is not None:
-            chosen = valid.cpu().expand_as(chosen)
+            if tuple(valid.shape) != tuple(chosen.shape) or valid.dtype != torch.bool:
+                raise ValueError(
+                    f"`valid` is {valid.dtype} {tuple(valid.shape)}; it must be bool "
+                    f"{tuple(chosen.shape)}."
+                )
+            chosen = valid.cpu()
+        kept = Entries.cat([self._entries, new[chosen[0].numpy()]])
         self._grow(int((self.counts + chosen.sum(1)).max()))
         for row in range(self._lead[0]):  # rows of a batch, each with its own number of entries
             self._put(row, block[row], chosen[row].nonzero().squeeze(1))
         if not self.rows:
-            self._entries = Entries.cat([self._entries, new])
-            if self.capacity is not None and len(self._entries) > self.capacity:
-                self._entries = self._entries[-self.capacity :]
+            self._entries = kept if self.capacity is None else kept[-self.capacity :]
         if document is not None and document not in self._documents:
             self._documents.append(document)
         self.cursor = cursor if cursor is not None else self.cursor
@@ -116,7 +128,7 @@ class TorchStore(Store):
         need = count if self.capacity is None else min(count, self.capacity)
         if need <= have:
             return
-        size = max(need, 2 * have) if self.capacity is None else self.capacity
+        size = max(need, min(2 * have, self.capacity or 2 * have))
         grown = self.vectors.new_zeros(*self._lead, size, self.dim)
         grown[..., :have, :] = self.vectors
         there = self.there.new_zeros(self._lead[0], size)
@@ -124,14 +136,15 @@ class TorchStore(Store):
         self.vectors, self.there = grown, there
 
     def _put(self, row: int, block: Tensor, columns: Tensor) -> None:
-        numbers = int(self.counts[row]) + torch.arange(len(columns))
-        self.counts[row] += len(columns)
+        count = int(self.counts[row]) + len(columns)
+        numbers = torch.arange(count - len(columns), count)
         if self.capacity is not None:
             numbers, columns = numbers[-self.capacity :], columns[-self.capacity :]
             numbers = numbers % self.capacity
         places, columns = numbers.to(block.device), columns.to(block.device)
         self.vectors[row].index_copy_(-2, places, block.index_select(-2, columns))
         self.there[row, places] = True
+        self.counts[row] = count
 
     def _numbers(self, row: int) -> Tensor:
         """The entries' numbers at the places of a row."""
@@ -206,29 +219,66 @@ class TorchStore(Store):
             "kind": self.kind, "dim": self.dim, "metric": self.metric, "rows": list(self.rows),
             "capacity": self.capacity, "documents": self._documents, "notes": self.notes,
             "cursor": self.cursor, "dtype": str(self.vectors.dtype).removeprefix("torch."),
+            "id": self.identity,
         }  # fmt: skip
-        used = self.vectors.shape[-2] if self.capacity else int(self.counts.max())
+        most = int(self.counts.max())
+        used = most if self.capacity is None else min(most, self.capacity)
         arrays = {name: getattr(self._entries, name) for name in Entries.FIELDS}
         # bfloat16 is no numpy type; float32 holds it exactly.
-        arrays["vectors"] = self.vectors[..., :used, :].float().cpu().numpy()
+        wide = torch.float64 if self.vectors.dtype == torch.float64 else torch.float32
+        arrays["vectors"] = self.vectors[..., :used, :].to(wide).cpu().numpy()
         arrays |= {"there": self.there[:, :used].cpu().numpy(), "counts": self.counts.numpy()}
         write_arrays(Path(path) / FILE, arrays, about)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> TorchStore:
-        file = Path(path) / FILE
+        file = inside(Path(path), FILE)
         arrays, about = read_arrays(file)
         try:
             store = cls(
                 about["dim"], about["metric"], rows=tuple(about["rows"]),
-                capacity=about["capacity"], dtype=getattr(torch, about["dtype"]), device=device,
+                capacity=about["capacity"], dtype=_DTYPES[about["dtype"]], device=device,
             )  # fmt: skip
-            store.vectors = torch.from_numpy(arrays["vectors"].copy()).to(store.vectors)
-            store.there = torch.from_numpy(arrays["there"].copy()).to(device)
-            store.counts = torch.from_numpy(arrays["counts"].copy())
-            store._entries = Entries(*[arrays[name].copy() for name in Entries.FIELDS])
-            store._documents = list(about["documents"])
-            store.notes, store.cursor = about["notes"], about["cursor"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is damaged: it lacks {error}.") from error
+            store._take(arrays, about)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{file} is damaged: {error}.") from error
         return store
+
+    def _take(self, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+        """Become what a file holds.
+
+        Raises:
+            KeyError, ValueError: for what is no store.
+        """
+        count = arrays["vectors"].shape[-2]
+        wide = np.float64 if self.vectors.dtype == torch.float64 else np.float32
+        single = 0 if self.rows else int(arrays["counts"].max(initial=0))
+        kept = single if self.capacity is None else min(single, self.capacity)
+        wanted = {
+            "vectors": (wide, (*self._lead, count, self.dim)),
+            "there": (np.bool_, (self._lead[0], count)), "counts": (np.int64, (self._lead[0],)),
+            **{name: (np.int64, (kept,)) for name in Entries.FIELDS},
+        }  # fmt: skip
+        for name, (kind, shape) in wanted.items():
+            if arrays[name].dtype != kind or arrays[name].shape != shape:
+                raise ValueError(f"its {name} are {arrays[name].dtype} {arrays[name].shape}")
+        counts, there = arrays["counts"], arrays["there"]
+        places = np.minimum(counts, count if self.capacity is None else self.capacity)
+        if (counts < 0).any() or (places > count).any() or places.max(initial=0) != count:
+            raise ValueError("its counts are out of range")
+        if (there & (np.arange(count) >= places[:, None])).any():
+            raise ValueError("it has entries that never came")
+        names = about["documents"]
+        numbers = arrays["documents"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its documents have no names")
+        if numbers.size and not -1 <= numbers.min() <= numbers.max() < len(names):
+            raise ValueError("it names documents that are not there")
+        if not isinstance(about["notes"], dict) or not np.isfinite(arrays["vectors"]).all():
+            raise ValueError("its vectors are not finite, or its notes are none")
+        self.vectors = torch.from_numpy(arrays["vectors"].copy()).to(self.vectors)
+        self.there = torch.from_numpy(there.copy()).to(self.there.device)
+        self.counts = torch.from_numpy(counts.copy())
+        self._entries = Entries(*[arrays[name].copy() for name in Entries.FIELDS])
+        self._documents, self.notes = list(names), about["notes"]
+        self.cursor, self.identity = about["cursor"], str(about.get("id", ""))

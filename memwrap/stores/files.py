@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,20 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from memwrap.io.atomic_files import replacing, write_text
+from memwrap.io.atomic_files import SCRATCH, replacing, write_text
+from memwrap.io.reading import inside, parse_json
+from memwrap.io.reading import read_json as read_any_json
+from memwrap.io.whole_folders import SAVED, rewriting
 
 FORMAT, VERSION = "memwrap-store", 1
-HEADER = "store.json"
-_TYPES = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
+HEADER, LOCK = "store.json", ".lock"
+FILES = ("store.json", "store.safetensors", "index.json", "index-*.faiss", "shard-*.safetensors",
+         "removed.safetensors")  # fmt: skip
+_MOST_HEAD = 2**26
+_TYPES = {
+    "F16": np.float16, "F32": np.float32, "F64": np.float64, "I32": np.int32, "I64": np.int64,
+    "BOOL": np.bool_,
+}  # fmt: skip
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
@@ -32,8 +43,6 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any
     metadata["layout"] = str(_text_checksum([metadata["about"], places]))
     with replacing(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -43,7 +52,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         FileNotFoundError: if it is missing.
         ValueError: if it is damaged or foreign; names it.
     """
-    about, _, checksum = _head(path)
+    about, _, checksum = head_of(path)
     try:
         arrays = load(path.read_bytes())
     except (SafetensorError, KeyError, ValueError) as error:
@@ -59,12 +68,19 @@ def about_of(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `read_arrays`.
     """
-    return _head(path)[0]
+    return head_of(path)[0]
 
 
 def mapped(path: Path, name: str) -> np.ndarray:
-    """An array of a file, mapped from disk."""
-    entry, first = _head(path)[1][name], _length(path)
+    """An array of a file, mapped from disk.
+
+    Raises:
+        ValueError: if the file has no such array; as `read_arrays`.
+    """
+    head, first = head_of(path)[1], _length(path)
+    if name not in head:
+        raise ValueError(f"{path} is damaged: it has no {name}.")
+    entry = head[name]
     kind = np.dtype(_TYPES[entry["dtype"]])
     shape = tuple(entry["shape"])
     if 0 in shape:
@@ -77,17 +93,22 @@ def _length(path: Path) -> int:
         return int.from_bytes(file.read(8), "little")
 
 
-def _head(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Description, the arrays' places, and the checksum that they should have."""
+def head_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Description, the arrays' types, shapes and places, and the checksum they should have.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_arrays`.
+    """
+    path = inside(path.parent, path.name)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the store is not whole.")
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
+            if not 2 <= length <= min(size - 8, _MOST_HEAD):
                 raise ValueError("it ends too early")
-            head = json.loads(file.read(length))
+            head = parse_json(file.read(length), "its head")
         metadata = head.pop("__metadata__")
         if metadata["format"] != FORMAT:
             raise ValueError("it is no file of a store")
@@ -96,12 +117,25 @@ def _head(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
         places = {name: [entry["dtype"], entry["shape"]] for name, entry in head.items()}
         if metadata["layout"] != str(_text_checksum([metadata["about"], places])):
             raise ValueError("its description does not have its checksum")
-        end = max((entry["data_offsets"][1] for entry in head.values()), default=0)
+        end = max((_end_of(entry) for entry in head.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
-        return json.loads(metadata["about"]), head, int(metadata["crc32"])
+        about = parse_json(metadata["about"], "its description")
+        if not isinstance(about, dict):
+            raise ValueError("its description is none")
+        return about, head, int(metadata["crc32"])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+def _end_of(entry: dict[str, Any]) -> int:
+    """Where an array ends; it must have the bytes that its shape needs."""
+    kind, shape, (first, end) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if any(type(n) is not int or n < 0 for n in (*shape, first, end)):
+        raise ValueError("a shape or place is no number")
+    if end - first != math.prod(shape) * np.dtype(kind).itemsize:
+        raise ValueError("an array has not the bytes of its shape")
+    return end
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> int:
@@ -139,12 +173,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `read_arrays`.
     """
+    path = inside(path.parent, path.name)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the store is not whole.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    values = read_any_json(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"{path} is no file of a memwrap store.")
     if values.get("version") != VERSION:
@@ -162,10 +194,42 @@ def holds_files(folder: Path) -> bool:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder so that `target` appears whole; an older one stays until then."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    shutil.copytree(source, scratch, ignore=shutil.ignore_patterns(".lock", ".*.tmp"))
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(scratch, target)
+    """Copy a store so that `target` is the new one or, if that is stopped, the older one.
+
+    Raises:
+        ValueError: if a process writes the store at `target`.
+    """
+    if in_use(target):
+        raise ValueError(f"Another process is writing the store {target}; give another folder.")
+    with rewriting(target, replaces=FILES) as new:
+        left_out = shutil.ignore_patterns(LOCK, SCRATCH, SAVED)
+        shutil.copytree(source, new, symlinks=True, ignore=left_out, dirs_exist_ok=True)
+
+
+def lock(folder: Path) -> int | None:
+    """Lock a store's folder for writing; the system gives it back when the process ends.
+
+    Returns:
+        What to close; None if another process has it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    file = os.open(folder / LOCK, flags, 0o666)
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(file)
+            return None
+    return file
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process writes the store of a folder."""
+    if not (folder / LOCK).is_file():
+        return False
+    file = lock(folder)
+    if file is not None:
+        os.close(file)
+    return file is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memwrap.io.reading import inside
 from memwrap.stores import copying
-from memwrap.stores.base import Entries, Neighbours, Store, check_k, nothing_found
+from memwrap.stores.base import Entries, Neighbours, Store, check_k, check_names, nothing_found
 from memwrap.stores.files import HEADER, read_json, write_json
+from memwrap.stores.urls import is_url, without_password
 
 Result = TypeVar("Result")
 
@@ -69,6 +72,7 @@ class PgVectorStore(Store):
         self.batch = batch
         self._connection: Any = None
         self._documents: list[str] = []
+        self._doubtful: tuple[int, int] | None = None  # an add of which nobody knows
         self._retrying(self._prepare)
 
     # Connection
@@ -106,6 +110,8 @@ class PgVectorStore(Store):
             if self._connection is not None and not self._connection.closed:
                 raise ValueError(f"The server refuses ({self.where}): {error}") from error
             self._connection = None
+        except psycopg.Error as error:
+            raise ValueError(f"The server refuses ({self.where}): {error}") from error
         try:
             return function(self._connected())
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
@@ -199,6 +205,7 @@ class PgVectorStore(Store):
         cursor: Any = None,
     ) -> range:
         """See `Store.add`: one transaction, loaded with COPY."""
+        check_names(document, cursor)
         block = self._checked(vectors)
         if block.dim() != 2:
             raise ValueError(f"`vectors` has shape {tuple(block.shape)}; it needs (N, {self.dim}).")
@@ -207,8 +214,12 @@ class PgVectorStore(Store):
             known = document in self._documents
             number = self._documents.index(document) if known else len(self._documents)
         entries = Entries.make(len(block), values, number, spans)
+        entries.check_range()
         array = block.cpu().numpy()
         first = self._retrying(lambda c: c.execute(self._added).fetchone()[0])
+        same = _digest(array, entries)
+        if self._doubtful == (same, first - len(array)):  # it got through, only its answer was lost
+            first -= len(array)
 
         def load(connection: Any) -> None:
             with connection.transaction():
@@ -235,7 +246,13 @@ class PgVectorStore(Store):
                     (len(array), json.dumps(cursor), json.dumps(cursor)),
                 )
 
-        self._retrying(load)
+        self._doubtful = same, first
+        try:
+            self._retrying(load)
+        except ValueError:  # it says that nothing was added
+            self._doubtful = None
+            raise
+        self._doubtful = None
         if number is not None and number == len(self._documents):
             self._documents.append(document)  # type: ignore[arg-type]
         self.cursor = cursor if cursor is not None else self.cursor
@@ -373,26 +390,24 @@ class PgVectorStore(Store):
         )
 
     def _public(self) -> str:
-        parts = urlsplit(self.url)
-        place = parts.netloc.rpartition("@")
-        user = place[0].partition(":")[0]
-        netloc = f"{user}@{place[2]}" if place[0] else place[2]
-        query = [(k, v) for k, v in parse_qsl(parts.query) if k != "password"]
-        query += [("table", self.table), *((k, str(v)) for k, v in self.settings.items())]
-        return urlunsplit(parts._replace(netloc=netloc, query=urlencode(query, quote_via=quote)))
+        return without_password(self.url, table=self.table, **self.settings)
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> PgVectorStore:
-        """Open what a URL names, or a folder of `save`.
+        """Open what a URL names.
 
         Raises:
             FileNotFoundError: if the server has no such table.
-            ConnectionError, ValueError: as the class.
+            ConnectionError, ValueError: as the class; a folder of `save` is refused, for somebody
+                else may have written it.
         """
+        if not is_url(path):
+            url = str(read_json(inside(Path(path), HEADER)).get("url"))[:200]
+            raise ValueError(
+                f"{Path(path) / HEADER} names the server {without_password(url)}; memwrap connects "
+                "to none that a file names. If you trust it, give this URL instead of the folder."
+            )
         text = str(path)
-        if "://" not in text:
-            header = read_json(Path(path) / HEADER)
-            return cls(header["url"], header["dim"], header["metric"], **options)
         url, table, _ = _parts(text)
         probe = cls.__new__(cls)
         probe.url, probe.table, probe._connection = url, table, None
@@ -401,6 +416,15 @@ class PgVectorStore(Store):
         if found is None:
             raise FileNotFoundError(f"There is no store at {probe.where}; build one first.")
         return cls(text, found[0], found[1], **options)
+
+
+def _digest(array: np.ndarray, entries: Entries) -> int:
+    """Tells one `add` from another."""
+    columns = (np.ascontiguousarray(getattr(entries, name)) for name in Entries.FIELDS)
+    total = 0
+    for part in (np.ascontiguousarray(array), *columns):
+        total = zlib.crc32(part.view(np.uint8).data, total) if part.size else total
+    return total
 
 
 def _described(connection: Any, table: str) -> tuple[int, str] | None:

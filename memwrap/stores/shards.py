@@ -7,17 +7,18 @@ where to go on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memwrap.stores.base import Entries
-from memwrap.stores.files import about_of, mapped, read_arrays, write_arrays
+from memwrap.stores.base import NONE, Entries
+from memwrap.stores.files import head_of, mapped, read_arrays, write_arrays
 
 REMOVED = "removed.safetensors"
-_LARGEST = np.iinfo(np.int32).max
+_CODES = {"float16": "F16", "float32": "F32"}
 
 
 class Shards:
@@ -38,10 +39,12 @@ class Shards:
         self._numbers: dict[str, int] = {}
         self._paths: list[Path] = []
         self._firsts: list[int] = [0]  # the first entry of every shard, and behind the last
+        self.checksums: list[int] = []  # of the shards' contents
         self._saved_documents = 0
         self._pending: list[np.ndarray] = []
         self._pending_entries: list[Entries] = []
         self._pending_cursor: Any = None
+        self._before: tuple[int, Any] = (0, None)  # documents and cursor before the last append
         self._entries = Entries.make(0)
         self._maps: dict[int, np.ndarray] = {}
         if folder is not None:
@@ -54,30 +57,68 @@ class Shards:
             want = _name(number)
             if path.name != want:
                 raise FileNotFoundError(f"{folder / want} is missing; the store is not whole.")
-            about = about_of(path)
-            if about.get("first") != self.committed:
-                raise ValueError(f"{path} is damaged or of another store: it begins elsewhere.")
+            about, head, checksum = head_of(path)
+            self._check_head(path, about, head)
             self._learn(about["documents"])
             self.cursor = about["cursor"]
             parts.append(Entries(*[np.asarray(mapped(path, n)) for n in Entries.FIELDS]))
-            if len(parts[-1]) != about["count"]:
-                raise ValueError(f"{path} is damaged: it has {len(parts[-1])} entries.")
-            self._added(path, about["count"])
+            self._check_columns(path, parts[-1])
+            self._added(path, about["count"], checksum)
         self._entries = Entries.cat(parts)
         self._saved_documents = len(self.documents)
         if (folder / REMOVED).is_file():
-            arrays, _ = read_arrays(folder / REMOVED)
-            self.removed = set(arrays["ids"].tolist())
+            ids = read_arrays(folder / REMOVED)[0].get("ids", np.empty(0))
+            if ids.dtype != np.int64 or ids.ndim != 1 or _outside(ids, 0, self.committed):
+                raise ValueError(f"{folder / REMOVED} is damaged: it names other entries.")
+            self.removed = set(ids.tolist())
+
+    def _check_head(self, path: Path, about: dict[str, Any], head: dict[str, Any]) -> None:
+        """Refuse a shard that does not go on where the one before ended, or holds other arrays."""
+        count, names = about.get("count"), about.get("documents")
+        if about.get("first") != self.committed or type(count) is not int or count < 1:
+            raise ValueError(f"{path} is damaged or of another store: it begins elsewhere.")
+        wanted = {name: ["I32", [count]] for name in Entries.FIELDS}
+        wanted["vectors"] = [_CODES[self.dtype.name], [count, self.dim]]
+        got = {name: [entry["dtype"], entry["shape"]] for name, entry in head.items()}
+        for name in sorted(wanted.keys() | got.keys()):
+            if got.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{path} is damaged or of another store: its {name} are {got.get(name)}, "
+                    f"{wanted.get(name)} is needed."
+                )
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path} is damaged: its documents have no names.")
+        if len({*names} - self._numbers.keys()) != len(names) or "cursor" not in about:
+            raise ValueError(f"{path} is damaged: it names a document again.")
+
+    def _check_columns(self, path: Path, entries: Entries) -> None:
+        limits = {"documents": len(self.documents)}
+        for name in Entries.FIELDS:
+            if _outside(getattr(entries, name), NONE, limits.get(name, 2**31)):
+                raise ValueError(f"{path} is damaged: its {name} are out of range.")
 
     def _learn(self, names: Iterable[str]) -> None:
         for name in names:
             self._numbers[name] = len(self.documents)
             self.documents.append(name)
 
-    def _added(self, path: Path, count: int) -> None:
+    def _added(self, path: Path, count: int, checksum: int) -> None:
         self._paths.append(path)
+        self.checksums.append(checksum)
         self.committed += count
         self._firsts.append(self.committed)
+
+    def checksums_of(self, count: int) -> list[int] | None:
+        """Those of the shards that hold the first `count` entries; None if that cuts a shard."""
+        return self.checksums[: self._firsts.index(count)] if count in self._firsts else None
+
+    def copy(self) -> Shards:
+        """The same entries in memory, which then go their own way."""
+        new = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (list, dict, set)):
+                setattr(new, name, copy.copy(value))
+        return new
 
     @property
     def pending(self) -> int:
@@ -96,14 +137,12 @@ class Shards:
         if document is not None:
             number = self._numbers.get(document, len(self.documents))
         entries = Entries.make(len(vectors), values, number, spans)
-        for name in Entries.FIELDS:
-            column = getattr(entries, name)
-            if column.size and (column.max() > _LARGEST or column.min() < -1):
-                raise ValueError(f"`{name}` must be from -1 to {_LARGEST}.")
+        entries.check_range()
         with np.errstate(over="ignore"):
             kept = vectors.astype(self.dtype)
         if not np.isfinite(kept).all():
             raise ValueError("`vectors` overflow float16; make the store with dtype='float32'.")
+        self._before = len(self.documents), self._pending_cursor
         if document is not None and document not in self._numbers:
             self._learn([document])
         first = len(self)
@@ -112,8 +151,18 @@ class Shards:
         self._pending_cursor = cursor if cursor is not None else self._pending_cursor
         return range(first, len(self))
 
+    def withdraw(self, first: int) -> None:
+        """Forget the last `append`, which began at entry `first` and still waits."""
+        if self._pending and len(self) - len(self._pending[-1]) == first:
+            self._pending.pop()
+            self._pending_entries.pop()
+            known, self._pending_cursor = self._before
+            for name in self.documents[known:]:
+                del self._numbers[name]
+            del self.documents[known:]
+
     def commit(self) -> None:
-        """Write what waits as one shard."""
+        """Write what waits as one shard; it goes on waiting if that fails."""
         if not self._pending or self.folder is None:
             return
         block, entries = np.concatenate(self._pending), Entries.cat(self._pending_entries)
@@ -124,8 +173,13 @@ class Shards:
         }  # fmt: skip
         columns = {name: getattr(entries, name).astype(np.int32) for name in Entries.FIELDS}
         if len(block):
-            write_arrays(path, {"vectors": block, **columns}, about)
-            self._added(path, len(block))
+            try:
+                write_arrays(path, {"vectors": block, **columns}, about)
+                checksum = head_of(path)[2]
+            except BaseException:
+                path.unlink(missing_ok=True)  # nothing points to it yet
+                raise
+            self._added(path, len(block), checksum)
             self._entries = Entries.cat([self._entries, Entries(*columns.values())])
             self._saved_documents = len(self.documents)
             self.cursor = self._pending_cursor
@@ -137,6 +191,8 @@ class Shards:
             everything = Entries.cat([self._entries, *self._pending_entries])
         else:
             everything = self._entries
+        if _outside(index, NONE, len(everything)):
+            raise ValueError(f"`ids` must be from -1 to {len(everything) - 1}.")
         if not len(everything):
             return Entries.make(1)[np.zeros_like(index)]
         found = everything[index]
@@ -158,6 +214,8 @@ class Shards:
             start, end = self._firsts[number], self._firsts[number + 1]
             if end > first:
                 block = read_arrays(path)[0]["vectors"] if check else self._map(number)
+                if check and not np.isfinite(block).all():
+                    raise ValueError(f"{path} is damaged: it has vectors that are not finite.")
                 yield max(first, start), block[max(0, first - start) :]
         start = self.committed
         for block in self._pending:
@@ -190,21 +248,23 @@ class Shards:
             ValueError: names the damaged file.
         """
         for path in self._paths:
-            read_arrays(path)
+            if not np.isfinite(read_arrays(path)[0]["vectors"]).all():
+                raise ValueError(f"{path} is damaged: it has vectors that are not finite.")
 
     def remove(self, ids: Iterable[int]) -> int:
         """Mark entries as removed; their numbers stay taken."""
         new = {int(i) for i in ids if 0 <= int(i) < len(self)} - self.removed
-        self.removed |= new
-        self.save_removed()
+        self.save_removed(self.removed | new)
+        self.removed = self.removed | new
         return len(new)
 
-    def save_removed(self) -> None:
+    def save_removed(self, removed: set[int] | None = None) -> None:
         """Write which entries are removed. What waits is committed first: a mark must never
         meet another entry after a crash."""
-        if self.folder is not None and self.removed:
+        removed = self.removed if removed is None else removed
+        if self.folder is not None and removed:
             self.commit()
-            array = np.array(sorted(self.removed), np.int64)
+            array = np.array(sorted(removed), np.int64)
             write_arrays(self.folder / REMOVED, {"ids": array}, {})
 
     def clear(self) -> None:
@@ -227,6 +287,10 @@ class Shards:
     def disk_bytes(self) -> int:
         """Bytes of the shards' files."""
         return sum(path.stat().st_size for path in self._paths)
+
+
+def _outside(array: np.ndarray, least: int, end: int) -> bool:
+    return bool(array.size) and (int(array.min()) < least or int(array.max()) >= end)
 
 
 def _name(number: int) -> str:

@@ -1,0 +1,138 @@
+"""Where the backbone of a saved model comes from, and which loading options reach it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from memwrap.assets import asset
+from memwrap.io.own_paths import is_own
+from memwrap.io.reading import inside
+from memwrap.model.limits import building
+from memwrap.model.weight_files import CONFIG, SavedModel
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+"""They reach the saved model's repository and that of its base."""
+# What transformers' own Auto classes add.
+_INNER = ("_from_auto", "adapter_kwargs", "_commit_hash")
+# Of a base: what is true wherever memwrap reads the files itself.
+_TRUE_HERE: dict[str, tuple[Any, ...]] = {
+    "use_safetensors": (None, True), "weights_only": (None, True),
+    "trust_remote_code": (None, False), "code_revision": (None,),
+}  # fmt: skip
+_OF_A_WHOLE = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
+
+
+def find_folder(name: str | Path, **hub: Any) -> Path:
+    """The folder of a saved model: the name's own, a shipped one, or one from the Hub.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    folder = asset(name) or Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
+        raise FileNotFoundError(f"There is no folder {name}; save a model there first.")
+    return Path(huggingface_hub.snapshot_download(str(name), **hub))
+
+
+def base_place(config: Any, folder: Path) -> str | Path:
+    """What the base of the model saved in `folder` is loaded by.
+
+    Raises:
+        ValueError: if it has no name, or is a folder elsewhere that somebody else wrote down.
+    """
+    name = config.base_model
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            "The saved model does not name its base (it was wrapped in memory); give it: "
+            "memwrap.load(folder, base)."
+        )
+    found = asset(name)
+    if found is not None:
+        return found
+    if is_own(name, config.base_mark):
+        return name
+    if not os.path.isabs(name) and (folder / name).is_dir():
+        return inside(folder, name)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or Path(name).exists():
+        raise ValueError(
+            f"{folder / CONFIG} names {name[:100]!r} as its base, a path that you did not save "
+            "there; give the base or its folder: memwrap.load(folder, base)."
+        )
+    return name
+
+
+def load_base(saved: SavedModel, base: Any, options: dict[str, Any]) -> PreTrainedModel:
+    """The backbone of a saved model: the one that is given, one rebuilt to be filled, or that of
+    its recorded name.
+
+    Args:
+        saved: the model's files.
+        base: a model, or a name or folder to load it from, or None.
+        options: of `memwrap.load`.
+
+    Raises:
+        ValueError: for options that no loader here understands.
+    """
+    options = {name: value for name, value in options.items() if name not in _INNER}
+    folder, config = saved.folder, saved.config
+    if base is not None and not isinstance(base, (str, Path)):
+        wrong = sorted(set(options) - set(HUB_OPTIONS) - _harmless(options))
+        if wrong:
+            raise ValueError(
+                f"{wrong} go to the loading of the base, but a base was given; leave them out."
+            )
+        return base
+    given = options.pop("dtype", None) or options.pop("torch_dtype", None)
+    dtype = config.backbone.dtype if given in (None, "auto") else given
+    if base is None and config.base_included:
+        _check_whole(options, folder)
+        attention = options.get("attn_implementation")
+        chosen = {} if attention is None else {"attn_implementation": attention}
+        trust = bool(options.get("trust_remote_code"))
+        with building(saved.tensors, folder / CONFIG):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config.backbone), dtype=dtype, trust_remote_code=trust, **chosen
+            )
+    place = base_place(config, folder) if base is None else asset(base) or base
+    return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+
+
+def place_of(options: dict[str, Any]) -> Any:
+    """The one device that `device_map` names, for a model that holds its base's weights."""
+    wanted = options.get("device_map")
+    place = next(iter(wanted.values()), None) if isinstance(wanted, dict) else wanted
+    if place in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return place
+
+
+def _harmless(options: dict[str, Any]) -> set[str]:
+    """Options that say what is so anyway."""
+    return {n for n, allowed in _TRUE_HERE.items() if n in options and options[n] in allowed}
+
+
+def _check_whole(options: dict[str, Any], folder: Path) -> None:
+    """Refuse options that loading a base by its name understands, and filling one from the saved
+    model's own files does not."""
+    trusted = {"trust_remote_code", "code_revision"}
+    known = _OF_A_WHOLE | set(HUB_OPTIONS) | trusted | _harmless(options)
+    refused = sorted(n for n, value in options.items() if n not in known and value is not None)
+    wanted = options.get("device_map")
+    places = set(wanted.values()) if isinstance(wanted, dict) else {wanted}
+    if len(places) > 1 or "disk" in places:
+        refused.append("device_map")
+    if refused:
+        raise ValueError(
+            f"{folder} holds its base's weights, which are loaded onto one device: `{refused[0]}` "
+            "does not go with it. Load the base yourself and give it: memwrap.load(folder, base)."
+        )

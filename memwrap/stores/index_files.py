@@ -1,0 +1,152 @@
+"""A store's index on disk: written beside the shards that it is of, and refused beside others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memwrap.io.atomic_files import replacing
+from memwrap.io.reading import inside
+from memwrap.stores.files import file_checksum, read_json, write_json
+from memwrap.stores.indexes import faiss_module
+from memwrap.stores.shards import Shards
+
+INDEX = "index.json"
+_LISTS = re.compile(r"IVF(\d+)")
+
+
+def is_sane(factory: Any, dim: int) -> bool:
+    """Whether a factory string describes an index of a usual size for vectors of width `dim`: it is
+    short, and only the numbers of inverted lists are large."""
+    if not isinstance(factory, str) or not re.fullmatch(r"[\w.,()-]{1,64}", factory):
+        return False
+    rest = _LISTS.sub("", factory)
+    return all(int(number) <= max(4096, dim) for number in re.findall(r"\d+", rest))
+
+
+def check_lists(factory: str, count: int) -> None:
+    """Refuse an index of more inverted lists than there are vectors, before they are made."""
+    if any(int(number) > count for number in _LISTS.findall(factory)):
+        raise ValueError(
+            f"`factory` {factory!r} has more lists than the {count} vectors there are."
+        )
+
+
+def index_file(folder: Path, shards: Shards) -> tuple[Path, dict[str, Any]]:
+    """The file of a store's index and what is written about it, which must fit the shards.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is damaged or of another store.
+    """
+    about = read_json(folder / INDEX)
+    name, count, factory = (about.get(key) for key in ("file", "count", "factory"))
+    known = isinstance(name, str) and re.fullmatch(r"index-\d+\.faiss", name)
+    if not known or type(count) is not int or not is_sane(factory, shards.dim):
+        raise ValueError(f"{folder / INDEX} is damaged: it does not describe an index.")
+    file = inside(folder, name)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; delete {INDEX} beside it to build anew.")
+    if file.stat().st_size != about.get("size"):
+        raise ValueError(f"{file} is damaged; delete it and {INDEX} to build the index anew.")
+    if shards.checksums_of(count) != about.get("shards"):
+        raise ValueError(
+            f"{file} covers {count} entries; it is not of the shards of {folder}, which hold "
+            f"{len(shards)}: a shard is missing or another one."
+        )
+    return file, about
+
+
+def write_index(folder: Path, index: Any, factory: str, shards: Shards) -> None:
+    """Put an index beside its shards: first the file, then what points to it."""
+    count = index.ntotal
+    name = f"index-{count:012d}.faiss"
+    with replacing(folder / name) as temporary:
+        faiss_module().write_index(index, str(temporary))
+        size, checksum = temporary.stat().st_size, file_checksum(temporary)
+    about = {
+        "file": name, "count": count, "factory": factory, "size": size, "crc32": checksum,
+        "shards": shards.checksums_of(count),
+    }  # fmt: skip
+    write_json(folder / INDEX, about)
+    for old in folder.glob("index-*.faiss"):
+        if old.name != name:
+            old.unlink()
+
+
+def read_index(file: Path, dim: int, metric: str, count: int, *, mmap: bool = False) -> Any:
+    """Read an index that must fit a store.
+
+    Args:
+        file: as faiss wrote it.
+        dim, metric: of the store.
+        count: entries that it covers.
+        mmap: map it from disk.
+
+    Raises:
+        ValueError: if faiss cannot read it, or it is another one.
+    """
+    faiss = faiss_module()
+    broken = f"{file} is damaged; delete it and index.json to build the index anew"
+    limited = hasattr(faiss, "set_deserialization_vector_byte_limit")
+    if limited:  # nothing is allocated because the file says so
+        before = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(max(2**31, 4 * file.stat().st_size))
+    try:
+        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
+    except Exception as error:  # RuntimeError, and what SWIG makes of a failed allocation
+        raise ValueError(f"{broken} (faiss cannot read it).") from error
+    finally:
+        if limited:
+            faiss.set_deserialization_vector_byte_limit(before)
+    measure = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    got, want = (index.d, index.ntotal, index.metric_type), (dim, count, measure)
+    if got != want or not index.is_trained:
+        raise ValueError(f"{broken}: width, entries and metric are {got}, not {want}.")
+    if not mmap:
+        _check_numbers(index, file)
+    return index
+
+
+def _check_numbers(index: Any, file: Path) -> None:
+    """Refuse an index that points to entries that are not there."""
+    faiss = faiss_module()
+    inner = faiss.downcast_index(index)
+    while isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if isinstance(inner, faiss.IndexHNSW):
+        graph = inner.hnsw
+        found = [faiss.vector_to_array(graph.neighbors), np.array([graph.entry_point])]
+    elif isinstance(inner, faiss.IndexIVF):
+        lists = inner.invlists
+        sizes = [lists.list_size(number) for number in range(lists.nlist)]
+        found = [faiss.rev_swig_ptr(lists.get_ids(n), s) for n, s in enumerate(sizes) if s]
+        if sum(sizes) != index.ntotal:
+            raise ValueError(f"{file} is damaged: its lists hold {sum(sizes)} entries.")
+    else:
+        return
+    for numbers in found:
+        if numbers.size and (numbers.min() < -1 or numbers.max() >= index.ntotal):
+            raise ValueError(f"{file} is damaged: it points to entries that are not there.")
+
+
+def check_index(index: Any, file: Path, gather: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Compare a sample of what an index holds with the vectors kept, where it holds vectors.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    faiss = faiss_module()
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexHNSW):
+        inner = faiss.downcast_index(inner.storage)
+    if not isinstance(inner, faiss.IndexFlat) or not index.ntotal:
+        return
+    sample = np.unique(np.linspace(0, index.ntotal - 1, min(index.ntotal, 4096)).astype(np.int64))
+    held = np.stack([inner.reconstruct(int(number)) for number in sample])
+    if not np.array_equal(held, gather(sample).astype(np.float32)):
+        raise ValueError(f"{file} is damaged: it does not hold the store's vectors.")
