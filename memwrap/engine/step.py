@@ -69,6 +69,12 @@ class SegmentReader:
         zero = any(m.zero_positions for m in self.tokens.values())
         self.zero_positions = zero and backbone.max_positions is not None
 
+    @property
+    def attachment_points(self) -> set[str]:
+        """What of the backbone meets the memories."""
+        points = {place for memory in self.memories.values() for place in memory.config.places}
+        return points | {"feed_forward"} if self.notes_ffn else points
+
     def init_states(self, batch_size: int, device: torch.device) -> dict[str, Tree]:
         """The trees of rows that have read nothing, of the memories and of the backbone itself."""
         trees = {n: m.init_state(batch_size, device) for n, m in self.memories.items()}
@@ -157,11 +163,10 @@ class SegmentReader:
         if layout.x.shape[1] == 0:  # a segment that closes without tokens or suffix
             self._close_cached(context)
             return layout.x, nothing
-        if not self.notes_ffn:
-            return self._run(layout, places, local, cache, context), nothing
-        with self.backbone.noting_feed_forward() as given:
-            hidden = self._run(layout, places, local, cache, context)
-        return hidden, given[0].view(*hidden.shape[:2], -1)
+        hidden = self._run(layout, places, local, cache, context)
+        if context.feed_forward is None:
+            return hidden, nothing
+        return hidden, context.feed_forward[0].view(*hidden.shape[:2], -1)
 
     def _run(
         self, layout: Layout, places: Positions, local: Local, cache: Any, context: LayerContext
@@ -177,6 +182,7 @@ class SegmentReader:
             cache=cache,
             context=context if self.layers or self.attending else None,
             recurrence=context.recurrence,
+            feed_forward=context.feed_forward,
         )
         self._check_met(context)
         return hidden
@@ -195,6 +201,7 @@ class SegmentReader:
             local=local,
             rotary=self.backbone.rotary,
             recurrence=Recurrence(states[BACKBONE], own) if recurrent else None,
+            feed_forward=[] if self.notes_ffn else None,
         )
 
     def _close_cached(self, context: LayerContext) -> None:
@@ -214,6 +221,11 @@ class SegmentReader:
             )
         if context.recurrence is not None:
             context.recurrence.check_met(len(self.backbone.recurrent), name)
+        if context.feed_forward == []:
+            raise ValueError(
+                f"{name}'s last feed-forward block no longer meets the memory: classes were "
+                "changed after wrapping. Unwrap, change them, and wrap again."
+            )
         if self.attending and len(context.attended) != with_attention:
             raise ValueError(
                 f"{name}'s attention no longer meets the memory: its attention implementation "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +17,10 @@ from memwrap.backbones.layer_attention import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.sizes import Sizes
 from memwrap.state.trees import Tree
+
+# The branch that is read alone, of the memory with the identity.
+_NONE: Mapping[int, str] = MappingProxyType({})
+_branches: ContextVar[Mapping[int, str]] = ContextVar("memwrap_branches", default=_NONE)
 
 
 @dataclass
@@ -67,8 +74,8 @@ class Memory(nn.Module):
         insert_predicts: the inserted token predicts what follows it, and is a target of the token
             before it (needs an `insert_id`). Otherwise it is outside the loss.
         grows: the state's tensors may become longer in one dimension, filled from its beginning.
-        branches: parts of what is read that can be read alone, by setting `branch` to one of
-            them; an evaluation measures what each is worth.
+        branches: parts of what is read that can be read alone (`only`); an evaluation measures
+            what each is worth.
     """
 
     looks_at: frozenset[str] = frozenset()
@@ -79,7 +86,6 @@ class Memory(nn.Module):
     bytes_per_token: float = 0.0
     grows: bool = False
     branches: tuple[str, ...] = ()
-    branch: str = "both"
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -90,6 +96,28 @@ class Memory(nn.Module):
         self.insert_every = 0
         self.insert_id: int | None = None
         self.insert_predicts = False
+
+    @property
+    def branch(self) -> str:
+        """The branch that is read alone, or "both"."""
+        return _branches.get().get(id(self), "both")
+
+    @contextmanager
+    def only(self, branch: str) -> Iterator[None]:
+        """Read one of the `branches` alone inside the block (or "both"), in this thread.
+
+        Raises:
+            ValueError: for a branch that the memory does not have.
+        """
+        if branch not in (*self.branches, "both"):
+            raise ValueError(
+                f"`branch` is {branch!r}; {type(self).__name__} has {(*self.branches, 'both')}."
+            )
+        token = _branches.set({**_branches.get(), id(self): branch})
+        try:
+            yield
+        finally:
+            _branches.reset(token)
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         """The state of rows that have read nothing: a tree of tensors, batch first."""

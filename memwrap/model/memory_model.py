@@ -69,7 +69,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         self.memory_modules = MemoryModules(memories)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
-        self.parts.attach({place for c in self.memory_configs for place in c.places})
+        self.parts.attach(SegmentReader(self.parts, memories).attachment_points)
         self.gradient_checkpointing = _take_over_checkpointing(backbone)
         self.generation_config = copy.deepcopy(backbone.generation_config)
         self.post_init()
