@@ -49,14 +49,6 @@ def assert_pieces_and_padding(model: Any, lengths: Sequence[int] = (43, 29)) -> 
             assert_same_states(state, want.cache)
 
 
-def checkpointed(model: Any) -> Any:
-    """The model with activations computed again in the backward pass (transformers 5.17 calls
-    it gradient checkpointing)."""
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    (newer or model.gradient_checkpointing_enable)()
-    return model
-
-
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
 
 

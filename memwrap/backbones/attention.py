@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
+from memwrap.backbones.class_swaps import LOCK, give_back, is_lent, lend, subclass
 from memwrap.backbones.layer_attention import (
     PREFIX,
     AttentionCall,
@@ -26,7 +27,8 @@ from memwrap.backbones.layer_attention import (
     LayerAttention,
     implementation,
 )
-from memwrap.backbones.layers import swap_class
+
+KIND = "attention"
 
 
 @cache
@@ -105,8 +107,7 @@ def _memory_attention(parent: type[nn.Module]) -> type[nn.Module]:
             return (out[0] + call.added.to(out[0].dtype), *out[1:])
         return out + call.added.to(out.dtype)
 
-    members = {"forward": forward, "_memwrap_parent": parent, "__doc__": parent.__doc__}
-    return type(f"Memory{parent.__name__}", (parent,), members)
+    return subclass(parent, KIND, forward=forward)
 
 
 def attention_modules(layers: nn.ModuleList, without: Collection[int]) -> dict[int, nn.Module]:
@@ -129,19 +130,20 @@ def attention_modules(layers: nn.ModuleList, without: Collection[int]) -> dict[i
     return modules
 
 
-def attach(model: Any, modules: Iterable[nn.Module]) -> None:
+def attach(model: Any, modules: Collection[nn.Module]) -> None:
     """Let attention modules meet a memory."""
-    for module in modules:
-        if not hasattr(type(module), "_memwrap_parent"):
-            swap_class(module, _memory_attention(type(module)))  # type: ignore[arg-type]
-    name = implementation(model.config.get_text_config(decoder=True))
-    model.set_attn_implementation(PREFIX + name)
+    with LOCK:
+        for module in modules:
+            lend(module, KIND, _memory_attention)
+        name = implementation(model.config.get_text_config(decoder=True))
+        model.set_attn_implementation(PREFIX + name)
 
 
-def detach(model: Any, modules: Iterable[nn.Module]) -> None:
-    """Give attention modules their own class and function back."""
-    for module in modules:
-        parent = getattr(type(module), "_memwrap_parent", None)
-        if parent is not None:
-            swap_class(module, parent)
-    model.set_attn_implementation(implementation(model.config.get_text_config(decoder=True)))
+def detach(model: Any, modules: Collection[nn.Module]) -> None:
+    """Give attention modules their own class and function back, unless others need them."""
+    with LOCK:
+        for module in modules:
+            give_back(module, KIND)
+        if not any(is_lent(module, KIND) for module in modules):
+            name = implementation(model.config.get_text_config(decoder=True))
+            model.set_attn_implementation(name)

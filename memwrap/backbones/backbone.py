@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from memwrap.backbones import attention as attention_place
+from memwrap.backbones import feedforward as feed_forward_place
 from memwrap.backbones import layers as layer_place
 from memwrap.backbones import recurrence as recurrent_place
 from memwrap.backbones.attention_probe import AttentionSizes, probe
 from memwrap.backbones.cache_names import find_cache_name
-from memwrap.backbones.feedforward import feed_forward, noting_input
+from memwrap.backbones.class_swaps import give_back, is_lent
 from memwrap.backbones.masks import (
     build_masks,
     layer_kinds,
@@ -31,6 +32,7 @@ from memwrap.backbones.rotary import Rotary
 from memwrap.state.trees import Tree, tree_map
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+_KINDS = (layer_place.KIND, recurrent_place.KIND, feed_forward_place.KIND)
 
 
 class _Facade:
@@ -171,19 +173,23 @@ class Backbone:
     @property
     def attached(self) -> bool:
         """Whether a memory model holds this backbone's layers or attention."""
-        return any(hasattr(type(m), "_memwrap_parent") for m in self.decoder.modules())
+        modules = list(self.decoder.modules())
+        return any(is_lent(m, kind) for m in modules for kind in (*_KINDS, attention_place.KIND))
 
-    def attach(self, *, layers: bool, attention: bool) -> None:
-        """Let the layers and their attention meet a memory, and recurrent layers what they
+    def attach(self, points: Collection[str]) -> None:
+        """Let the layers ("layer") and their attention ("attention") meet a memory, the last
+        feed-forward block ("feed_forward") note its input, and recurrent layers meet what they
         remember.
 
         Raises:
             ValueError: if the model lacks what a place needs, or its recurrent layers cannot go on
                 from what they remember.
         """
-        if layers or self.recurrent:
+        if "feed_forward" in points:
+            feed_forward_place.attach(self._feed_forward())
+        if "layer" in points:
             layer_place.attach(self.layers)
-        if attention:
+        if "attention" in points:
             attention_place.attach(self.model, self.attention_modules.values())
         if self.recurrent:
             try:
@@ -207,12 +213,11 @@ class Backbone:
 
     def detach(self) -> None:
         """Give every layer and attention its own class and function back."""
-        if not self.attached:
-            return
-        layer_place.detach(self.layers)
+        for module in self.decoder.modules():
+            for kind in _KINDS:
+                give_back(module, kind)
         if self._attending:
             attention_place.detach(self.model, self.attention_modules.values())
-        recurrent_place.detach([self.layers[n] for n in self.recurrent])
 
     @property
     def attention_modules(self) -> dict[int, nn.Module]:
@@ -236,13 +241,12 @@ class Backbone:
     @contextmanager
     def attention_lent(self) -> Iterator[None]:
         """Let the attention meet a memory inside the block, whoever holds the backbone."""
-        before, modules = self._attending, self.attention_modules.values()
+        modules = self.attention_modules.values()
         attention_place.attach(self.model, modules)
         try:
             yield
         finally:
-            if not before:
-                attention_place.detach(self.model, modules)
+            attention_place.detach(self.model, modules)
 
     def attention_sizes(self) -> dict[int, AttentionSizes]:
         """Heads and widths of every layer's attention, seen by running one token through it.
@@ -279,22 +283,22 @@ class Backbone:
     @contextmanager
     def _quiet(self) -> Iterator[None]:
         """Run the block without gradients and with the model in evaluation mode."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
         try:
             with torch.no_grad():
                 yield
         finally:
-            for module, training in modes:
-                module.training = training
+            for module in training:
+                module.training = True
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """`(B, T)` ids -> `(B, T, D)` embeddings."""
         return self.embeddings(input_ids)
 
-    @contextmanager
-    def noting_feed_forward(self) -> Iterator[list[Tensor]]:
-        """Collect what the last layer's feed-forward block is given inside the block.
+    def _feed_forward(self) -> nn.Module:
+        """The last layer's feed-forward block.
 
         Raises:
             ValueError: if the model's layers or their parts cannot be found.
@@ -303,8 +307,7 @@ class Backbone:
         mixers = [module for n, module in self.attention_modules.items() if n == last]
         if last in self.recurrent:
             mixers.append(recurrent_place.recurrent_module(self.layers[last]))
-        with noting_input(feed_forward(self.layers[last], mixers)) as seen:
-            yield seen
+        return feed_forward_place.feed_forward(self.layers[last], mixers)
 
     def run(
         self,
@@ -317,8 +320,9 @@ class Backbone:
         cache: Cache | None = None,
         context: Any = None,
         recurrence: Recurrence | None = None,
+        feed_forward: list[Tensor] | None = None,
     ) -> Tensor:
-        """Run the decoder over embeddings.
+        """Run the decoder over embeddings. Several may run at once.
 
         Args:
             embeds: `(B, T, D)`.
@@ -330,6 +334,7 @@ class Backbone:
             cache: holds the keys and values of the open segment and takes up the new ones.
             context: read and written by the layers (`LayerReader`, `AttentionReader`).
             recurrence: what recurrent layers remember of the rows, and will.
+            feed_forward: takes up what the last feed-forward block is given, if it is attached.
 
         Returns:
             The last hidden states `(B, T, D)`, after the final norm.
@@ -343,16 +348,19 @@ class Backbone:
                 self.config, positions, key_positions, key_valid,
                 dtype=embeds.dtype, device=embeds.device,
             )  # fmt: skip
-        given = {"memory_context": context, "memory_recurrence": recurrence}
-        extra = {name: value for name, value in given.items() if value is not None}
-        return self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=(positions if position_ids is None else position_ids).to(embeds.device),
-            use_cache=cache is not None,
-            **{self.cache_name: cache},
-            **extra,
-        ).last_hidden_state
+        given: dict[str, Any] = {self.cache_name: cache}
+        if context is not None:
+            given["memory_context"] = context
+        position_ids = positions if position_ids is None else position_ids
+        noted = feed_forward_place.inputs_noted_in(feed_forward)
+        with recurrent_place.carried(recurrence), noted:
+            return self.decoder(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=position_ids.to(embeds.device),
+                use_cache=cache is not None,
+                **given,
+            ).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `(B, T, V)` of last hidden states, through the model's own forward."""

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
+from memwrap.backbones.class_swaps import lend, subclass
+
+KIND = "feed_forward"
+# No keyword of a run reaches the block; a nested run has another list, or none.
+_inputs: ContextVar[list[Tensor] | None] = ContextVar("memwrap_feed_forward", default=None)
+
 
 def feed_forward(layer: nn.Module, mixers: Collection[nn.Module]) -> nn.Module:
-    """The first part of a decoder layer that holds matrices and none of its `mixers` (attention,
-    a recurrent module).
+    """Find the first part of a decoder layer that holds matrices and none of its `mixers`
+    (attention, a recurrent module).
 
     Raises:
         ValueError: if there is none.
@@ -27,15 +35,26 @@ def feed_forward(layer: nn.Module, mixers: Collection[nn.Module]) -> nn.Module:
 
 
 @contextmanager
-def noting_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a module is given inside the block. Nothing of it stays behind."""
-    seen: list[Tensor] = []
-
-    def note(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else next(iter(kwargs.values())))
-
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+def inputs_noted_in(inputs: list[Tensor] | None) -> Iterator[None]:
+    """Append what an attached block is given inside this one to `inputs`; None: nowhere."""
+    token = _inputs.set(inputs)
     try:
-        yield seen
+        yield
     finally:
-        handle.remove()
+        _inputs.reset(token)
+
+
+@cache
+def _noting(parent: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inputs = _inputs.get()
+        if inputs is not None:
+            inputs.append(args[0] if args else next(iter(kwargs.values())))
+        return parent.forward(self, *args, **kwargs)
+
+    return subclass(parent, KIND, forward=forward)
+
+
+def attach(block: nn.Module) -> None:
+    """Let a block note what it is given, where a run asks for it."""
+    lend(block, KIND, _noting)

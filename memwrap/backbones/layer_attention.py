@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache
 
 from memwrap.backbones.positions import MemoryKeyValues, Positions
@@ -100,6 +102,9 @@ class LayerAttention:
     window: int | None = None
     softcap: float | None = None
     hidden: Tensor | None = None
+    # No cached_property: in Python 3.11 all instances share its lock.
+    _query: Tensor | None = field(default=None, init=False, repr=False)
+    _key: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def layer(self) -> int:
@@ -166,17 +171,20 @@ class LayerAttention:
         """Whether the model's attention takes a bool mask; otherwise one that is added."""
         return implementation(self.module.config) == "sdpa"
 
-    @cached_property
+    @property
     def query(self) -> Tensor:
         """The queries `(B, H, T, Dk)` without rotation and without scaling."""
-        plain = self._unrotated_query()
-        ratio = self.rotated_scaling / self.scaling
-        return plain if ratio == 1 else plain * ratio
+        if self._query is None:
+            plain, ratio = self._unrotated_query(), self.rotated_scaling / self.scaling
+            self._query = plain if ratio == 1 else plain * ratio
+        return self._query
 
-    @cached_property
+    @property
     def key(self) -> Tensor:
         """The keys `(B, Hkv, K, Dk)` without rotation."""
-        return unrotate(self.rotated_key, self._angles(self.key_positions, "keys"))
+        if self._key is None:
+            self._key = unrotate(self.rotated_key, self._angles(self.key_positions, "keys"))
+        return self._key
 
     def keys_at(self, columns: Tensor, name: Hashable | None = None) -> Tensor:
         """Take the keys `(B, Hkv, N, Dk)` of columns `(B, N)`, without rotation; a `name` says
@@ -297,10 +305,7 @@ class LayerAttention:
             shape = (inputs.shape[0], inputs.shape[1], angles[0].shape[-1])
             unmoved = (angles[0].new_ones(shape), angles[0].new_zeros(shape))
             keywords["position_embeddings"] = unmoved
-        if frozen:
-            weights = {name: p.detach() for name, p in self.module.named_parameters()}
-            torch.func.functional_call(self.module, weights, (inputs,), keywords)
-        else:
+        with _FrozenParameters() if frozen else nullcontext():
             self.module(inputs, **keywords)
         return capture.key, capture.value
 
@@ -350,6 +355,20 @@ class LayerAttention:
             return rotary.angles(positions, self.layer, self.rotated_key)
 
         return angles() if name is None else self.cached_per_step(("angles", name, kind), angles)
+
+
+class _FrozenParameters(TorchFunctionMode):
+    """Keeps gradients away from parameters, in this thread alone: modules stay as they are."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(nn.Parameter, _constant, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _constant(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach() if parameter.requires_grad else parameter
 
 
 class _Capture:

@@ -9,7 +9,9 @@ length at a time, and a cache of its own whose tensors are replaced, not written
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -19,15 +21,20 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from memwrap.backbones.cache_names import NAMES
-from memwrap.backbones.layers import swap_class
+from memwrap.backbones.class_swaps import lend, subclass
 from memwrap.state.trees import Tree, tree_leaves, tree_map
 
 # Layer types that remember more than keys and values; a "hybrid" layer attends, too.
 KINDS = ("conv", "linear_attention", "hybrid")
+KIND = "recurrent"
 _MOST_STATES = 8  # of one kind in a layer
 # Before 5.21, layers began anew or went astray where several tokens followed others.
 SUPPORTED = hasattr(Cache, "get_conv_state")
 Call = Callable[[Tensor, Cache], Any]
+
+
+# No keyword of a run reaches a recurrent module; a nested run has another, or none.
+_current: ContextVar[Recurrence | None] = ContextVar("memwrap_recurrence", default=None)
 
 
 class _States(LinearAttentionLayer):
@@ -87,7 +94,7 @@ class _States(LinearAttentionLayer):
 
 @dataclass
 class Recurrence:
-    """One step of a backbone's recurrent layers, handed down as `memory_recurrence`.
+    """One step of a backbone's recurrent layers, `carried` while it runs.
 
     Attributes:
         states: each layer's tree by its number, `{"3": {"conv": {"0": (B, ...)}, ...}}`; a layer
@@ -110,18 +117,12 @@ class Recurrence:
                 columns = self.valid[rows].nonzero()[:, 1].view(len(rows), count)
                 self._groups.append((rows, columns))
 
-    def meet(self, layer: nn.Module) -> None:
-        """Let a decoder layer's recurrent module, if it has one, find the step's states."""
-        for module in layer.modules():
-            if module is not layer and getattr(type(module), "_memwrap_recurrent", False):
-                vars(module)["_memwrap_recurrence"] = self
-
     def check_met(self, count: int, name: str) -> None:
         """Refuse a model some of whose `count` recurrent layers ran without their states."""
         if len(self.after) != count:
             raise ValueError(
-                f"{len(self.after)} of {name}'s {count} recurrent layers met their states: it does "
-                "not hand keyword arguments down, or classes were changed after wrapping."
+                f"{len(self.after)} of {name}'s {count} recurrent layers met their states: classes "
+                "were changed after wrapping. Unwrap, change them, and wrap again."
             )
 
     def __call__(self, layer: int, call: Call, hidden: Tensor) -> Tensor:
@@ -133,8 +134,8 @@ class Recurrence:
         result, after = torch.zeros_like(hidden), tree
         for rows, columns in self._groups:
             rows, columns = rows.to(hidden.device), columns.to(hidden.device)
-            own = tree_map(lambda t, r=rows: t[r.to(t.device)], tree)
-            out, new = _run(call, hidden[rows[:, None], columns], own, layer)
+            before = tree_map(lambda t, r=rows: t[r.to(t.device)], tree)
+            out, new = _run(call, hidden[rows[:, None], columns], before, layer)
             result = result.index_put((rows[:, None], columns), out.to(result.dtype))
             after = _placed(after, rows, new, len(hidden))
         self.after[str(layer)] = after
@@ -161,65 +162,61 @@ def _placed(tree: Tree, rows: Tensor, new: Tree, batch: int) -> Tree:
 @cache
 def _memory_recurrence(parent: type[nn.Module]) -> type[nn.Module]:
     taken = [name for name in inspect.signature(parent.forward).parameters if name != "self"]
-    place = next((name for name in NAMES if name in taken), None)
-    if place is None:
+    keyword = next((name for name in NAMES if name in taken), None)
+    if keyword is None:
         raise ValueError(
             f"{parent.__name__} takes none of {', '.join(NAMES)}; memwrap cannot carry what it "
             "remembers from segment to segment."
         )
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        recurrence = vars(self).pop("_memwrap_recurrence", None)
-        kwargs.update(zip(taken, args, strict=False))
+        recurrence = _current.get()
         if recurrence is None:
-            return parent.forward(self, **kwargs)
+            return parent.forward(self, *args, **kwargs)
+        kwargs.update(zip(taken, args, strict=False))
 
-        def call(hidden: Tensor, own: Cache) -> Any:
-            given = {**kwargs, taken[0]: hidden, place: own}
+        def call(hidden: Tensor, cache: Cache) -> Any:
+            given = {**kwargs, taken[0]: hidden, keyword: cache}
             if "attention_mask" in given:
                 given["attention_mask"] = None
             return parent.forward(self, **given)
 
         return recurrence(self.layer_idx, call, kwargs[taken[0]])
 
-    members = {
-        "forward": forward, "_memwrap_parent": parent, "_memwrap_recurrent": True,
-        "__doc__": parent.__doc__,
-    }  # fmt: skip
-    return type(f"Memory{parent.__name__}", (parent,), members)
+    return subclass(parent, KIND, forward=forward)
 
 
 def recurrent_module(layer: nn.Module) -> nn.Module:
-    """The module of a recurrent layer that keeps a state.
+    """Find the module of a recurrent layer that keeps a state.
 
     Raises:
         ValueError: if there is none, or several.
     """
-    own = [m for m in layer.modules() if hasattr(m, "layer_idx") and not hasattr(m, "is_causal")]
-    own = [m for m in own if m is not layer]
-    if len(own) != 1:
+    modules = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx")]
+    modules = [m for m in modules if not hasattr(m, "is_causal")]
+    if len(modules) != 1:
         raise ValueError(
-            f"{type(layer).__name__} has {len(own)} recurrent modules with a layer number; memwrap "
-            "needs exactly one a layer."
+            f"{type(layer).__name__} has {len(modules)} recurrent modules with a layer number; "
+            "memwrap needs exactly one a layer."
         )
-    return own[0]
+    return modules[0]
 
 
 def attach(layers: list[nn.Module]) -> None:
     """Let recurrent layers carry their states."""
     for layer in layers:
-        module = recurrent_module(layer)
-        if not hasattr(type(module), "_memwrap_parent"):
-            swap_class(module, _memory_recurrence(type(module)))  # type: ignore[arg-type]
+        lend(recurrent_module(layer), KIND, _memory_recurrence)
 
 
-def detach(layers: list[nn.Module]) -> None:
-    """Give every recurrent module its own class back."""
-    for layer in layers:
-        module = recurrent_module(layer)
-        parent = getattr(type(module), "_memwrap_parent", None)
-        if parent is not None:
-            swap_class(module, parent)
+@contextmanager
+def carried(recurrence: Recurrence | None) -> Iterator[None]:
+    """Let recurrent modules go on from the states of `recurrence` inside the block; None: they
+    run as they are."""
+    token = _current.set(recurrence)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 class Probe(Recurrence):

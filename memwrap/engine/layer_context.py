@@ -36,6 +36,7 @@ class LayerContext:
         losses: auxiliary losses `(B,)`.
         notes: what attention leaves in one layer for later ones.
         recurrence: the states of the backbone's own recurrent layers, if it has any.
+        feed_forward: takes up the last feed-forward block's input, if a memory asks for it.
     """
 
     layered: dict[str, LayerMemory]
@@ -54,6 +55,7 @@ class LayerContext:
     hidden: Tree = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
     recurrence: Recurrence | None = None
+    feed_forward: list[Tensor] | None = None
     notes: dict = field(default_factory=dict)
     _steps: dict[torch.device, AttentionStep] = field(default_factory=dict)
 

@@ -71,6 +71,16 @@ class SegmentReader:
         self.count_padding = any(m.config.count_padding for m in memories.values())
         self.layout = InputLayout(backbone, memories, self.count_padding)
 
+    @property
+    def attachment_points(self) -> set[str]:
+        """What of the backbone meets the memories."""
+        points = {
+            "layer": self.layered,
+            "attention": self.attending,
+            "feed_forward": self.notes_ffn,
+        }
+        return {name for name, wanted in points.items() if wanted}
+
     def init_states(self, batch_size: int, device: torch.device) -> dict[str, Tree]:
         """The trees of rows that have read nothing, of the memories and of the backbone itself."""
         trees = {n: m.init_state(batch_size, device) for n, m in self.memories.items()}
@@ -153,11 +163,10 @@ class SegmentReader:
                 for layer, module in self.backbone.attention_modules.items():
                     context.close_attention(layer, module)
             return x, nothing
-        if not self.notes_ffn:
-            return self._run(given, cache, context), nothing
-        with self.backbone.noting_feed_forward() as noted:
-            hidden = self._run(given, cache, context)
-        return hidden, noted[0].view(*hidden.shape[:2], -1)
+        hidden = self._run(given, cache, context)
+        if context.feed_forward is None:
+            return hidden, nothing
+        return hidden, context.feed_forward[0].view(*hidden.shape[:2], -1)
 
     def _run(self, given: StepInput, cache: Any, context: LayerContext) -> Tensor:
         positions = given.positions
@@ -170,6 +179,7 @@ class SegmentReader:
             cache=cache,
             context=context if self.layered or self.attending else None,
             recurrence=context.recurrence,
+            feed_forward=context.feed_forward,
         )
         self._check_met(context)
         return hidden
@@ -189,6 +199,7 @@ class SegmentReader:
             segment=segment,
             rotary=self.backbone.rotary,
             recurrence=Recurrence(states[BACKBONE], valid) if recurrent else None,
+            feed_forward=[] if self.notes_ffn else None,
         )
 
     def _check_met(self, context: LayerContext) -> None:
@@ -203,6 +214,11 @@ class SegmentReader:
             )
         if context.recurrence is not None:
             context.recurrence.check_met(len(self.backbone.recurrent), name)
+        if context.feed_forward == []:
+            raise ValueError(
+                f"{name}'s last feed-forward block no longer meets the memory: classes were "
+                "changed after wrapping. Unwrap, change them, and wrap again."
+            )
         if self.attending and len(context.attended) != with_attention:
             raise ValueError(
                 f"{name}'s attention no longer meets the memory: its attention implementation "

@@ -113,7 +113,7 @@ def _read(model: MemoryModelForCausalLM, rows: Sequence[Tensor], progress: bool)
             for h, t in zip(hidden.split(512), targets.split(512), strict=True):
                 log_probs = model.parts.head(h[None])[0].float().log_softmax(-1)
                 own.append(log_probs.gather(1, t[:, None])[:, 0].double().cpu())
-            found, values = memory._in_store(keys[None])
+            found, values = memory._in_store(memory.store, keys[None])
             costs.append(found[0].double().cpu())
             hits.append((values[0] == targets[:, None]).cpu())
     if not own:

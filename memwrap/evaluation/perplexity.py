@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -254,14 +255,11 @@ def _branch(
     progress: bool,
 ) -> Tensor:
     """The model with one branch of its memory read alone."""
-    owners = [m for m in model.memories.values() if branch in m.branches]
-    for memory in owners:
-        memory.branch = branch
-    try:
+    with ExitStack() as stack:
+        for memory in model.memories.values():
+            if branch in memory.branches:
+                stack.enter_context(memory.only(branch))
         return _memory(model, ids, mask, piece, None, progress)
-    finally:
-        for memory in owners:
-            memory.branch = "both"
 
 
 def _windows(

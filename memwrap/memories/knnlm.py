@@ -190,7 +190,8 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
     # Mixing
 
     def mix(self, logits: Tensor, key: Tensor, state: Tree) -> Tensor:
-        found = [f for f in (self._in_store(key), self._in_state(key, state)) if f]
+        store = self.store  # which may be exchanged while it is searched
+        found = [f for f in (self._in_store(store, key), self._in_state(key, state)) if f]
         if not found:
             return logits
         costs = torch.cat([c.to(logits.dtype) for c, _ in found], -1)
@@ -199,11 +200,16 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
             costs, order = costs.sort(-1)
             costs = costs[..., : self.config.top_k]
             tokens = tokens.gather(-1, order)[..., : self.config.top_k]
-        return interpolate(logits, costs, tokens, *self.settings(costs))
+        return interpolate(logits, costs, tokens, *self._settings(store, costs))
 
     def settings(self, costs: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Lambda and temperature for neighbours at `costs` `(..., K)`, numbers or `(..., 1)`."""
-        tuned = {} if self.store is None else self.store.notes.get("tuned", {})
+        return self._settings(self.store, costs)
+
+    def _settings(
+        self, store: Store | None, costs: Tensor
+    ) -> tuple[Tensor | float, Tensor | float]:
+        tuned = {} if store is None else store.notes.get("tuned", {})
         config = self.config
 
         def given(name: str, otherwise: float | None) -> Any:
@@ -215,12 +221,12 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
             return weight, temperature
         return adapt(costs, weight, temperature, given("distance_scale", None))
 
-    def _in_store(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _in_store(self, store: Store | None, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """Costs and next tokens `(B, T, k)` of the neighbours in the store."""
-        if self.store is None or not len(self.store):
+        if store is None or not len(store):
             return None
-        found = self.store.search(hidden.detach().flatten(0, 1), self.config.top_k)
-        values = torch.from_numpy(self.store.entries(found.ids).values.astype("int64"))
+        found = store.search(hidden.detach().flatten(0, 1), self.config.top_k)
+        values = torch.from_numpy(store.entries(found.ids).values.astype("int64"))
         costs = found.scores if self.config.metric == "l2" else -found.scores
         shape = (*hidden.shape[:2], -1)
         return costs.view(shape), values.to(hidden.device).view(shape)

@@ -16,9 +16,12 @@ for these layers, with the layer's tree.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -70,6 +73,11 @@ class Insertion:
     in_loss: bool = False
 
 
+# The branch that is read alone, of the memory with the identity.
+_NONE: Mapping[int, str] = MappingProxyType({})
+_branches: ContextVar[Mapping[int, str]] = ContextVar("memwrap_branches", default=_NONE)
+
+
 @dataclass
 class SegmentTokens:
     """The tokens of a segment that closed, for memories that look at them.
@@ -107,15 +115,14 @@ class Memory(nn.Module):
         bytes_per_token: at most so many bytes a token and row does the state grow by; 0 if it is
             bounded.
         takes_store: it searches a store of vectors, which a caller of `load` may name.
-        branches: parts of what is read that can be read alone; an evaluation measures what each
-            is worth.
+        branches: parts of what is read that can be read alone (`only`); an evaluation measures
+            what each is worth.
     """
 
     claims: ClassVar[Claims] = Claims()
     bytes_per_token: float = 0.0
     takes_store: ClassVar[bool] = False
     branches: ClassVar[tuple[str, ...]] = ()
-    branch: str = "both"
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -126,6 +133,28 @@ class Memory(nn.Module):
         super().__init_subclass__(**kwargs)
         if cls.__module__ != __name__:  # the places below are what is checked against
             _check_names(cls)
+
+    @property
+    def branch(self) -> str:
+        """The branch that is read alone, or "both"."""
+        return _branches.get().get(id(self), "both")
+
+    @contextmanager
+    def only(self, branch: str) -> Iterator[None]:
+        """Read one of the `branches` alone inside the block (or "both"), in this thread.
+
+        Raises:
+            ValueError: for a branch that the memory does not have.
+        """
+        if branch not in (*self.branches, "both"):
+            raise ValueError(
+                f"`branch` is {branch!r}; {type(self).__name__} has {(*self.branches, 'both')}."
+            )
+        token = _branches.set({**_branches.get(), id(self): branch})
+        try:
+            yield
+        finally:
+            _branches.reset(token)
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         """The state of rows that have read nothing: a tree of tensors, batch first."""

@@ -28,8 +28,6 @@ from memwrap.engine.packed_documents import Documents, PackedLoop, documents_in,
 from memwrap.engine.step import SegmentReader
 from memwrap.io.fingerprints import fingerprint
 from memwrap.memories.protocol import (
-    AttentionMemory,
-    LayerMemory,
     LogitsMemory,
     Memory,
 )
@@ -72,9 +70,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         self.memory_modules = MemoryModules(memories)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
-        attending = any(isinstance(m, AttentionMemory) for m in memories.values())
-        layered = attending or any(isinstance(m, LayerMemory) for m in memories.values())
-        self.parts.attach(layers=layered, attention=attending)
+        self.parts.attach(SegmentReader(self.parts, memories).attachment_points)
         self.gradient_checkpointing = _take_over_checkpointing(backbone)
         self.generation_config = copy.deepcopy(backbone.generation_config)
         self.post_init()

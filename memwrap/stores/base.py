@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,8 @@ class Store(ABC):
     """
 
     kind: str = ""
+    _busy: Any = RLock()
+    """Held while a search, of which several may run at once, changes what the store holds."""
 
     def __init__(self, dim: int, metric: str = "l2") -> None:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
@@ -149,6 +152,7 @@ class Store(ABC):
             raise ValueError(f"`metric` is {metric!r}; allowed: 'l2' (squared distance), 'ip'.")
         self.dim = dim
         self.metric = metric
+        self._busy = RLock()
         self.notes: dict[str, Any] = {}
         """Saved with the store: what its vectors are, tuned settings."""
         self.cursor: Any = None
@@ -256,6 +260,9 @@ class Store(ABC):
 
     def __deepcopy__(self, memo: dict) -> Store:
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_busy"}
 
     def _checked(self, vectors: Tensor, what: str = "vectors") -> Tensor:
         """Float32 vectors of the right width.

@@ -308,7 +308,8 @@ class FaissStore(Store):
         q = self._checked(queries, "queries")
         if not len(self):
             return nothing_found(queries, k, self.metric)
-        self._ready()
+        with self._busy:
+            self._ready()
         lossy = any(code in self.made_by for code in ("PQ", "SQ", "LSH"))
         wanted = k * self.refine if lossy else k
         flat = q.reshape(-1, self.dim)
@@ -338,15 +339,16 @@ class FaissStore(Store):
     def _searched(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         faiss = faiss_module()
         removed, index = self._shards.removed, self._index
-        on_gpu = self.gpu.of(index, self._indexed, k + len(removed), self.effort)
-        if on_gpu is not None:  # which cannot leave entries out
-            return sifted(on_gpu, queries, k, self.metric, removed)
         kept = None
-        if removed:
-            if self._selector is None or self._selector[0] != len(removed):
-                batch = faiss.IDSelectorBatch(np.fromiter(removed, np.int64))
-                self._selector = len(removed), faiss.IDSelectorNot(batch), batch
-            kept = self._selector[1]
+        with self._busy:
+            on_gpu = self.gpu.of(index, self._indexed, k + len(removed), self.effort)
+            if on_gpu is not None:  # which cannot leave entries out
+                return sifted(on_gpu, queries, k, self.metric, removed)
+            if removed:
+                if self._selector is None or self._selector[0] != len(removed):
+                    batch = faiss.IDSelectorBatch(np.fromiter(removed, np.int64))
+                    self._selector = len(removed), faiss.IDSelectorNot(batch), batch
+                kept = self._selector[1]
         options = search_options(index, k, self.effort, kept)
         if options is None:
             return sifted(index, queries, k, self.metric, removed)

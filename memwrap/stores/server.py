@@ -103,6 +103,10 @@ class PgVectorStore(Store):
     def _retrying(self, function: Callable[[Any], Result]) -> Result:
         """Run a whole unit of work; once more on a new connection if the old one broke. The units
         are such that a second run changes nothing that the first had finished."""
+        with self._busy:  # one connection has one transaction at a time
+            return self._run(function)
+
+    def _run(self, function: Callable[[Any], Result]) -> Result:
         psycopg = _psycopg()
         try:
             return function(self._connected())
@@ -123,7 +127,7 @@ class PgVectorStore(Store):
             self._connection.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_connection": None}
+        return {**super().__getstate__(), "_connection": None}
 
     # Tables
 

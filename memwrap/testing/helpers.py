@@ -161,3 +161,11 @@ def needs_ids(model: Any) -> bool:
     """Whether a memory keeps the ids of what is read, so that embeddings are refused."""
     seeing = [m for m in model.memories.values() if isinstance(m, SeesSegment)]
     return any("ids" in m.looks_at for m in seeing)
+
+
+def checkpointed(model: Any) -> Any:
+    """The model with activations computed again in the backward pass (transformers 5.17 calls
+    it gradient checkpointing)."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
+    return model

@@ -95,8 +95,8 @@ def check_attention(name: str) -> None:
     memory = model.memories["liger"]
 
     def run(branch: str) -> Tensor:
-        memory.branch = branch
-        return (model(inputs_embeds=x, attention_mask=mask.long()).logits - x) * real
+        with memory.only(branch):
+            return (model(inputs_embeds=x, attention_mask=mask.long()).logits - x) * real
 
     def projected(heads: Tensor) -> Tensor:
         return (heads.transpose(1, 2).flatten(2) @ t["W_o"].T) * real

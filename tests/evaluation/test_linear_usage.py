@@ -31,13 +31,11 @@ def test_branches_beside_the_untrained_window(memory: str, tmp_path: Path) -> No
     assert list(result.curves) == names
     own = model.memories[memory]
     for name, branch in (("memory", "both"), *((n, n[5:]) for n in names[1:3])):
-        own.branch = branch
-        with torch.no_grad():
+        with torch.no_grad(), own.only(branch):
             nll = [
                 F.cross_entropy(model(r[None]).logits[0, :-1], r[1:], reduction="none")
                 for r in rows
             ]
-        own.branch = "both"
         assert result.curves[name].overall == pytest.approx(float(torch.cat(nll).mean()), rel=1e-5)
     assert abs(result.curves["only window"].gain) > 1e-5
     # The baseline has the window of the model, and the sinks beside it.

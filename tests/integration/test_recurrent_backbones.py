@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import memwrap
+from memwrap.backbones.feedforward import inputs_noted_in
 from memwrap.backbones.recurrence import SUPPORTED
 from memwrap.evaluation.perplexity import perplexity_by_position
 from memwrap.testing.helpers import assert_close, error_of
@@ -171,8 +172,9 @@ def test_an_evaluation_is_the_same_however_much_is_fed_at_once() -> None:
 @torch.no_grad()
 def test_the_feed_forward_block_of_a_last_layer_that_does_not_only_attend(kind: str) -> None:
     base = small(kind)
-    model = memwrap.wrap(base, "knnlm")
-    with model.parts.noting_feed_forward() as given:
+    memwrap.wrap(base, "knnlm")
+    given: list[Tensor] = []
+    with inputs_noted_in(given):
         base(text())
     blocks = {n: m for n, m in base.get_decoder().layers[-1].named_modules()}
     name = {"nemotron_h": "mixer", "falcon_h1": "feed_forward"}.get(kind, "mlp")

@@ -145,12 +145,12 @@ def test_branches() -> None:
     memory, text = model.memories["ahn"], ids(1, 30)
     with torch.no_grad():
         both = model(text).logits
-        memory.branch = "window"
-        window = model(text).logits
+        with memory.only("window"):
+            window = model(text).logits
         settings = {"segment_size": 8, "window_size": 6, "num_sinks": 2}
         assert_close(window, memwrap.wrap(build("llama"), "window", **settings)(text).logits, 1e-5)
-        memory.branch = "recurrent"
-        assert error_of(model(text).logits, both) > 1e-2
+        with memory.only("recurrent"):
+            assert error_of(model(text).logits, both) > 1e-2
     assert error_of(window, both) > 1e-2
 
 

@@ -116,11 +116,10 @@ def test_beyond_the_window_only_the_recurrence_reaches() -> None:
     other[:, 20] += 1
     memory = model.memories["liger"]
     with torch.no_grad():
-        memory.branch = "window"
-        a, b = model(inputs_embeds=x).logits, model(inputs_embeds=other).logits
+        with memory.only("window"):
+            a, b = model(inputs_embeds=x).logits, model(inputs_embeds=other).logits
         assert error_of(b[:, 25], a[:, 25]) > 1e-3  # 25 - 20 < 6
         assert torch.equal(a[:, 26:], b[:, 26:])
-        memory.branch = "both"
         a, b = model(inputs_embeds=x).logits, model(inputs_embeds=other).logits
         assert error_of(b[:, 29], a[:, 29]) > 1e-4
 
@@ -167,9 +166,8 @@ def test_window_dropout() -> None:
     model = wrapped("liger", base=base, window_dropout=1.0)
     with torch.no_grad():
         both = model(text).logits
-        model.memories["liger"].branch = "recurrent"
-        alone = model(text).logits
-        model.memories["liger"].branch = "both"
+        with model.memories["liger"].only("recurrent"):
+            alone = model(text).logits
         assert error_of(alone, both) > 1e-3
         model.train()
         assert_close(model(text).logits, alone, 1e-6)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import checkpointed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memwrap
+from memwrap.testing.helpers import checkpointed
 from memwrap.training.arguments import MemoryTrainingArguments, parse_curriculum
 from memwrap.training.batches import shifted_labels
 from memwrap.training.collating import DocumentCollator

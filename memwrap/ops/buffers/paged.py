@@ -8,6 +8,7 @@ that states stay independent.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from typing import Any
@@ -88,7 +89,7 @@ class SlotCache:
     """Entries of a store on the host that a device has at hand: the least recently used go first.
 
     It never changes a result. Pages are immutable, so an entry is known by its page's tensor, row
-    and slot; any number of states may share one cache.
+    and slot; any number of states and threads may share one cache.
 
     Attributes:
         hits, misses: entries found here, and fetched from the host.
@@ -99,6 +100,7 @@ class SlotCache:
         self.hits = self.misses = 0
         self._held: OrderedDict[tuple[int, int, int], tuple[int, Any]] = OrderedDict()
         self._buffers: list[Tensor] = []
+        self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict) -> SlotCache:
         return SlotCache(self.slots)
@@ -120,6 +122,18 @@ class SlotCache:
         """As `take`, on `device`."""
         if torch.is_grad_enabled():  # what is held here belongs to no graph
             return [moved(t, device) for t in take(pages, names, rows, entries, size)]
+        with self._lock:
+            return self._taken_or_fetched(pages, names, rows, entries, size, device)
+
+    def _taken_or_fetched(
+        self,
+        pages: Pages,
+        names: tuple[str, ...],
+        rows: list[int],
+        entries: list[int],
+        size: int,
+        device: torch.device,
+    ) -> list[Tensor]:
         if not self._buffers or self._buffers[0].device != device:
             self._held.clear()
             with torch.inference_mode(False):  # written in whatever mode comes later
