@@ -28,7 +28,8 @@ class NeurocacheConfig(MemoryConfig):
         cache_size: compressed states that are kept; when they are full the oldest goes.
         compression_factor: states are so many times narrower than hidden states; 1: not compressed.
         top_k: hits of a token.
-        neighborhood_size: states that are read for each hit, in time around it; 1 or even.
+        neighborhood_size: states that are read for each hit, in time around it; 1 or even. At 2
+            the hit and the state after it.
         context_size: a token reads what so many last tokens retrieved, itself among them.
         similarity: `"l2"` or `"dot"`.
         layers: layers that store and retrieve (`None`: one, at three quarters of the depth).
