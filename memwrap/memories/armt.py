@@ -53,11 +53,11 @@ class ARMTConfig(MemoryConfig):
 
     def validate_heads(self) -> None:
         if self.d_mem % self.n_heads:
-            self._fail("n_heads", f"a divisor of d_mem ({self.d_mem})")
+            self.refuse("n_heads", f"a divisor of d_mem ({self.d_mem})")
 
     def validate_denominator(self) -> None:
         if not self.use_denom and not self.feature_norm:
-            self._fail("use_denom", "true unless `feature_norm` is true: raw features overflow")
+            self.refuse("use_denom", "true unless `feature_norm` is true: raw features overflow")
 
     @classmethod
     def tiny(cls) -> ARMTConfig:

@@ -60,7 +60,7 @@ class KnnLMConfig(MemoryConfig):
 
     def validate_distances(self) -> None:
         if self.adaptive and self.metric != "l2":
-            self._fail("adaptive", "False where `metric` is 'ip': it needs distances")
+            self.refuse("adaptive", "False where `metric` is 'ip': it needs distances")
 
     def to_dict(self) -> dict[str, Any]:
         """As for every config, without the password of a store's URL: it is written into files."""

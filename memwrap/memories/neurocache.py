@@ -58,12 +58,12 @@ class NeurocacheConfig(MemoryConfig):
 
     def validate_neighborhood(self) -> None:
         if self.neighborhood_size > 1 and self.neighborhood_size % 2:
-            self._fail("neighborhood_size", "1 or an even number")
+            self.refuse("neighborhood_size", "1 or an even number")
 
     def validate_buckets(self) -> None:
         buckets = min(max(self.top_k, 512), self.cache_size)
         if self.compat and (self.cache_size % buckets or self.top_k > self.cache_size):
-            self._fail("cache_size", f"a multiple of {buckets} and at least top_k with compat=True")
+            self.refuse("cache_size", f"a multiple of {buckets} and at least top_k with `compat`")
 
     @classmethod
     def tiny(cls) -> NeurocacheConfig:

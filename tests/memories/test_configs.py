@@ -156,10 +156,10 @@ RELATIONS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
      "neighborhood_size is 3; it must be 1 or an even number."),
     ("neurocache.validate_buckets", {"compat": True, "cache_size": 700},
      {"compat": True, "cache_size": 1024},
-     "cache_size is 700; it must be a multiple of 512 and at least top_k with compat=True."),
+     "cache_size is 700; it must be a multiple of 512 and at least top_k with `compat`."),
     ("neurocache.validate_buckets", {"compat": True, "cache_size": 5, "top_k": 6},
      {"compat": True, "cache_size": 6, "top_k": 6},
-     "cache_size is 5; it must be a multiple of 5 and at least top_k with compat=True."),
+     "cache_size is 5; it must be a multiple of 5 and at least top_k with `compat`."),
 ]  # fmt: skip
 
 
@@ -193,6 +193,8 @@ def test_words_of_types() -> None:
         (Annotated[float, Range(above=0, below=1)], "a number above 0 and below 1"),
         (Annotated[float, Range(0, below=1)], "a number of at least 0 and below 1"),
         (Annotated[float, Range(above=0)], "a number above 0"),
+        (Annotated[float, Range(below=0)], "a number below 0"),
+        (Annotated[int, Range(most=3)], "an integer at most 3"),
         (Literal["a"], "'a'"),
         (Literal["a", "b"] | None, "'a', 'b' or None"),
         (bool, "true or false"),
@@ -212,7 +214,7 @@ def test_a_subclass_keeps_adds_and_replaces_checks() -> None:
 
         def validate_heads(self) -> None:
             if self.width % self.heads:
-                self._fail("heads", "a divisor of width")
+                self.refuse("heads", "a divisor of width")
 
     class Child(Parent):
         width: NonNegativeInt = 8
@@ -220,7 +222,7 @@ def test_a_subclass_keeps_adds_and_replaces_checks() -> None:
 
         def validate_sizes(self) -> None:
             if sum(self.sizes) > 9:
-                self._fail("sizes", "small")
+                self.refuse("sizes", "small")
 
     assert Child(width=0) == Child(width=0, heads=2, sizes=[1]) != Child()
     assert refusal(Parent, width=0) == "Parent.width is 0; it must be an integer of at least 1."
