@@ -20,12 +20,17 @@ def load(name: str) -> dict[str, Any]:
 def put(page: str, mark: str, text: str) -> None:
     """Replace what stands between a page's marks."""
     path = DOCS / page
+    path.write_text(placed(path.read_text(), mark, text))
+
+
+def placed(page: str, mark: str, text: str) -> str:
+    """Return a page's text with `text` between its marks."""
     begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
-    before, found, rest = path.read_text().partition(begin)
+    before, found, rest = page.partition(begin)
     after = rest.partition(end)[2]
     if not found or not after:
-        raise SystemExit(f"{path} has no marks {begin} and {end}.")
-    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
+        raise SystemExit(f"A page has no marks {begin} and {end}: {page[:40]!r}.")
+    return f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
 
 
 def table(rows: Rows) -> str:

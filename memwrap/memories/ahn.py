@@ -60,7 +60,7 @@ class AHNConfig(MemoryConfig):
 
     def validate_train_windows(self) -> None:
         if self.train_windows is not None and max(self.train_windows) > self.window_size:
-            self._fail("train_windows", f"None or a list of sizes from 1 to {self.window_size}")
+            self.refuse("train_windows", f"None or a list of sizes from 1 to {self.window_size}")
 
     @classmethod
     def tiny(cls) -> AHNConfig:

@@ -24,7 +24,7 @@ class ARMTConfig(MemoryConfig):
         num_memory_tokens: m, appended to every segment (the same learned tokens each time).
         d_mem: width of queries and keys before the feature map.
         nu: rolls of DPFP; a key has `2 * nu * d_mem` features.
-        n_heads: heads of the matrix (later code; 1 in the paper).
+        n_heads: heads of the matrix, a divisor of `d_mem` and the hidden size; 1 in the paper.
         feature_norm: divide features by their L2 norm (later code; off in the paper).
         use_denom: divide reads by `z q`; off gives the plain delta rule. Needs
             `feature_norm` when off.
@@ -32,7 +32,8 @@ class ARMTConfig(MemoryConfig):
         gating: one write strength a value channel rather than a head.
         input_norm: RMSNorm in front of the memory's projections. Not in the paper; without it
             the zero-initialised values hardly start to learn. Off for published weights.
-        value_init: `"zero"` (neutral start) or `"normal"` (std 0.02).
+        value_init: `"zero"` (neutral start) or `"normal"` (std 0.02; neutral in the first
+            segment only).
         layers: decoder layers that hold a matrix (`None`: all).
     """
 
@@ -52,11 +53,11 @@ class ARMTConfig(MemoryConfig):
 
     def validate_heads(self) -> None:
         if self.d_mem % self.n_heads:
-            self._fail("n_heads", f"a divisor of d_mem ({self.d_mem})")
+            self.refuse("n_heads", f"a divisor of d_mem ({self.d_mem})")
 
     def validate_denominator(self) -> None:
         if not self.use_denom and not self.feature_norm:
-            self._fail("use_denom", "true unless `feature_norm` is true: raw features overflow")
+            self.refuse("use_denom", "true unless `feature_norm` is true: raw features overflow")
 
     @classmethod
     def tiny(cls) -> ARMTConfig:

@@ -44,7 +44,7 @@ class AutoCompressorConfig(MemoryConfig):
 
     def validate_memory_size(self) -> None:
         if self.memory_size < self.num_memory_tokens:
-            self._fail("memory_size", f"at least num_memory_tokens ({self.num_memory_tokens})")
+            self.refuse("memory_size", f"at least num_memory_tokens ({self.num_memory_tokens})")
 
     @classmethod
     def tiny(cls) -> AutoCompressorConfig:

@@ -76,11 +76,11 @@ class InfLLMConfig(MemoryConfig):
 
     def validate_representatives(self) -> None:
         if self.num_representatives > self.block_size:
-            self._fail("num_representatives", f"at most `block_size` ({self.block_size})")
+            self.refuse("num_representatives", f"at most `block_size` ({self.block_size})")
 
     def validate_window(self) -> None:
         if self.segment_size > self.window_size:
-            self._fail("segment_size", f"at most `window_size` ({self.window_size})")
+            self.refuse("segment_size", f"at most `window_size` ({self.window_size})")
 
     @classmethod
     def tiny(cls) -> InfLLMConfig:

@@ -48,7 +48,7 @@ class KnnLMConfig(MemoryConfig):
 
     name: ClassVar[str] = "knnlm"
 
-    store: Annotated[str, Kind("a folder or a URL, as text", bool)] | None = None
+    store: Annotated[str, Kind("text that names a folder or a URL", bool)] | None = None
     top_k: PositiveInt = 64
     interpolation: Annotated[float, Range(0, 0.999)] | None = None
     temperature: Annotated[float, Range(1e-9)] | None = None
@@ -60,7 +60,7 @@ class KnnLMConfig(MemoryConfig):
 
     def validate_distances(self) -> None:
         if self.adaptive and self.metric != "l2":
-            self._fail("adaptive", "False where `metric` is 'ip': it needs distances")
+            self.refuse("adaptive", "False where `metric` is 'ip': it needs distances")
 
     def to_dict(self) -> dict[str, Any]:
         """As for every config, without the password of a store's URL: it is written into files."""

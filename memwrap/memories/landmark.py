@@ -64,7 +64,7 @@ class LandmarkConfig(MemoryConfig):
 
     def validate_landmark(self) -> None:
         if self.landmark_in_loss and self.landmark_id is None:
-            self._fail("landmark_in_loss", "false without `landmark_id`: no id could be predicted")
+            self.refuse("landmark_in_loss", "false without `landmark_id`: no id could be predicted")
 
     @classmethod
     def tiny(cls) -> LandmarkConfig:

@@ -98,11 +98,11 @@ class LigerConfig(MemoryConfig):
         elif self.form == "gla":  # a gate a channel says nothing of products of channels
             allowed = tuple(n for n in FEATURE_MAPS if n != "taylor")
         if self.feature_map is not None and self.feature_map not in allowed:
-            self._fail("feature_map", f"for {self.form!r} one of {', '.join(allowed)}")
+            self.refuse("feature_map", f"for {self.form!r} one of {', '.join(allowed)}")
 
     def validate_normaliser(self) -> None:
         if self.normaliser and self.form in ("gsa", "delta", "gated_delta"):
-            self._fail("normaliser", f"false for {self.form!r}, whose reads need none")
+            self.refuse("normaliser", f"false for {self.form!r}, whose reads need none")
 
     @property
     def features(self) -> str:

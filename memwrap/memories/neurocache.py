@@ -28,7 +28,8 @@ class NeurocacheConfig(MemoryConfig):
         cache_size: compressed states that are kept; when they are full the oldest goes.
         compression_factor: states are so many times narrower than hidden states; 1: not compressed.
         top_k: hits of a token.
-        neighborhood_size: states that are read for each hit, in time around it; 1 or even.
+        neighborhood_size: states that are read for each hit, in time around it; 1 or even. At 2
+            the hit and the state after it.
         context_size: a token reads what so many last tokens retrieved, itself among them.
         similarity: `"l2"` or `"dot"`.
         layers: layers that store and retrieve (`None`: one, at three quarters of the depth).
@@ -57,12 +58,12 @@ class NeurocacheConfig(MemoryConfig):
 
     def validate_neighborhood(self) -> None:
         if self.neighborhood_size > 1 and self.neighborhood_size % 2:
-            self._fail("neighborhood_size", "1 or an even number")
+            self.refuse("neighborhood_size", "1 or an even number")
 
     def validate_buckets(self) -> None:
         buckets = min(max(self.top_k, 512), self.cache_size)
         if self.compat and (self.cache_size % buckets or self.top_k > self.cache_size):
-            self._fail("cache_size", f"a multiple of {buckets} and at least top_k with compat=True")
+            self.refuse("cache_size", f"a multiple of {buckets} and at least top_k with `compat`")
 
     @classmethod
     def tiny(cls) -> NeurocacheConfig:

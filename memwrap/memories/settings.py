@@ -18,7 +18,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
-)  # fmt: skip
+)
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import (
@@ -44,14 +44,13 @@ class Range:
 
     def words(self, plain: str) -> str:
         """Put the type into words, given those of the type without this range."""
-        low = f"of at least {self.least:g}" if self.above is None else f"above {self.above:g}"
-        if self.below is not None:
-            return f"{plain} {low} and below {self.below:g}"
-        if self.most == math.inf:
-            return f"{plain} {low}"
-        if self.above is None:
+        if self.above is self.below is None and -math.inf < self.least <= self.most < math.inf:
             return f"{plain} from {self.least:g} to {self.most:g}"
-        return f"{plain} {low} and at most {self.most:g}"
+        ends = [
+            f"above {self.above:g}" if self.above is not None else f"of at least {self.least:g}",
+            f"below {self.below:g}" if self.below is not None else f"at most {self.most:g}",
+        ]
+        return f"{plain} {' and '.join(end for end in ends if not end.endswith('inf'))}"
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ class Settings:
     """Base of checked settings: a subclass is a dataclass of keywords, and a field takes only what
     its type holds, when it is made and when it is assigned to.
 
-    Methods named `validate_*` check what fields have to do with each other once all are there, and
-    call `_fail`.
+    Methods named `validate_*` check what fields have to do with each other, and call `refuse`. They
+    run when all fields are there; after an assignment `validate()` runs them again.
 
     Raises:
         ValueError: for a value that does not fit; names class, field, value and what is allowed.
@@ -144,13 +143,13 @@ class Settings:
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         dataclass(kw_only=True)(cls)
+        hints = cls.types()
         for entry in fields(cls):
-            # `strict` leaves a type that is text alone. It knows no `Annotated`, takes no integer
-            # for a number, and says what is wrong in Python's words.
+            # `strict` leaves a type that is text to the field's validator. By itself it knows no
+            # `Annotated` and takes no integer for a number.
             entry.type = str(entry.type)
-            entry.metadata = MappingProxyType(
-                {**entry.metadata, "validator": _validator(cls.types()[entry.name])}
-            )
+            check = {"validator": _validator(hints[entry.name])}
+            entry.metadata = MappingProxyType({**entry.metadata, **check})
         strict(cls)
         for name in ("__setattr__", "validate"):
             setattr(cls, name, _plainly(getattr(cls, name)))
@@ -166,7 +165,12 @@ class Settings:
         """Return what errors call a field."""
         return f"{cls.__name__}.{name}"
 
-    def _fail(self, name: str, allowed: str) -> NoReturn:
+    def refuse(self, name: str, allowed: str) -> NoReturn:
+        """Raise the error of a field whose value does not go with the others.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(f"{self._called(name)} is {getattr(self, name)!r}; it must be {allowed}.")
 
 
@@ -179,8 +183,8 @@ def _validator(hint: Any) -> Callable[[Any], None]:
 
 
 def _plainly(method: Callable[..., None]) -> Callable[..., None]:
-    """Raise a ValueError of one line where `strict` raises errors of its own, which are none and
-    name neither the class nor, in words, what is allowed."""
+    """Raise a ValueError where `strict` raises errors of its own, which are none, take two lines
+    and do not name the class."""
 
     @wraps(method)
     def run(self: Settings, *given: Any) -> None:

@@ -123,7 +123,7 @@ class DataSection(Section):
 
     def validate_lengths(self) -> None:
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            self._fail("max_tokens", f"at least data.min_tokens ({self.min_tokens}), or null")
+            self.refuse("max_tokens", f"at least data.min_tokens ({self.min_tokens}), or null")
 
 
 class RecallSection(Section):
@@ -157,13 +157,13 @@ class RecallSection(Section):
 
     def validate_pairs(self) -> None:
         if self.num_pairs < self.min_pairs:
-            self._fail("num_pairs", f"at least recall.min_pairs ({self.min_pairs})")
+            self.refuse("num_pairs", f"at least recall.min_pairs ({self.min_pairs})")
         if "remember" in self.tasks and self.num_pairs > SYMBOLS**self.key_size:
-            self._fail("num_pairs", f"at most {SYMBOLS**self.key_size}, the number of keys")
+            self.refuse("num_pairs", f"at most {SYMBOLS**self.key_size}, the number of keys")
 
     def validate_ids(self) -> None:
         if self.ids and not len(set(self.ids)) == len(self.ids) == SYMBOLS + 3:
-            self._fail("ids", f"{SYMBOLS + 3} different token ids")
+            self.refuse("ids", f"{SYMBOLS + 3} different token ids")
 
     @property
     def segment_size(self) -> int:
@@ -189,11 +189,11 @@ class TasksSection(Section):
 
     def validate_names(self) -> None:
         if not set(self.names) <= set(available()):
-            self._fail("names", f"among {', '.join(available())}")
+            self.refuse("names", f"among {', '.join(available())}")
 
     def validate_lengths(self) -> None:
         if self.max_tokens < self.min_tokens:
-            self._fail("max_tokens", f"at least tasks.min_tokens ({self.min_tokens})")
+            self.refuse("max_tokens", f"at least tasks.min_tokens ({self.min_tokens})")
 
 
 class TrainerSection(Section):
@@ -259,7 +259,7 @@ class TrainerSection(Section):
 
     def validate_distillation(self) -> None:
         if self.label_weight != 1 and not self.distillation_weight:
-            self._fail("label_weight", "1, or with a distillation 0 or more")
+            self.refuse("label_weight", "1, or with a distillation 0 or more")
 
     def validate_segment_curriculum(self) -> None:
         if self.vary_segments and self.segment_curriculum is None:

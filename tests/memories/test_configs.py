@@ -73,6 +73,54 @@ def test_a_field_takes_what_its_type_holds(memory: str) -> None:
             assert json.loads(json.dumps(config.to_dict()))[name] == value
 
 
+# Written by hand: the cases above follow a type wherever it goes.
+WRONG: dict[str, dict[str, Any]] = {
+    "ahn": {"form": "gla", "window_size": 0, "num_sinks": -1, "states": "head", "rotate": 1,
+            "train_windows": [0]},
+    "armt": {"num_memory_tokens": 0, "d_mem": 0, "nu": 0, "n_heads": 0, "value_init": "one"},
+    "autocompressor": {"num_memory_tokens": 0, "memory_size": 0, "length_spread": 1.01,
+                       "accumulate": 1, "bptt_segments": 0},
+    "compressive": {"memory_size": 0, "compressed_size": 0, "compression_rate": 0, "store": "q",
+                    "compression": "sum", "loss_weight": -1e-9, "bptt_segments": 0},
+    "extended_mind": {"segment_size": 0, "cache_size": 0, "top_k": 0, "positions": "near",
+                      "similarity_threshold": 1.01},
+    "hmt": {"num_sensory": -1, "cache_size": 0, "d_mem": 0, "summary_fraction": 0.0,
+            "query": "next", "write_token": "both"},
+    "infini": {"update": "sum", "gate_init": 20.1, "gate_learning_rate": -1e-9,
+               "first_segment": "none"},
+    "infllm": {"window_size": 0, "num_sinks": -1, "block_size": 0, "top_k": 0, "cache_size": 0,
+               "num_representatives": 0, "retrieval_interval": 0, "score": "dot",
+               "selection": "token", "window_mask": "none"},
+    "knnlm": {"top_k": 0, "interpolation": 1.0, "temperature": 0, "distance_scale": 0,
+              "key": "value", "store": "", "cache_size": -1, "metric": "cosine"},
+    "landmark": {"block_size": 0, "top_k": 0, "cache_size": 0, "landmark_id": 0,
+                 "retrieval": "head"},
+    "liger": {"form": "mamba", "window_size": -1, "num_sinks": -1, "window_weight": -1e-9,
+              "recurrent_weight": -1e-9, "feature_map": "relu", "normaliser": "yes",
+              "gate_divisor": 0, "num_slots": 0, "window_dropout": 1.01,
+              "window_dropout_end": -1e-9, "layers": [0, 0], "other_window_size": 0},
+    "lolcats": {"window_size": 0, "feature_size": 0, "key_maps": "head", "window_weight": 0,
+                "stage": "first", "loss_weight": -1e-9, "other_window_size": 0},
+    "memorizing": {"cache_size": 0, "top_k": 0, "combine": "sum", "gate_init": -20.1,
+                   "gate_learning_rate": -1e-9, "layers": []},
+    "memoryprompt": {"num_memory_tokens": 0, "memory_size": 0, "mlp_size": 0, "pooling": "max"},
+    "neurocache": {"cache_size": 0, "compression_factor": 0, "top_k": 0, "neighborhood_size": 0,
+                   "context_size": 0, "similarity": "cosine", "head_layout": "mixed",
+                   "layers": [-1], "attention_layers": [1, 1]},
+    "rmt": {"num_memory_tokens": 0, "published_truncation": 0, "segment_size": 0,
+            "bptt_segments": 0, "loss_on": "first", "alignment": "middle", "count_padding": 1},
+    "window": {"window_size": 0, "num_sinks": -1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_limits_are_those_of_the_methods(memory: str) -> None:
+    config = memwrap.config_class(memory)
+    for name, value in WRONG[memory].items():
+        start = f"{config.__name__}.{name} is {value!r}; it must be "
+        assert refusal(config, **{name: value}).startswith(start)
+
+
 RELATIONS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     # the check, what it refuses, what it just lets pass, the error
     ("ahn.validate_train_windows", {"window_size": 8, "train_windows": [4, 9]},
@@ -108,10 +156,10 @@ RELATIONS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
      "neighborhood_size is 3; it must be 1 or an even number."),
     ("neurocache.validate_buckets", {"compat": True, "cache_size": 700},
      {"compat": True, "cache_size": 1024},
-     "cache_size is 700; it must be a multiple of 512 and at least top_k with compat=True."),
+     "cache_size is 700; it must be a multiple of 512 and at least top_k with `compat`."),
     ("neurocache.validate_buckets", {"compat": True, "cache_size": 5, "top_k": 6},
      {"compat": True, "cache_size": 6, "top_k": 6},
-     "cache_size is 5; it must be a multiple of 5 and at least top_k with compat=True."),
+     "cache_size is 5; it must be a multiple of 5 and at least top_k with `compat`."),
 ]  # fmt: skip
 
 
@@ -145,6 +193,8 @@ def test_words_of_types() -> None:
         (Annotated[float, Range(above=0, below=1)], "a number above 0 and below 1"),
         (Annotated[float, Range(0, below=1)], "a number of at least 0 and below 1"),
         (Annotated[float, Range(above=0)], "a number above 0"),
+        (Annotated[float, Range(below=0)], "a number below 0"),
+        (Annotated[int, Range(most=3)], "an integer at most 3"),
         (Literal["a"], "'a'"),
         (Literal["a", "b"] | None, "'a', 'b' or None"),
         (bool, "true or false"),
@@ -164,7 +214,7 @@ def test_a_subclass_keeps_adds_and_replaces_checks() -> None:
 
         def validate_heads(self) -> None:
             if self.width % self.heads:
-                self._fail("heads", "a divisor of width")
+                self.refuse("heads", "a divisor of width")
 
     class Child(Parent):
         width: NonNegativeInt = 8
@@ -172,7 +222,7 @@ def test_a_subclass_keeps_adds_and_replaces_checks() -> None:
 
         def validate_sizes(self) -> None:
             if sum(self.sizes) > 9:
-                self._fail("sizes", "small")
+                self.refuse("sizes", "small")
 
     assert Child(width=0) == Child(width=0, heads=2, sizes=[1]) != Child()
     assert refusal(Parent, width=0) == "Parent.width is 0; it must be an integer of at least 1."
