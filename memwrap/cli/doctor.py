@@ -18,6 +18,7 @@ from memwrap import ops
 from memwrap.assets import ROOT, asset
 from memwrap.backbones.masks import ATTENDING
 from memwrap.memories.registry import installed
+from memwrap.ops import fla
 
 _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "triton", "datasets",
@@ -113,6 +114,8 @@ def backends() -> str:
             kernels = "Triton kernels on GPU tensors"
     except ValueError as error:
         kernels = str(error)
+    if torch.cuda.is_available() and not fla.problem():
+        kernels = f"flash-linear-attention where it has the op, else {kernels}"
     return f"{ops.current_backend()} ({kernels})"
 
 

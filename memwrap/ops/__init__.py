@@ -1,8 +1,10 @@
 """The mathematics of the memories as pure functions, and the choice of implementation.
 
 `naive` is the specification, plain and slow; `torch` is the fast (chunked) one; `triton` the
-kernels of `memwrap_kernels`. Left alone, tensors on a GPU take the kernels where they can, all
-else takes torch. Use `with memwrap.ops.backend("naive"):` to force an implementation.
+kernels of `memwrap_kernels`; `fla` those of flash-linear-attention, for gated linear attention,
+gated slots and the delta rules. Left alone, tensors on a GPU take fla where it is installed, then
+our kernels where they can; all else takes torch. Use `with memwrap.ops.backend("naive"):` to force
+an implementation.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "naive", "torch", "triton")
+BACKENDS = ("auto", "naive", "torch", "triton", "fla")
 _choice: ContextVar[str] = ContextVar("memwrap_ops_backend", default="auto")
 
 
@@ -46,7 +48,8 @@ def backend(name: str) -> Iterator[None]:
     """Run the ops inside the block with one implementation.
 
     Args:
-        name: `"naive"`, `"torch"`, `"triton"` or `"auto"`.
+        name: `"naive"`, `"torch"`, `"triton"`, `"fla"` or `"auto"`. Ops that
+            flash-linear-attention does not have run under `"fla"` as under `"auto"`.
 
     Raises:
         ValueError: for an unknown name, or for kernels that cannot run here. Inside the block
@@ -56,6 +59,8 @@ def backend(name: str) -> Iterator[None]:
         raise ValueError(f"Unknown ops backend {name!r}; allowed: {', '.join(BACKENDS)}.")
     if name == "triton":
         _check_triton()
+    elif name == "fla":
+        _check_fla()
     token = _choice.set(name)
     try:
         yield
@@ -76,12 +81,23 @@ def _check_triton() -> None:
         )
 
 
-def current_backend(tensor: Tensor | None = None, unsupported: str = "") -> str:
-    """The implementation that an op called now will use: `"naive"`, `"torch"` or `"triton"`.
+def _check_fla() -> None:
+    from memwrap.ops import fla
+
+    if fla.problem():
+        raise ValueError(f"flash-linear-attention cannot be used: {fla.problem()}.")
+
+
+def current_backend(
+    tensor: Tensor | None = None, unsupported: str = "", fla: str | None = None
+) -> str:
+    """Give the implementation that an op called now will use: `"naive"`, `"torch"`, `"triton"` or
+    `"fla"`.
 
     Args:
         tensor: what the op is called with (`None`: tensors on the CPU).
         unsupported: why the op's kernels cannot take this call; empty if they can.
+        fla: why flash-linear-attention cannot; empty if it can, None if it has no such op.
 
     Raises:
         ValueError: if the kernels were asked for and cannot do it.
@@ -90,7 +106,14 @@ def current_backend(tensor: Tensor | None = None, unsupported: str = "") -> str:
     if choice in ("naive", "torch"):
         return choice
     device = "cpu" if tensor is None else tensor.device.type
-    if choice == "auto":
+    if choice == "fla" and fla is not None:
+        if fla:
+            raise ValueError(f"flash-linear-attention cannot do this: {fla}. Use 'auto'.")
+        return "fla"
+    if choice in ("auto", "fla"):
+        # Our kernels are ops that torch.compile takes whole; it stops at flash-linear-attention's.
+        if fla == "" and not torch.compiler.is_compiling():
+            return "fla"
         usable = device == "cuda" and not unsupported and _kernels_run_on(device)
         return "triton" if usable else "torch"
     if tensor is not None and not _kernels_run_on(device):

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_tensors_on_the_cpu_take_torch() -> None:
     assert current_backend() == current_backend(torch.zeros(1)) == "torch"
-    with pytest.raises(ValueError, match="allowed: auto, naive, torch, triton"), backend("cuda"):
+    with (
+        pytest.raises(ValueError, match="allowed: auto, naive, torch, triton, fla"),
+        backend("cuda"),
+    ):
         pass
 
 

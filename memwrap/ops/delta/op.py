@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
+from memwrap.ops import accumulation_dtype, current_backend, fla, unsupported_dtypes
 from memwrap.ops.delta.chunked import scan_chunked
 from memwrap.ops.delta.naive import scan_naive
 from memwrap.ops.gla.sequences import by_sequence, check_sequences, masked_tokens
@@ -58,6 +58,8 @@ def scan(
     if mask is not None:
         q, k, v, beta, g = masked_tokens(mask, q, k, v, beta, g)
     chosen = _implementation(q, k, v, beta, state)
+    if chosen == "fla":
+        return fla.delta(q, k, v, beta, g, state, scale, l2norm, cu_seqlens)
     if chosen == "triton":
         return _scan_triton(q, k, v, beta, g, state, scale, l2norm, cu_seqlens)
     scans: dict[str, Callable[..., Any]] = {"naive": scan_naive, "torch": scan_chunked}
@@ -73,7 +75,7 @@ def _implementation(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor
         from memwrap_kernels import delta as kernels
 
         reason = kernels.unsupported(q, k, v, beta)
-    return current_backend(q, reason)
+    return current_backend(q, reason, fla.unsupported(q, state, beta))
 
 
 def _check(

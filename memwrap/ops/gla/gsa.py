@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend
+from memwrap.ops import accumulation_dtype, current_backend, fla
 from memwrap.ops.gla.chunked import scan_chunked, scan_value_gated
 from memwrap.ops.gla.sequences import check_sequences, masked_tokens
 
@@ -66,7 +66,9 @@ def scan(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:
         q, k, v, s, g = masked_tokens(mask, q, k, v, s, g)
-    chosen = current_backend(q, "gated slot attention")
+    chosen = current_backend(q, "gated slot attention", fla.unsupported(q, state[0]))
+    if chosen == "fla":
+        return fla.gsa(q, k, v, s, g, state, scale)
     if chosen == "naive":
         return _scan_naive(q, k, v, s, g, state, scale)
     dtype, q, k, v = v.dtype, q.to(wide), k.to(wide), v.to(wide)

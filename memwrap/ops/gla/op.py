@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memwrap.ops import accumulation_dtype, current_backend, unsupported_dtypes
+from memwrap.ops import accumulation_dtype, current_backend, fla, unsupported_dtypes
 from memwrap.ops.gla.chunked import scan_chunked
 from memwrap.ops.gla.naive import scan_naive
 from memwrap.ops.gla.sequences import by_sequence, check_sequences, masked_tokens
@@ -55,6 +55,8 @@ def scan(
     if mask is not None:
         q, k, v, g = masked_tokens(mask, q, k, v, g)
     chosen = _implementation(q, k, v, g, state)
+    if chosen == "fla":
+        return fla.gla(q, k, v, g, state, scale, cu_seqlens)
     if chosen == "triton":
         return _scan_triton(q, k, v, g, state, scale, cu_seqlens)
     function = {"naive": scan_naive, "torch": scan_chunked}[chosen]
@@ -64,7 +66,7 @@ def scan(
 
 
 def _implementation(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> str:
-    return current_backend(q, unsupported_dtypes(state, q, k, v))
+    return current_backend(q, unsupported_dtypes(state, q, k, v), fla.unsupported(q, state))
 
 
 def _check(
