@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Memory, SegmentTokens
+from memwrap.memories.protocol import Claims, SeesSegment, SegmentTokens, SoftPrompt
 from memwrap.memories.registry import register
+from memwrap.memories.settings import Fraction
 from memwrap.memories.sizes import Sizes
 from memwrap.state.trees import Tree
 
 
-@dataclass(kw_only=True)
 class EMAConfig(MemoryConfig):
     """One vector that follows the mean of the segments' hidden states.
 
@@ -24,25 +23,16 @@ class EMAConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "ema"
-    places: ClassVar[frozenset[str]] = frozenset({"tokens"})
-    neutral_start: ClassVar[bool] = True
 
-    decay: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._number("decay", 0, 1)
-
-    @property
-    def extra_tokens(self) -> int:
-        return 1
+    decay: Fraction = 0.5
 
 
 @register(EMAConfig)
-class EMAMemory(Memory):
+class EMAMemory(SoftPrompt, SeesSegment):
     """`[P | segment]`: P is a linear map of the vector; a first segment has no P."""
 
     config: EMAConfig
+    claims = Claims(neutral_start=True)
     looks_at = frozenset({"hidden"})
 
     def __init__(self, config: EMAConfig, sizes: Sizes) -> None:
@@ -64,14 +54,12 @@ class EMAMemory(Memory):
     def prefix_mask(self, state: Tree) -> Tensor:
         return state["written"][:, None]
 
-    def closed(self, state: Tree, tokens: SegmentTokens) -> Tree:
+    def write_segment(self, state: Tree, tokens: SegmentTokens) -> Tree:
         if tokens.hidden is None:
             return state
         valid = tokens.valid.to(tokens.hidden.device)[..., None]
         total = (tokens.hidden.to(self.sizes.dtype) * valid).sum(1)
         mean = total / valid.sum(1).clamp(min=1)
-        decay = self.config.decay
-        mean = torch.where(
-            state["written"][:, None], decay * state["mean"] + (1 - decay) * mean, mean
-        )
+        old, decay = state["mean"], self.config.decay
+        mean = torch.where(state["written"][:, None], decay * old + (1 - decay) * mean, mean)
         return {"mean": mean, "written": torch.ones_like(state["written"])}
