@@ -122,7 +122,7 @@ def test_it_is_wrapped_trained_loaded_measured_and_exported(place: Path) -> None
     printed = run(place, "-c", SCRIPT + FIRST) + run(place, "-c", SCRIPT + SECOND)
     for line in (
         r"ema +prompt, segment +One vector that follows",  # list
-        r"ema-memory +0\.1 \(memory ema\)$",  # doctor
+        r"memory ema +ema-memory 0\.1$",  # doctor
         r"ema +works$",
         r"\| memory off \| ",  # eval
         r"loads without memwrap: logits within .*, generates the same ids$",  # export
