@@ -49,8 +49,8 @@ class Trial:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what memwrap uses ("not installed" for what is optional and missing) and of the
-    packages that bring memories."""
+    """Versions of what memwrap uses ("not installed" for what is optional and missing), and
+    which packages bring memories."""
     found = {"memwrap": memwrap.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
             found[package] = _MISSING
     for point in installed():
         if point.dist:
-            found[point.dist.name] = f"{point.dist.version} (memory {point.name})"
+            found[f"memory {point.name}"] = f"{point.dist.name} {point.dist.version}"
     return found
 
 

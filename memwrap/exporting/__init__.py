@@ -171,8 +171,9 @@ def _checked(model: MemoryModelForCausalLM, folder: Path) -> Checked:
         script = Path(__file__).with_name("check.py")
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        arguments = [script, folder.resolve(), expected, *foreign_packages(model)]
         run = subprocess.run(
-            [sys.executable, str(script), str(folder), str(expected), *foreign_packages(model)],
+            [sys.executable, *map(str, arguments)],
             env=environment, capture_output=True, text=True, check=False, cwd=scratch,
         )  # fmt: skip
     if run.returncode:
