@@ -36,6 +36,24 @@ def bare_attention() -> tuple[Any, Any]:
     return base, layer.self_attn
 
 
+def rotated_by_hand(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
+    """`(B, H, T, D)` under RoPE over half-split channels, at positions `(T,)` or `(B, 1, T)`, from
+    0 by default."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-2 * torch.arange(half, dtype=torch.float64) / x.shape[-1])
+    positions = torch.arange(x.shape[-2]) if positions is None else positions
+    angle = positions[..., None] * frequency
+    cos, sin = (torch.cat([f, f], -1).to(x.dtype) for f in (angle.cos(), angle.sin()))
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def scaled_rope(theta: float, distance_scale: float = 1.0) -> dict[str, Any]:
+    """Rope parameters whose angles are those of `distance_scale` times the position."""
+    if distance_scale == 1:
+        return {"rope_type": "default", "rope_theta": float(theta)}
+    return {"rope_type": "linear", "rope_theta": float(theta), "factor": 1 / distance_scale}
+
+
 class OneLayer:
     """A memory at the attention place, given un-rotated queries, keys and values.
 
@@ -45,9 +63,9 @@ class OneLayer:
 
     def __init__(
         self, config: MemoryConfig, heads: int, kv_heads: int, width: int, rows: int = 1,
-        base: float = 10000.0, dtype: torch.dtype = torch.float32,
+        base: float = 10000.0, dtype: torch.dtype = torch.float32, distance_scale: float = 1.0,
     ) -> None:  # fmt: skip
-        rope = {"rope_type": "default", "rope_theta": float(base)}
+        rope = scaled_rope(base, distance_scale)
         llama = LlamaConfig(
             hidden_size=heads * width, num_attention_heads=heads, head_dim=width,
             rope_parameters=rope,

@@ -68,9 +68,12 @@ class AHNConfig(MemoryConfig):
 
 
 class LayerAHN(nn.Module):
-    """One layer's gates and output map, which starts at zero: nothing is added before training.
+    """One layer's gates, recurrence and output map, which starts at zero: nothing is added before
+    training.
 
-    H heads, G states, D the hidden size, Dv a value's width.
+    H heads, G states, D the hidden size, Dv a value's width. The form `"gated"` gates what was read
+    before it is normed, and has one norm over all heads, as Mamba-2 layers do; the others norm
+    every head, then gate.
     """
 
     def __init__(self, config: AHNConfig, own: AttentionSizes, sizes: Sizes) -> None:
@@ -93,7 +96,11 @@ class LayerAHN(nn.Module):
             low, high = (math.log(step) for step in STEPS)
             self.bias = nn.Parameter(drawn(count, low=low, high=high).exp().expm1().log())
         self.read = nn.Parameter(drawn(heads, width, low=-bound, high=bound))
-        self.norm = nn.Parameter(torch.ones(own.value_dim, **make))
+        self.read_bias: nn.Parameter | None = None
+        if config.form == "gated":
+            self.read_bias = nn.Parameter(drawn(heads, low=-bound, high=bound))
+        normed = own.value_dim * (heads if config.form == "gated" else 1)
+        self.norm = nn.Parameter(torch.ones(normed, **make))
         self.out = nn.Parameter(torch.zeros(heads, own.value_dim, own.value_dim, **make))
 
     def gates(self, hidden: Tensor) -> Tensor:
@@ -110,12 +117,42 @@ class LayerAHN(nn.Module):
         both = torch.stack([strength, -self.rate.to(wide).exp() * step], -1)
         return both.transpose(1, 2)
 
+    def scan(
+        self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor, state: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Let tokens enter one after the other, each followed by the query that reads.
+
+        Args:
+            query: `(B, H, T, Dk)`.
+            key, value: `(B, G, T, ...)` of the tokens that enter.
+            gates: `(B, G, T, 1 or 2)` of these, from `gates`.
+            state: `(B, G, Dk, Dv)`.
+            mask: `(B, T)` bool, where a token enters.
+
+        Returns:
+            What was read `(B, H, T, Dv)`, and the state behind the last token.
+        """
+        strength, *rest = gates.unbind(-1)
+        forget, dtype = rest[0] if rest else None, value.dtype
+        if self.read_bias is None:
+            return delta.scan(query, key, value, strength, forget, state, l2norm=True, mask=mask)
+        query, key = (F.normalize(x.to(gates.dtype), dim=-1).to(dtype) for x in (query, key))
+        value = (value * strength[..., None]).to(dtype)
+        return gla.scan(query, key, value, forget, state, scale=1.0, mask=mask)
+
     def output(self, read: Tensor, hidden: Tensor) -> Tensor:
         """What is added to the attention's heads, `(B, T, H, Dv)`, of what was read
         `(B, H, T, Dv)` and the queries' hidden states `(B, T, D)` (eq. 6)."""
         wide = read.dtype
-        gate = F.silu(hidden.to(wide) @ self.read.to(wide).T).transpose(1, 2)[..., None]
-        read = F.rms_norm(read, read.shape[-1:], self.norm.to(wide), EPS) * gate
+        gate = hidden.to(wide) @ self.read.to(wide).T
+        if self.read_bias is None:
+            gate = F.silu(gate).transpose(1, 2)[..., None]
+            read = F.rms_norm(read, read.shape[-1:], self.norm.to(wide), EPS) * gate
+        else:
+            gate = F.silu(gate + self.read_bias.to(wide)).transpose(1, 2)[..., None]
+            heads = (read * gate).transpose(1, 2).flatten(2)
+            heads = F.rms_norm(heads, heads.shape[-1:], self.norm.to(wide), EPS)
+            read = heads.unflatten(2, (read.shape[1], -1)).transpose(1, 2)
         return (read @ self.out.to(wide)).transpose(1, 2)
 
 
@@ -202,7 +239,6 @@ class AHNMemory(AttentionMemory):
         evicted = self.window.evicted(attention, window)
         key, value = self.window.evicted_key_values(attention, window)
         gates = evicted.rows(window["gates"], lambda: network.gates(take(hidden, evicted.columns)))
-        strength, *forget = gates.unbind(-1)
         query = attention.query
         if self.config.rotate:
             query = attention.rotate(query, evicted.query_positions, "in the document")
@@ -212,15 +248,7 @@ class AHNMemory(AttentionMemory):
         entering = attention.query_valid
         entering = entering & (evicted.positions >= self.config.num_sinks)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-        if self.config.form == "gated":
-            query, key = (delta.unit(x.to(strength.dtype)).to(dtype) for x in (query, key))
-            value = (value * strength[..., None]).to(dtype)
-            read, S = gla.scan(query, key, value, forget[0], state["S"], mask=entering)
-        else:
-            gate = forget[0] if forget else None
-            read, S = delta.scan(
-                query, key, value, strength, gate, state["S"], l2norm=True, mask=entering
-            )
+        read, S = network.scan(query, key, value, gates, state["S"], entering)
         asking = hidden[:, hidden.shape[1] - query.shape[2] :]
         return network.output(read.to(S.dtype), asking), {**state, "S": S}
 

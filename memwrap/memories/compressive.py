@@ -209,7 +209,7 @@ class CompressiveMemory(AttentionMemory):
             return {n: take(x, index) for n, x in old.items()}, keep
         fresh: Tree = {"place": ops.compress(old["place"][:, None], rate, "mean")[:, 0]}
         for name in old.keys() - fresh.keys():
-            weights: dict[str, Tensor] = {}
+            weights: dict[str, Any] = {}
             if config.learned:
                 own: Any = self.compressors[str(layer)][name]  # type: ignore[index]
                 dtype = old[name].dtype

@@ -16,7 +16,7 @@ from memwrap.memories.settings import LayerList, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers, check_attention, three_quarters
 from memwrap.ops import neurocache as ops
 from memwrap.ops import retrieve
-from memwrap.ops.buffers import filled, ring
+from memwrap.ops.buffers import filled, least_used, ring
 from memwrap.state.trees import Tree
 
 
@@ -25,7 +25,9 @@ class NeurocacheConfig(MemoryConfig):
     once, and small attentions beside the model's own read what it and its last neighbours found.
 
     Attributes:
-        cache_size: compressed states that are kept; when they are full the oldest goes.
+        cache_size: compressed states that are kept; when they are full one goes for each new one.
+        eviction: `"fifo"`: the oldest goes; `"lru"`: the one that was retrieved longest ago (it or
+            a neighbour of it), which costs a copy of the cache at the end of every segment.
         compression_factor: states are so many times narrower than hidden states; 1: not compressed.
         top_k: hits of a token.
         neighborhood_size: states that are read for each hit, in time around it; 1 or even. At 2
@@ -51,6 +53,7 @@ class NeurocacheConfig(MemoryConfig):
     neighborhood_size: PositiveInt = 2
     context_size: PositiveInt = 2
     similarity: Literal["l2", "dot"] = "l2"
+    eviction: Literal["fifo", "lru"] = "fifo"
     layers: LayerList | None = None
     attention_layers: LayerList | None = None
     head_layout: ops.Layout = "heads"
@@ -173,6 +176,9 @@ class NeurocacheMemory(AttentionMemory):
             tree = {"count": torch.zeros(batch_size, dtype=torch.long, device=device)}
             if layer in self.storing:
                 tree["states"] = torch.zeros(batch_size, 1, 0, self.width, **make)
+                if self.config.eviction == "lru":
+                    unused = tree["count"].new_full((batch_size, self.config.cache_size), -1)
+                    tree["last_used"] = unused
                 if self.reencodes:
                     tree["raw"] = torch.zeros(batch_size, 1, 0, self.sizes.hidden_size, **make)
             layers[str(layer)] = tree
@@ -188,7 +194,8 @@ class NeurocacheMemory(AttentionMemory):
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         if "states" in state:
-            attention.notes[self.config.name] = self._retrieve(attention, state)
+            found, used = self._retrieve(attention, state)
+            attention.notes[self.config.name], state = found, {**state, **used}
         if layer in self.reading:
             found = attention.notes[self.config.name]
             with torch.autocast(attention.value.device.type, enabled=False):
@@ -208,17 +215,23 @@ class NeurocacheMemory(AttentionMemory):
                 new = self.compress(hidden)
         else:
             new = self.compress(hidden)
-        place = ring.slots(count, valid, size)
         capacity = ring.capacity(total, state["states"].shape[2], size)
         rows = {"states": new, "raw": hidden}
-        kept = {
-            name: ring.store(state[name], place, rows[name][:, None], capacity)
-            for name in rows.keys() & state.keys()
-        }
+        rows = {name: rows[name][:, None] for name in rows.keys() & state.keys()}
+        if "last_used" in state:
+            old, slot, used = least_used.replace(state["last_used"], count, valid)
+            kept = {
+                name: least_used.store(state[name], old, slot, more, capacity)
+                for name, more in rows.items()
+            }
+            return {"count": total, "last_used": used, **kept}
+        slot = ring.slots(count, valid, size)
+        kept = {n: ring.store(state[n], slot, more, capacity) for n, more in rows.items()}
         return {"count": total, **kept}
 
-    def _retrieve(self, attention: LayerAttention, state: Tree) -> Found:
-        """One retrieval for every token of the step, and for those before it that it reads with."""
+    def _retrieve(self, attention: LayerAttention, state: Tree) -> tuple[Found, Tree]:
+        """One retrieval for every token of the step, and for those before it that it reads with;
+        and what the state notes of it."""
         config = self.config
         column, there = ops.context(
             attention.query_positions, attention.key_positions, attention.key_valid,
@@ -230,11 +243,16 @@ class NeurocacheMemory(AttentionMemory):
         rank = needed.long().cumsum(0) - 1
         with torch.no_grad():
             query = self.compress(hidden[:, needed])
-        retrieved = self._published(query, state) if config.compat else self._found(query, state)
-        return Found(*retrieved, rank[column], there)
+        find = self._published if config.compat else self._found
+        states, valid, place = find(query, state)
+        noted: Tree = {}
+        if "last_used" in state:
+            real = attention.key_valid[:, needed, None] & valid
+            noted["last_used"] = least_used.mark(state["last_used"], place, real, state["count"])
+        return Found(states, valid, rank[column], there), noted
 
-    def _found(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor]:
-        """Retrieved states `(B, M, N, d)`, and which are there."""
+    def _found(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
+        """Retrieved states `(B, M, N, d)`, which are there, and their places."""
         config, count, cache = self.config, state["count"], state["states"]
         capacity = cache.shape[2]
         index = retrieve.search(
@@ -243,17 +261,20 @@ class NeurocacheMemory(AttentionMemory):
         )[1][:, 0]  # fmt: skip
         if index.shape[-1] == 0:
             shape = (*index.shape[:2], 0)
-            return query.new_zeros(*shape, self.width), index.new_zeros(shape, dtype=torch.bool)
-        numbers = ring.entries(count, capacity, config.cache_size)
+            none = index.new_zeros(shape, dtype=torch.bool)
+            return query.new_zeros(*shape, self.width), none, index.new_zeros(shape)
+        # Kept by use, entries stand in order from the first slot on.
+        last = count.clamp_max(config.cache_size) if "last_used" in state else count
+        numbers = ring.entries(last, capacity, config.cache_size)
         hits = numbers.gather(1, index.clamp_min(0).flatten(1)).view(index.shape)
         number = ops.neighbours(hits, config.neighborhood_size)
-        oldest = (count - config.cache_size).clamp_min(0)[:, None, None]
-        valid = (number >= oldest) & (number < count[:, None, None])
+        oldest = (last - config.cache_size).clamp_min(0)[:, None, None]
+        valid = (number >= oldest) & (number < last[:, None, None])
         valid &= (index >= 0).repeat_interleave(config.neighborhood_size, -1)
         place = torch.where(valid, number % config.cache_size, 0)
-        return retrieve.gather(cache, place[:, None])[:, 0], valid
+        return retrieve.gather(cache, place[:, None])[:, 0], valid, place
 
-    def _published(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor]:
+    def _published(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """The same as the public code has it: a cache of zeros, clipped at its ends."""
         config = self.config
         missing = config.cache_size - state["states"].shape[2]
@@ -266,4 +287,4 @@ class NeurocacheMemory(AttentionMemory):
         if self.training and self.reencodes:
             raw = nn.functional.pad(state["raw"], (0, 0, 0, missing))
             found = self.compress(retrieve.gather(raw, place[:, None])[:, 0])
-        return found, torch.ones_like(place, dtype=torch.bool)
+        return found, torch.ones_like(place, dtype=torch.bool), place

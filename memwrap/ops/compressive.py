@@ -32,7 +32,12 @@ def blocks(rows: Tensor, rate: int, dilation: int = 1) -> Tensor:
 
 
 def compress(
-    rows: Tensor, rate: int, kind: str, weight: Tensor | None = None, bias: Tensor | None = None
+    rows: Tensor,
+    rate: int,
+    kind: str,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    dilation: int = DILATION,
 ) -> Tensor:
     """Compress blocks of `rate` rows into one each (section 3.1, f_c).
 
@@ -42,6 +47,7 @@ def compress(
         kind: "mean", "max", "conv" or "dilated_conv" (for "most_used" see `most_used`).
         weight: `(H, D_out, D_in, c)` of the convolutions, of kernel and stride c.
         bias: `(H, D_out)`.
+        dilation: of "dilated_conv".
 
     Returns:
         `(B, H, N // c, D)`.
@@ -50,7 +56,7 @@ def compress(
         return blocks(rows, rate).mean(-2)
     if kind == "max":
         return blocks(rows, rate).amax(-2)
-    parts = blocks(rows, rate, DILATION if kind == "dilated_conv" else 1)
+    parts = blocks(rows, rate, dilation if kind == "dilated_conv" else 1)
     out = torch.einsum("bhncd,hodc->bhno", parts, weight)
     return out if bias is None else out + bias[:, None]
 

@@ -1,242 +1,242 @@
-"""Reference vectors: where they are, how a case's model is built, how numbers are compared."""
+"""Reference vectors: where they are, what a case says, and how results are compared with it.
+
+Nothing that a case says is passed over: its settings and tensors remember which of them a run has
+used, and `compare` fails on any that is left. So a runner needs no list of names, and a case with a
+setting that its runner does not know fails with that setting's name.
+
+A case is run in float64 and in float32. What is met in float64 is a matter of the reference alone:
+nothing, where it was computed in float64 too, and its rounding where it was float32, a number that
+no processor changes. Float32 adds our own rounding, which another order of sums changes; the
+tolerances are those that `docs/testing.md` argues for.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import torch
+from margins import record
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-import memwrap
-from memwrap.engine.plan import segment_lengths
+VARIABLE = "MEMWRAP_CONFORMANCE_DIR"
+FOLDERS = tuple(Path(f) for f in os.environ.get(VARIABLE, "").split(os.pathsep) if f)
+OWN = Path(__file__).parent / "data"
+# Methods with vectors that memwrap does not have yet: the one place that says so. A folder that is
+# neither here nor read by a runner is an error (test_cases.py), and so is a name here that is.
+NOT_BUILT = frozenset({
+    "attention_matching", "dms", "gdn2", "kda", "lact", "memory_decoder", "memoryllm", "mom",
+    "peft_prefix", "sentinel", "titans",
+})  # fmt: skip
+PRECISIONS = (torch.float64, torch.float32)
+both_precisions = pytest.mark.parametrize("dtype", PRECISIONS, ids=["float64", "float32"])
+# Results, whatever a runner reads of them; other tensors are inputs once they are read.
+RESULTS = ("out.", "grad.", "grad_", "gen.")
+Got = dict[str, Tensor | Sequence[Tensor]]
 
-FOLDER = Path(os.environ.get("MEMWRAP_CONFORMANCE_DIR") or Path(__file__).parent / "data")
-BACKBONE = (
-    "Backbone: HF LlamaForCausalLM", "vocab 128, hidden 64, 2 layers, 4 heads, 2 kv heads, "
-    "head_dim 16, intermediate 128 (SwiGLU, silu), RMSNorm eps 1e-6, RoPE theta 10000",
-    "untied lm_head, no biases",
-)  # fmt: skip
-ALIGNMENTS = {"left (None)": "left", "left": "left", "right": "right", "center": "center"}
+
+class Entries(dict[str, Any]):
+    """What a case holds by name; it remembers what was asked for."""
+
+    def __init__(self, entries: dict[str, Any]) -> None:
+        super().__init__({n: Entries(x) if isinstance(x, dict) else x for n, x in entries.items()})
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.used.add(name)
+        return super().get(name, default)
+
+    def peek(self, name: str) -> Any:
+        """The entry, without using it."""
+        return super().__getitem__(name)
+
+    def left(self, prefix: str = "") -> list[str]:
+        """Names that nobody asked for, nested ones with a dot."""
+        found = [prefix + n for n in sorted(self.keys() - self.used)]
+        for name, entry in self.items():
+            if name in self.used and isinstance(entry, Entries):
+                found += entry.left(f"{prefix}{name}.")
+        return found
 
 
 @dataclass
 class Case:
-    """One case: its description, its tensors, and which of them were compared."""
+    """One case: its description, its tensors in the precision that it is run in.
+
+    Attributes:
+        about: the whole description.
+        settings: its hyperparameters.
+        stored: whether the reference was computed in float64.
+    """
 
     method: str
     name: str
     about: dict[str, Any]
-    tensors: dict[str, Tensor]
-    outputs: frozenset[str] = frozenset()
+    settings: Entries
+    tensors: Entries
+    dtype: torch.dtype
+    exact: bool
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return self.about["hyperparameters"]
+    def level(self) -> str:
+        return self.about["level"]
 
     @property
-    def expected(self) -> set[str]:
-        """Names of the tensors that a run must reproduce."""
-        marked = {n for n in self.tensors if n.startswith(("out.", "grad.", "gen."))}
-        return marked | (self.outputs & self.tensors.keys())
+    def says(self) -> str:
+        """The description in words."""
+        return self.about["semantics"]
 
-    def known(self, *names: str) -> None:
-        """Fail if a hyperparameter is there that the runner would ignore."""
-        unknown = sorted(self.settings.keys() - set(names))
-        assert not unknown, f"{self.name}: hyperparameters {unknown} are not understood"
+    def holds(self, **facts: Any) -> None:
+        """Check settings that repeat what the tensors or other settings say."""
+        for name, fact in facts.items():
+            if name in self.settings:
+                said = self.settings[name]
+                assert said == fact, f"{self.name}: {name} is {said!r}, understood is {fact!r}"
 
-    def given(self, *names: str) -> None:
-        """Fail if a tensor is there that is neither expected nor among the inputs `names`."""
-        rest = {n for n in self.tensors if not n.startswith("base.")} - self.expected
-        assert rest <= set(names), f"{self.name}: tensors {sorted(rest - set(names))}"
+    def aside(self, *names: str) -> None:
+        """Settings that say how the case was made and not what is computed."""
+        for name in names:
+            entry = self.settings.get(name)
+            if isinstance(entry, Entries):
+                entry.used |= entry.keys()
+
+    def given(self, name: str) -> Tensor | None:
+        return self.tensors.get(name)
+
+    def want(self, name: str) -> Tensor:
+        """A result of the reference, to be compared all the same."""
+        return self.tensors.peek(name)
+
+    def starting(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors whose names start so, without the prefix."""
+        names = [n for n in self.tensors if n.startswith(prefix)]
+        return {n.removeprefix(prefix): self.tensors[n] for n in names}
+
+    def leaves(self, *names: str) -> dict[str, Tensor]:
+        """Copies of inputs that take gradients; those that the case does not have are left out."""
+        there = [n for n in names if n in self.tensors]
+        return {n: self.tensors[n].clone().requires_grad_() for n in there}
+
+    def not_understood(self) -> NoReturn:
+        pytest.fail(f"{self.name}: not understood; it holds {sorted(self.tensors)}")
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """What may differ, in units of the reference tensor's largest value, by the beginning of its
+    name (the longest that fits counts).
+
+    Attributes:
+        exact: float64 against a reference in float64.
+        reference: float64 against a reference in float32: its own rounding.
+        float32: float32 against either: that, and another order of sums.
+        floor: a gradient's unit is at least this part of the largest gradient's (some are zero but
+            for rounding: that of a key's bias, which moves all scores alike).
+    """
+
+    exact: dict[str, float]
+    reference: dict[str, float]
+    float32: dict[str, float]
+    floor: float = 0.0
+
+    def of(self, case: Case) -> dict[str, float]:
+        if case.dtype == torch.float32:
+            return self.float32
+        return self.exact if case.exact else self.reference
+
+
+def paths_of(method: str) -> dict[str, Path]:
+    """Every case of a method: from the folders that are given, or, where none of them has the
+    method, from the tests' own selection."""
+    for folders in (FOLDERS, (OWN,)):
+        found: dict[str, Path] = {}
+        for folder in folders:
+            files = (folder / method).glob("*")
+            kinds = {f.with_suffix("") for f in files if f.suffix in (".json", ".safetensors")}
+            for path in sorted(kinds):
+                name = path.name if path.name not in found else f"{path.name} ({folder.name})"
+                found[name] = path
+        if found:
+            return found
+    return {}
 
 
 def names_of(method: str) -> list[str]:
-    """Every case of a method. None at all is an error, not an empty test."""
-    folder = FOLDER / method
-    found = {f.stem for f in folder.glob("*") if f.suffix in (".json", ".safetensors")}
-    return sorted(found) or ["no case found"]
+    """Names of all cases. None at all is an error, not an empty test."""
+    return list(paths_of(method)) or ["no case found"]
 
 
-def read_case(method: str, name: str, outputs: Iterable[str] = ()) -> Case:
-    """Read a case; `outputs` are the results whose names do not say so themselves."""
-    path = FOLDER / method / name
+def read_case(method: str, name: str, dtype: torch.dtype = torch.float32) -> Case:
+    """Read a case, to be run in `dtype`."""
+    path = paths_of(method)[name]
     assert path.with_suffix(".json").is_file(), f"{path}.json is missing"
     assert path.with_suffix(".safetensors").is_file(), f"{path}.safetensors is missing"
     about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    assert about["method"] == method and about["case"] == name
+    assert about["method"] == method and about["case"] == path.name
     tensors = load_file(path.with_suffix(".safetensors"))
     for key, entry in about["tensors"].items():
         assert list(tensors[key].shape) == entry["shape"], key
     assert tensors.keys() == about["tensors"].keys(), "tensors and their description disagree"
-    return Case(method, name, about, tensors, frozenset(outputs))
+    wide = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    exact = about["dtype"] == "float64"
+    return Case(method, name, about, Entries(about["hyperparameters"]), Entries(wide), dtype, exact)
 
 
-def backbone_of(case: Case) -> LlamaForCausalLM:
-    """The backbone that the description states, with the case's weights."""
-    for words in BACKBONE:
-        assert words in case.about["semantics"], f"{case.name}: another backbone than {words!r}"
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, intermediate_size=128, rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=False, max_position_embeddings=2048,
-    )  # fmt: skip
-    model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
-    prefix = "base."
-    weights = {n[len(prefix) :]: t for n, t in case.tensors.items() if n.startswith(prefix)}
-    model.load_state_dict(weights, strict=True)
-    return model.eval()
-
-
-def described_backbone(case: Case) -> Any:
-    """The backbone of `hyperparameters.base`: a Llama, or an OPT where positions are learned."""
-    base = dict(case.settings["base"])
-    sizes: dict[str, Any] = {
-        "vocab_size": base.pop("vocab"), "hidden_size": base.pop("hidden"),
-        "num_hidden_layers": base.pop("layers"), "num_attention_heads": base.pop("heads"),
-        "tie_word_embeddings": base.pop("tied"),
-    }  # fmt: skip
-    kv_heads, width = base.pop("kv_heads"), base.pop("intermediate")
-    epsilon = base.pop("rms_eps", None) or base.pop("norm_eps")
-    theta, limit = base.pop("rope_theta"), base.pop("max_positions", None)
-    assert not base, f"{case.name}: {sorted(base)} of the backbone is not understood"
-    if theta is None:
-        assert (epsilon, kv_heads) == (1e-5, sizes["num_attention_heads"])
-        sizes |= {"ffn_dim": width, "word_embed_proj_dim": sizes["hidden_size"]}
-        config: Any = OPTConfig(
-            **sizes, max_position_embeddings=limit, dropout=0.0, attention_dropout=0.0
-        )
-        model: Any = OPTForCausalLM._from_config(config, attn_implementation="eager")
-    else:
-        config = LlamaConfig(
-            **sizes, intermediate_size=width, num_key_value_heads=kv_heads, rms_norm_eps=epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": float(theta)},
-        )  # fmt: skip
-        model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
-    prefix = "base."
-    weights = {n[len(prefix) :]: t for n, t in case.tensors.items() if n.startswith(prefix)}
-    missing, foreign = model.load_state_dict(weights, strict=False)
-    tied = {"lm_head.weight"} if sizes["tie_word_embeddings"] else set()
-    assert set(missing) <= tied and not foreign, f"{case.name}: {missing}, {foreign}"
-    model.tie_weights()
-    return model.eval()
-
-
-def base_gradients(model: Any, case: Case) -> dict[str, Tensor]:
-    """Gradients of the backbone's parameters, those that the case holds."""
-    prefix = "grad.base."
-    parameters = dict(model.backbone.named_parameters())
-    names = [n for n in case.expected if n.startswith(prefix)]
-    return {n: parameters[n[len(prefix) :]].grad for n in names}
-
-
-def shift_labels_of(case: Case) -> Tensor:
-    """Targets by predicting position; `labels_mask` chooses among the predicting positions."""
-    labels = case.tensors["labels"]
-    shifted = torch.full_like(labels, -100)
-    shifted[:, :-1] = labels[:, 1:]
-    if "labels_mask" in case.tensors:
-        shifted = shifted.masked_fill(~case.tensors["labels_mask"].bool(), -100)
-    return shifted
-
-
-def settings_of(case: Case) -> dict[str, Any]:
-    """The config fields that every method has, from a model case."""
-    alignment = case.settings.get("segment_alignment", "left")
-    assert alignment in ALIGNMENTS, f"segment_alignment {alignment!r} is not understood"
-    mask = case.tensors.get("attention_mask")
+def gradients_of(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients by the reference's names; zeros for what the loss did not reach."""
     return {
-        "segment_size": case.settings["segment_size"],
-        "num_memory_tokens": case.settings["num_mem_tokens"],
-        "alignment": ALIGNMENTS[alignment],
-        "count_padding": mask is not None and not bool(mask.all()),
+        f"grad.{n}": torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()
     }
 
 
-def compare(
-    case: Case, got: dict[str, Tensor], tolerances: dict[str, float], floor: float = 0.0
-) -> None:
-    """Every expected tensor must be there and agree.
+def compare(case: Case, got: Got, tolerances: Tolerances) -> None:
+    """Check that every setting was used, and every tensor used or reproduced.
 
     Args:
-        case: the case.
-        got: results by the reference tensor's name; all of `case.expected`.
-        tolerances: by the beginning of a name (the longest that fits), in units of the reference
-            tensor's largest value.
-        floor: a gradient's unit is at least this part of the largest gradient's (some are zero
-            but for rounding: that of a key's bias, which moves all scores alike).
+        got: results by the reference tensor's name, one or several that must all agree. Those that
+            the case does not hold are left out.
     """
-    largest = max((float(case.tensors[n].abs().max()) for n in got if n[:5] == "grad."), default=0)
-    assert got.keys() == case.expected, (
-        f"{case.name}: not compared {sorted(case.expected - got.keys())}, "
-        f"not known {sorted(got.keys() - case.expected)}"
+    assert not case.settings.left(), (
+        f"{case.name}: settings {case.settings.left()} are not understood"
     )
+    there = {n for n in case.tensors if not n.startswith("base.")}
+    results = {n for n in there if n.startswith(RESULTS)}
+    missing = sorted((there - case.tensors.used - got.keys()) | (results - got.keys()))
+    assert not missing, f"{case.name}: tensors {missing} were neither used nor compared"
+    limits = tolerances.of(case)
+    got = {n: x for n, x in got.items() if n in there}
+    gradients = [case.want(n) for n in got if n.startswith("grad")]
+    least = tolerances.floor * max((float(g.abs().max()) for g in gradients), default=0.0)
     wrong = []
-    for name in sorted(case.expected):
-        want, value = case.tensors[name], got[name].detach()
-        if not want.is_floating_point():
-            if not torch.equal(value.to(want.dtype), want):
-                wrong.append(f"{name}: {value.tolist()} instead of {want.tolist()}")
-            continue
-        value = value.reshape(want.shape).to(want.dtype)
-        match = max((p for p in tolerances if name.startswith(p)), key=len)
-        least = floor * largest if name.startswith("grad.") else 0.0
-        scale = max(float(want.abs().max()), least, 1e-12)
-        error = float((value - want).abs().max()) / scale
-        if not error <= tolerances[match]:
-            wrong.append(f"{name}: {error:.2e} > {tolerances[match]:.0e}")
+    for name in sorted(got):
+        want, found = case.want(name), got[name]
+        for value in [found] if isinstance(found, Tensor) else found:
+            if not want.is_floating_point():
+                if not torch.equal(value.to(want.dtype).view_as(want), want):
+                    wrong.append(f"{name}: {value.tolist()} instead of {want.tolist()}")
+                continue
+            allowed = limits[max((p for p in limits if name.startswith(p)), key=len)]
+            error = error_of(value, want, least if name.startswith("grad") else 0.0)
+            record(error, allowed, name)
+            if not error <= allowed:
+                wrong.append(f"{name}: {error:.2e} > {allowed:.0e}")
     assert not wrong, f"{case.name}: " + "; ".join(wrong)
 
 
-def segments_of(case: Case) -> list[slice]:
-    """Columns of each segment, by the public rule."""
-    settings = settings_of(case)
-    total = case.tensors["input_ids"].shape[1]
-    cuts, start = [], 0
-    for length in segment_lengths(total, settings["segment_size"], settings["alignment"]):
-        cuts.append(slice(start, start + length))
-        start += length
-    return cuts
-
-
-@torch.no_grad()
-def states_by_segment(model: Any, case: Case) -> list[memwrap.MemoryState]:
-    """States after each segment, read one at a time; a short one is closed by request."""
-    ids, mask = case.tensors["input_ids"], case.tensors.get("attention_mask")
-    state, states = model.new_state(ids.shape[0]), []
-    for columns in segments_of(case):
-        part = None if mask is None else mask[:, columns]
-        state = model.read(ids[:, columns], part, state=state)
-        state = model.close_segment(state)
-        states.append(state)
-    return states
-
-
-def logits_of(model: Any, case: Case) -> Tensor:
-    """Logits of the whole text; where the case's mask is 0 the reference's own are put in.
-
-    The original also computes logits at padding; ours are zeros, and nobody reads either.
-    """
-    mask = case.tensors.get("attention_mask")
-    with torch.no_grad():
-        logits = model(case.tensors["input_ids"], attention_mask=mask).logits
-    if mask is None:
-        return logits
-    return torch.where(mask[..., None].bool(), logits, case.tensors["out.logits"])
-
-
-def generated_by(model: Any, case: Case) -> Tensor:
-    """Greedy new tokens, the last segment left open, as the published code generates."""
-    ids = case.tensors["input_ids"]
-    out = model.generate(
-        ids, remember=False, do_sample=False, eos_token_id=None, pad_token_id=0,
-        max_new_tokens=case.settings["max_new_tokens"],
-    )  # fmt: skip
-    return out[:, ids.shape[1] :]
+def error_of(value: Tensor, want: Tensor, least: float = 0.0) -> float:
+    """The largest difference, in units of the largest wanted value (at least `least`)."""
+    if not want.numel():
+        return 0.0
+    value = value.detach().reshape(want.shape).to(want.dtype)
+    scale = max(float(want.abs().max()), least, 1e-12)
+    return float((value - want).abs().max()) / scale

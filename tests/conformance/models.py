@@ -1,74 +1,131 @@
-"""Model cases whose description has a Llama base and segments of equal length."""
+"""Whole models: read in the segments that a case names, by the library's own rule or by request."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from memwrap.engine.plan import segment_lengths
+
+ALIGNMENTS = {None: "left", "left (None)": "left", "left": "left", "right": "right",
+              "center": "center"}  # fmt: skip
 
 
-def base_of(case: Case) -> LlamaForCausalLM:
-    """The Llama that the hyperparameters describe, with the case's weights."""
-    settings = dict(case.settings["base"])
-    theta = settings.pop("rope_theta")
-    rope = {"rope_type": "default", "rope_theta": theta}
-    config = LlamaConfig(**settings, rope_parameters=rope)
-    model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
-    weights = {n[len("base.") :]: t for n, t in case.tensors.items() if n.startswith("base.")}
-    model.load_state_dict(weights, strict=True)
-    return model.eval()
+def alignment_of(case: Case) -> str:
+    return ALIGNMENTS[case.settings.get("segment_alignment")]
 
 
-def segment_size_of(case: Case) -> int:
-    lengths = case.settings["segment_lengths"]
-    assert len(set(lengths)) == 1 and sum(lengths) == case.tensors["input_ids"].shape[1]
-    return lengths[0]
+def cuts_of(lengths: Sequence[int], total: int) -> list[slice]:
+    """Columns of segments of these lengths, which must make up the text."""
+    ends = list(accumulate(lengths))
+    assert ends[-1] == total, f"segments of {list(lengths)} tokens do not make up {total}"
+    return [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
 
 
-def run(model: Any, case: Case, own: dict[str, Any]) -> dict[str, Tensor]:
-    """Logits, losses, gradients, and the state after the text.
+def size_for(lengths: Sequence[int]) -> int:
+    """The segment size that cuts a text so; where none does, one that no segment fills."""
+    regular = list(lengths) == segment_lengths(sum(lengths), lengths[0])
+    return lengths[0] if regular else max(lengths) + 1
 
-    Args:
-        own: memory parameters by the reference's name.
-    """
-    ids, size = case.tensors["input_ids"], segment_size_of(case)
-    logits = model(ids).logits
+
+def next_tokens(ids: Tensor) -> Tensor:
+    """Targets by predicting position."""
+    return F.pad(ids[:, 1:], (0, 1), value=-100)
+
+
+def by_segment(
+    model: Any, ids: Tensor, lengths: Sequence[int], state: Any = None, *, close_last: bool = True
+) -> tuple[Tensor, Tensor, Any]:
+    """Logits, mean loss and state of a text, each segment a call and closed by request. Gradients
+    flow from call to call."""
+    targets = next_tokens(ids)
+    count = int((targets != -100).sum())
+    state = model.new_state(len(ids)) if state is None else state
+    logits, loss = [], torch.zeros((), dtype=model.dtype)
+    cuts = cuts_of(lengths, ids.shape[1])
+    for index, columns in enumerate(cuts):
+        with torch.no_grad():
+            logits.append(model(ids[:, columns], cache=state.clone()).logits)
+        out = model(
+            ids[:, columns], shift_labels=targets[:, columns], cache=state,
+            num_items_in_batch=count,
+        )  # fmt: skip
+        loss, state = loss + out.loss, out.cache
+        if index < len(cuts) - 1 or close_last:
+            state = model.loop().close(state)
+    return torch.cat(logits, 1), loss, state
+
+
+def read(model: Any, ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Any]:
+    """The same in one call, where the library cuts the text so by itself."""
+    if size_for(lengths) == max(lengths) + 1:
+        return by_segment(model, ids, lengths)
+    with torch.no_grad():
+        logits = model(ids).logits
     out = model(ids, labels=ids, use_cache=True)
-    out.loss.backward()
-    results = {"logits": logits, "loss_next_token": out.loss.detach()[None]}
-    if "loss_per_segment" in case.tensors:
-        parts = [
-            F.cross_entropy(
-                logits[:, a : a + size - 1].flatten(0, 1), ids[:, a + 1 : a + size].flatten()
-            )
-            for a in range(0, ids.shape[1], size)
+    return logits, out.loss, model.close_segment(out.cache)
+
+
+def loss_per_segment(logits: Tensor, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The cross entropy inside each segment: its first token is no target."""
+    return torch.stack(
+        [
+            F.cross_entropy(logits[:, c][:, :-1].flatten(0, 1), ids[:, c][:, 1:].flatten())
+            for c in cuts_of(lengths, ids.shape[1])
         ]
-        results["loss_per_segment"] = torch.stack(parts)
-    weights = dict(model.backbone.named_parameters())
-    for name in case.tensors:
-        if name.startswith("grad.base."):
-            gradient = weights[name.removeprefix("grad.base.")].grad
-            assert gradient is not None
-            results[name] = gradient
-        elif name.startswith("grad."):
-            results[name] = own[name.removeprefix("grad.")]()
-    results |= {"state": out.cache}
-    return results
+    )
 
 
-def check(case: Case, got: dict[str, Tensor], tolerances: dict[str, float]) -> None:
-    """Compare everything that the case holds beside inputs and parameters."""
-    inputs = {"input_ids", "memory.beta"}
-    expected = {n for n in case.tensors if n not in inputs and not n.startswith("base.")}
-    assert got.keys() == expected, sorted(got.keys() ^ expected)
-    for name in sorted(expected):
-        want = case.tensors[name]
-        most = tolerances[max((p for p in tolerances if name.startswith(p)), key=len)]
-        scale = float(want.abs().max())
-        error = float((got[name].detach().reshape(want.shape) - want).abs().max())
-        assert error == pytest.approx(0, abs=most * scale), f"{name}: {error / scale:.1e}"
+def shift_labels_of(case: Case) -> Tensor:
+    """Targets by predicting position; `labels_mask` chooses among the predicting positions."""
+    shifted = next_tokens(case.tensors["labels"])
+    mask = case.given("labels_mask")
+    return shifted if mask is None else shifted.masked_fill(~mask.bool(), -100)
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor, mask: Tensor | None, want: Tensor) -> Tensor:
+    """Logits of the whole text; where the mask is 0 the reference's own are put in.
+
+    The original also computes logits at padding; ours are zeros, and nobody reads either.
+    """
+    logits = model(ids, attention_mask=mask).logits
+    return logits if mask is None else torch.where(mask[..., None].bool(), logits, want)
+
+
+@torch.no_grad()
+def states_by_segment(
+    model: Any, ids: Tensor, mask: Tensor | None, lengths: Sequence[int]
+) -> list[Any]:
+    """States after each segment, read one at a time; a short one is closed by request."""
+    state, states = model.new_state(len(ids)), []
+    for columns in cuts_of(lengths, ids.shape[1]):
+        part = None if mask is None else mask[:, columns]
+        state = model.close_segment(model.read(ids[:, columns], part, state=state))
+        states.append(state)
+    return states
+
+
+def generated(model: Any, ids: Tensor, count: int) -> Tensor:
+    """`(B, count)` greedy new ids, the last segment left open, as published code generates."""
+    out = model.generate(
+        ids, remember=False, do_sample=False, eos_token_id=None, pad_token_id=0,
+        max_new_tokens=count,
+    )  # fmt: skip
+    return out[:, ids.shape[1] :]
+
+
+@torch.no_grad()
+def greedy(backbone: Any, embeds: Tensor, count: int) -> Tensor:
+    """`(B, count)` new ids of a bare backbone, by argmax, the text computed anew for each."""
+    ids = []
+    for _ in range(count):
+        ids.append(backbone(inputs_embeds=embeds).logits[:, -1:].argmax(-1))
+        embeds = torch.cat([embeds, backbone.get_input_embeddings()(ids[-1])], 1)
+    return torch.cat(ids, 1)

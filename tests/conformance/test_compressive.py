@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, names_of, read_case
-from models import base_of, check, run, segment_size_of
+from backbones import backbone_of, base_gradients, sizes_of
+from cases import Case, Got, Tolerances, both_precisions, compare, names_of, read_case
+from models import read, size_for
 from torch import Tensor
 
 import memwrap
@@ -15,56 +16,64 @@ from memwrap.ops import compressive as ops
 from memwrap.ops.buffers import take
 
 KINDS = {"conv1d": "conv", "dilated_conv1d": "dilated_conv"}
-TOLERANCES = {"": 2e-5, "grad.": 1e-4}
+TOLERANCES = Tolerances(
+    exact={"": 1e-9},
+    reference={"": 2e-5, "grad.": 1e-4},
+    float32={"": 2e-5, "grad.": 1e-4},
+)
+FIELDS = {
+    "n_m": "memory_size", "n_cm": "compressed_size", "compression_rate": "compression_rate",
+    "store": "store", "positions": "positions",
+}  # fmt: skip
+SHORT = {"key": "k", "value": "v", "hidden": "h"}
 
 
-def run_model(case: Case) -> None:
-    case.known(
-        "base", "segment_lengths", "n_m", "n_cm", "compression_rate", "compression", "store",
-        "positions",
-    )  # fmt: skip
-    settings = case.settings
+def kind_of(case: Case) -> str:
+    kind = case.settings["compression"]
+    return KINDS.get(kind, kind)
+
+
+def run_model(case: Case) -> Got:
+    ids, lengths = case.tensors["input_ids"], case.settings["segment_lengths"]
     config = memwrap.CompressiveConfig(
-        segment_size=segment_size_of(case),
-        memory_size=settings["n_m"],
-        compressed_size=settings["n_cm"],
-        compression_rate=settings["compression_rate"],
-        compression=settings["compression"],
-        store=settings["store"],
-        positions=settings["positions"],
+        segment_size=size_for(lengths),
+        compression=kind_of(case),
+        **{ours: case.settings[theirs] for theirs, ours in FIELDS.items()},
     )
-    model = memwrap.wrap(base_of(case), config)
-    got = run(model, case, {})
-    state = got.pop("state")
-    total = case.tensors["input_ids"].shape[1]
-    short = {"key": "k", "value": "v", "hidden": "h"}
+    model = memwrap.wrap(backbone_of(case, sizes_of(case.settings["base"])), config)
+    logits, loss, state = read(model, ids, lengths)
+    loss.backward()
+    got = {"logits": logits, "loss_next_token": loss}
     for layer, tree in state.memories["compressive"]["layers"].items():
         for part, name in (("compressed", "cmem"), ("memory", "mem")):
             own = tree[part]
-            assert len(own["count"].unique()) == 1
-            count = int(own["count"][0])
+            (count,) = own["count"].unique().tolist()
             for kind in own.keys() - {"count", "place"}:
-                rows = own[kind][:, :, -count:]
-                got[f"{name}_{short[kind]}_final.layer{layer}"] = rows
-            got[f"{name}_positions_final"] = own["place"][0, -count:, 0] + total
-    check(case, got, TOLERANCES)
+                rows = own[kind][:, :, own[kind].shape[2] - count :]
+                got[f"{name}_{SHORT[kind]}_final.layer{layer}"] = rows
+            places = own["place"][0, len(own["place"][0]) - count :, 0]
+            got[f"{name}_positions_final"] = places + ids.shape[1]
+    return got | base_gradients(model, case)
 
 
 class Layer:
     """The case's attention layer, driven with memwrap's ops over its segments."""
 
     def __init__(self, case: Case) -> None:
-        self.case, self.settings = case, case.settings
-        self.kind = KINDS.get(self.settings["compression"], self.settings["compression"])
-        self.p = {
-            n.removeprefix("param."): t.clone().requires_grad_()
-            for n, t in case.tensors.items()
-            if n.startswith("param.")
-        }
+        self.case, self.settings, self.kind = case, case.settings, kind_of(case)
+        weights = case.starting("param.")
+        self.p = {n: t.clone().requires_grad_() for n, t in weights.items()}
+        case.holds(
+            dim=len(self.p["to_q.weight"]), decoder="decoder.weight" in self.p,
+            relative_positions="pos_emb" in self.p,
+        )  # fmt: skip
+        if self.kind != "dilated_conv":
+            case.holds(dilation=1)
         self.heads, self.rate = self.settings["heads"], self.settings["compression_rate"]
         self.mem = self.cmem = torch.zeros(
-            self.settings["batch"], 0, self.settings["dim"], dtype=torch.float64
+            self.settings["batch"], 0, self.settings["dim"], dtype=case.dtype
         )
+        self.x: dict[int, Tensor] = {}
         self.got: dict[str, Tensor] = {}
         self.losses: dict[str, Any] = {"main": 0.0, "aux": 0.0, "ae": 0.0}
 
@@ -78,7 +87,7 @@ class Layer:
 
     def step(self, index: int) -> None:
         x = self.case.tensors[f"x_{index}"].clone().requires_grad_()
-        self.x = {**getattr(self, "x", {}), index: x}
+        self.x[index] = x
         q = self.split(x @ self.p["to_q.weight"].T)
         k, v = self.keys(torch.cat([self.cmem, self.mem, x], 1))
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
@@ -109,8 +118,7 @@ class Layer:
             self.got |= {f"evicted_{index}": old, f"new_cm_{index}": new}
             self.teach(index, q, old, new)
         for name in ("mem", "cmem"):
-            if f"{name}_{index}" in self.case.tensors:
-                self.got[f"{name}_{index}"] = getattr(self, name)
+            self.got[f"{name}_{index}"] = getattr(self, name)
 
     def compress(self, index: int, old: Tensor, usage: Tensor) -> Tensor:
         if self.kind == "most_used":
@@ -120,7 +128,11 @@ class Layer:
             assert (keep == chosen.shape[1]).all()
             return take(old, chosen)
         weight, bias = self.p.get("compress.weight"), self.p.get("compress.bias")
-        own = {} if weight is None else {"weight": weight[None], "bias": bias[None]}  # type: ignore[index]
+        own: dict[str, Any] = {}
+        if weight is not None:
+            own = {"weight": weight[None], "bias": bias[None]}  # type: ignore[index]
+        if self.kind == "dilated_conv":
+            own["dilation"] = self.settings["dilation"]
         return ops.compress(old[:, None], self.rate, self.kind, **own)[:, 0]
 
     def teach(self, index: int, q: Tensor, old: Tensor, new: Tensor) -> None:
@@ -157,27 +169,21 @@ class Layer:
             assert all(g is None for g in found)
 
 
-def run_op(case: Case) -> None:
-    case.known(
-        "batch", "heads", "dim", "segment_lengths", "n_m", "n_cm", "compression_rate",
-        "compression", "dilation", "decoder", "relative_positions",
-    )  # fmt: skip
-    dilated = case.settings["compression"] == "dilated_conv1d"
-    assert case.settings["dilation"] == (ops.DILATION if dilated else 1)
+def run_op(case: Case) -> Got:
     layer = Layer(case)
-    for index in range(1, len(case.settings["segment_lengths"]) + 1):
+    for index, length in enumerate(case.settings["segment_lengths"], 1):
         layer.step(index)
+        assert layer.x[index].shape[1] == length
     layer.finish()
-    inputs = ("param.", "x_", "loss_weight_")
-    expected = {n for n in case.tensors if not n.startswith(inputs)}
-    assert layer.got.keys() >= expected, sorted(expected - layer.got.keys())
-    for name in sorted(expected):
-        torch.testing.assert_close(
-            layer.got[name].detach(), case.tensors[name], rtol=1e-9, atol=1e-9, msg=name
-        )
+    return {**layer.got}
 
 
+def check(case: Case) -> None:
+    got = {"op": run_op, "model": run_model}[case.level](case)
+    compare(case, got, TOLERANCES)
+
+
+@both_precisions
 @pytest.mark.parametrize("name", names_of("compressive"))
-def test_case(name: str) -> None:
-    case = read_case("compressive", name)
-    {"op": run_op, "model": run_model}[case.about["level"]](case)
+def test_case(name: str, dtype: torch.dtype) -> None:
+    check(read_case("compressive", name, dtype))

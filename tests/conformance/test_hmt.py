@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from cases import Case, base_gradients, compare, described_backbone, names_of, read_case
+from backbones import backbone_of, base_gradients, sizes_of
+from cases import Case, Got, Tolerances, both_precisions, compare, gradients_of, names_of, read_case
+from models import cuts_of
 from torch import Tensor
 
 import memwrap
@@ -18,26 +19,17 @@ from memwrap.memories.protocol import SegmentTokens
 from memwrap.ops.recall import recall
 from memwrap.state.trees import Tree
 
-OUTPUTS = (
-    "logits", "loss", "recalled", "memory_embeddings", "cache_final", "topic_summaries",
-    "context_distance",
-)  # fmt: skip
-# Rounding alone: against the same in float64, the reference's values differ by up to 2e-5 and its
-# gradients by up to 3e-4 (a chain of four to six segments, each through two passes).
-MODEL_TOLERANCES = {"": 1e-4, "grad.": 1e-3}
-OP_TOLERANCES = {"": 1e-12}
+OP = Tolerances(exact={"": 1e-12}, reference={}, float32={"": 1e-5, "loss": 1e-3})
+MODEL = Tolerances(exact={}, reference={"": 1e-4, "grad.": 1e-3}, float32={"": 1e-4, "grad.": 1e-3})
 
 
-def run_recall(case: Case) -> dict[str, Tensor]:
-    """The op over a buffer of the cache's whole capacity, in float64."""
-    case.known("batch", "d", "d_h", "cache_rows_m", "cache_capacity_N", "segment_index")
-    inputs = ("query_summary", "memory_cache", "W_q", "W_k")
-    case.given(*inputs, "loss_weight")
-    leaves = {n: case.tensors[n].clone().requires_grad_() for n in inputs}
-    rows, size = case.settings["cache_rows_m"], case.settings["cache_capacity_N"]
-    batch = case.settings["batch"]
+def run_recall(case: Case) -> Got:
+    """The op over a buffer of the cache's whole capacity."""
+    leaves = case.leaves("query_summary", "memory_cache", "W_q", "W_k")
+    size, (batch, rows, width) = case.settings["cache_capacity_N"], leaves["memory_cache"].shape
+    case.holds(batch=batch, d=width, cache_rows_m=rows, d_h=len(leaves["W_q"]))
     # What stands at empty places must not matter.
-    empty = torch.full((batch, size - rows, case.settings["d"]), 7.0, dtype=torch.float64)
+    empty = torch.full((batch, size - rows, width), 7.0, dtype=case.dtype)
     cache = torch.cat([leaves["memory_cache"], empty], 1)
     found, weights = recall(
         leaves["query_summary"][:, 0], cache, torch.full((batch,), rows), leaves["W_q"],
@@ -45,9 +37,9 @@ def run_recall(case: Case) -> dict[str, Tensor]:
     )  # fmt: skip
     loss = (found[:, None] * case.tensors["loss_weight"]).sum()
     loss.backward()
-    results = {f"grad.{n}": leaf.grad for n, leaf in leaves.items()}
     back = min(case.settings["segment_index"], size) - weights.argmax(-1)
-    return results | {"recalled": found, "loss": loss, "context_distance": back}  # type: ignore[dict-item]
+    results = {"recalled": found, "loss": loss, "context_distance": back}
+    return results | gradients_of(leaves)
 
 
 def model_of(case: Case) -> Any:
@@ -60,7 +52,7 @@ def model_of(case: Case) -> Any:
         recall=case.settings["use_recall"],
         count_padding=not bool(case.tensors["attention_mask"].all()),
     )
-    model = memwrap.wrap(described_backbone(case), config)
+    model = memwrap.wrap(backbone_of(case, sizes_of(case.settings["base"])), config)
     with torch.no_grad():
         for name, parameter in parameters_of(model).items():
             parameter.copy_(case.tensors[name])
@@ -155,52 +147,41 @@ def read_by_segment(
     return results, logits
 
 
-def run_model(case: Case) -> dict[str, Tensor]:
-    case.known(
-        "segment_length", "num_sensory", "sum_fraction", "cache_capacity_N", "recall_dim_d_h",
-        "mask_size", "n_cell_out", "use_recall", "base", "segments",
-    )  # fmt: skip
-    model = model_of(case)
-    case.given("input_ids", "attention_mask", "labels", *parameters_of(model))
-    ids, mask = case.tensors["input_ids"], case.tensors["attention_mask"]
+def run_model(case: Case) -> Got:
+    model, ids, mask = model_of(case), case.tensors["input_ids"], case.tensors["attention_mask"]
     lengths = segment_lengths(ids.shape[1], case.settings["segment_length"])
-    assert len(lengths) == case.settings["segments"]
-    edges = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    cuts = [slice(a, b) for a, b in pairwise(edges)]
+    case.holds(segments=len(lengths))
+    cuts = cuts_of(lengths, ids.shape[1])
     results, pieces = read_by_segment(model, case, cuts)
     first = cuts[-min(case.settings["n_cell_out"], len(cuts))].start
-    logits = torch.cat(pieces, 1)[:, first:]
     # The original also computes logits at padding; ours are zeros, and nobody reads either.
-    shown = mask[:, first:, None].bool()
-    results["logits"] = torch.where(shown, logits, case.tensors["logits"])
+    shown, logits = mask[:, first:, None].bool(), torch.cat(pieces, 1)[:, first:]
+    results["logits"] = torch.where(shown, logits, case.want("logits"))
     targets = targets_of(case)
     count = (targets.masked_fill(mask == 0, -100) != -100).sum()
-    read = PublishedReader(model.train(), case)
-    parts = read(cuts, shift_labels=targets, num_items_in_batch=count)
-    loss = sum(out.loss for _, out in parts)
+    reader = PublishedReader(model.train(), case)
+    parts = reader(cuts, shift_labels=targets, num_items_in_batch=count)
+    loss = torch.stack([out.loss for _, out in parts]).sum()
     loss.backward()
     results["loss"] = loss
     results |= {f"grad.{n}": p.grad for n, p in parameters_of(model).items()}  # type: ignore[misc]
     return results | base_gradients(model, case)
 
 
-def run(case: Case) -> dict[str, Tensor]:
+def run(case: Case) -> Got:
     """Choose by what the case holds; what is not understood fails."""
-    if case.about["level"] == "op" and "recalled" in case.expected:
+    if case.level == "op" and "memory_cache" in case.tensors:
         return run_recall(case)
-    if case.about["level"] == "model" and "memory_embeddings" in case.expected:
+    if case.level == "model" and "memory_embeddings" in case.tensors:
         return run_model(case)
-    pytest.fail(f"{case.name}: not understood; it expects {sorted(case.expected)}")
+    return case.not_understood()
 
 
+def check(case: Case) -> None:
+    compare(case, run(case), OP if case.level == "op" else MODEL)
+
+
+@both_precisions
 @pytest.mark.parametrize("name", names_of("hmt"))
-def test_hmt(name: str) -> None:
-    case = read_case("hmt", name, OUTPUTS)
-    op = case.about["level"] == "op"
-    compare(case, run(case), OP_TOLERANCES if op else MODEL_TOLERANCES)
-
-
-def test_a_case_that_is_not_understood_fails() -> None:
-    about = {"level": "op", "hyperparameters": {}}
-    with pytest.raises(pytest.fail.Exception, match="not understood"):
-        run(Case("hmt", "strange", about, {"out.x": torch.ones(1)}))
+def test_hmt(name: str, dtype: torch.dtype) -> None:
+    check(read_case("hmt", name, dtype))

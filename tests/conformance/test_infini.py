@@ -1,143 +1,149 @@
-"""Conformance of Infini-attention's memory: every op case in the folder, through the ops."""
+"""Conformance of Infini-attention: every case, op and model."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import Case, compare, names_of, read_case
+from backbones import backbone_of, base_gradients, sizes_of
+from cases import Case, Got, Tolerances, both_precisions, compare, names_of, read_case
+from models import cuts_of, loss_per_segment, read, size_for
+from one_layer import rotated_by_hand
 from torch import Tensor
 
+import memwrap
 from memwrap.ops import backend, infini
 
-TOLERANCES = {"float64": 1e-9, "float32": 5e-5}
-STATES = {"float64": 1e-9, "float32": 1e-3}  # conformance's own: sums of a whole segment
+OP = Tolerances(
+    exact={"": 1e-9},
+    reference={"": 5e-5, "M_": 1e-3, "z_": 1e-3},
+    float32={"": 5e-5, "M_": 1e-3, "z_": 1e-3},
+)
+MODEL = Tolerances(exact={}, reference={"": 2e-5, "grad.": 1e-4}, float32={"": 2e-5, "grad.": 1e-4})
 INPUTS = ("q", "k", "v", "beta")
-COMMON = (
-    "batch", "heads", "kv_heads", "d_key", "d_value", "segment_lengths", "update",
-    "first_segment", "rope", "rope_theta", "detach_every", "has_token_mask", "has_initial_state",
-    "eps",
-)  # fmt: skip
-
-
-def op_cases() -> list[str]:
-    """The cases of single ops; those of whole models have a runner of their own."""
-    return [n for n in names_of("infini") if not n.startswith("model_")]
-
-
-def rotated(x: Tensor, theta: float) -> Tensor:
-    """RoPE over half-split channels, positions from 0."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-2 * torch.arange(half, dtype=torch.float64) / x.shape[-1])
-    angle = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), frequency)
-    cos, sin = (torch.cat([f, f], -1).to(x.dtype) for f in (angle.cos(), angle.sin()))
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
 def local(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Causal attention inside one segment; rows without a key give 0."""
     if case.settings["rope"]:
-        q, k = (rotated(x, case.settings["rope_theta"]) for x in (q, k))
+        q, k = (rotated_by_hand(x, case.settings["rope_theta"]) for x in (q, k))
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
     if mask is not None:
         seen = seen & mask[:, None, None, :]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
-    weights = F.softmax(scores.masked_fill(~seen, torch.finfo(q.dtype).min), dim=-1).masked_fill(
-        ~seen, 0.0
-    )
-    return weights @ v
+    scores = scores.masked_fill(~seen, torch.finfo(q.dtype).min)
+    return scores.softmax(-1).masked_fill(~seen, 0.0) @ v
 
 
-def run_op(case: Case) -> dict[str, Tensor]:
+def check_settings(case: Case) -> None:
+    """What the settings repeat of the tensors."""
+    t = {n: case.tensors[n] for n in INPUTS}
+    case.holds(
+        batch=len(t["q"]), heads=t["q"].shape[1], kv_heads=t["k"].shape[1],
+        d_key=t["q"].shape[3], d_value=t["v"].shape[3], eps=0.0,
+        has_token_mask="token_mask" in case.tensors, has_initial_state="M_0" in case.tensors,
+    )  # fmt: skip
+    case.aside("rope_theta")  # where nothing is rotated
+    assert case.settings["first_segment"] in ("local_only", "zero_gated")
+
+
+def run_op(case: Case) -> Got:
     """Read, mix with local attention and write, segment by segment; gradients of the loss."""
-    case.known(*COMMON)
-    settings, t = case.settings, case.tensors
-    assert settings["eps"] == 0.0 and not settings["has_initial_state"]
-    assert settings["first_segment"] in ("local_only", "zero_gated")
-    assert settings["has_token_mask"] == ("token_mask" in t)
-    leaves = {n: t[n].clone().requires_grad_() for n in INPUTS}
+    check_settings(case)
+    settings, leaves = case.settings, case.leaves(*INPUTS)
     q, k, v = leaves["q"], leaves["k"], leaves["v"]
     gate = torch.sigmoid(leaves["beta"]).view(1, -1, 1, 1)
-    mask = t["token_mask"].bool() if "token_mask" in t else None
-    M = q.new_zeros(settings["batch"], settings["kv_heads"], settings["d_key"], settings["d_value"])
-    z = M[..., 0]
-    results, outs, start = {}, [], 0
-    for s, length in enumerate(settings["segment_lengths"]):
-        part = slice(start, start + length)
-        start += length
+    mask = None if "token_mask" not in case.tensors else case.tensors["token_mask"].bool()
+    M, z = first = state_of(case)
+    results: dict[str, Tensor] = {}
+    outs = []
+    for s, part in enumerate(cuts_of(settings["segment_lengths"], q.shape[2]), 1):
         own_mask = None if mask is None else mask[:, part]
         empty = (z == 0).all(-1).all(-1).view(-1, 1, 1, 1)
-        read = infini.read(q[:, :, part], M, z)
+        found = infini.read(q[:, :, part], M, z)
         near = local(case, q[:, :, part], k[:, :, part], v[:, :, part], own_mask)
-        mixed = gate * read + (1 - gate) * near
+        mixed = gate * found + (1 - gate) * near
         if settings["first_segment"] == "local_only":
             mixed = torch.where(empty, near, mixed)
         outs.append(mixed)
-        results |= {f"A_mem_{s + 1}": read, f"A_dot_{s + 1}": near}
         M, z = infini.write(
             k[:, :, part], v[:, :, part], M, z, update=settings["update"], mask=own_mask
         )
-        results |= {f"M_{s + 1}": M, f"z_{s + 1}": z}
-        if settings["detach_every"] and (s + 1) % settings["detach_every"] == 0:
+        results |= {f"A_mem_{s}": found, f"A_dot_{s}": near, f"M_{s}": M, f"z_{s}": z}
+        if settings["detach_every"] and s % settings["detach_every"] == 0:
             M, z = M.detach(), z.detach()
     results["out"] = torch.cat(outs, dim=2)
-    results["loss"] = (results["out"] * t["loss_weight"]).sum()
+    results["loss"] = (results["out"] * case.tensors["loss_weight"]).sum()
     results["loss"].backward()
-    return results | {f"grad_{n}": x.grad for n, x in leaves.items()}  # type: ignore[misc]
+    results |= {f"grad_{n}": x.grad for n, x in leaves.items()}  # type: ignore[misc]
+    return with_scan(case, results, mask, first)
 
 
-def by_reference_name(case: Case, results: dict[str, Tensor]) -> tuple[Case, dict[str, Tensor]]:
-    """These cases name their outputs without `out.` and `grad.`: told apart from the inputs."""
-    given = {*INPUTS, "loss_weight", "token_mask"}
-    tensors = {n if n in given else f"out.{n}": x for n, x in case.tensors.items()}
-    renamed = Case(case.method, case.name, case.about, tensors)
-    return renamed, {f"out.{n}": x for n, x in results.items()}
+def state_of(case: Case) -> tuple[Tensor, Tensor]:
+    """The memory before the first segment."""
+    if case.settings["has_initial_state"]:
+        return case.tensors["M_0"], case.tensors["z_0"]
+    k, v = case.tensors["k"], case.tensors["v"]
+    M = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
+    return M, M[..., 0]
 
 
-def run(case: Case) -> dict[str, Tensor]:
-    if case.about["level"] == "op" and {"out", "loss", "grad_q"} <= case.tensors.keys():
+def with_scan(
+    case: Case, results: dict[str, Tensor], mask: Tensor | None, state: tuple[Tensor, Tensor]
+) -> Got:
+    """The results, each beside what the whole sequence gives when it is handed over at once."""
+    lengths = case.settings["segment_lengths"]
+    if size_for(lengths) > max(lengths):
+        return {**results}  # no scan cuts a sequence so
+    both: Got = {**results}
+    q, k, v = (case.tensors[n] for n in "qkv")
+    out, M, z = infini.scan(q, k, v, *state, lengths[0], update=case.settings["update"], mask=mask)
+    for s, part in enumerate(cuts_of(lengths, q.shape[2]), 1):
+        both[f"A_mem_{s}"] = [results[f"A_mem_{s}"], out[:, :, part]]
+    last = len(lengths)
+    both |= {f"M_{last}": [results[f"M_{last}"], M], f"z_{last}": [results[f"z_{last}"], z]}
+    return both
+
+
+def run_model(case: Case) -> Got:
+    ids, lengths = case.tensors["input_ids"], case.settings["segment_lengths"]
+    case.holds(rope_positions="restart per segment")
+    config = memwrap.InfiniConfig(
+        segment_size=size_for(lengths),
+        update=case.settings["update"],
+        first_segment=case.settings["first_segment"],
+    )
+    model = memwrap.wrap(backbone_of(case, sizes_of(case.settings["base"])), config)
+    gates = list(model.memories["infini"].gates.values())
+    with torch.no_grad():
+        for gate, beta in zip(gates, case.tensors["memory.beta"], strict=True):
+            gate.copy_(beta)
+    logits, loss, state = read(model, ids, lengths)
+    loss.backward()
+    got = {"logits": logits, "loss_next_token": loss}
+    got["loss_per_segment"] = loss_per_segment(logits, ids, lengths)
+    got["grad.memory.beta"] = torch.stack([gate.grad for gate in gates])
+    for layer, tree in state.memories["infini"]["layers"].items():
+        got |= {f"{n}_final.layer{layer}": tree[n] for n in ("M", "z")}
+    return got | base_gradients(model, case)
+
+
+def run(case: Case) -> Got:
+    if case.level == "op" and "grad_q" in case.tensors:
         return run_op(case)
-    pytest.fail(f"{case.name}: not understood; it holds {sorted(case.tensors)}")
+    if case.level == "model" and "memory.beta" in case.tensors:
+        return run_model(case)
+    return case.not_understood()
 
 
-@pytest.mark.parametrize("ops", ["torch", "naive"])
-@pytest.mark.parametrize("name", op_cases())
-def test_infini(name: str, ops: str) -> None:
-    case = read_case("infini", name)
+def check(case: Case, ops: str = "torch") -> None:
     with backend(ops):
-        case, results = by_reference_name(case, run(case))
-    kind = case.about["dtype"]
-    tolerances = {"out.": TOLERANCES[kind], "out.M_": STATES[kind], "out.z_": STATES[kind]}
-    compare(case, results, tolerances)
+        compare(case, run(case), OP if case.level == "op" else MODEL)
 
 
-@pytest.mark.parametrize("update", infini.UPDATES)
-def test_a_scan_is_its_segments(update: str) -> None:
-    """The same reference states when the whole sequence is handed over at once."""
-    names = [n for n in op_cases() if n.startswith(f"op_{update}")]
-    assert names
-    for name in names:
-        case = read_case("infini", name)
-        t, lengths = case.tensors, case.settings["segment_lengths"]
-        mask = t["token_mask"].bool() if "token_mask" in t else None
-        M = torch.zeros_like(t["M_1"])
-        out, M, z = infini.scan(
-            t["q"], t["k"], t["v"], M, M[..., 0], lengths[0], update=update, mask=mask
-        )
-        last, start = len(lengths), sum(lengths[:-1])
-        found: dict[str, Any] = {
-            f"M_{last}": M, f"z_{last}": z, f"A_mem_{last}": out[:, :, start:],
-        }  # fmt: skip
-        for key, value in found.items():
-            scale = float(t[key].abs().max())
-            assert float((value - t[key]).abs().max()) <= STATES[case.about["dtype"]] * scale, key
-
-
-def test_a_case_that_is_not_understood_fails() -> None:
-    about = {"level": "op", "hyperparameters": {}}
-    with pytest.raises(pytest.fail.Exception, match="not understood"):
-        run(Case("infini", "strange", about, {"out.x": torch.ones(1)}))
+@both_precisions
+@pytest.mark.parametrize("ops", ["torch", "naive"])
+@pytest.mark.parametrize("name", names_of("infini"))
+def test_infini(name: str, ops: str, dtype: torch.dtype) -> None:
+    check(read_case("infini", name, dtype), ops)

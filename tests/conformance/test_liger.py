@@ -7,24 +7,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case, names_of, read_case
+from backbones import backbone_of, in_precision, llama, sizes_of
+from cases import Case, Got, Tolerances, both_precisions, compare, names_of, read_case
+from one_layer import rotated_by_hand
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import memwrap
 from memwrap.ops import gla
 from memwrap.ops.gla import gsa
 from memwrap.ops.gla.features import features
 
-NAMES = names_of("liger")
-SHARED = ("recurrence", "B", "T", "H", "Hkv", "d", "window", "swa_weight", "grm_weight",
-          "gate_norm", "rope_theta", "seed")  # fmt: skip
-LAYER = ("D", "keys_visible", "bias", "pool_size", "scale_recurrence")
-MODEL = ("P", "vocab", "hidden", "layers", "intermediate", "rms_eps")
+OP = Tolerances(exact={}, reference={"": 1e-5}, float32={"": 1e-5})
+MODEL = Tolerances(exact={}, reference={"": 1e-4, "loss": 1e-5}, float32={"": 1e-4, "loss": 1e-5})
+STATES = {"S": "recurrent_state", "K": "recurrent_state_k", "V": "recurrent_state_v"}
 
 
 def config_of(case: Case, segment_size: int) -> memwrap.LigerConfig:
     own = case.settings
+    case.holds(keys_visible=own["window"] + 1, scale_recurrence=1)
+    case.aside("seed")
     return memwrap.LigerConfig(
         segment_size=segment_size,
         form=own["recurrence"],
@@ -32,153 +33,134 @@ def config_of(case: Case, segment_size: int) -> memwrap.LigerConfig:
         num_sinks=0,
         window_weight=own["swa_weight"],
         recurrent_weight=own["grm_weight"],
-        gate_divisor=own["gate_norm"],
+        gate_divisor=own["gate_norm"] or 1.0,
         num_slots=own.get("pool_size"),
     )
-
-
-def llama(case: Case, **sizes: Any) -> LlamaForCausalLM:
-    own = case.settings
-    config = LlamaConfig(
-        num_attention_heads=own["H"], num_key_value_heads=own["Hkv"], head_dim=own["d"],
-        rope_parameters={"rope_type": "default", "rope_theta": own["rope_theta"]},
-        tie_word_embeddings=False, max_position_embeddings=512, **sizes,
-    )  # fmt: skip
-    return LlamaForCausalLM._from_config(config).eval()
 
 
 def one_layer(case: Case) -> Any:
     """A model whose logits are its input embeddings plus the attention's output."""
     width = case.settings["D"]
-    base = llama(
-        case, vocab_size=width, hidden_size=width, num_hidden_layers=1, intermediate_size=8
-    )
+    own = {"vocab_size": width, "hidden_size": width, "num_hidden_layers": 1,
+           "intermediate_size": 8, "attention_bias": case.settings["bias"]}  # fmt: skip
+    base = llama(sizes_of(case.settings) | own).eval()
     layer = base.model.layers[0]
     layer.input_layernorm = base.model.norm = nn.Identity()
+    base = in_precision(base, case.dtype)
     with torch.no_grad():
         nn.init.zeros_(layer.mlp.down_proj.weight)
         nn.init.eye_(base.lm_head.weight)
-        for name in "qkvo":
-            getattr(layer.self_attn, f"{name}_proj").weight.copy_(case.tensors[f"W_{name}"])
+        for name, parameter in projections(base).items():
+            value = case.given(name)
+            parameter.copy_(torch.zeros_like(parameter) if value is None else value)
     return memwrap.wrap(base, config_of(case, 2 * case.settings["T"]))
 
 
-def near(got: Tensor, want: Tensor, most: float, what: str) -> None:
-    assert got.shape == want.shape, what
-    error = float((got.detach() - want).abs().max() / want.abs().max())
-    assert error < most, f"{what}: {error:.1e}"
+def projections(base: Any) -> dict[str, Tensor]:
+    """The attention's parameters by the cases' names."""
+    attention = base.model.layers[0].self_attn
+    found = {}
+    for letter in "qkvo":
+        projection = getattr(attention, f"{letter}_proj")
+        found[f"W_{letter}"] = projection.weight
+        if projection.bias is not None:
+            found[f"b_{letter}"] = projection.bias
+    return found
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_case(name: str) -> None:
-    if "attention" in name:
-        check_attention(name)
-    else:
-        for segment_size in (16, 128):  # whatever it is: the window reaches over segment ends
-            check_model(name, segment_size)
-
-
-def check_attention(name: str) -> None:
-    outputs = {"output", "o_recurrent", "y_swa", "recurrent_state", "recurrent_state_k",
-               "recurrent_state_v", "q_feat", "k_feat", "v_rep", "g_log", "slot",
-               "roped_k"}  # fmt: skip
-    case = read_case("liger", name, outputs)
-    weights = ("W_q", "W_k", "W_v", "W_o")
-    case.known(*SHARED, *LAYER)
-    case.given("hidden_states", "position_ids", "attention_mask", "do", *weights)
+def run_attention(case: Case) -> Got:
     own, t = case.settings, case.tensors
-    assert own["keys_visible"] == own["window"] + 1 and own["scale_recurrence"] == 1
-    assert not own["bias"] and own["T"] == t["hidden_states"].shape[1]
-    mask = t.get("attention_mask", torch.ones(own["B"], own["T"]))
-    real = mask.bool()[..., None]
-    model, x = one_layer(case), t["hidden_states"].clone().requires_grad_()
+    mask = case.given("attention_mask")
+    x = t["hidden_states"].clone().requires_grad_()
+    case.holds(B=len(x), T=x.shape[1], D=x.shape[2])
+    mask = torch.ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
+    real, weight = mask.bool()[..., None], t["W_o"]
+    model, group = one_layer(case), own["H"] // own["Hkv"]
     memory = model.memories["liger"]
 
     def run(branch: str) -> Tensor:
         with memory.only(branch):
-            return (model(inputs_embeds=x, attention_mask=mask.long()).logits - x) * real
+            return (model(inputs_embeds=x, attention_mask=mask).logits - x) * real
 
-    def projected(heads: Tensor) -> Tensor:
-        return (heads.transpose(1, 2).flatten(2) @ t["W_o"].T) * real
-
-    near(run("window"), projected(t["y_swa"]), 1e-5, "y_swa")
-    near(run("recurrent"), projected(t["o_recurrent"]), 1e-5, "o_recurrent")
-    output = run("both")
-    near(output, t["output"] * real, 1e-5, "output")
-    (output * t["do"]).sum().backward()
-    layer = model.backbone.model.layers[0].self_attn
-    near(x.grad * real, t["grad.hidden_states"] * real, 1e-5, "grad.hidden_states")
-    for letter in "qkvo":
-        grad = getattr(layer, f"{letter}_proj").weight.grad
-        near(grad, t[f"grad.W_{letter}"], 1e-5, f"grad.W_{letter}")
+    for name in ("y_swa", "o_recurrent"):  # as what is added to the input
+        heads = case.want(name).transpose(1, 2).flatten(2)
+        t[name] = (heads @ weight.T) * real
+    # What stands at padding has no meaning.
+    t["output"], t["grad.hidden_states"] = (
+        case.want(n) * real for n in ("output", "grad.hidden_states")
+    )
+    got = {"y_swa": run("window"), "o_recurrent": run("recurrent"), "output": run("both")}
+    (got["output"] * t["do"]).sum().backward()
+    got["grad.hidden_states"] = x.grad * real  # type: ignore[operator]
+    got |= {f"grad.{n}": p.grad for n, p in projections(model.backbone).items()}  # type: ignore[misc]
     with torch.no_grad():
-        state = model(inputs_embeds=x, attention_mask=mask.long()).cache
-    tree, group = state.memories["liger"]["layers"]["0"], own["H"] // own["Hkv"]
-    states = {"S": "recurrent_state", "K": "recurrent_state_k", "V": "recurrent_state_v"}
-    for short, long in states.items():
-        assert (short in tree) == (long in t)
+        state = model(inputs_embeds=x, attention_mask=mask).cache
+    tree = state.memories["liger"]["layers"]["0"]
+    for short, long in STATES.items():
+        assert (short in tree) == (long in t), f"{case.name}: {sorted(tree)} are kept"
         if short in tree:
-            near(tree[short].repeat_interleave(group, 1), t[long], 1e-5, long)
-    check_parts(case, mask.bool())
+            got[long] = tree[short].repeat_interleave(group, 1)
+    parts = run_parts(case, mask.bool())
+    return {**got, **parts, "o_recurrent": [got["o_recurrent"], parts["o_recurrent"]]}
 
 
-def check_parts(case: Case, real: Tensor) -> None:
+def run_parts(case: Case, real: Tensor) -> dict[str, Tensor]:
     """The reference's own intermediate tensors, through the ops."""
     own, t = case.settings, case.tensors
-    q, k, v = (
-        (t["hidden_states"] @ t[f"W_{n}"].T).unflatten(-1, (-1, own["d"])).transpose(1, 2)
-        for n in "qkv"
-    )
+    heads = {}
+    for n in "qkv":
+        x, bias = t["hidden_states"] @ t[f"W_{n}"].T, case.given(f"b_{n}")
+        x = x if bias is None else x + bias
+        heads[n] = x.unflatten(-1, (-1, own["d"])).transpose(1, 2)
     group, here = own["H"] // own["Hkv"], real[:, None, :, None]
-    k, v = (n.repeat_interleave(group, 1) for n in (k, v))
-    near(v * here, t["v_rep"] * here, 1e-5, "v_rep")
+    q, k, v = heads["q"], *(heads[n].repeat_interleave(group, 1) for n in "kv")
+    t["v_rep"] = case.want("v_rep") * here
     kind = "none" if own["recurrence"] == "gsa" else "softmax"
-    near(features(q, kind), t["q_feat"], 1e-5, "q_feat")
-    if own["recurrence"] == "hgrn2":
-        near(1 - k.sigmoid(), t["k_feat"], 1e-5, "k_feat")
-    else:
-        near(features(k, kind), t["k_feat"], 1e-5, "k_feat")
+    q_feat = features(q, kind)
+    k_feat = 1 - k.sigmoid() if own["recurrence"] == "hgrn2" else features(k, kind)
     pooled = k if own["pool_size"] is None else k.unflatten(-1, (own["pool_size"], -1)).mean(-1)
-    near(F.logsigmoid(pooled) / (own["gate_norm"] or 1), t["g_log"], 1e-5, "g_log")
-    angles = t["position_ids"][:, None, :, None] * own["rope_theta"] ** (
-        -torch.arange(0, own["d"], 2) / own["d"]
-    )
-    cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
-    first, second = k.chunk(2, -1)
-    near((k * cos + torch.cat([-second, first], -1) * sin), t["roped_k"], 1e-5, "roped_k")
+    g_log = F.logsigmoid(pooled) / (own["gate_norm"] or 1)
+    got = {"v_rep": v * here, "q_feat": q_feat, "k_feat": k_feat, "g_log": g_log}
+    places = t["position_ids"][:, None]
+    got["roped_k"] = rotated_by_hand(k, own["rope_theta"], places)
     full: Any = {"scale": 1.0, "mask": real}
     if "slot" in t:
-        near(1 - t["g_log"].exp(), t["slot"], 1e-5, "slot")
-        out, _ = gsa.scan(t["q_feat"], t["k_feat"], t["v_rep"], t["slot"], t["g_log"], **full)
+        got["slot"] = 1 - g_log.exp()
+        out, _ = gsa.scan(q_feat, k_feat, v, got["slot"], g_log, **full)
     else:
-        out, _ = gla.scan(t["q_feat"], t["k_feat"], t["v_rep"], t["g_log"], **full)
-    near(out * here, t["o_recurrent"] * here, 1e-5, "o_recurrent by the op")
+        out, _ = gla.scan(q_feat, k_feat, v, g_log, **full)
+    got["o_recurrent"] = (out.transpose(1, 2).flatten(2) @ t["W_o"].T) * real[..., None]
+    return got
 
 
-def check_model(name: str, segment_size: int) -> None:
-    outputs = ("logits", "loss", "prefill_recurrent_state", "decode_logits")
-    case = read_case("liger", name, outputs)
-    case.known(*SHARED, *MODEL)
-    case.given("input_ids", "prefill_length")
-    own, t = case.settings, case.tensors
-    base = llama(
-        case, vocab_size=own["vocab"], hidden_size=own["hidden"],
-        num_hidden_layers=own["layers"], intermediate_size=own["intermediate"],
-        rms_norm_eps=own["rms_eps"],
-    )  # fmt: skip
-    base.load_state_dict({n[5:]: x for n, x in t.items() if n.startswith("base.")}, strict=True)
-    model = memwrap.linearize(base, config_of(case, segment_size))
+def run_model(case: Case, segment_size: int) -> Got:
+    own, ids, prefill = case.settings, case.tensors["input_ids"], case.settings["P"]
+    sizes = sizes_of(own)
+    model = memwrap.linearize(backbone_of(case, sizes), config_of(case, segment_size))
     assert not list(model.memory_parameters())
-    ids, prefill = t["input_ids"], own["P"]
-    assert prefill == int(t["prefill_length"])
+    case.holds(B=len(ids), T=ids.shape[1], P=int(case.tensors["prefill_length"]))
+    group = own["H"] // own["Hkv"]
     with torch.no_grad():
-        near(model(ids).logits, t["logits"], 1e-4, "logits")
-        near(model(ids, labels=ids).loss, t["loss"], 1e-5, "loss")
+        got = {"logits": model(ids).logits, "loss": model(ids, labels=ids).loss}
         state = model.read(ids[:, :prefill])
         layers = state.memories["liger"]["layers"]
-        group = own["H"] // own["Hkv"]
-        got = torch.stack([layers[str(i)]["S"] for i in range(own["layers"])])
-        want = t["prefill_recurrent_state"]
-        near(got.repeat_interleave(group, 2), want, 1e-4, "prefill_recurrent_state")
-        steps = [model(ids[:, i : i + 1], cache=state) for i in range(prefill, own["T"])]
-        near(torch.cat([s.logits for s in steps], 1), t["decode_logits"], 1e-4, "decode_logits")
+        kept = [layers[str(i)]["S"] for i in range(sizes["num_hidden_layers"])]
+        got["prefill_recurrent_state"] = torch.stack(kept).repeat_interleave(group, 2)
+        steps = [model(token, cache=state).logits for token in ids[:, prefill:].split(1, 1)]
+    return {**got, "decode_logits": torch.cat(steps, 1)}
+
+
+def check(case: Case, segment_size: int = 16) -> None:
+    if case.level == "op":
+        compare(case, run_attention(case), OP)
+    elif case.level == "model":
+        compare(case, run_model(case, segment_size), MODEL)
+    else:
+        case.not_understood()
+
+
+@both_precisions
+@pytest.mark.parametrize("name", names_of("liger"))
+def test_case(name: str, dtype: torch.dtype) -> None:
+    for segment_size in (16, 128):  # whatever it is: the window reaches over segment ends
+        check(read_case("liger", name, dtype), segment_size)

@@ -77,6 +77,7 @@ def test_a_layer_is_its_formula(form: str, states: str, rotate: bool) -> None:
         def turned(row: Tensor, place: int) -> Tensor:
             return rotated(row, place) if rotate else row
 
+        near, far = torch.zeros(2, count, 4, 8)
         for h in range(4):
             kv = h // 2
             index = h if states == "query_head" else kv
@@ -88,7 +89,7 @@ def test_a_layer_is_its_formula(form: str, states: str, rotate: bool) -> None:
                 seen += [(i, t - i) for i in range(max(0, t - window + 1), t + 1)]
                 query = [rotated(q[h, t], distance) for _, distance in seen]
                 scores = torch.stack([a @ k[kv, i] for a, (i, _) in zip(query, seen, strict=True)])
-                near = (scores * 8**-0.5).softmax(0) @ v[kv, [i for i, _ in seen]]
+                near[t, h] = (scores * 8**-0.5).softmax(0) @ v[kv, [i for i, _ in seen]]
                 left = t - window
                 if left >= sinks:
                     strength, decay = recurrence(own, form, index, x[0, left])
@@ -98,10 +99,15 @@ def test_a_layer_is_its_formula(form: str, states: str, rotate: bool) -> None:
                     change = v[kv, left] - (0 if form == "gated" else key @ S)
                     S = S + strength * key[:, None] * change
                 unit = turned(q[h, t], t)
-                read = (unit / unit.norm() * 8**-0.5) @ S
-                read = read * torch.rsqrt(read.square().mean() + 1e-5) * own.norm
-                far = F.silu(own.read[h] @ x[0, t]) * read @ own.out[h]
-                assert_close(got[t, h], near + far, 1e-4, f"token {t} of head {h}")
+                far[t, h] = unit / unit.norm() @ S * (1 if form == "gated" else 8**-0.5)
+        gate = F.silu(x[0] @ own.read.T + (own.read_bias if form == "gated" else 0))[..., None]
+        # Mamba-2: first the gate, then one norm over all heads.
+        far = (far * gate).flatten(1) if form == "gated" else far
+        far = far * torch.rsqrt(far.square().mean(-1, keepdim=True) + 1e-5) * own.norm
+        far = far.view(count, 4, 8) * (1 if form == "gated" else gate)
+        for t in range(count):
+            want = near[t] + torch.einsum("hi,hij->hj", far[t], own.out)
+            assert_close(got[t], want, 1e-4, f"token {t}")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "opt", "mistral"])

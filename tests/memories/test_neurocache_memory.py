@@ -29,6 +29,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"layers": [0, 1], "attention_layers": [1], "neighborhood_size": 1, "context_size": 1},
     COMPAT,
     {"compression_factor": 1, "top_k": 50},
+    {"eviction": "lru", "cache_size": 13},
+    {"eviction": "lru", "cache_size": 6, "layers": [0, 1], "neighborhood_size": 4},
+    {"eviction": "lru", "cache_size": 16, **COMPAT},
 ]
 
 
@@ -93,7 +96,7 @@ def test_neighbours_cross_the_seam_of_the_ring() -> None:
     model = wrapped("neurocache", cache_size=5, top_k=5, segment_size=SEGMENT)
     memory, state = model.memories["neurocache"], model.read(ids(1, SEGMENT))
     tree = layer(state)
-    states, valid = memory._found(tree["states"][:, 0], tree)
+    states, valid, _ = memory._found(tree["states"][:, 0], tree)
     assert valid.sum(-1).tolist() == [[9] * 5]  # the newest of five hits has nothing behind it
     ring = tree["states"][0, 0]
     for column in range(5):
@@ -106,13 +109,33 @@ def test_neighbours_cross_the_seam_of_the_ring() -> None:
                 assert_close(pair[1], ring[(place + 1) % 5], 1e-6)
 
 
+def test_what_is_retrieved_stays_longer() -> None:
+    """Of a full cache the newest segment is kept, and of the rest what was retrieved last: with
+    the same text not simply the newest entries, as where the oldest go."""
+    kept = {}
+    for eviction in ("fifo", "lru"):
+        model = wrapped("neurocache", layers=[0], attention_layers=[0], cache_size=28, top_k=1,
+                        neighborhood_size=1, eviction=eviction)  # fmt: skip
+        text = ids(1, 6 * SEGMENT)
+        tree = layer(model.read(text))
+        everything = model.memories["neurocache"].compress(
+            model.backbone.model.layers[0].input_layernorm(model.get_input_embeddings()(text))
+        )[0]
+        same = (everything[:, None] - tree["states"][0, 0]).abs().amax(-1) < 1e-5
+        kept[eviction] = same.any(1).nonzero().squeeze(1).tolist()
+        assert set(range(5 * SEGMENT, 6 * SEGMENT)) <= set(kept[eviction])
+    assert set(range(6 * SEGMENT - 28, 6 * SEGMENT)) <= set(kept["fifo"])
+    assert not set(range(6 * SEGMENT - 28, 6 * SEGMENT)) <= set(kept["lru"])
+    assert tree["last_used"].shape == (1, 28) and int(tree["last_used"].max()) == 6 * SEGMENT
+
+
 def test_real_states_that_sum_to_zero_are_kept() -> None:
     """A fresh LayerNorm's outputs sum to about zero; the public code takes some for empty."""
     model = memwrap.wrap(build("llama"), "neurocache", segment_size=SEGMENT, compression_factor=2)
     state = model.read(ids(1, 8 * SEGMENT))
     states = layer(state, 1)["states"][:, 0]
     assert float(states.sum(-1).abs().max()) < 1e-5
-    found, valid = model.memories["neurocache"]._found(states, layer(state, 1))
+    found, valid, _ = model.memories["neurocache"]._found(states, layer(state, 1))
     assert_close(found[:, :, 0], states, 1e-6)  # every state finds itself first
     assert bool(valid[:, :, 0].all())
 

@@ -1,6 +1,7 @@
 """Buffers of a state: rows of a batch hold different numbers of entries in tensors of one size.
 
 - `ring`: the oldest entry is overwritten; it stays where it is until then.
+- `least_used`: the entry that was not used for longest goes, and those behind it move up.
 - `left_aligned`: entries stand at the left, oldest first; an append may move them.
 - `right_aligned`: entries stand at the right, so that the youngest is always the last.
 - `paged`: entries are appended without copying, in pages that states share.
