@@ -85,7 +85,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "extended_mind": {"segment_size": 0, "cache_size": 0, "top_k": 0, "positions": "near",
                       "similarity_threshold": 1.01},
     "hmt": {"num_sensory": -1, "cache_size": 0, "d_mem": 0, "summary_fraction": 0.0,
-            "query": "next", "write_token": "both"},
+            "write_token": "both"},
     "infini": {"update": "sum", "gate_init": 20.1, "gate_learning_rate": -1e-9,
                "first_segment": "none"},
     "infllm": {"window_size": 0, "num_sinks": -1, "block_size": 0, "top_k": 0, "cache_size": 0,
@@ -107,7 +107,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "neurocache": {"cache_size": 0, "compression_factor": 0, "top_k": 0, "neighborhood_size": 0,
                    "context_size": 0, "similarity": "cosine", "head_layout": "mixed",
                    "layers": [-1], "attention_layers": [1, 1]},
-    "rmt": {"num_memory_tokens": 0, "published_truncation": 0, "segment_size": 0,
+    "rmt": {"num_memory_tokens": 0, "length_spread": 1.01, "segment_size": 0,
             "bptt_segments": 0, "loss_on": "first", "alignment": "middle", "count_padding": 1},
     "window": {"window_size": 0, "num_sinks": -1},
 }  # fmt: skip
