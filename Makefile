@@ -1,4 +1,4 @@
-# make demo | test | test-full | test-lowest | test-newest | lint | docs | clean. Everything happens
+# make demo | test | test-full | test-lowest | test-newest | fresh | lint | docs | clean. Everything happens
 # in .venv, made on first use; the oldest and the newest versions have environments of their own.
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path another environment.
@@ -16,7 +16,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-full test-lowest test-newest smoke-newest lint docs install install-dev clean
+.PHONY: demo test test-full test-lowest test-newest smoke-newest fresh lint docs install install-dev clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -65,6 +65,16 @@ $(NEWEST)/.made:
 	$(PYTHON) -m venv $(NEWEST)
 	@touch $@
 
+# As a user meets it: `pip install .` into a new environment, and README's example there.
+FRESH := .venv-fresh
+
+fresh:
+	rm -rf $(FRESH)
+	$(PYTHON) -m venv $(FRESH)
+	$(FRESH)/bin/python -m pip install --quiet $(TORCH)
+	$(FRESH)/bin/python -m pip install --quiet .
+	$(FRESH)/bin/python tests/integration/readme_example.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -104,4 +114,4 @@ $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
 	@touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(FRESH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

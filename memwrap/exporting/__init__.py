@@ -105,7 +105,7 @@ def _write(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     files = flat_files([type(memory).__module__ for memory in model.memories.values()]) | {
-        "README.md": card(model, about, name)
+        "README.md": card(model, about, name, tokenizer=tokenizer is not None)
     }
     for file, text in files.items():
         (folder / file).write_text(text, encoding="utf-8")

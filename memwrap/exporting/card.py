@@ -64,7 +64,9 @@ def _licensed(package: str) -> str:
     return f"{package} ({about['name']} {about['version']}, {licence})"
 
 
-def card(model: MemoryModelForCausalLM, about: dict[str, Any], name: str) -> str:
+def card(
+    model: MemoryModelForCausalLM, about: dict[str, Any], name: str, *, tokenizer: bool = True
+) -> str:
     """Markdown with the Hub's YAML head.
 
     Args:
@@ -72,7 +74,13 @@ def card(model: MemoryModelForCausalLM, about: dict[str, Any], name: str) -> str
         about: `licence`, `data`, `tokens`, `results` (Markdown) and `notes`; what is missing is
             said to be unknown.
         name: of the folder.
+        tokenizer: whether one is saved beside the model.
     """
+    kinds = ["AutoModelForCausalLM", *(["AutoTokenizer"] if tokenizer else [])]
+    loading = "\n".join(
+        f'{variable} = {kind}.from_pretrained("{name}", trust_remote_code=True)'
+        for variable, kind in zip(("model", "tokenizer"), kinds, strict=False)
+    )
     base = model.config.base_model or "unknown"
     licence = about.get("licence")
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -101,9 +109,9 @@ def card(model: MemoryModelForCausalLM, about: dict[str, Any], name: str) -> str
 {model.config.memwrap_version or ""}. It loads with transformers alone:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {", ".join(kinds)}
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+{loading}
 ```
 
 The Python files beside the weights are modules of {code}, cut to what this

@@ -58,6 +58,10 @@ class KnnLMConfig(MemoryConfig):
     metric: Literal["l2", "ip"] = "l2"
     cache_size: NonNegativeInt = 0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.store, str) and Path(self.store).is_dir():
+            self.store = str(Path(self.store).absolute())  # it is saved, and loaded from elsewhere
+
     def validate_distances(self) -> None:
         if self.adaptive and self.metric != "l2":
             self.refuse("adaptive", "False where `metric` is 'ip': it needs distances")

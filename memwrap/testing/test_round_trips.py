@@ -34,6 +34,8 @@ from memwrap.testing.helpers import (
 TEXT = ids(2, 3 * SEGMENT + 3)
 # peft 0.21 asks a model by the name that transformers 5.23 has replaced.
 PEFT_NAMES = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+# peft 0.20 says so of a base without a name.
+PEFT_NAMELESS = pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
 # gpt2's Conv1D holds its weights turned; peft says that it has noticed.
 PEFT_TURNED = pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
 
@@ -191,6 +193,7 @@ def test_saved_and_loaded_with_lora(memory: str, family: str, order: str, tmp_pa
 
 
 @PEFT_NAMES
+@PEFT_NAMELESS
 @PEFT_TURNED
 @PEFT_EXPERTS
 @pairs()

@@ -109,10 +109,15 @@ def test_calls_of_the_library(here: Path) -> None:
 def test_a_saved_model_finds_its_base_from_elsewhere(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base was given by a relative path; another working directory has none of that name."""
+    """Base and store were given by relative paths; another working directory has none such."""
     want = memwrap.load("model")(ids(1, 40)).logits
+    store = FaissStore(32, path="store")
+    store.add(torch.randn(8, 32))
+    store.commit()
+    memwrap.wrap(load_base("base"), "knnlm", store="store").save_pretrained("searching")
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
     again = memwrap.load("../model")
     assert again.config.base_model == str(here / "base")
+    assert len(memwrap.load("../searching").memories["knnlm"].store) == 8
     assert torch.equal(again(ids(1, 40)).logits, want)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import memwrap
 from memwrap import exporting
+from memwrap.assets import asset
 from memwrap.exporting import check
 from memwrap.exporting.card import about_run, card
 from memwrap.exporting.flat import flat_files, rewritten
@@ -155,6 +156,33 @@ def test_trains_and_saves_itself_without_memwrap(tmp_path: Path) -> None:
     assert len(found["lora"]) == 2 and min(found["lora"]) > 0
 
 
+TOKENIZES = """
+import json, runpy, sys
+check, folder = sys.argv[1:]
+sys.meta_path.insert(0, runpy.run_path(check)["Blocker"]())
+from transformers import AutoTokenizer
+
+ids = [AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)("def main(): pass").input_ids
+       for trust in (False, True)]
+print(json.dumps(ids))
+"""
+
+
+def test_the_tokenizer_loads_without_a_question(tmp_path: Path) -> None:
+    """In a process without memwrap, and with nobody there to answer."""
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+    exporting.export(small("rmt"), tmp_path / "out", tokenizer=tokenizer, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TOKENIZES, check.__file__, tmp_path / "out"],
+        capture_output=True, text=True, timeout=580, stdin=subprocess.DEVNULL, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Nothing but the ids: a question would stand in front of them.
+    assert json.loads(done.stdout) == [tokenizer("def main(): pass").input_ids] * 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'AutoTokenizer.from_pretrained("out", trust_remote_code=True)' in card
+
+
 def test_merging_leaves_the_model_as_it_is() -> None:
     model = small()
     model.add_lora(LoraConfig(r=2, target_modules=["q_proj"]))
@@ -210,4 +238,6 @@ def test_card(tmp_path: Path) -> None:
     assert "stdlib (train), 1,280 tokens" in text
     assert "| `infini` | `segment_size` | `8` |" in text
     assert "Trained by `memwrap train x`." in text
-    assert "unknown data" in card(small(), {}, "mine")
+    assert "import AutoModelForCausalLM, AutoTokenizer\n" in text
+    plain = card(small(), {}, "mine", tokenizer=False)
+    assert "unknown data" in plain and "okenizer" not in plain

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import readme_example
 import torch
 from transformers import LlamaForCausalLM
 
 
-@pytest.mark.filterwarnings("ignore:The attention mask:UserWarning")
 def test_the_example_runs() -> None:
     found = readme_example.run()
     book, state = found["book"], found["state"]

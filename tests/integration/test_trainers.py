@@ -21,8 +21,12 @@ from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.collating import DocumentCollator
 from memwrap.training.trainer import MemoryTrainer
 
-# peft and TRL still use the names that transformers 5.23 replaced.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    # peft and TRL still use the names that transformers 5.23 replaced.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    # peft 0.20 says so of a base without a name.
+    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
