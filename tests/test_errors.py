@@ -393,6 +393,18 @@ def test_damaged_and_foreign_model_folders(folder: Path) -> None:
     base, weights, config = build("llama"), folder / "model.safetensors", folder / "config.json"
     whole, settings = weights.read_bytes(), json.loads(config.read_text())
     assert memwrap.load(folder, base) is not None
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with refused("model.safetensors", "damaged"):
+        memwrap.load(folder, build("llama"))
+    save_file({"x": torch.ones(2)}, weights)
+    with refused("model.safetensors", "config.json", "sealed"):
+        memwrap.load(folder, build("llama"))
+    weights.write_bytes(whole)
+    config.write_text(json.dumps({**settings, "base_fingerprint": "another"}))
+    with refused("config.json", "changed", "sealed"):
+        memwrap.load(folder, build("llama"))
+    del settings["sealed"]  # as one does who means it
+    config.write_text(json.dumps(settings))
     with refused("nowhere"):
         memwrap.load(folder.parent / "nowhere")
     (folder.parent / "empty").mkdir()
@@ -503,7 +515,7 @@ def test_a_failing_save_of_a_model_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(broken, full_disk)
         if broken.startswith("huggingface_hub"):  # what writes where there are no parameters
-            patch.setattr("memwrap.model.saving.save_file", full_disk)
+            patch.setattr("memwrap.model.weight_files.save_file", full_disk)
         for path in (folder, folder.parent / "new"):
             with pytest.raises(OSError, match="No space"):
                 changed.save_pretrained(path)

@@ -27,6 +27,8 @@ from memwrap.evaluation.measure import machine
 from memwrap.evaluation.perplexity import Reading, perplexity_by_position
 from memwrap.evaluation.recall import RecallResult, evaluate_recall
 from memwrap.io.atomic_files import write_text
+from memwrap.io.reading import read_json
+from memwrap.io.yaml_files import read_yaml
 from memwrap.training.finetune import run_recipe
 from memwrap.training.recall import recall_tasks
 from memwrap.training.recipe import Recipe, load_recipe
@@ -72,7 +74,7 @@ class Plan:
             ValueError: for a file that is no plan, unknown memories, or a budget below one step.
         """
         path = Path(path or PLAN)
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
         needed = {*PARTS, "memories", "seed"}
         if not isinstance(values, dict) or needed - values.keys():
             raise ValueError(f"{path} is no plan of a comparison; it needs {sorted(needed)}.")
@@ -301,8 +303,9 @@ def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
     """
     results = {}
     for path in sorted(Path(folder).glob("*.json")):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+        values = read_json(path)
+        about = values if isinstance(values, dict) else {}
+        if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"{path} is no result of a comparison (version {VERSION}).")
         results[values["memory"]] = values
     return results

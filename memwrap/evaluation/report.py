@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from memwrap.evaluation.plots import (
 from memwrap.evaluation.recall import RecallResult
 from memwrap.evaluation.suite import SuiteResult
 from memwrap.io.atomic_files import write_text
+from memwrap.io.reading import read_json
 
 Result = SuiteResult | PerplexityResult | RecallResult
 STYLE = """
@@ -40,9 +40,9 @@ def load_result(path: str | Path) -> list[tuple[str, Result]]:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         return [(name, _result(part)) for name, part in _parts(values)]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+    except (OSError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is no result of `memwrap eval`: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import yaml
 
 from memwrap.evaluation import report
+from memwrap.io.reading import read_json
+from memwrap.io.yaml_files import read_yaml
 from memwrap.model.memory_model import MemoryModelForCausalLM
 
 
@@ -43,8 +44,7 @@ def about_run(folder: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
-    values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    values = read_json(path) if path.suffix == ".json" else read_yaml(path)
     return values if isinstance(values, dict) else {}
 
 

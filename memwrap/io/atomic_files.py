@@ -44,7 +44,7 @@ def scratch(path: str | Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         unlock(handle)
 
 
@@ -55,16 +55,19 @@ def _claimed(path: Path) -> tuple[Path, int]:
     for number in range(_SLOTS):
         folder = path.with_name(f"{name}{number}.tmp")
         made = chosen is None and _made(folder)
+        if not made and not os.path.lexists(folder):
+            continue
         handle = locked(folder)
         if handle is None:  # nothing is there, or a living writer is at work
             continue
         if handle == NO_LOCKS and not made:
             continue  # nobody can tell whether its writer lives
         if chosen is None:
-            _empty(folder)
+            if not made:
+                _empty(folder)
             chosen = folder, handle
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             unlock(handle)
     if chosen is None:
         chosen = Path(tempfile.mkdtemp(dir=path.parent, prefix=name, suffix=".tmp")), NO_LOCKS
@@ -77,6 +80,13 @@ def _made(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _remove(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:  # something is in it, or it has become what it was made for
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _empty(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memwrap.io.reading import parse_json
+
 CHECKSUMS = "crc32"
+_MOST_HEAD = 2**27  # safetensors allows 100 MB
 
 
 def checksums(tensors: dict[str, Tensor], **texts: str) -> dict[str, str]:
@@ -38,7 +42,7 @@ def check_sums(
     if text is None and not needed:
         return
     try:
-        sums = dict(json.loads(text or "null"))
+        sums = dict(parse_json(text or "null", path))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: its checksums cannot be read.") from error
     for name, tensor in tensors.items():
@@ -51,6 +55,14 @@ def check_sums(
         name = key.strip("_")
         if zlib.crc32((metadata or {}).get(name, "").encode()) != sums[key]:
             raise ValueError(f"{path} is damaged: its {name} does not have its checksum.")
+
+
+def head_digest(path: Path) -> str:
+    """A hash of what the head of a safetensors file says: names, shapes, metadata and with them the
+    checksums, which `check_sums` compares with the contents."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return hashlib.sha256(file.read(min(length, _MOST_HEAD))).hexdigest()[:32]
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -38,7 +38,8 @@ from memwrap.model.decoder import MemoryModules, SegmentDecoder
 from memwrap.model.generation import MemoryGenerationMixin
 from memwrap.model.outputs import MemoryModelOutput, one_cache
 from memwrap.model.saving import SavingMixin, plain_name
-from memwrap.state.check import check_shapes, signature_difference
+from memwrap.model.state_files import check_file_state
+from memwrap.state.check import signature_difference
 from memwrap.state.memory_state import MemoryState
 
 MEMORY_CHILD = "memory_modules"
@@ -169,15 +170,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 f"The state belongs to another model: {signature_difference(state.signature, own)}."
             )
         if state.unverified:
-            growing = [n for n, m in self.memories.items() if m.claims.lengthens]
-            check_shapes(state, self.new_state(1), growing)
-            weights = self.fingerprint()
-            differing = [k for k, v in (state.weights or {}).items() if weights.get(k) != v]
-            if differing:
-                raise ValueError(
-                    f"The state was written with other weights ({' and '.join(differing)}); "
-                    "load it into the model that read it, or read the text again."
-                )
+            check_file_state(self, state)
             state.unverified = False
 
     def loop_over(self, inputs: Inputs, documents: Documents | None) -> Loop | PackedLoop:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from memwrap.io.checksums import check_sums, checksums
-from memwrap.io.reading import inside, read_json
+from memwrap.io.checksums import check_sums, checksums, head_digest
+from memwrap.io.reading import inside, read_json, read_text
 from memwrap.io.whole_folders import settle
 
 WEIGHTS, CONFIG, GENERATION = "model.safetensors", "config.json", "generation_config.json"
@@ -79,12 +79,9 @@ def _settings(values: dict[str, Any]) -> str:
 
 
 def _digest(path: Path) -> str:
-    """Of tensors what the head of their file says, with the checksums that stand there."""
-    with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            length = int.from_bytes(file.read(8), "little")
-            return hashlib.sha256(file.read(min(length, 2**27))).hexdigest()[:32]
-        return hashlib.sha256(file.read(2**27)).hexdigest()[:32]
+    if path.suffix == ".safetensors":
+        return head_digest(path)
+    return hashlib.sha256(read_text(path, 2**26).encode()).hexdigest()[:32]
 
 
 # Reading

@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memwrap.io.atomic_files import replacing
+from memwrap.io.checksums import check_sums, checksums, head_digest
+from memwrap.io.reading import inside, parse_json
+from memwrap.io.whole_folders import rewriting, settle
 from memwrap.memories.extended_mind import ExtendedMindMemory, Retrieved, retrieved
 from memwrap.memories.protocol import InsertsTokens, SoftPrompt
 from memwrap.state.memory_state import MemoryState
@@ -146,14 +148,17 @@ class Library:
 
     def save(self, folder: str | Path) -> None:
         """Write the library into a folder: the state, and the documents with their entries."""
-        folder = Path(folder)
         names, rows = list(self.documents), list(self.documents.values())
         tensors = {"ids": torch.cat(rows), "lengths": torch.tensor([len(r) for r in rows])}
         tensors["entries"] = self.entries.contiguous()
-        metadata = {"format": FORMAT, "version": str(VERSION), "names": json.dumps(names)}
-        with replacing(folder / DOCUMENTS) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-        self.state.save(folder / STATE)
+        with rewriting(folder) as new:
+            self.state.save(new / STATE)
+            metadata = {
+                "format": FORMAT, "version": str(VERSION), "names": json.dumps(names),
+                "state": head_digest(new / STATE),
+            }  # fmt: skip
+            metadata |= checksums(tensors, names=metadata["names"], state=metadata["state"])
+            save_file(tensors, new / DOCUMENTS, metadata=metadata)
 
     @classmethod
     def load(cls, folder: str | Path, model: Any) -> Library:
@@ -161,25 +166,31 @@ class Library:
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: for a damaged or foreign file, or another model.
+            ValueError: for a damaged or foreign file, another model, or documents of another save
+                than the state beside them.
         """
-        path = Path(folder) / DOCUMENTS
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no library in {folder}: {path.name} is missing.")
+        folder = Path(folder)
+        settle(folder)
+        path, state_path = inside(folder, DOCUMENTS), inside(folder, STATE)
+        for file in (path, state_path):
+            if not file.is_file():
+                raise FileNotFoundError(f"There is no library in {folder}: {file.name} is missing.")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                ids, lengths, entries = (
-                    file.get_tensor(name).clone() for name in ("ids", "lengths", "entries")
-                )
-            if (metadata["format"], metadata["version"]) != (FORMAT, str(VERSION)):
-                raise ValueError(f"{path} is not a library that this memwrap reads.")
-            names = json.loads(metadata["names"])
-            documents = dict(zip(names, ids.split(lengths.tolist()), strict=True))
-        except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
+                raise ValueError(f"{path} is damaged or not a library of format {VERSION}.")
+            check_sums(tensors, metadata, path, needed=True)
+            documents = _documents(tensors, parse_json(metadata["names"], path), model, path)
+        except (SafetensorError, KeyError, OSError) as error:
             raise ValueError(f"{path} is damaged or not a library: {error}") from error
-        state = MemoryState.load(Path(folder) / STATE, model)
-        return cls(model, state, documents, entries)
+        if metadata.get("state") != head_digest(state_path):
+            raise ValueError(
+                f"{path} and {STATE} beside it do not belong together: they are not of one save. "
+                "Encode the documents again."
+            )
+        return cls(model, MemoryState.load(state_path, model), documents, tensors["entries"])
 
     def ask(
         self, question: Tensor | list[int] | str, *, tokenizer: Any = None, **settings: Any
@@ -261,6 +272,30 @@ class Library:
             for d, a, b, w in found
         ]
         return sorted((s for s in spans if s.weight >= least), key=lambda s: -s.weight)
+
+
+def _documents(tensors: dict[str, Tensor], names: Any, model: Any, path: Path) -> dict[str, Tensor]:
+    """The documents of a file, whose tensors must fit each other and the model.
+
+    Raises:
+        ValueError: says what does not fit.
+    """
+    ids, lengths, entries = (tensors[name] for name in ("ids", "lengths", "entries"))
+    good = ids.dtype == lengths.dtype == entries.dtype == torch.long
+    good = good and ids.dim() == lengths.dim() == 1 and entries.dim() == 2 == entries.shape[1]
+    good = good and isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not good or len(names) != len(lengths) or len({*names}) != len(names):
+        raise ValueError(f"{path} is damaged: its documents cannot be told apart.")
+    if not len(lengths) or int(lengths.min()) < 1 or int(lengths.sum()) != len(ids):
+        raise ValueError(f"{path} is damaged: its documents have other lengths.")
+    if int(ids.min()) < 0 or int(ids.max()) >= model.parts.embedding_weight.shape[0]:
+        raise ValueError(f"{path} has ids that the model has not.")
+    number, token = entries.unbind(1)
+    if len(entries) and not (0 <= int(number.min()) <= int(number.max()) < len(names)):
+        raise ValueError(f"{path} is damaged: it names documents that are not there.")
+    if bool((token < 0).any()) or bool((token >= lengths[number]).any()):
+        raise ValueError(f"{path} is damaged: it names tokens that are not there.")
+    return dict(zip(names, ids.split(lengths.tolist()), strict=True))
 
 
 def mind_of(model: Any) -> ExtendedMindMemory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from memwrap.state.memory_state import MemoryState
@@ -13,13 +14,15 @@ from memwrap.state.trees import (
     tree_leaves,
 )
 
+_MOST = 2**53
+
 
 def check_shapes(state: MemoryState, fresh: MemoryState, growing: Collection[str] = ()) -> None:
     """Refuse a state whose tensors are not those of its memories; those of the memories named in
     `growing` may be longer than fresh ones (dimension 2).
 
     Raises:
-        ValueError: names the first tensor that is missing, foreign or misshapen.
+        ValueError: names the first tensor that is missing, foreign, misshapen or of another dtype.
     """
     for name, tree in fresh.memories.items():
         got = dict(tree_leaves(state.memories.get(name, {})))
@@ -34,11 +37,68 @@ def check_shapes(state: MemoryState, fresh: MemoryState, growing: Collection[str
                 want = (*want[:1], *have[1:2], *want[2:])
             elif name in growing:
                 want = _grown(want, have)
-            if have != want:
-                raise ValueError(
-                    f"The state's {name}.{key} has shape {have}, not {want}; its file is damaged. "
-                    "Read the text again."
-                )
+            _check_leaf(f"{name}.{key}", got[key], tensor, want)
+        _check_pages(name, got)
+
+
+def check_open(state: MemoryState, opened: MemoryState, segment_size: int, vocab: int) -> None:
+    """Refuse an open segment that is not one of the model's.
+
+    Args:
+        state: from a file.
+        opened: a state of the model, one row with a token in its open segment.
+        segment_size: tokens of a whole segment.
+        vocab: ids there are.
+
+    Raises:
+        ValueError: names the first tensor that is missing, foreign, misshapen or of another dtype.
+    """
+    fill, length = state.fill, len(state.open)
+    if not state.hold_open and bool((fill >= segment_size).any()):
+        raise ValueError("The state's open segment is full; its file is damaged. Read again.")
+    got, needed = (dict(tree_leaves(s.open.tree)) for s in (state, opened))
+    for key in sorted(needed.keys() ^ got.keys()) if length or got else ():
+        what = "lacks" if key in needed else "holds the foreign tensor"
+        raise ValueError(f"The state {what} open.{key}; its file is damaged. Read again.")
+    for key, tensor in got.items():
+        like = needed[key]
+        want = (state.batch_size, *like.shape[1:2], length, *like.shape[3:])
+        _check_leaf(f"open.{key}", tensor, like, want, vocab)
+    if length and int(state.open.positions.max()) >= length + segment_size:
+        raise ValueError("The state's open positions are too large; its file is damaged.")
+
+
+def _check_leaf(
+    name: str, tensor: Tensor, like: Tensor, want: tuple[int, ...], most: int | None = None
+) -> None:
+    """Refuse a tensor of another shape, dtype or, for integers, another range than `like`'s."""
+    have = tuple(tensor.shape)
+    if have != want or tensor.dtype != like.dtype:
+        raise ValueError(
+            f"The state's {name} has shape {have} ({tensor.dtype}), not {want} ({like.dtype}); its "
+            "file is damaged. Read the text again."
+        )
+    if tensor.dtype == torch.long and tensor.numel():
+        least = min(-1 if most else 0, int(like.min()) if like.numel() else 0)
+        if int(tensor.min()) < least or int(tensor.max()) >= (most or _MOST):
+            raise ValueError(f"The state's {name} is out of range; its file is damaged.")
+
+
+def _check_pages(name: str, leaves: dict[str, Tensor]) -> None:
+    """Refuse a store whose pages have gaps, or parts of different lengths."""
+    pages: dict[str, dict[int, set[int]]] = {}
+    for key, tensor in leaves.items():
+        if place := _page_of(key):
+            pages.setdefault(place[0], {}).setdefault(place[1], set()).add(tensor.shape[1])
+    for store, found in pages.items():
+        lengths = [found.get(number, set()) for number in range(len(found))]
+        full = lengths[0]
+        good = all(len(one) == 1 for one in lengths)
+        good = good and all(one == full for one in lengths[:-1]) and max(lengths[-1]) <= max(full)
+        if not good:
+            raise ValueError(
+                f"The state's {name}.{store} has pages of other lengths; its file is damaged."
+            )
 
 
 def _page_of(key: str) -> tuple[str, int, str] | None:

@@ -16,6 +16,8 @@ from transformers.cache_utils import Cache
 from memwrap.io.atomic_files import replacing
 from memwrap.io.checksums import check_sums, checksums
 from memwrap.state.open_segment import OpenSegment
+from memwrap.io.reading import parse_json
+from memwrap.state.file_check import COUNTERS, check_finite, check_layout, check_rows
 from memwrap.state.trees import (
     Tree,
     aligned,
@@ -33,9 +35,6 @@ BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers 
 
 
 _HASH_BASE = 6364136223846793005
-
-
-_COUNTERS = ("fill", "segments", "tokens_seen")
 
 
 class MemoryState(Cache):
@@ -129,7 +128,7 @@ class MemoryState(Cache):
         new.__dict__.update(self.__dict__)
         new.memories = {name: tree_map(tensors, tree) for name, tree in self.memories.items()}
         new.open = self.open.map(tensors, rows)
-        for name in _COUNTERS:
+        for name in COUNTERS:
             setattr(new, name, rows(getattr(self, name)))
         new.ids_hash = None if self.ids_hash is None else rows(self.ids_hash)
         return new
@@ -183,7 +182,7 @@ class MemoryState(Cache):
             for name in first.memories
         }
         new.open = OpenSegment.cat([s.open for s in states])
-        for name in _COUNTERS:
+        for name in COUNTERS:
             setattr(new, name, torch.cat([getattr(s, name) for s in states]))
         new.columns = max(s.columns for s in states)
         same = all(s.ids_hash is not None and s.columns == first.columns for s in states)
@@ -216,16 +215,21 @@ class MemoryState(Cache):
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file (through a temporary name)."""
+        """Write the state to one safetensors file (through a temporary name).
+
+        Raises:
+            ValueError: if it holds numbers that are not finite.
+        """
         leaves = {f"open.{n}": t for n, t in tree_leaves(self.open.tree)}
         for name, tree in self.memories.items():
             leaves |= {f"memories.{name}.{n}": t for n, t in tree_leaves(tree)}
-        rows = {name: getattr(self, name) for name in _COUNTERS}
+        rows = {name: getattr(self, name) for name in COUNTERS}
         rows |= {"open_positions": self.open.positions, "open_valid": self.open.valid}
         leaves |= {f"rows.{name}": tensor for name, tensor in rows.items()}
         if self.ids_hash is not None:
             leaves["rows.ids_hash"] = self.ids_hash
         tensors = {n: t.detach().cpu().contiguous().clone() for n, t in leaves.items()}
+        check_finite(tensors, "The state", "it is not saved. Go back to an earlier one.")
         about = {
             "columns": self.columns, "hold_open": self.hold_open, "signature": self.signature,
             "weights": self.weights, "memories": list(self.memories),
@@ -265,14 +269,11 @@ class MemoryState(Cache):
                     f"{VERSION}. Read the document again with this version."
                 )
             check_sums(tensors, metadata, path, needed=True)
-            state = cls._from_file(json.loads(metadata["about"]), tensors)
-        except (
-            SafetensorError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            json.JSONDecodeError,
-        ) as error:
+            about = parse_json(metadata["about"], path)
+            check_layout(about, tensors, path)
+            state = cls._from_file(about, tensors)
+            check_rows(state, path)
+        except (SafetensorError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged or not a state file: {error}") from error
         if model is not None:
             model.check_state(state)
@@ -290,7 +291,7 @@ class MemoryState(Cache):
         memories = {name: found.get(name, {}) for name in about["memories"]}
         state = cls(memories, rows["fill"].shape[0], about["signature"])
         state.open = OpenSegment(tree.get("open", {}), rows["open_positions"], rows["open_valid"])
-        for name in _COUNTERS:
+        for name in COUNTERS:
             setattr(state, name, rows[name])
         state.ids_hash = rows.get("ids_hash")
         state.columns = int(about["columns"])

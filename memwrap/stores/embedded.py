@@ -18,33 +18,26 @@ from tqdm.auto import tqdm
 
 from memwrap.io.atomic_files import SCRATCH
 from memwrap.io.whole_folders import settle
-from memwrap.stores.base import (
-    METRICS,
-    Entries,
-    Neighbours,
-    Store,
-    check_k,
-    check_names,
-    nothing_found,
-)
+from memwrap.stores.base import Entries, Neighbours, Store, check_k, check_names, nothing_found
 from memwrap.stores.files import (
     HEADER,
+    checked_header,
     copy_folder,
     file_checksum,
     holds_files,
     lock,
-    read_json,
     write_json,
 )
 from memwrap.stores.gpu import GpuCopy
 from memwrap.stores.index_files import (
     INDEX,
-    check_index,
     check_lists,
     index_file,
     is_sane,
     read_index,
+    verify_index,
     write_index,
+    written_size,
 )
 from memwrap.stores.indexes import choose_factory, faiss_module, rescored, search_options, sifted
 from memwrap.stores.shards import REMOVED, Shards
@@ -127,22 +120,13 @@ class FaissStore(Store):
     # Files
 
     def _continue(self, path: Path) -> None:
-        header = read_json(path / HEADER)
-        if header.get("kind") != self.kind:
-            kind = header.get("kind")
-            raise ValueError(f"{path} is a store of kind {kind!r}, not {self.kind!r}.")
-        for name in ("dim", "metric"):
-            if header.get(name) != getattr(self, name):
-                have, want = header.get(name), getattr(self, name)
-                raise ValueError(f"The store {path} has {name} {have!r}, not {want!r}.")
-        factory, dtype, notes = (header.get(name) for name in ("factory", "dtype", "notes"))
-        if dtype not in ("float16", "float32") or not isinstance(notes, dict):
-            raise ValueError(f"{path / HEADER} is damaged: it has no `dtype` or no `notes`.")
+        header = checked_header(path, kind=self.kind, dim=self.dim, metric=self.metric)
+        factory = header["factory"]
         if factory is not None and not is_sane(factory, self.dim):
             raise ValueError(f"{path / HEADER} asks for the index {str(factory)[:60]!r}.")
-        self.dtype, self.notes, self.identity = dtype, notes, str(header.get("id", ""))
+        self.dtype, self.notes, self.identity = header["dtype"], header["notes"], header["id"]
         self.factory = self.factory or factory
-        if header.get("removals") and not (path / REMOVED).is_file():
+        if header["removals"] and not (path / REMOVED).is_file():
             raise FileNotFoundError(f"{path / REMOVED} is missing; the store is not whole.")
 
     def _write_header(self, removals: bool | None = None) -> None:
@@ -402,10 +386,8 @@ class FaissStore(Store):
         """Bytes of the index as faiss writes it."""
         if self._index is None:
             return 0
-        if self.path is not None and (self.path / INDEX).is_file():
-            about = read_json(self.path / INDEX)
-            if about["count"] == self._indexed:
-                return about["size"]
+        if self.path is not None and (size := written_size(self.path, self._indexed)):
+            return size
         faiss = faiss_module()
         if isinstance(self._index, faiss.IndexFlat):
             return self._indexed * self.dim * 4
@@ -423,12 +405,8 @@ class FaissStore(Store):
             ValueError: names the damaged file.
         """
         self._shards.verify()
-        if self.path is not None and (self.path / INDEX).is_file():
-            file, about = index_file(self.path, self._shards)
-            if file_checksum(file) != about["crc32"]:
-                raise ValueError(f"{file} is damaged: its contents do not have their checksum.")
-            index = read_index(file, self.dim, self.metric, about["count"])
-            check_index(index, file, self._shards.gather)
+        if self.path is not None:
+            verify_index(self.path, self._shards, self.metric)
 
     def save(self, path: str | Path) -> None:
         """Write everything, the index too. A store in memory lies in `path` from then on; one on
@@ -469,8 +447,5 @@ class FaissStore(Store):
     def load(cls, path: str | Path, **options: Any) -> FaissStore:
         """Open a store; `options` as for the class (`mmap=True`, `effort`, `refine`)."""
         settle(Path(path))
-        header = read_json(Path(path) / HEADER)
-        dim, metric = header.get("dim"), header.get("metric")
-        if type(dim) is not int or not 0 < dim < 2**20 or metric not in METRICS:
-            raise ValueError(f"{Path(path) / HEADER} is damaged: its `dim` or `metric` is none.")
-        return cls(dim, metric, path=path, **options)
+        header = checked_header(Path(path), kind=cls.kind)
+        return cls(header["dim"], header["metric"], path=path, **options)

@@ -19,6 +19,7 @@ from memwrap.io.atomic_files import SCRATCH, replacing, write_text
 from memwrap.io.reading import inside, parse_json
 from memwrap.io.reading import read_json as read_any_json
 from memwrap.io.whole_folders import SAVED, rewriting
+from memwrap.stores.base import METRICS
 
 FORMAT, VERSION = "memwrap-store", 1
 HEADER, LOCK = "store.json", ".lock"
@@ -186,6 +187,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if values.pop("checksum", None) != _text_checksum(values):
         raise ValueError(f"{path} is damaged: its contents do not have their checksum.")
     return values
+
+
+def checked_header(folder: Path, **wanted: Any) -> dict[str, Any]:
+    """What the header of a store on disk says.
+
+    Args:
+        folder: the store's.
+        wanted: what it must say.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_arrays`; for another store than is wanted.
+    """
+    header = {"factory": None, "removals": False, "id": "", **read_json(folder / HEADER)}
+    dim, dtypes = header.get("dim"), ("float16", "float32")
+    good = type(dim) is int and 0 < dim < 2**20 and header.get("metric") in METRICS
+    good = good and header.get("dtype") in dtypes and isinstance(header.get("notes"), dict)
+    for name, value in wanted.items():
+        if header.get(name) != value:
+            raise ValueError(f"The store {folder} has {name} {header.get(name)!r}, not {value!r}.")
+    if not good or not isinstance(header["id"], str):
+        raise ValueError(f"{folder / HEADER} is damaged: it does not describe a store.")
+    return header
 
 
 def holds_files(folder: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +77,12 @@ def write_index(folder: Path, index: Any, factory: str, shards: Shards) -> None:
             old.unlink()
 
 
+def written_size(folder: Path, count: int) -> int:
+    """Bytes of the index on disk, if it covers `count` entries; else 0."""
+    about = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    return int(about["size"]) if about.get("count") == count else 0
+
+
 def read_index(file: Path, dim: int, metric: str, count: int, *, mmap: bool = False) -> Any:
     """Read an index that must fit a store.
 
@@ -134,13 +139,19 @@ def _check_numbers(index: Any, file: Path) -> None:
             raise ValueError(f"{file} is damaged: it points to entries that are not there.")
 
 
-def check_index(index: Any, file: Path, gather: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Compare a sample of what an index holds with the vectors kept, where it holds vectors.
+def verify_index(folder: Path, shards: Shards, metric: str) -> None:
+    """Read every byte of a store's index, if it has one, and compare a sample of what it holds
+    with the vectors kept, where it holds vectors.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: names the damaged file.
     """
-    faiss = faiss_module()
+    if not (folder / INDEX).is_file():
+        return
+    file, about = index_file(folder, shards)
+    if file_checksum(file) != about["crc32"]:
+        raise ValueError(f"{file} is damaged: its contents do not have their checksum.")
+    faiss, index = faiss_module(), read_index(file, shards.dim, metric, about["count"])
     inner = faiss.downcast_index(index)
     if isinstance(inner, faiss.IndexHNSW):
         inner = faiss.downcast_index(inner.storage)
@@ -148,5 +159,5 @@ def check_index(index: Any, file: Path, gather: Callable[[np.ndarray], np.ndarra
         return
     sample = np.unique(np.linspace(0, index.ntotal - 1, min(index.ntotal, 4096)).astype(np.int64))
     held = np.stack([inner.reconstruct(int(number)) for number in sample])
-    if not np.array_equal(held, gather(sample).astype(np.float32)):
+    if not np.array_equal(held, shards.gather(sample).astype(np.float32)):
         raise ValueError(f"{file} is damaged: it does not hold the store's vectors.")

@@ -8,14 +8,13 @@ are never written to a file or into an error.
 from __future__ import annotations
 
 import json
-import re
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import torch
@@ -25,13 +24,12 @@ from memwrap.io.reading import inside
 from memwrap.stores import copying
 from memwrap.stores.base import Entries, Neighbours, Store, check_k, check_names, nothing_found
 from memwrap.stores.files import HEADER, read_json, write_json
-from memwrap.stores.urls import is_url, without_password
+from memwrap.stores.urls import hidden, is_url, parts_of, without_password
 
 Result = TypeVar("Result")
 
 _OPERATORS = {"l2": "<->", "ip": "<#>"}
 _CLASSES = {"l2": "vector_l2_ops", "ip": "vector_ip_ops"}
-_NUMBERS = {"m": 16, "ef_construction": 64, "ef_search": 128}
 _MOST_WIDTH = 2000  # what pgvector's HNSW index takes
 
 
@@ -68,7 +66,7 @@ class PgVectorStore(Store):
         super().__init__(dim, metric)
         if dim > _MOST_WIDTH:
             raise ValueError(f"`dim` is {dim}; pgvector's HNSW index takes at most {_MOST_WIDTH}.")
-        self.url, self.table, self.settings = _parts(url)
+        self.url, self.table, self.settings = parts_of(url)
         self.batch = batch
         self._connection: Any = None
         self._documents: list[str] = []
@@ -94,7 +92,7 @@ class PgVectorStore(Store):
             except psycopg.OperationalError as error:
                 reason = (str(error).strip().splitlines() or ["no reason given"])[0]
                 raise ConnectionError(
-                    f"No PostgreSQL server answers at {self.where}: {_hidden(reason, self.url)}. "
+                    f"No PostgreSQL server answers at {self.where}: {hidden(reason, self.url)}. "
                     "Is it running, and is the URL right?"
                 ) from None
             weakref.finalize(self, self._connection.close)
@@ -412,7 +410,7 @@ class PgVectorStore(Store):
                 "to none that a file names. If you trust it, give this URL instead of the folder."
             )
         text = str(path)
-        url, table, _ = _parts(text)
+        url, table, _ = parts_of(text)
         probe = cls.__new__(cls)
         probe.url, probe.table, probe._connection = url, table, None
         found = probe._retrying(lambda c: _described(c, table))
@@ -441,31 +439,3 @@ def _described(connection: Any, table: str) -> tuple[int, str] | None:
         (table,),
     ).fetchone()[0]
     return width, connection.execute(f"SELECT metric FROM {table}_about").fetchone()[0]
-
-
-def _parts(url: str) -> tuple[str, str, dict[str, int]]:
-    """The URL for libpq, the table, and the index's settings."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("postgresql", "postgres"):
-        raise ValueError("`url` must begin with postgresql://.")
-    table, settings, rest = "memwrap_store", dict(_NUMBERS), []
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        if name == "table":
-            table = value
-        elif name in settings:
-            if not value.isdigit() or not int(value):
-                raise ValueError(f"`{name}` in the URL is {value!r}; it must be a number from 1.")
-            settings[name] = int(value)
-        else:
-            rest.append((name, value))
-    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", table):
-        raise ValueError(
-            f"`table` in the URL is {table!r}; it must be small letters, digits and underscores."
-        )
-    return urlunsplit(parts._replace(query=urlencode(rest, quote_via=quote))), table, settings
-
-
-def _hidden(text: str, url: str) -> str:
-    """An error's text without the URL's password."""
-    password = urlsplit(url).password
-    return text.replace(password, "***") if password else text

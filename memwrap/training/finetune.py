@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import LoraConfig
 from torch.utils.data import Dataset
 from transformers import (
@@ -34,6 +33,7 @@ import memwrap
 from memwrap.assets import asset
 from memwrap.data.documents import load_documents, long_documents
 from memwrap.io.atomic_files import write_text
+from memwrap.io.yaml_files import read_yaml
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.callbacks import Bar, FigureLog, LossLog, TimeLimit
 from memwrap.training.collating import DocumentCollator, DocumentDataset
@@ -139,7 +139,9 @@ def _checkpoint(recipe: Recipe, output: Path) -> Path:
             "writes them); leave resume=true out to start anew."
         )
     if (output / RECIPE).is_file():
-        before = yaml.safe_load((output / RECIPE).read_text(encoding="utf-8"))
+        before = read_yaml(output / RECIPE)
+        if not isinstance(before, dict):
+            raise ValueError(f"{output / RECIPE} is damaged: it is no recipe.")
         now = recipe.to_dict()
         for key in ("task", "model", "memory", "lora", "train_backbone"):
             if before.get(key) != now[key]:

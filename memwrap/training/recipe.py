@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
+from collections.abc import Iterator
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,9 +15,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import memwrap
+from memwrap.io.yaml_files import read_yaml_text
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import config_class
 from memwrap.memories.settings import Kind
+from memwrap.stores.urls import is_url
 from memwrap.training.pretrain import PretrainConfig
 from memwrap.training.schema_check import build, check
 from memwrap.training.sections import (
@@ -188,6 +192,7 @@ def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: `{error.full_key}`: {reason}.") from error
     _check_all(values, str(path))
+    _check_server(values, changes, path)
     task = values.get("task", "finetune")
     for key in values:
         if key in _foreign(task) and values[key] is not None:
@@ -201,15 +206,60 @@ def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
 
 
 def _read(path: Path) -> dict[str, Any]:
+    text = read_yaml_text(path)
     try:
-        config = OmegaConf.load(path)
-        values = OmegaConf.to_container(config, resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text else None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of keys.")
+    _check_references(values, path)
     return typing.cast(dict[str, Any], values)
+
+
+# A reference of a file: to another of its values, and no call.
+_REFERENCE = re.compile(r"\$\{\s*([\w.-]+)\s*\}")
+_MOST_REFERENCES = 100
+
+
+def _check_references(values: Any, path: Path) -> None:
+    """Refuse what reads more than the recipe itself: who runs a recipe need not have written it,
+    and what it resolves to is written into the run's files. Overrides may use all of OmegaConf."""
+    count = 0
+    for text in _texts(values):
+        found = _REFERENCE.findall(text)
+        count += text.count("${")
+        if len(found) != text.count("${") or count > _MOST_REFERENCES:
+            raise ValueError(
+                f"{path}: {text[:60]!r}: a recipe may refer to its own keys, such as "
+                "${trainer.steps}, and to nothing else; give that on the command line."
+            )
+        for key in found:
+            target: Any = values
+            for name in key.split("."):
+                target = target.get(name) if isinstance(target, dict) else None
+            if any("${" in other for other in _texts(target)):
+                raise ValueError(f"{path}: {text[:60]!r} refers to a value that refers on.")
+
+
+def _check_server(values: dict[str, Any], changes: dict[str, Any], path: Path) -> None:
+    """Refuse a server that stands in the file: it would be sent this machine's credentials."""
+    store, given = ((v.get("memory") or {}).get("store") for v in (values, changes))
+    if isinstance(store, str) and is_url(store) and given is None:
+        raise ValueError(
+            f"{path}: `memory.store` is a server; memwrap connects to none that a file names. Give "
+            "it on the command line: memory.store=URL."
+        )
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """All strings in a value, names of keys too."""
+    if isinstance(node, str):
+        yield node
+    parts = [x for pair in node.items() for x in pair] if isinstance(node, dict) else node
+    for part in parts if isinstance(parts, list) else ():
+        yield from _texts(part)
 
 
 def _dotlist(overrides: list[str]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from memwrap.io.reading import read_json
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -16,7 +17,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
         number = state.parent.name.rpartition("-")[2]
         try:
-            json.loads(state.read_text(encoding="utf-8"))
+            read_json(state)
         except (OSError, ValueError):
             continue
         if number.isdecimal():

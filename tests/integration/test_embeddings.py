@@ -115,7 +115,12 @@ def test_a_landmark_that_is_a_token(tied: bool, tmp_path: Path) -> None:
     want = logits(model, text)
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "model.safetensors").stat().st_size < 20_000
-    for given in (None, type(base).from_pretrained(tmp_path / "base")):
+    other = type(base).from_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="65 ids, the given base 64"):  # it is the caller's
+        memwrap.load(tmp_path / "adapter", other)
+    assert other.get_input_embeddings().weight.shape[0] == VOCABULARY
+    add_token(other, tokenizer, "<landmark>")
+    for given in (None, tmp_path / "base", other):
         assert torch.equal(logits(memwrap.load(tmp_path / "adapter", given), text), want)
     other = type(base).from_pretrained(tmp_path / "base")
     add_token(other, tokenizer, "<landmark>")

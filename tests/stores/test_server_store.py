@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from memwrap.stores import TorchStore, new_store, open_store
-from memwrap.stores.server import PgVectorStore, _parts
+from memwrap.stores.server import PgVectorStore
+from memwrap.stores.urls import parts_of
 
 DIM = 8
 
@@ -94,7 +95,9 @@ def test_another_process_finds_it(url: str, tmp_path: Path) -> None:
     store = filled(url)
     store.note({"tuned": {"temperature": 3.0}})
     store.save(tmp_path)
-    for again in (open_store(url), open_store(tmp_path), new_store(DIM, path=url)):
+    with pytest.raises(ValueError, match="names the server"):  # whoever wrote it
+        open_store(tmp_path)
+    for again in (open_store(url), new_store(DIM, path=url)):
         assert isinstance(again, PgVectorStore)
         assert again.cursor == {"next": 500} and again.documents == ("d0", "d1")
         assert again.notes == {"tuned": {"temperature": 3.0}}
@@ -173,7 +176,7 @@ def test_errors_say_what_is_wrong(url: str, tmp_path: Path) -> None:
 
 
 def test_urls() -> None:
-    url, table, settings = _parts(
+    url, table, settings = parts_of(
         "postgresql://u@h:5/d?table=x&ef_search=99&options=-c%20a%3Db&sslmode=require"
     )
     assert url == "postgresql://u@h:5/d?options=-c%20a%3Db&sslmode=require"

@@ -1,0 +1,35 @@
+"""Whether a state that comes from a file is one of a model's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from memwrap.engine.inputs import check_inputs
+from memwrap.state.check import check_open, check_shapes
+from memwrap.state.memory_state import MemoryState
+
+
+@torch.no_grad()
+def check_file_state(model: Any, state: MemoryState) -> None:
+    """Refuse a state whose tensors, counters or weights are not those of the model.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    growing = [name for name, memory in model.memories.items() if memory.claims.lengthens]
+    fresh = model.new_state(1)
+    check_shapes(state, fresh, growing)
+    fresh.hold_open = True
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    opened = model.loop()(check_inputs(token, None, None), fresh).state
+    vocabulary = model.parts.embedding_weight.shape[0]
+    check_open(state, opened, model.segment_size, vocabulary)
+    weights = model.fingerprint()
+    differing = [k for k, v in (state.weights or {}).items() if weights.get(k) != v]
+    if differing:
+        raise ValueError(
+            f"The state was written with other weights ({' and '.join(differing)}); load it into "
+            "the model that read it, or read the text again."
+        )

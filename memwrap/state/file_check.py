@@ -1,0 +1,91 @@
+"""Checks of what a state file holds, whatever the model: layout, counters, numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COUNTERS = ("fill", "segments", "tokens_seen")
+_ROWS = {*COUNTERS, "open_positions", "open_valid", "ids_hash"}
+_KINDS = ("open", "memories", "rows")
+_MOST_DEPTH = 16
+_MOST = 2**53
+
+
+def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
+    """Refuse names, types and shapes that no state has.
+
+    Args:
+        about: the file's description.
+        tensors: all tensors by name.
+        path: the file, for errors.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    types = {"columns": int, "hold_open": bool, "signature": dict, "memories": list}
+    for name, wanted in types.items():
+        if not isinstance(about, dict) or type(about.get(name)) is not wanted:
+            raise _damaged(path, f"its `{name}` is no {wanted.__name__}")
+    signature, weights = about["signature"], about.get("weights")
+    memories = signature.get("memories", [])
+    good = isinstance(memories, list) and isinstance(signature.get("backbone", {}), dict)
+    good = good and all(isinstance(m, dict) and isinstance(m.get("name"), str) for m in memories)
+    if not good or not (weights is None or isinstance(weights, dict)):
+        raise _damaged(path, "its signature or weights cannot be read")
+    batch = len(tensors["rows.fill"]) if "rows.fill" in tensors else -1
+    for name, tensor in tensors.items():
+        kind, *inner = name.split(".")
+        known = kind in _KINDS and 0 < len(inner) <= _MOST_DEPTH
+        if not known or (kind == "rows" and (len(inner) > 1 or inner[0] not in _ROWS)):
+            raise _damaged(path, f"it holds the foreign tensor {name[:80]}")
+        if tensor.dim() < 1 or tensor.shape[0] != batch:
+            raise _damaged(path, f"{name} has shape {tuple(tensor.shape)} for {batch} rows")
+    check_finite(tensors, f"{path} is damaged: it", "read the text again.")
+
+
+def check_finite(tensors: dict[str, Tensor], what: str, advice: str) -> None:
+    """Refuse numbers that are not finite; names the first tensor that has any."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{what} holds numbers in {name} that are not finite; {advice}")
+
+
+def check_rows(state: Any, path: Path) -> None:
+    """Refuse counters that no reading gives, and an open segment that does not fit them.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    batch = state.batch_size
+    positions, valid = state.open.positions, state.open.valid
+    wanted = {name: ((batch,), torch.long) for name in COUNTERS}
+    for name, (shape, dtype) in wanted.items():
+        tensor = getattr(state, name)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise _damaged(path, f"its {name} is {tensor.dtype} {tuple(tensor.shape)}")
+    if state.ids_hash is not None and state.ids_hash.dtype != torch.long:
+        raise _damaged(path, "its ids_hash is none")
+    if positions.dtype != torch.long or valid.dtype != torch.bool or valid.dim() != 2:
+        raise _damaged(path, "its open segment has no positions")
+    if positions.shape != valid.shape:
+        raise _damaged(path, "its open segment has positions of another length")
+    fill, segments, seen = (getattr(state, name) for name in COUNTERS)
+    counts = torch.stack([fill, segments, seen])
+    if batch and (int(counts.min()) < 0 or int(counts.max()) > _MOST):
+        raise _damaged(path, "a counter is out of range")
+    most = int(seen.max()) if batch else 0
+    if bool((segments > seen - fill).any()) or not most <= state.columns <= _MOST:
+        raise _damaged(path, "its counters contradict each other")
+    here = valid.sum(1)
+    if bool(((here > 0) != (fill > 0)).any()) or bool((here < fill).any()):
+        raise _damaged(path, "its open segment has not the tokens that it counts")
+    if valid.numel() and not 0 <= int(positions.min()) <= int(positions.max()) <= _MOST:
+        raise _damaged(path, "its open segment has positions out of range")
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {what}. Read the text again.")
