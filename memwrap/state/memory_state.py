@@ -15,9 +15,9 @@ from transformers.cache_utils import Cache
 
 from memwrap.io.atomic_files import replacing
 from memwrap.io.checksums import check_sums, checksums
-from memwrap.state.open_segment import OpenSegment
 from memwrap.io.reading import parse_json
 from memwrap.state.file_check import COUNTERS, check_finite, check_layout, check_rows
+from memwrap.state.open_segment import OpenSegment
 from memwrap.state.trees import (
     Tree,
     aligned,
