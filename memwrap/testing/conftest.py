@@ -5,6 +5,7 @@ Warnings are errors, whatever the project says that the tests are run from.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,20 @@ import torch
 from hypothesis import settings
 
 import memwrap
+from memwrap.memories.protocol import PLACES, places_of
+from memwrap.memories.registry import memory_class
 from memwrap.testing.families import FAMILIES
 
 HERE = Path(__file__).parent
+# Where a family makes a difference: soft caps, layers that do not rotate, a table of positions,
+# recurrent layers.
+BRANCHES = {
+    "gemma2": {"attention"},
+    "smollm3": {"attention"},
+    "gpt2": {"prompt", "inserted"},
+    "qwen3_next": set(PLACES),
+    "lfm2": {"attention"},
+}
 MARKERS = (
     "full: the whole product of methods and families; off unless -m names it",
     "pairs(everywhere, families): run on every pair of a memory and a family",
@@ -39,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=FAMILIES,
         metavar="NAME",
         help="only on this family of models, all tests of it; may be repeated (default: llama, "
-        "and what is quick on the others; all with -m 'full or not full')",
+        "and pairs that meet other code; all with -m 'full or not full')",
     )
 
 
@@ -63,15 +75,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("memory", memories)
         return
     named = metafunc.config.getoption("family", None) or ()
-    always = FAMILIES if mark.kwargs["everywhere"] else ("llama", *named)
-    cases = [
-        pytest.param(memory, family, id=f"{memory}-{family}")
-        if family in always
-        else pytest.param(memory, family, id=f"{memory}-{family}", marks=pytest.mark.full)
+    everywhere, asked = mark.kwargs["everywhere"], metafunc.config.getoption("memory", None)
+    chosen = {
+        (memory, family)
         for memory in memories
         for family in mark.kwargs["families"]
-    ]
+        if family in ("llama", *named) or (everywhere and (asked or meets(memory, family)))
+    }
+    cases = [
+        pytest.param(
+            memory, family, id=f"{memory}-{family}",
+            marks=() if (memory, family) in chosen else pytest.mark.full,
+        )
+        for memory in memories
+        for family in mark.kwargs["families"]
+    ]  # fmt: skip
     metafunc.parametrize(("memory", "family"), cases)
+
+
+@cache
+def meets(memory: str, family: str) -> bool:
+    """Whether a pair meets code that the memory meets on no family before: the first memory of
+    each place on every family, and all of a place where the family makes a difference to it."""
+    first: dict[str, str] = {}
+    for name in memwrap.available():
+        for place in places_of(memory_class(name)):
+            first.setdefault(place, name)
+    places = places_of(memory_class(memory))
+    return memory in first.values() or bool(BRANCHES.get(family, set()) & set(places))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -27,7 +27,8 @@ def pairs(everywhere: bool = False, families: Sequence[str] = FAMILIES) -> pytes
     """Run a test on every pair of a memory and a family; `conftest.py` reads the mark.
 
     Args:
-        everywhere: on all families by default; otherwise on llama, the others being `full`.
+        everywhere: on families that make a difference, too; otherwise on llama, the others being
+            `full`.
         families: the families, some of `FAMILIES`.
     """
     return pytest.mark.pairs(everywhere=everywhere, families=tuple(families))
