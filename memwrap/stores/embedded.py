@@ -35,11 +35,19 @@ from memwrap.stores.index_files import (
     index_file,
     is_sane,
     read_index,
+    train_index,
     verify_index,
     write_index,
     written_size,
 )
-from memwrap.stores.indexes import choose_factory, faiss_module, rescored, search_options, sifted
+from memwrap.stores.indexes import (
+    choose_factory,
+    faiss_module,
+    measure_of,
+    rescored,
+    search_options,
+    sifted,
+)
 from memwrap.stores.shards import REMOVED, Shards
 
 
@@ -106,20 +114,20 @@ class FaissStore(Store):
         self._lock: Any = None
         self._selector: Any = None
         if self.path is not None:
-            settle(self.path)
-        if self.path is not None and (self.path / HEADER).is_file():
-            self._continue(self.path)
-        elif self.path is not None and holds_files(self.path):
-            raise ValueError(f"{self.path} is not empty and holds no store; give another folder.")
-        elif self.path is not None:
-            self._write_header(removals=False)
+            self._begin(self.path)
         self._shards = Shards(dim, self.dtype, self.path)
         self.cursor = self._shards.cursor
         self._read_index()
 
     # Files
 
-    def _continue(self, path: Path) -> None:
+    def _begin(self, path: Path) -> None:
+        settle(path)
+        if not (path / HEADER).is_file():
+            if holds_files(path):
+                raise ValueError(f"{path} is not empty and holds no store; give another folder.")
+            self._write_header(removals=False)
+            return
         header = checked_header(path, kind=self.kind, dim=self.dim, metric=self.metric)
         factory = header["factory"]
         if factory is not None and not is_sane(factory, self.dim):
@@ -239,14 +247,13 @@ class FaissStore(Store):
         wanted = self._wanted(count)
         if self._index is None or self._outgrown(count):
             check_lists(wanted, count)
-            measure = faiss.METRIC_L2 if self.metric == "l2" else faiss.METRIC_INNER_PRODUCT
             try:
-                self._index = faiss.index_factory(self.dim, wanted, measure)
+                self._index = faiss.index_factory(self.dim, wanted, measure_of(self.metric))
             except RuntimeError as error:
                 raise ValueError(f"faiss refuses `factory` {wanted!r}: {error}") from error
             self._indexed, self.made_by = 0, wanted
         if not self._index.is_trained:
-            self._train(count)
+            train_index(self._index, self._shards, wanted)
             if checkpoints:
                 self._write_index()
         bar = tqdm(total=count, initial=self._indexed, desc="index", unit="vector",
@@ -271,20 +278,6 @@ class FaissStore(Store):
             if checkpoints and time.monotonic() - last > self.checkpoint_seconds:
                 self._write_index()
                 last = time.monotonic()
-
-    def _train(self, count: int) -> None:
-        """Centroids and codes from evenly spread vectors."""
-        faiss = faiss_module()
-        inverted = faiss.try_extract_index_ivf(self._index)
-        most = 64 * inverted.nlist if inverted is not None else 65_536
-        index = np.unique(np.linspace(0, count - 1, min(count, max(most, 10_000))).astype(np.int64))
-        sample = self._shards.gather(index).astype(np.float32)
-        try:
-            self._index.train(sample)
-        except RuntimeError as error:
-            raise ValueError(
-                f"faiss cannot train {self.made_by!r} on {len(sample)} vectors: {error}"
-            ) from error
 
     def search(self, queries: Tensor, k: int) -> Neighbours:
         """See `Store.search`. Entries that are not in the index yet are put into it first."""

@@ -11,7 +11,7 @@ import numpy as np
 from memwrap.io.atomic_files import replacing
 from memwrap.io.reading import inside
 from memwrap.stores.files import file_checksum, read_json, write_json
-from memwrap.stores.indexes import faiss_module
+from memwrap.stores.indexes import faiss_module, measure_of
 from memwrap.stores.shards import Shards
 
 INDEX = "index.json"
@@ -33,6 +33,24 @@ def check_lists(factory: str, count: int) -> None:
         raise ValueError(
             f"`factory` {factory!r} has more lists than the {count} vectors there are."
         )
+
+
+def train_index(index: Any, shards: Shards, factory: str) -> None:
+    """Make an index's centroids and codes from evenly spread vectors.
+
+    Raises:
+        ValueError: if there are too few of them.
+    """
+    inverted, count = faiss_module().try_extract_index_ivf(index), len(shards)
+    most = 64 * inverted.nlist if inverted is not None else 65_536
+    chosen = np.unique(np.linspace(0, count - 1, min(count, max(most, 10_000))).astype(np.int64))
+    sample = shards.gather(chosen).astype(np.float32)
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        raise ValueError(
+            f"faiss cannot train {factory!r} on {len(sample)} vectors: {error}"
+        ) from error
 
 
 def index_file(folder: Path, shards: Shards) -> tuple[Path, dict[str, Any]]:
@@ -108,8 +126,7 @@ def read_index(file: Path, dim: int, metric: str, count: int, *, mmap: bool = Fa
     finally:
         if limited:
             faiss.set_deserialization_vector_byte_limit(before)
-    measure = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
-    got, want = (index.d, index.ntotal, index.metric_type), (dim, count, measure)
+    got, want = (index.d, index.ntotal, index.metric_type), (dim, count, measure_of(metric))
     if got != want or not index.is_trained:
         raise ValueError(f"{broken}: width, entries and metric are {got}, not {want}.")
     if not mmap:

@@ -32,6 +32,12 @@ def faiss_module() -> Any:
     return faiss
 
 
+def measure_of(metric: str) -> Any:
+    """faiss' own name of a metric."""
+    faiss = faiss_module()
+    return faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+
+
 def choose_factory(count: int, dim: int, graph: bool = True) -> str:
     """The kind of index for `count` vectors, as a faiss factory string.
 
