@@ -27,6 +27,7 @@ from transformers import (
 import memwrap
 from memwrap.io.checksums import checksums
 from memwrap.memories.protocol import SoftPrompt
+from memwrap.state.memory_state import VERSION
 from memwrap.testing.families import build
 from memwrap.testing.helpers import SEGMENT, assert_same_states, ids, randomise, tiny, wrapped
 
@@ -328,7 +329,7 @@ def test_damaged_and_foreign_state_files(model: Any, state_file: Path) -> None:
             texts |= checksums(tensors, about=texts["about"])
         save_file(tensors, bad, metadata=texts)
 
-    whole_about = {"format": "memwrap-state", "version": 1, "about": json.dumps(about)}
+    whole_about = {"format": "memwrap-state", "version": VERSION, "about": json.dumps(about)}
     write(tensors, **whole_about)
     assert_same_states(load(bad, model), load(state_file, model), 0.0)
     save_file(tensors, bad, metadata={k: str(v) for k, v in whole_about.items()})

@@ -26,7 +26,7 @@ def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
     Raises:
         ValueError: names what is wrong.
     """
-    types = {"columns": int, "hold_open": bool, "signature": dict, "memories": list}
+    types = {"columns": int, "hold_open": bool, "signature": dict, "memories": dict}
     for name, wanted in types.items():
         if not isinstance(about, dict) or type(about.get(name)) is not wanted:
             raise _damaged(path, f"its `{name}` is no {wanted.__name__}")

@@ -28,7 +28,7 @@ from memwrap.state.trees import (
     tree_to,
 )
 
-FORMAT, VERSION = "memwrap-state", 1
+FORMAT, VERSION = "memwrap-state", 2
 
 
 BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers of its own remember
@@ -232,7 +232,7 @@ class MemoryState(Cache):
         check_finite(tensors, "The state", "it is not saved. Go back to an earlier one.")
         about = {
             "columns": self.columns, "hold_open": self.hold_open, "signature": self.signature,
-            "weights": self.weights, "memories": list(self.memories),
+            "weights": self.weights, "memories": _count_tensors(self.memories),
         }  # fmt: skip
         metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
         metadata |= checksums(tensors, about=metadata["about"])
@@ -283,12 +283,12 @@ class MemoryState(Cache):
     @classmethod
     def _from_file(cls, about: dict, tensors: dict[str, Tensor]) -> MemoryState:
         tree = tree_build(tensors)
-        found = tree.get("memories", {})
         rows: dict[str, Tensor] = tree["rows"]
-        if foreign := sorted(found.keys() - set(about["memories"])):
-            raise KeyError(f"the tensors of {foreign} are foreign")
-        # A memory may keep nothing (a kNN-LM without a cache); lost tensors lack their checksums.
-        memories = {name: found.get(name, {}) for name in about["memories"]}
+        # A memory may keep nothing, as a kNN-LM without a cache does.
+        memories = {n: {} for n in about["memories"]} | tree.get("memories", {})
+        if (found := _count_tensors(memories)) != about["memories"]:
+            wrong = [name for name in found if found[name] != about["memories"].get(name)]
+            raise KeyError(f"the tensors of {wrong} are missing or foreign")
         state = cls(memories, rows["fill"].shape[0], about["signature"])
         state.open = OpenSegment(tree.get("open", {}), rows["open_positions"], rows["open_valid"])
         for name in COUNTERS:
@@ -299,3 +299,8 @@ class MemoryState(Cache):
         state.weights = about["weights"]
         state.unverified = True
         return state
+
+
+def _count_tensors(memories: dict[str, Tree]) -> dict[str, int]:
+    """Count the tensors that each memory keeps."""
+    return {name: sum(1 for _ in tree_leaves(tree)) for name, tree in memories.items()}

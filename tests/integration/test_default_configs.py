@@ -49,7 +49,7 @@ def test_a_state_that_lost_its_tensors_is_refused(tmp_path: Path) -> None:
     save_file(kept, torn, metadata=metadata)
     with refused("damaged"):
         memwrap.MemoryState.load(torn)
-    # Even with checksums made anew: the model knows what its memories keep.
+    # Even with checksums made anew, and without a model that knows what its memories keep.
     save_file(kept, torn, metadata=metadata | checksums(kept, about=metadata["about"]))
-    with refused("lacks rmt"):
-        memwrap.MemoryState.load(torn, model)
+    with refused("damaged", "rmt"):
+        memwrap.MemoryState.load(torn)
