@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 def feed_forward(layer: nn.Module, mixers: Collection[nn.Module]) -> nn.Module:
-    """The first part of a decoder layer that holds matrices and none of its `mixers` (attention,
-    a recurrent module).
+    """Find the first part of a decoder layer that holds matrices and none of its `mixers`
+    (attention, a recurrent module).
 
     Raises:
         ValueError: if there is none.
