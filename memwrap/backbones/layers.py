@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class LayerReader(Protocol):
-    """What travels down the backbone as the keyword `memory_context`."""
+    """The protocol of the keyword `memory_context`, as decoder layers see it."""
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor: ...
 
@@ -22,7 +22,7 @@ class LayerReader(Protocol):
 
 
 class Meeting(Protocol):
-    """What travels down the backbone as the keyword `memory_recurrence`."""
+    """The protocol of the keyword `memory_recurrence`."""
 
     def meet(self, layer: nn.Module) -> None: ...
 

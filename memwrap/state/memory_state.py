@@ -39,7 +39,7 @@ _COUNTERS = ("fill", "segments", "tokens_seen")
 
 
 class MemoryState(Cache):
-    """What the rows of a batch remember. Pass it as `cache`.
+    """The memory of the rows of a batch. Pass it as `cache`.
 
     Memories hold what closed segments left; the keys and values of the open segment wait
     beside them until it is full. Tensors are never written in place: a clone costs nothing and
