@@ -35,7 +35,7 @@ TOLERANCES = {torch.float32: TOLERANCE, torch.float64: TOLERANCE}
 
 @dataclass
 class Checked:
-    """What a fresh process without memwrap found.
+    """The findings of a fresh process without memwrap.
 
     Attributes:
         difference: largest difference of the logits, as a share of their scale.
@@ -112,7 +112,8 @@ def _write(
 
 
 def merged(model: MemoryModelForCausalLM) -> dict[str, Tensor]:
-    """All weights of a model with its adapters merged, by the names they have without adapters.
+    """Collect all weights of a model with its adapters merged, by the names they have without
+    adapters.
 
     Raises:
         ValueError: for an adapter that cannot be merged into a weight.

@@ -78,7 +78,8 @@ class NeurocacheConfig(MemoryConfig):
 
 @dataclass
 class Found:
-    """What the tokens of a step retrieved, for all cache attentions; see `ops.attend`."""
+    """The entries that the tokens of a step retrieved, for all cache attentions; see
+    `ops.attend`."""
 
     states: Tensor
     valid: Tensor
@@ -102,7 +103,8 @@ class CacheAttention(nn.Module):
         nn.init.zeros_(self.o_proj.weight)
 
     def forward(self, hidden: Tensor, found: Found, layout: str) -> Tensor:
-        """What is added to the self-attention's output `(B, T, D)`, for its input `hidden`."""
+        """Compute what is added to the self-attention's output `(B, T, D)`, for its input
+        `hidden`."""
         dtype = self.q_proj.weight.dtype
         query = self.q_proj(hidden.to(dtype)).unflatten(-1, (self.heads, self.width))
         key, value = (
@@ -185,7 +187,7 @@ class NeurocacheMemory(AttentionMemory):
         return {"layers": layers}
 
     def compress(self, hidden: Tensor) -> Tensor:
-        """Compressed states `(..., d)` of hidden states `(..., D)`."""
+        """Compress hidden states `(..., D)` to `(..., d)`."""
         if self.config.compression_factor == 1:
             return hidden
         projection: Any = self.h_proj
@@ -230,7 +232,7 @@ class NeurocacheMemory(AttentionMemory):
         return {"count": total, **kept}
 
     def _retrieve(self, attention: LayerAttention, state: Tree) -> tuple[Found, Tree]:
-        """One retrieval for every token of the step, and for those before it that it reads with;
+        """Retrieve once for every token of the step, and for those before it that it reads with;
         and what the state notes of it."""
         config = self.config
         column, there = ops.context(
@@ -252,7 +254,7 @@ class NeurocacheMemory(AttentionMemory):
         return Found(states, valid, rank[column], there), noted
 
     def _found(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
-        """Retrieved states `(B, M, N, d)`, which are there, and their places."""
+        """Take the retrieved states `(B, M, N, d)`, which are there, and their slots."""
         config, count, cache = self.config, state["count"], state["states"]
         capacity = cache.shape[2]
         index = retrieve.search(
@@ -275,7 +277,7 @@ class NeurocacheMemory(AttentionMemory):
         return retrieve.gather(cache, place[:, None])[:, 0], valid, place
 
     def _published(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
-        """The same as the public code has it: a cache of zeros, clipped at its ends."""
+        """Retrieve as the public code does: a cache of zeros, clipped at its ends."""
         config = self.config
         missing = config.cache_size - state["states"].shape[2]
         cache = nn.functional.pad(state["states"], (0, 0, 0, missing))

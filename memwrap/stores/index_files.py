@@ -19,8 +19,8 @@ _LISTS = re.compile(r"IVF(\d+)")
 
 
 def is_sane(factory: Any, dim: int) -> bool:
-    """Whether a factory string describes an index of a usual size for vectors of width `dim`: it is
-    short, and only the numbers of inverted lists are large."""
+    """Tell whether a factory string describes an index of a usual size for vectors of width `dim`:
+    it is short, and only the numbers of inverted lists are large."""
     if not isinstance(factory, str) or not re.fullmatch(r"[\w.,()-]{1,64}", factory):
         return False
     rest = _LISTS.sub("", factory)
@@ -54,7 +54,7 @@ def train_index(index: Any, shards: Shards, factory: str) -> None:
 
 
 def index_file(folder: Path, shards: Shards) -> tuple[Path, dict[str, Any]]:
-    """The file of a store's index and what is written about it, which must fit the shards.
+    """Return the file of a store's index and what is written about it, which must fit the shards.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -96,7 +96,7 @@ def write_index(folder: Path, index: Any, factory: str, shards: Shards) -> None:
 
 
 def written_size(folder: Path, count: int) -> int:
-    """Bytes of the index on disk, if it covers `count` entries; else 0."""
+    """Count the bytes of the index on disk, if it covers `count` entries; else 0."""
     about = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
     return int(about["size"]) if about.get("count") == count else 0
 

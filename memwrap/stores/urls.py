@@ -11,12 +11,12 @@ _NUMBERS = {"m": 16, "ef_construction": 64, "ef_search": 128}
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether a store's place is a server's URL, of whatever kind, and no folder."""
+    """Tell whether a store's place is a server's URL, of whatever kind, and no folder."""
     return not isinstance(place, Path) and "://" in place
 
 
 def without_password(url: str, **more: object) -> str:
-    """The URL as it may be shown and written into files, with `more` parameters."""
+    """Return the URL as it may be shown and written into files, with `more` parameters."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -30,7 +30,7 @@ def without_password(url: str, **more: object) -> str:
 
 
 def parts_of(url: str) -> tuple[str, str, dict[str, int]]:
-    """The URL for libpq, the table, and the index's settings."""
+    """Split a URL: that for libpq, the table, and the index's settings."""
     parts = urlsplit(url)
     if parts.scheme not in ("postgresql", "postgres"):
         raise ValueError("`url` must begin with postgresql://.")
@@ -52,6 +52,6 @@ def parts_of(url: str) -> tuple[str, str, dict[str, int]]:
 
 
 def hidden(text: str, url: str) -> str:
-    """An error's text without the URL's password."""
+    """Return an error's text without the URL's password."""
     password = urlsplit(url).password
     return text.replace(password, "***") if password else text

@@ -19,7 +19,7 @@ MOVES = ("moved to", "went to", "journeyed to", "travelled to", "went back to")
 
 @dataclass
 class World:
-    """Who and what is where, and which sentences say so.
+    """A small world: who and what is where, and which sentences say so.
 
     Attributes:
         told: the sentences so far.
@@ -166,7 +166,7 @@ class BabiLike(Task):
         return f"Where was the {thing} before the {room}?", before, [*earlier, *why]
 
     def score(self, text: str, references: tuple[str, ...]) -> float:
-        """1 if the first word of the answer that could be one is right."""
+        """Score an answer: 1 if its first word that could be one is right."""
         known = {*PEOPLE, *ROOMS, "no", "one", "two", "three"}
         lower = {k.lower() for k in known}
         words = [w.strip(".,;:!?\"'").lower() for w in text.split()]
