@@ -208,7 +208,8 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
         return interpolate(logits, costs, tokens, *self._settings(store, costs))
 
     def settings(self, costs: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Compute lambda and temperature for neighbours at `costs` `(..., K)`, numbers or `(..., 1)`."""
+        """Compute lambda and temperature for neighbours at `costs` `(..., K)`: numbers or
+        `(..., 1)`."""
         return self._settings(self.store, costs)
 
     def _settings(
