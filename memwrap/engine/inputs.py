@@ -122,7 +122,8 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
 def as_batch(
     text: Tensor | str | list, mask: Tensor | None, tokenizer: Any = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Ids `(B, T)` and their mask; lists are padded on the right, strings tokenized first.
+    """Turn text into ids `(B, T)` and their mask; lists are padded on the right, strings tokenized
+    first.
 
     Raises:
         ValueError: for nothing to read, or strings without a tokenizer.

@@ -49,20 +49,21 @@ class NoInsertion:
     id: int | None = None
 
     def columns(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> TokenColumns:
-        """The step's tokens, `embeds` `(B, N, D)`, as columns."""
+        """Lay out the step's tokens, `embeds` `(B, N, D)`, as columns."""
         valid = step.columns >= 0
         return TokenColumns(embeds, valid, step.offsets, step.offsets, torch.zeros_like(valid))
 
     def end(self, tokens: Tensor) -> Tensor:
-        """Positions `(B,)` behind the first `tokens` `(B,)` of a closed segment."""
+        """Compute the positions `(B,)` behind the first `tokens` `(B,)` of a closed segment."""
         return tokens
 
     def at(self, positions: Tensor) -> Tensor:
-        """Which positions in a segment, the prefix not counted, are those of inserted tokens."""
+        """Tell which positions in a segment, the prefix not counted, are those of inserted
+        tokens."""
         return torch.zeros_like(positions, dtype=torch.bool)
 
     def count(self, step: Step, chosen: Tensor) -> int:
-        """How many inserted tokens are targets: those behind a token of `chosen` `(B, N)`."""
+        """Count the inserted tokens that are targets: those behind a token of `chosen` `(B, N)`."""
         return 0
 
 
@@ -95,7 +96,7 @@ class TokenInsertion(NoInsertion):
         return int((self._full(step) & chosen.cpu()).sum()) if self.in_loss else 0
 
     def columns(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> TokenColumns:
-        """Tokens and inserted ones, by position."""
+        """Lay out tokens and inserted ones by position."""
         real, full = step.columns >= 0, self._full(step)
         positions = step.offsets + step.offsets // self.every
         rest = step.closes & (step.ends % self.every != 0)
@@ -126,7 +127,7 @@ class TokenInsertion(NoInsertion):
         )
 
     def _full(self, step: Step) -> Tensor:
-        """`(B, N)` bool: tokens that fill a block, counted from the segment's start."""
+        """Tell which tokens fill a block, counted from the segment's start: `(B, N)` bool."""
         there = self.count_padding | (step.columns >= 0)
         return there & ((step.offsets + 1) % self.every == 0)
 
@@ -139,5 +140,5 @@ class TokenInsertion(NoInsertion):
 
 
 def wide(index: Tensor, like: Tensor) -> Tensor:
-    """An index `(B, N)` of the columns of `like` `(B, C, D)`, as gather wants it."""
+    """Widen an index `(B, N)` of the columns of `like` `(B, C, D)` to what gather takes."""
     return index.to(like.device)[..., None].expand(-1, -1, like.shape[-1])

@@ -114,7 +114,8 @@ class LayerContext:
                 self.written.setdefault(name, {})[str(layer)] = new
 
     def changed(self, closes: Tensor) -> dict[str, Tree]:
-        """The memories' trees after the step, `closes` `(B,)` saying whose segments closed."""
+        """Collect the memories' trees after the step; `closes` `(B,)` says whose segments
+        closed."""
         result = {}
         for name, tree in self.states.items():
             new = _with_layers(tree, self.noted.get(name, {}))

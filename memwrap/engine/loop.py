@@ -155,7 +155,7 @@ class Loop:
         return plan_columns(inputs.real, self.config, state.hold_open)
 
     def _check_positions(self, steps: list[Step]) -> None:
-        """A held segment may grow until the position table ends."""
+        """Refuse an open segment that has grown beyond the backbone's position table."""
         limit, extra = self.reader.backbone.max_positions, self.reader.layout.prefix_positions
         longest = max((int(step.ends.max()) for step in steps), default=0)
         if limit is not None and longest + extra > limit:
@@ -173,7 +173,7 @@ class Loop:
         keep: bool,
         request: StepRequest,
     ) -> tuple[Tensor, dict[str, Tree], OpenSegment]:
-        """One step: its loss sum (with targets) or what is collected, and what follows."""
+        """Run one step: give its loss sum (with targets) or what is collected, and what follows."""
 
         def function(
             states: dict[str, Tree], tree: Tree
@@ -190,7 +190,7 @@ class Loop:
     def _result(
         self, out: StepOutput, step: Step, states: dict[str, Tree], request: StepRequest
     ) -> Tensor:
-        """What is asked of a step; `states` are those before it."""
+        """Compute what is asked of a step; `states` are those before it."""
         if request.targets is not None:
             return self._loss(out, request, states)
         if request.collect is Collect.KEYS and out.key is not None:
@@ -208,7 +208,8 @@ class Loop:
         control: str | MemoryState,
         request: StepRequest,
     ) -> tuple[Tensor, dict[str, Tree]]:
-        """The step once more, reading other memories; "off" also what the backbone remembers."""
+        """Run the step once more, reading other memories; "off" also gives what the backbone
+        remembers."""
         rows = step.columns.shape[0]
         if isinstance(control, MemoryState):
             read = control.memories
@@ -233,8 +234,8 @@ class Loop:
         return self.reader.backbone.embed(piece) if inputs.ids is not None else piece
 
     def _ids(self, inputs: Inputs, step: Step) -> Tensor | None:
-        """The ids `(B, N)` of the step's tokens, -1 where there is none; None if no memory looks
-        at them.
+        """Return the ids `(B, N)` of the step's tokens, -1 where there is none; None if no memory
+        looks at them.
 
         Raises:
             ValueError: if embeddings were given instead.
@@ -250,7 +251,7 @@ class Loop:
         return _gather(inputs.ids, step, -1)
 
     def _loss(self, out: StepOutput, request: StepRequest, states: dict[str, Tree]) -> Tensor:
-        """Summed cross entropy, and the memories' own losses once for each target."""
+        """Sum the cross entropy, and the memories' own losses once for each target."""
         targets: Tensor = request.targets  # type: ignore[assignment]
         loss = self.head.loss(out, request, states)
         if out.auxiliary is None:
@@ -269,7 +270,7 @@ class Loop:
 
 
 def _gather(values: Tensor, step: Step, empty: int) -> Tensor:
-    """`values` `(B, T)` at the step's columns, `empty` where a row reads nothing."""
+    """Gather `values` `(B, T)` at the step's columns, `empty` where a row reads nothing."""
     columns = step.columns.to(values.device)
     return values.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, empty)
 
@@ -284,8 +285,8 @@ def _only_last(targets: Tensor, steps: list[Step]) -> Tensor:
 
 
 def _wanted_pieces(hidden: Tensor, columns: Tensor, first: int) -> list[tuple[Tensor, Tensor]]:
-    """`(hidden states (n, D), their flat (row, column) index (n, 2))` from column `first` on, of
-    `hidden` `(B, N, D)` at `columns` `(B, N)`."""
+    """Pick the hidden states from column `first` on, of `hidden` `(B, N, D)` at `columns` `(B, N)`:
+    pairs of `(n, D)` and their (row, column) index `(n, 2)`."""
     wanted = columns >= first
     if not bool(wanted.any()):
         return []
@@ -301,7 +302,7 @@ def assemble(
     backbone: Backbone,
     collect: Collect,
 ) -> Tensor:
-    """`(B, T - first, D)`: the pieces in their places, zeros at padding."""
+    """Put the pieces in their columns, `(B, T - first, D)`, with zeros at padding."""
     batch, total = inputs.shape
     width = total - first
     if not pieces:

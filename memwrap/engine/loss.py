@@ -41,14 +41,14 @@ class Teacher:
     labels: float = 1.0
 
     def at(self, step: Step) -> Teacher:
-        """Of a step's columns."""
+        """Take the columns of a step."""
         columns = step.columns.clamp_min(0).to(self.hidden.device)
         rows = torch.arange(len(columns), device=columns.device)[:, None]
         return replace(self, hidden=self.hidden[rows, columns])
 
 
 def check_teacher(teacher: Any, shape: tuple[int, ...]) -> Teacher | None:
-    """The teacher of a call over `shape` `(B, T)` tokens, or None.
+    """Check the teacher of a call over `shape` `(B, T)` tokens; None is none.
 
     Raises:
         ValueError: if it is none, or of other tokens.
@@ -86,12 +86,12 @@ class StepRequest:
     teacher: Teacher | None = None
 
     def tokens(self, step: Step) -> Tensor:
-        """Numbers `(n,)` of the step's tokens whose logits are needed."""
+        """List the numbers `(n,)` of the step's tokens whose logits are needed."""
         first = self.first if self.first is not None else int(step.columns.max()) + 1
         return ((step.columns >= 0) & (step.columns >= first)).any(0).nonzero().squeeze(1)
 
     def columns(self, step: Step) -> Tensor:
-        """The input's columns `(B, n)` that the step's result stands for."""
+        """Give the input's columns `(B, n)` that the step's result stands for."""
         logits = self.collect is Collect.LOGITS
         return step.columns[:, self.tokens(step)] if logits else step.columns
 
@@ -106,7 +106,7 @@ class Head:
     def logits(
         self, out: StepOutput, tokens: Tensor, states: dict[str, Tree], *, mixing: bool = True
     ) -> Tensor:
-        """Mixed logits `(B, n, V)` of the step's tokens numbered `tokens` `(n,)`.
+        """Compute the mixed logits `(B, n, V)` of the step's tokens numbered `tokens` `(n,)`.
 
         Args:
             out: what the step gave.
@@ -132,9 +132,9 @@ class Head:
         return memory.mix(logits, key, states[name])
 
     def loss(self, out: StepOutput, want: StepRequest, states: dict[str, Tree]) -> Tensor:
-        """Summed cross entropy, and the divergence from the teacher where there is one; logits
-        exist for a part of the positions at a time. An inserted token that is a target of the
-        token before it counts too.
+        """Sum the cross entropy, and the divergence from the teacher where there is one; logits
+        exist for a part of the positions at a time. An inserted token that is a target of the token
+        before it counts too.
 
         Args:
             out: what the step gave.
@@ -150,8 +150,8 @@ class Head:
     def _of_tokens(
         self, logits: Tensor, targets: Tensor, taught: Tensor | None, teacher: Teacher | None
     ) -> Tensor:
-        """The sum over tokens with a target: logits `(n, V)`, targets `(n,)`, and the teacher's
-        hidden states `(n, D)`."""
+        """Sum over tokens with a target: logits `(n, V)`, targets `(n,)`, and the teacher's hidden
+        states `(n, D)`."""
         loss = F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)
         if teacher is None or taught is None:
             return loss
@@ -214,7 +214,8 @@ class Head:
 
 
 def shift_targets(labels: Tensor, real: Tensor) -> Tensor:
-    """Targets `(B, T)` of `labels` `(B, T)`: each real column predicts the next one's label."""
+    """Make targets `(B, T)` of `labels` `(B, T)`: each real column predicts the next one's
+    label."""
     real = real.to(labels.device)
     labels = labels.masked_fill(~real, IGNORED)
     targets = torch.full_like(labels, IGNORED)

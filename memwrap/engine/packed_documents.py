@@ -36,8 +36,8 @@ class Documents:
     lengths: Tensor
 
     def index(self, which: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the tokens of some documents are (default: of all), a document a row, aligned to
-        the left: rows and columns `(N, W)`, and which of them are there."""
+        """Find the tokens of some documents (default: of all), a document a row, aligned to the
+        left: rows and columns `(N, W)`, and which of them are there."""
         rows, starts, lengths = (
             t if which is None else t[which] for t in (self.rows, self.starts, self.lengths)
         )
@@ -47,7 +47,7 @@ class Documents:
         return rows[:, None].expand_as(columns), columns, real
 
     def alike(self) -> list[Tensor]:
-        """The documents in groups of similar length."""
+        """Group the documents by similar length."""
         groups: list[list[int]] = []
         longest = 0
         for n in self.lengths.argsort(descending=True, stable=True).tolist():
@@ -65,7 +65,8 @@ def documents_in(
     position_ids: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
 ) -> Documents | None:
-    """The documents packed in the rows of a batch, by the first of the arguments that is given.
+    """Find the documents packed in the rows of a batch, by the first of the arguments that is
+    given.
 
     Args:
         real: `(B, T)` bool, on the CPU; False is padding.
@@ -118,8 +119,8 @@ def targets_of(
     shift_labels: Tensor | None,
     documents: Documents | None = None,
 ) -> Tensor | None:
-    """Targets `(B, T)`, -100 for none: `shift_labels` as they are, or `labels` shifted inside each
-    document; None without either.
+    """Make targets `(B, T)`, -100 for none: `shift_labels` as they are, or `labels` shifted inside
+    each document; None without either.
 
     Raises:
         ValueError: for another shape than the input's.
@@ -141,8 +142,8 @@ def targets_of(
 
 
 def unpacked(batch: dict[str, Any]) -> dict[str, Any]:
-    """A trainer's batch with a row for every document, padded on the right, and the mask; one
-    without packed documents comes back as it is.
+    """Turn a trainer's batch into one with a row for every document, padded on the right, and the
+    mask; one without packed documents comes back as it is.
 
     Args:
         batch: what a packing collator returned: `input_ids` or `inputs_embeds`, labels, and

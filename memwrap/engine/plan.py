@@ -12,7 +12,7 @@ from memwrap.memories.config import MemoryConfig
 
 
 def segment_lengths(total: int, segment_size: int, alignment: str = "left") -> list[int]:
-    """Lengths of the segments that `total` tokens are cut into.
+    """Compute the lengths of the segments that `total` tokens are cut into.
 
     "left": the last one is the short one; "right": the first one; "center": nearly equal
     lengths `ceil(total / ceil(total / segment_size))`.
@@ -54,7 +54,7 @@ def draw_lengths(config: MemoryConfig, total: int) -> list[int] | None:
 
 
 def _draw(config: MemoryConfig, count: int) -> list[int]:
-    """`count` lengths with the mean `segment_size`: what one of a pair has more the other has
+    """Draw `count` lengths with the mean `segment_size`: what one of a pair has more the other has
     less, in any order."""
     size = config.segment_size
     most = min(config.longest_segment - size, size - min(2, size))
@@ -97,7 +97,7 @@ def _row_pieces(
     hold_open: bool,
     drawn: dict[int, list[int] | None] | None = None,
 ) -> Iterator[tuple[int, int, int, bool]]:
-    """`(first column, tokens, offset in the segment, closes)` of one row.
+    """Cut one row: yield `(first column, tokens, offset in the segment, closes)`.
 
     `drawn` takes up what training drew by number of tokens, so that rows of one length are cut
     alike.

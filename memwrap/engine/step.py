@@ -82,7 +82,8 @@ class SegmentReader:
         return {name for name, wanted in points.items() if wanted}
 
     def init_states(self, batch_size: int, device: torch.device) -> dict[str, Tree]:
-        """The trees of rows that have read nothing, of the memories and of the backbone itself."""
+        """Make the trees of rows that have read nothing, of the memories and of the backbone
+        itself."""
         trees = {n: m.init_state(batch_size, device) for n, m in self.memories.items()}
         if self.backbone.recurrent:
             trees[BACKBONE] = self.backbone.remembered(batch_size)
@@ -137,8 +138,8 @@ class SegmentReader:
         return StepOutput(tokens, states, after, auxiliary, inserted, key)
 
     def alone(self, embeds: Tensor, visible: Tensor, counted: Tensor) -> Tensor:
-        """Last hidden states of embeddings `(B, K, D)` without memories, positions from 0; see
-        `SegmentTokens.run`."""
+        """Compute the last hidden states of embeddings `(B, K, D)` without memories, positions from
+        0; see `SegmentTokens.run`."""
         visible, counted = visible.cpu(), counted.cpu()
         positions = (counted.long().cumsum(1) - 1).clamp(min=0)
         plain = bool(visible.all()) and bool(counted.all())
@@ -154,7 +155,7 @@ class SegmentReader:
     def _hidden(
         self, given: StepInput, segment: OpenSegment, cache: Any, context: LayerContext
     ) -> tuple[Tensor, Tensor]:
-        """Last hidden states `(B, N', D)` of a step's input, and what the last layer's
+        """Compute the last hidden states `(B, N', D)` of a step's input, and what the last layer's
         feed-forward block was given (nothing, where no memory asks for it)."""
         x = given.embeds
         nothing = x.new_zeros(len(x), 0, self.backbone.config.hidden_size)
@@ -203,7 +204,7 @@ class SegmentReader:
         )
 
     def _check_met(self, context: LayerContext) -> None:
-        """Every layer must have met its memories: a model that drops keywords is refused."""
+        """Refuse a model that drops keywords: every layer must have met its memories."""
         name = type(self.backbone.model).__name__
         count = len(self.backbone.layers) if self.layered or self.attending else 0
         with_attention = count - len(layers_without_attention(self.backbone.config))
@@ -227,7 +228,8 @@ class SegmentReader:
             )
 
     def _looked_at(self, now: Tree, segment: OpenSegment) -> Tree:
-        """What memories look at, `(B, 1, K, D)` as keys are laid out, open columns first."""
+        """Collect what memories look at, `(B, 1, K, D)` as keys are laid out, open columns
+        first."""
         before = segment.tree.get("tokens", {})
         return {
             kind: torch.cat([*([before[kind]] if kind in before else []), now[kind][:, None]], 2)
@@ -237,7 +239,7 @@ class SegmentReader:
     def _write(
         self, step: Step, states: dict[str, Tree], hidden: Tensor, looked: Tree, given: StepInput
     ) -> dict[str, Tree]:
-        """The memories' trees after the suffix and the tokens of the rows that closed.
+        """Write the memories' trees with the suffix and the tokens of the rows that closed.
 
         Args:
             step, hidden: as in `run`.
@@ -262,7 +264,7 @@ class SegmentReader:
         return result
 
     def _segment_tokens(self, looked: Tree, given: StepInput, end: int) -> SegmentTokens:
-        """The closing segments' tokens, of the first `end` columns."""
+        """Take the closing segments' tokens, of the first `end` columns."""
         inside = given.inside[:, :end]
         valid = given.positions.key_valid[:, :end] & inside
         counted = inside if self.count_padding else valid

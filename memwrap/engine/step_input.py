@@ -43,7 +43,7 @@ class StepInput:
         return self.columns.embeds.shape[1] if ends is None else ends.shape[1]
 
     def of_tokens(self, hidden: Tensor, following: bool = False) -> Tensor:
-        """`hidden` `(B, N', D)` at the tokens `(B, N, D)`; `following`: at the token inserted
+        """Take `hidden` `(B, N', D)` at the tokens, `(B, N, D)`; `following`: at the token inserted
         behind one that fills a block instead."""
         index = self.columns.following if following else self.columns.tokens
         if index is None:
@@ -51,7 +51,7 @@ class StepInput:
         return hidden.gather(1, wide(self.first + index, hidden))
 
     def spread(self, ids: Tensor) -> Tensor:
-        """The tokens' ids `(B, N)` at their columns, -1 elsewhere: `(B, N', 1)`."""
+        """Put the tokens' ids `(B, N)` at their columns, -1 elsewhere: `(B, N', 1)`."""
         index = self.columns.tokens
         if index is None:
             index = torch.arange(ids.shape[1]).expand_as(ids)
@@ -148,7 +148,7 @@ class InputLayout:
         return StepInput(x, positions, ids, first, base, columns)
 
     def _prefix_mask(self, states: dict[str, Tree], batch: int) -> Tensor:
-        """Which rows of the prefix exist, `(B, P)` bool."""
+        """Tell which vectors of the prefix exist, `(B, P)` bool."""
         parts = [torch.zeros(batch, 0, dtype=torch.bool)]
         for name, memory in self.prompts.items():
             mask = memory.prefix_mask(states[name]) if memory.num_prefix else None
@@ -184,7 +184,7 @@ class InputLayout:
         return [self._without_positions(_Block(x, valid, order, table))]
 
     def _without_positions(self, block: _Block) -> _Block:
-        """The block as it is given to a table of positions that it shall not be seen by."""
+        """Hide a block from a table of positions that shall not change it."""
         if not self.zero_positions:
             return block
         vector = self.backbone.first_position().to(block.embeds.dtype)
