@@ -29,8 +29,8 @@ _REFUSED = ("megatron_config", "adapters")  # they import a module, or read othe
 
 
 def plain_adapter(name: str, config: PeftConfig, backbone: PreTrainedModel) -> dict[str, Any]:
-    """The JSON-able config of an adapter in a backbone, with the names of its modules in place of
-    patterns for them."""
+    """Make the JSON-able config of an adapter in a backbone, with the names of its modules in place
+    of patterns for them."""
     values = _json_able(config.to_dict())
     for key in _LEFT_OUT:
         if key in values:
@@ -53,7 +53,7 @@ def plain_adapter(name: str, config: PeftConfig, backbone: PreTrainedModel) -> d
 
 
 def adapter_of(values: Any) -> Any:
-    """The adapter that a saved config describes.
+    """Build the adapter that a saved config describes.
 
     Raises:
         ValueError: for one that PEFT does not know, or that could run without end, import modules
@@ -110,7 +110,7 @@ def _inner(module: Any) -> nn.Module:
 
 
 def _holds(module: nn.Module, name: str) -> bool:
-    """Whether an adapter of this name is in the module itself."""
+    """Tell whether an adapter of this name is in the module itself."""
     if not isinstance(module, BaseTunerLayer):
         return False
     parts = (getattr(module, part, ()) for part in module.adapter_layer_names)
@@ -118,7 +118,7 @@ def _holds(module: nn.Module, name: str) -> bool:
 
 
 def _by_pattern(patterns: dict[str, Any], name: str) -> Any:
-    """What PEFT finds for a module: that of the first pattern that its name ends with."""
+    """Find what PEFT finds for a module: the value of the first pattern that its name ends with."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -126,7 +126,7 @@ def _by_pattern(patterns: dict[str, Any], name: str) -> Any:
 
 
 def _wild(value: Any) -> bool:
-    """Whether there is a string in it that, as a pattern, can repeat or branch."""
+    """Tell whether a string in it can, as a pattern, repeat or branch."""
     if isinstance(value, dict):
         return any(_wild(x) for pair in value.items() for x in pair)
     if isinstance(value, list):

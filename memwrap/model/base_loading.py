@@ -31,7 +31,7 @@ _OF_A_WHOLE = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
 
 
 def find_folder(name: str | Path, **hub: Any) -> Path:
-    """The folder of a saved model: the name's own, a shipped one, or one from the Hub.
+    """Find the folder of a saved model: the name's own, a shipped one, or one from the Hub.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -45,7 +45,7 @@ def find_folder(name: str | Path, **hub: Any) -> Path:
 
 
 def base_place(config: Any, folder: Path) -> str | Path:
-    """What the base of the model saved in `folder` is loaded by.
+    """Find what the base of the model saved in `folder` is loaded by.
 
     Raises:
         ValueError: if it has no name, or is a folder elsewhere that somebody else wrote down.
@@ -72,8 +72,8 @@ def base_place(config: Any, folder: Path) -> str | Path:
 
 
 def load_base(saved: SavedModel, base: Any, options: dict[str, Any]) -> PreTrainedModel:
-    """The backbone of a saved model: the one that is given, one rebuilt to be filled, or that of
-    its recorded name.
+    """Load the backbone of a saved model: the one that is given, one rebuilt to be filled, or that
+    of its recorded name.
 
     Args:
         saved: the model's files.
@@ -108,7 +108,7 @@ def load_base(saved: SavedModel, base: Any, options: dict[str, Any]) -> PreTrain
 
 
 def place_of(options: dict[str, Any]) -> Any:
-    """The one device that `device_map` names, for a model that holds its base's weights."""
+    """Find the one device that `device_map` names, for a model that holds its base's weights."""
     wanted = options.get("device_map")
     place = next(iter(wanted.values()), None) if isinstance(wanted, dict) else wanted
     if place in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -117,7 +117,7 @@ def place_of(options: dict[str, Any]) -> Any:
 
 
 def _harmless(options: dict[str, Any]) -> set[str]:
-    """Options that say what is so anyway."""
+    """Name the options that say what is so anyway."""
     return {n for n, allowed in _TRUE_HERE.items() if n in options and options[n] in allowed}
 
 

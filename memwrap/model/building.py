@@ -39,7 +39,7 @@ def build_memories(parts: Backbone, configs: list[MemoryConfig]) -> dict[str, Me
 
 
 def sizes_of(parts: Backbone, *, layers: bool = True, attention: bool = False) -> Sizes:
-    """What memories are told of the backbone.
+    """Collect what memories are told of the backbone.
 
     Args:
         layers: count the decoder layers themselves, not the config's number.

@@ -95,7 +95,7 @@ class MemoryGenerationMixin(GenerationMixin):
         return out
 
     def _state_for(self, given: MemoryState, batch: int, kwargs: dict) -> MemoryState:
-        """A copy of the given state with a row for every sequence that will be generated."""
+        """Copy the given state, with a row for every sequence that will be generated."""
         self.check_state(given)  # type: ignore[attr-defined]
         state = given.to(self.device)  # type: ignore[attr-defined]
         if state.batch_size == 1 and batch > 1:
@@ -112,7 +112,7 @@ class MemoryGenerationMixin(GenerationMixin):
 
 
 def _holds(state: MemoryState, ids: Tensor | None) -> bool:
-    """Whether `ids` begin with exactly what the state has read."""
+    """Tell whether `ids` begin with exactly what the state has read."""
     if ids is None or state.ids_hash is None or not 0 < state.columns < ids.shape[1]:
         return False
     repeat = state.batch_size // ids.shape[0]

@@ -98,7 +98,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         return SegmentDecoder(self) if "memory_modules" in self._modules else self
 
     def memory_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of all memories."""
+        """Iterate over the parameters of all memories."""
         for memory in self.memories.values():
             yield from memory.parameters()
 
@@ -123,7 +123,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         return result
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the backbone brings its weights, the memories initialise their own."""
+        """Do nothing: the backbone brings its weights, the memories initialise their own."""
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         # Whole segments are recomputed; a layer's own checkpoint would drop the open segment.
@@ -132,7 +132,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     # States
 
     def signature(self) -> dict[str, Any]:
-        """Which states this model can continue: its memories and its backbone's shape."""
+        """Tell which states this model can continue: its memories and its backbone's shape."""
         config = self.parts.config
         names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
         return {
@@ -141,14 +141,14 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         }
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of the backbone's and the memories' weights."""
+        """Hash the backbone's and the memories' weights."""
         memories = {n: m.named_parameters() for n, m in self.memories.items()}
         own = ((f"{n}.{k}", p) for n, ps in memories.items() for k, p in ps)
         base = ((plain_name(k), p) for k, p in loaded_parameters(self.backbone))
         return {"backbone": fingerprint(base), "memories": fingerprint(own)}
 
     def new_state(self, batch_size: int) -> MemoryState:
-        """The state of `batch_size` rows that have read nothing."""
+        """Make the state of `batch_size` rows that have read nothing."""
         reader = SegmentReader(self.parts, self.memories)
         return MemoryState(
             reader.init_states(batch_size, self.device), batch_size, self.signature()
@@ -293,7 +293,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     def _logits_again(
         self, loop: Any, inputs: Inputs, state: MemoryState, keep: int | Tensor, control: Any
     ) -> Tensor:
-        """Logits beside a loss: the text is read once more, without a graph."""
+        """Compute logits beside a loss: the text is read once more, without a graph."""
         again = loop(
             inputs, state, hidden_from=_first_column(keep, inputs), collect=self._collected,
             keep_open=False, control=control,

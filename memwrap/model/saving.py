@@ -47,12 +47,12 @@ _WRAPPERS = re.compile(r"((\.token_adapter)?\.base_layer|\.original_module)+(?=\
 
 
 def plain_name(name: str) -> str:
-    """A backbone parameter's name as it is without adapters."""
+    """Name a backbone parameter as it is without adapters."""
     return _WRAPPERS.sub("", name)
 
 
 def adapter_keys(backbone: PreTrainedModel) -> set[str]:
-    """Names of the tensors that PEFT put into the backbone."""
+    """Name the tensors that PEFT put into the backbone."""
     keys: set[str] = set()
     for name, module in backbone.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -70,7 +70,7 @@ def adapter_keys(backbone: PreTrainedModel) -> set[str]:
 def backbone_fingerprint(
     backbone: PreTrainedModel, gathered: dict[str, Tensor] | None = None
 ) -> str:
-    """Which weights the backbone has, adapters not counted; `gathered` ones where given."""
+    """Hash the backbone's weights, adapters not counted; `gathered` ones where given."""
     added, found = adapter_keys(backbone), gathered or {}
     kept = ((k, found.get(f"backbone.{k}", v)) for k, v in loaded_parameters(backbone))
     return fingerprint((plain_name(k), v) for k, v in kept if k not in added)
@@ -104,14 +104,15 @@ class SavingMixin:
             memory.requires_grad_(True)
 
     def adapters(self) -> dict[str, PeftConfig]:
-        """PEFT configs of the adapters in the backbone, by name."""
+        """Give the PEFT configs of the adapters in the backbone, by name."""
         configs = getattr(self.backbone, "peft_config", None) or getattr(self, "peft_config", None)
         return dict(configs or {})
 
     def weights_to_save(
         self, include_base: bool, gathered: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """What a saved model holds: memories and adapters, and all of the backbone if asked."""
+        """Collect what a saved model holds: memories and adapters, and all of the backbone if
+        asked."""
         own = {
             f"memory_modules.{name}.{key}": value
             for name, memory in self.memories.items()

@@ -108,7 +108,7 @@ def _config(memory: MemoryConfig | str, settings: dict[str, Any]) -> MemoryConfi
 
 
 def _inside_peft(model: PeftModel) -> PreTrainedModel:
-    """The base of a PEFT model with its adapters left inside it."""
+    """Take the base out of a PEFT model, with its adapters left inside it."""
     if not isinstance(model.base_model, BaseTuner):
         raise ValueError(
             "The PEFT model adds prompt tokens outside its base, where a memory cannot keep them; "
