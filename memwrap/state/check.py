@@ -102,7 +102,7 @@ def _check_pages(name: str, leaves: dict[str, Tensor]) -> None:
 
 
 def _page_of(key: str) -> tuple[str, int, str] | None:
-    """`a.store.7.key` -> `("a.store", 7, "key")`; None for what is in no store."""
+    """Split a name: `a.store.7.key` -> `("a.store", 7, "key")`; None for what is in no store."""
     *path, leaf = key.split(".")
     if len(path) > 1 and path[-2] == STORE and path[-1].isdecimal():
         return ".".join(path[:-1]), int(path[-1]), leaf
@@ -110,7 +110,7 @@ def _page_of(key: str) -> tuple[str, int, str] | None:
 
 
 def _with_pages(needed: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The leaves of a fresh state and, for stores, those of as many pages as `got` has."""
+    """Collect the leaves of a fresh state and, for stores, those of as many pages as `got` has."""
     pages: dict[str, set[int]] = {}
     for key in got:
         if place := _page_of(key):
@@ -143,7 +143,7 @@ def signature_difference(theirs: dict[str, Any], own: dict[str, Any]) -> str:
 
 
 def _grown(want: tuple[int, ...], have: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape there is, if it is longer than the wanted one in a single dimension."""
+    """Return the shape there is, if it is longer than the wanted one in a single dimension."""
     if len(want) != len(have):
         return want
     other = [(a, b) for a, b in zip(want, have, strict=True) if a != b]

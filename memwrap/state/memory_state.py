@@ -94,7 +94,7 @@ class MemoryState(Cache):
         return self.fill.shape[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns consumed, padding included: what `generate` slices its input by."""
+        """Count the columns consumed, padding included: `generate` slices its input by it."""
         return self.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -134,32 +134,32 @@ class MemoryState(Cache):
         return new
 
     def clone(self) -> MemoryState:
-        """An independent state. Tensors are shared, which is safe: none is written in place."""
+        """Copy the state. Tensors are shared, which is safe: none is written in place."""
         return self._map(lambda t: t, lambda t: t)
 
     def __deepcopy__(self, memo: dict) -> MemoryState:
         return self.clone()
 
     def detach(self) -> MemoryState:
-        """The same state without its graph."""
+        """Copy the state without its graph."""
         return self._map(Tensor.detach, lambda t: t)
 
     def to(self, device: torch.device | str) -> MemoryState:
-        """The same state on another device; what a memory keeps on the host stays there."""
+        """Copy the state to another device; what a memory keeps on the host stays there."""
         new = self.clone()
         new.memories = {name: tree_to(tree, device) for name, tree in self.memories.items()}
         new.open = self.open.to(device)
         return new
 
     def select(self, rows: Tensor) -> MemoryState:
-        """The rows of the given indices `(N,)`, in their order."""
+        """Take the rows of the given indices `(N,)`, in their order."""
         return self._map(
             lambda t: t.index_select(0, rows.to(t.device)),
             lambda t: t.index_select(0, rows.to(t.device)),
         )
 
     def repeat(self, times: int) -> MemoryState:
-        """Every row `times` times in a row, as beams are laid out."""
+        """Repeat every row `times` times in a row, as beams are laid out."""
         return self.select(torch.arange(self.batch_size).repeat_interleave(times))
 
     @staticmethod
@@ -192,7 +192,7 @@ class MemoryState(Cache):
     # Which ids have been read
 
     def extend_hash(self, input_ids: Tensor | None, length: int) -> Tensor | None:
-        """The rolling hash after `input_ids` `(B, T)`; None once embeddings were fed."""
+        """Compute the rolling hash after `input_ids` `(B, T)`; None once embeddings were fed."""
         if input_ids is None or self.ids_hash is None:
             return None
         power = pow(_HASH_BASE, self.columns + 1, 2**64)

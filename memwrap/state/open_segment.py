@@ -30,7 +30,7 @@ class OpenSegment:
 
     @classmethod
     def empty(cls, batch_size: int) -> OpenSegment:
-        """Rows with nothing open."""
+        """Make rows with nothing open."""
         nothing = torch.zeros(batch_size, 0, dtype=torch.long)
         return cls({}, nothing, nothing.bool())
 
@@ -44,11 +44,11 @@ class OpenSegment:
         return OpenSegment(tree_map(tensors, self.tree), rows(self.positions), rows(self.valid))
 
     def detach(self) -> OpenSegment:
-        """The same without its graph."""
+        """Copy it without its graph."""
         return replace(self, tree=tree_map(Tensor.detach, self.tree))
 
     def to(self, device: torch.device | str) -> OpenSegment:
-        """The same with its tree on another device; positions stay on the CPU."""
+        """Copy it with its tree on another device; positions stay on the CPU."""
         return replace(self, tree=tree_to(self.tree, device))
 
     def after(self, closes: Tensor) -> OpenSegment:

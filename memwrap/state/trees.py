@@ -37,7 +37,7 @@ def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree
 
 
 def tree_to(tree: Tree, device: torch.device | str) -> Tree:
-    """The tree on another device; what belongs to the host stays there."""
+    """Move a tree to another device; what belongs to the host stays there."""
     result: Tree = {}
     for name, node in tree.items():
         if name == HOST:
@@ -48,7 +48,7 @@ def tree_to(tree: Tree, device: torch.device | str) -> Tree:
 
 
 def aligned(*trees: Tree) -> list[Tree]:
-    """The same trees with stores of one length: missing entries are zero (nothing is copied where
+    """Bring the stores of trees to one length: missing entries are zero (nothing is copied where
     nothing is missing)."""
     results: list[Tree] = [{} for _ in trees]
     for name, node in trees[0].items():
@@ -90,7 +90,7 @@ def tree_leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def tree_build(leaves: dict[str, Tensor]) -> Tree:
-    """The inverse of `tree_leaves`."""
+    """Undo `tree_leaves`."""
     tree: Tree = {}
     for name, tensor in leaves.items():
         *parents, last = name.split(".")
@@ -102,7 +102,7 @@ def tree_build(leaves: dict[str, Tensor]) -> Tree:
 
 
 def alike(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one shape but for their rows: where one is shorter than another, zeros stand
+    """Bring tensors to one shape but for their rows: where one is shorter than another, zeros stand
     behind its own. What a memory keeps in tensors that grow lies at their beginning."""
     shapes = {t.shape[1:] for t in tensors}
     if len(shapes) == 1:
