@@ -104,8 +104,9 @@ class LayerAHN(nn.Module):
         self.out = nn.Parameter(torch.zeros(heads, own.value_dim, own.value_dim, **make))
 
     def gates(self, hidden: Tensor) -> Tensor:
-        """Strength of the write and log of the forget gate of tokens `(B, N, D)`: `(B, G, N, 2)`
-        in float32 (float64 for float64 parameters); the plain delta rule has no second one."""
+        """Compute the strength of the write and the log of the forget gate of tokens `(B, N, D)`:
+        `(B, G, N, 2)` in float32 (float64 for float64 parameters); the plain delta rule has no
+        second one."""
         wide = torch.promote_types(self.write.dtype, torch.float32)
         hidden = hidden.to(wide)
         write = hidden @ self.write.to(wide).T
@@ -141,8 +142,8 @@ class LayerAHN(nn.Module):
         return gla.scan(query, key, value, forget, state, scale=1.0, mask=mask)
 
     def output(self, read: Tensor, hidden: Tensor) -> Tensor:
-        """What is added to the attention's heads, `(B, T, H, Dv)`, of what was read
-        `(B, H, T, Dv)` and the queries' hidden states `(B, T, D)` (eq. 6)."""
+        """Compute what is added to the attention's heads, `(B, T, H, Dv)`, from what was read `(B,
+        H, T, Dv)` and the queries' hidden states `(B, T, D)` (eq. 6)."""
         wide = read.dtype
         gate = hidden.to(wide) @ self.read.to(wide).T
         if self.read_bias is None:
@@ -232,7 +233,7 @@ class AHNMemory(AttentionMemory):
         return {**state, "window": self.window.closed(attention, window, beside)}
 
     def _recurrent(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        """What the step's queries read, `(B, T, H, Dv)`, and the state after it."""
+        """Read for the step's queries, `(B, T, H, Dv)`; also gives the state after it."""
         network: Any = self.networks[str(layer)]
         window, dtype = state["window"], attention.value.dtype
         hidden: Tensor = attention.hidden  # type: ignore[assignment]

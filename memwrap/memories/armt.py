@@ -83,14 +83,14 @@ class AssociativeLayer(nn.Module):
             nn.init.normal_(self.value.weight, std=0.02)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """`(B, T, H * d)` -> `(B, H, T, d)`."""
+        """Split heads: `(B, T, H * d)` -> `(B, H, T, d)`."""
         return x.unflatten(-1, (self.config.n_heads, -1)).transpose(1, 2)
 
     def _prepare(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden.to(self.query.weight.dtype))
 
     def read(self, hidden: Tensor, A: Tensor, z: Tensor | None) -> Tensor:
-        """What the memory holds for each position: `(B, T, D)` -> `(B, T, D)`."""
+        """Read what the memory holds for each position: `(B, T, D)` -> `(B, T, D)`."""
         q = self._heads(self.query(self._prepare(hidden)))
         config = self.config
         with torch.autocast(hidden.device.type, enabled=False):

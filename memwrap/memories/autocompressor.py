@@ -96,13 +96,13 @@ class AutoCompressorMemory(SoftPrompt):
     # Summaries as soft prompts that are made once and used often
 
     def summaries(self, state: MemoryState) -> list[Tensor]:
-        """The summary vectors `(n, D)` of each row of a state, oldest first."""
+        """Return the summary vectors `(n, D)` of each row of a state, oldest first."""
         tree = state.memories[self.config.name]
         pairs = zip(tree["summaries"], tree["count"].tolist(), strict=True)
         return [vectors[:count] for vectors, count in pairs]
 
     def prompt(self, vectors: Tensor) -> Tree:
-        """The memory whose summaries are `vectors` `(B, n, D)`.
+        """Make the memory whose summaries are `vectors` `(B, n, D)`.
 
         Raises:
             ValueError: for more vectors than `memory_size`, or of another width.
@@ -118,7 +118,7 @@ class AutoCompressorMemory(SoftPrompt):
         return {"summaries": summaries, "count": count}
 
     def combine(self, states: list[MemoryState]) -> MemoryState:
-        """One state with the summaries of several readings, in their order.
+        """Join the summaries of several readings, in their order, to one state.
 
         Args:
             states: of this model, nothing open in them (`model.close_segment`), of as many rows.

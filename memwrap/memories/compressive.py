@@ -109,7 +109,7 @@ class CompressiveMemory(AttentionMemory):
                 self.compressors[str(layer)] = nn.ModuleDict(own)
 
     def _kinds(self, layer: int) -> list[tuple[str, int, int]]:
-        """`(name, heads, width)` of what is stored for a row."""
+        """List `(name, heads, width)` of what is stored for a row."""
         own = self.sizes.attention[layer]
         if self.config.store == "hidden":
             return [("hidden", 1, self.sizes.hidden_size)]
@@ -190,7 +190,7 @@ class CompressiveMemory(AttentionMemory):
         return MemoryKeyValues(keys, values, positions, visible, static=static)
 
     def _segment(self, attention: LayerAttention) -> Tree:
-        """The segment's rows as they are stored, and their places `(B, K, 1)`."""
+        """Return the segment's rows as they are stored, and their places `(B, K, 1)`."""
         place = attention.key_positions[..., None].float()
         if attention.hidden is not None:
             return {"hidden": attention.hidden[:, None], "place": place}
@@ -199,7 +199,7 @@ class CompressiveMemory(AttentionMemory):
     def _compress(
         self, layer: int, old: Tree, evicted: Tensor, state: Tree, order: Tensor, places: Tensor
     ) -> tuple[Tree, Tensor]:
-        """The compressed rows, from the left, and how many of each batch row count."""
+        """Compress rows, from the left; also gives how many of each batch row count."""
         config = self.config
         rate, kind = config.compression_rate, config.compression
         if kind == "most_used":
@@ -218,7 +218,7 @@ class CompressiveMemory(AttentionMemory):
         return fresh, evicted // rate
 
     def _pushed(self, own: Tree, fresh: Tree, made: Tensor, size: int) -> Tree:
-        """A buffer with rows appended and the oldest dropped."""
+        """Append rows to a buffer and drop the oldest."""
         count = next(iter(fresh.values())).shape[-2]
         there = torch.arange(count, device=made.device) < made[:, None]
         index = latest(torch.cat([right_valid(own["count"], size), there], 1), size)
@@ -231,7 +231,7 @@ class CompressiveMemory(AttentionMemory):
         return {**new, "count": total}
 
     def _left(self, pool: Tree, evicted: Tensor, total: Tensor) -> Tree:
-        """The uncompressed memory: what of the pool was not evicted."""
+        """Take the uncompressed memory: what of the pool was not evicted."""
         place = torch.arange(pool["place"].shape[1], device=total.device)
         stays = (place >= evicted[:, None]) & (place < total[:, None])
         index = latest(stays, self.capacity)
@@ -240,7 +240,7 @@ class CompressiveMemory(AttentionMemory):
         return {**{n: take(x, index, valid) for n, x in pool.items()}, "count": count}
 
     def _usage(self, attention: LayerAttention, weights: Tensor) -> Tensor:
-        """Attention that memory rows and the segment's own rows received, `(B, slots)`."""
+        """Sum the attention that memory rows and the segment's own rows received, `(B, slots)`."""
         valid = attention.query_valid[:, None, :, None]
         received = (weights.detach().float() * valid).sum((1, 2))[:, self.config.compressed_size :]
         memory, own = received[:, : self.capacity], received[:, self.capacity :]
@@ -251,8 +251,8 @@ class CompressiveMemory(AttentionMemory):
         return torch.cat([memory, segment], 1)
 
     def _usage_of_pool(self, usage: Tensor, places: Tensor) -> Tensor:
-        """The attention that the columns of `[memory; segment]` received: `(B, slots)`, where the
-        segment's are by place, to `(B, capacity + K)`."""
+        """Sort the attention that the columns of `[memory; segment]` received, `(B, slots)` with
+        the segment's by position, into `(B, capacity + K)`."""
         memory, segment = usage[:, : self.capacity], usage[:, self.capacity :]
         own = segment.gather(1, places.clamp(0, segment.shape[1] - 1))
         return torch.cat([memory, own * (places < segment.shape[1])], 1)

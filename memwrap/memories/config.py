@@ -38,11 +38,11 @@ class MemoryConfig(Settings):
     count_padding: bool = False
 
     def detach_before(self, segment: int) -> bool:
-        """Whether gradients are cut between segment `segment - 1` and `segment` of a call."""
+        """Tell whether gradients are cut between segment `segment - 1` and `segment` of a call."""
         return self.bptt_segments is not None and segment % self.bptt_segments == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict with the memory's `name`."""
+        """Return a JSON-able dict with the memory's `name`."""
         return {"name": self.name, **asdict(self)}
 
     @classmethod
@@ -66,7 +66,7 @@ class MemoryConfig(Settings):
 
     @classmethod
     def tiny(cls) -> MemoryConfig:
-        """A small configuration, as the tests of every memory use it."""
+        """Make a small configuration, as the tests of every memory use it."""
         return cls(segment_size=8)
 
     @property

@@ -127,8 +127,8 @@ class HMTMemory(SoftPrompt, SeesSegment):
     def topic(
         self, embeds: Tensor, visible: Tensor, counted: Tensor, tokens: SegmentTokens
     ) -> Tensor:
-        """Topic query S `(B, D)` of some tokens: the last hidden state behind `[T | tokens | T]`,
-        read by the backbone alone.
+        """Compute the topic query S `(B, D)` of some tokens: the last hidden state behind `[T |
+        tokens | T]`, read by the backbone alone.
 
         Args:
             embeds: `(B, J, D)`.
@@ -145,7 +145,7 @@ class HMTMemory(SoftPrompt, SeesSegment):
         return tokens.run(torch.cat([summary, embeds, end], 1), visible, counted)[:, -1]
 
     def _recalled(self, state: Tree, topic: Tensor) -> Tree:
-        """The state whose next segment opens with what the topic recalls."""
+        """Make the state whose next segment opens with what the topic recalls."""
         count = state["count"]
         found, weights = recall(topic, state["cache"], count, self.query.weight, self.key.weight)
         prompt = torch.where((count > 0)[:, None], found, self.tokens.to(found.dtype))
@@ -153,7 +153,7 @@ class HMTMemory(SoftPrompt, SeesSegment):
         return {**state, "prompt": prompt[:, None].to(self.tokens.dtype), "weights": weights}
 
     def recall_weights(self, state: Tree) -> list[Tensor]:
-        """For each row the weights `(n,)` with which its n cached memory embeddings, oldest
+        """Give for each row the weights `(n,)` with which its n cached memory embeddings, oldest
         first, make up the vector that opens its next segment; zeros without recall."""
         pairs = zip(state["weights"], state["count"].tolist(), strict=True)
         return [weights[:count] for weights, count in pairs]

@@ -185,7 +185,7 @@ class InfLLMMemory(AttentionMemory):
         return out, {**state, **noted}
 
     def _select(self, attention: LayerAttention, state: Tree) -> tuple[Selection, Tree]:
-        """The units that the step's queries see, and what the state notes of it."""
+        """Select the units that the step's queries see, and note it in the state."""
         config = self.config
         valid = attention.query_valid
         rows = torch.arange(len(valid), device=valid.device)
@@ -228,8 +228,8 @@ class InfLLMMemory(AttentionMemory):
     def _attend_part(
         self, attention: LayerAttention, state: Tree, units: Units | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The output of some queries, and the score that recent and own columns received from
-        them, `(B, H, recent + K)`."""
+        """Compute the output of some queries, and the score that recent and own columns received
+        from them, `(B, H, recent + K)`."""
         reach = self._reach(attention)
         recent, there = self._recent(state)
         count = there.shape[1]
@@ -260,7 +260,8 @@ class InfLLMMemory(AttentionMemory):
         self, attention: LayerAttention, state: Tree, units: Units | None,
         around: tuple[Tree, Tensor, Tensor],
     ) -> list[MemoryKeyValues]:  # fmt: skip
-        """What stands at the constant distance: units, sinks, and tokens past the window."""
+        """Collect the keys that stand at the constant distance: units, sinks, and tokens past the
+        window."""
         config, window = self.config, self.config.window_size
         if units is None and attention.window is not None:
             return []
@@ -298,7 +299,7 @@ class InfLLMMemory(AttentionMemory):
     def _fetched(
         self, layer: int, state: Tree, selection: Selection | None, parts: list[slice]
     ) -> Iterable[Units | None]:
-        """What each part of the queries sees of the units; from the host one part ahead."""
+        """Yield the units that each part of the queries sees; from the host one part ahead."""
         if selection is None:
             return [None] * len(parts)
         fetches = [partial(self._units, layer, state, selection, own) for own in parts]
@@ -307,8 +308,8 @@ class InfLLMMemory(AttentionMemory):
         return (fetch() for fetch in fetches)
 
     def _units(self, layer: int, state: Tree, selection: Selection, columns: slice) -> Units:
-        """Keys and values `(B, Hkv, U b, D)` of the units that any of the queries selected, and
-        which query sees which token `(B, T, U b)`."""
+        """Take keys and values `(B, Hkv, U b, D)` of the units that any of the queries selected,
+        and tell which query sees which token `(B, T, U b)`."""
         block = self.config.block_size
         index = selection.index[:, columns]
         marks = selection.marks
@@ -334,7 +335,7 @@ class InfLLMMemory(AttentionMemory):
         return key, value, shown.repeat_interleave(block, 2)
 
     def _scored(self, attention: LayerAttention, state: Tree, received: Tensor) -> Tree:
-        """The scores with what recent and own columns received."""
+        """Add to the scores what recent and own columns received."""
         total = attention.value.shape[2]
         count = received.shape[2] - total
         recent, own = received[..., :count], received[..., count:]
@@ -393,7 +394,7 @@ class InfLLMMemory(AttentionMemory):
         return {**state, **new}
 
     def _kept(self, pool: Tree, left: Tensor, count: Tensor) -> Tree:
-        """The rows of the pool that stay, at the right end of the buffers."""
+        """Take the rows of the pool that stay, at the right end of the buffers."""
         missing = max(0, self.kept - left.shape[1])
         left = torch.nn.functional.pad(left, (missing, 0))
         index, valid = latest(left, self.kept), right_valid(count, self.kept)
@@ -401,7 +402,7 @@ class InfLLMMemory(AttentionMemory):
         return {n: take_rows(pad(x, (0, 0, missing, 0)), index, valid) for n, x in pool.items()}
 
     def _new_units(self, layer: int, state: Tree, pool: Tree, first: Tensor, more: Tensor) -> Tree:
-        """The stores with the units made of the pool's rows from `first` on."""
+        """Append to the stores the units made of the pool's rows from `first` on."""
         block = self.config.block_size
         most = int(more.max())
         if not most:
@@ -428,12 +429,13 @@ class InfLLMMemory(AttentionMemory):
         return ops.settled(tokens, config.window_size, config.num_sinks, config.block_size)
 
     def _reach(self, attention: LayerAttention) -> int:
-        """Tokens that the layer sees in order: the window, or the layer's own smaller one."""
+        """Count the tokens that the layer sees in order: the window, or the layer's own smaller
+        one."""
         return min(self.config.window_size, attention.window or self.config.window_size)
 
     def _recent(self, state: Tree) -> tuple[Tree, Tensor]:
-        """Recent keys and values `(B, Hkv, R, D)`, at the right end, and which are there `(B, R)`;
-        columns that no row needs are left out."""
+        """Take recent keys and values `(B, Hkv, R, D)`, at the right end, and which are there `(B,
+        R)`; columns that no row needs are left out."""
         tokens = state["tokens"]
         sinks, units = self._settled(tokens)
         live = tokens - sinks - units * self.config.block_size

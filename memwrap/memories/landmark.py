@@ -124,7 +124,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         return self.token[None]
 
     def retrieves(self, layer: int) -> bool:
-        """Whether a layer keeps and reads blocks."""
+        """Tell whether a layer keeps and reads blocks."""
         return self.config.first_layer or layer > 0
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
@@ -148,7 +148,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         return out.transpose(1, 2).to(attention.value.dtype).contiguous(), state
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
-        """The blocks `(B, H, T, R)` that are read, ascending, by scores `(B, H, T, N)`."""
+        """Choose the blocks `(B, H, T, R)` that are read, ascending, by scores `(B, H, T, N)`."""
         return ops.choose(scores, self.config.top_k)
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
@@ -175,15 +175,15 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         return result
 
     def _held(self, state: Tree) -> Tree:
-        """Where the stored blocks' keys and values are."""
+        """Tell where the stored blocks' keys and values are."""
         return state[HOST] if self.config.offload else state
 
     def _any(self, attention: LayerAttention, state: Tree) -> bool:
-        """Whether any row has stored blocks; asked once a step."""
+        """Tell whether any row has stored blocks; asked once a step."""
         return attention.cached_per_step((self, "any"), lambda: bool((state["count"] > 0).any()))
 
     def _by_position(self, attention: LayerAttention) -> tuple[Tensor, Tensor]:
-        """Which column holds the key of each position, `(B, P)`, and whether there is one."""
+        """Find the column of each position's key, `(B, P)`, and whether there is one."""
 
         def columns() -> tuple[Tensor, Tensor]:
             spare = attention.positions.length
@@ -196,7 +196,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         return attention.cached_per_step((self, "columns"), columns)
 
     def _pieces(self, attention: LayerAttention, state: Tree) -> list[slice]:
-        """Parts of the queries for which scores and gathered blocks may exist at once."""
+        """Cut the queries into parts for which scores and gathered blocks may exist at once."""
         batch, heads, length, width = attention.rotated_query.shape
         config, own = self.config, state["landmark"]
         each = max(own.shape[2], (config.top_k + 1) * width, config.top_k * config.block_size)
@@ -207,7 +207,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         return [slice(a, a + step) for a in range(0, length, step)]
 
     def _queries(self, attention: LayerAttention, piece: slice) -> Tensor:
-        """Queries `(B, H, T, R + 1, Dk)` as blocks 1 to R + 1 back see them."""
+        """Turn queries to how blocks 1 to R + 1 back see them, `(B, H, T, R + 1, Dk)`."""
         config, query = self.config, attention.query[:, :, piece]
         positions = ops.queries_for(
             config.block_size, config.top_k, attention.query_positions[:, piece]
@@ -221,7 +221,8 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
     def _chosen(
         self, layer: int, attention: LayerAttention, state: Tree
     ) -> tuple[list[Tensor], Tree]:
-        """Ids of the blocks for each piece of the queries, and the state that knows of them."""
+        """Choose blocks for each piece of the queries: their ids, and the state that knows of
+        them."""
         retrieval = self.config.retrieval
         valid, softcap = attention.query_valid, attention.softcap
         result: list[Tensor] = []
@@ -252,7 +253,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
     def _past(
         self, attention: LayerAttention, state: Tree, ids: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """What the queries read in their blocks, for `merge`."""
+        """Read for the queries in their blocks; the result is for `merge`."""
 
         def part(keys: Tensor, values: Tensor, landmarks: Tensor, piece: slice, own: Tensor) -> Any:
             q = self._turned(attention, state, piece, own)
@@ -277,7 +278,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         return torch.cat([out for out, _ in found], 2), torch.cat([log for _, log in found], 2)
 
     def _turned(self, attention: LayerAttention, state: Tree, piece: slice, own: Tensor) -> Tensor:
-        """Queries `(B, H, T, R, Dk)` as each of the blocks `own` sees them."""
+        """Turn queries to how each of the blocks `own` sees them, `(B, H, T, R, Dk)`."""
         q = self._queries(attention, piece)
         back = ops.read_slots(own, state["count"], self.config.top_k) - 1
         return q.gather(3, back[..., None].expand(*q.shape[:3], -1, q.shape[-1]))
@@ -285,8 +286,8 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
     def _past_fetched(
         self, attention: LayerAttention, state: Tree, ids: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """`_past` of blocks in the host's memory, one KV head after the other: the blocks of the
-        next come over while one is read. A single token reads all heads at once."""
+        """Read as `_past`, from blocks in the host's memory, one KV head after the other: the
+        blocks of the next come over while one is read. A single token reads all heads at once."""
         held, heads, groups = self._held(state), state["landmark"].shape[1], attention.groups
         at_once = heads if attention.rotated_query.shape[2] == 1 else 1
         pieces = self._pieces(attention, state)
@@ -294,7 +295,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
 
         def fetch(n: int, first: int) -> tuple[Tensor, ...]:
             def rows(x: Tensor) -> Tensor:
-                """Heads are rows here, each with blocks of its own (no copy of the store)."""
+                """Lay out heads as rows, each with blocks of its own (no copy of the store)."""
                 return x[:, first] if at_once == 1 else x.flatten(0, 1)
 
             chosen = rows(ids[n].unflatten(1, (heads, groups)))
@@ -322,7 +323,8 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         return out, log
 
     def _blocks(self, attention: LayerAttention, state: Tree) -> tuple[Tree, Tensor]:
-        """The segment's blocks as they are stored, `(B, Hkv, S, ...)`, and which are there."""
+        """Cut the segment into blocks as they are stored, `(B, Hkv, S, ...)`, and tell which are
+        there."""
         size = self.config.block_size + 1
         index, there = self._by_position(attention)
         short = -index.shape[1] % size
@@ -347,14 +349,15 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
 
 
 def _appended(old: Tensor, count: Tensor, new: Tensor, there: Tensor, room: int) -> Tensor:
-    """Blocks `(B, H, room, ...)`: the `count` `(B,)` of `old`, and behind them those of `new`
-    `(B, H, K, ...)` that `there` `(B, K)` names."""
+    """Append blocks: `(B, H, room, ...)` with the `count` `(B,)` of `old`, and behind them those of
+    `new` `(B, H, K, ...)` that `there` `(B, K)` names."""
     place = ring.slots(count, there, room).to(old.device)
     return ring.store(old.flatten(3), place, new.flatten(3), room).unflatten(3, old.shape[3:])
 
 
 def _pushed(old: Tensor, count: Tensor, new: Tensor, there: Tensor, room: int) -> Tensor:
-    """The same where the oldest have to go: what is left stays in order, from the first place."""
+    """Append as `_appended`, where the oldest have to go: what is left stays in order, from the
+    first slot."""
     both = torch.cat([filled(count, old.shape[2]), there], 1)
     kept = both & (both.flip(1).cumsum(1).flip(1) <= room)
     order = earliest(kept, room).to(old.device)

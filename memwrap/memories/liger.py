@@ -224,7 +224,7 @@ class LigerMemory(AttentionMemory):
         return [_WindowDropout(self)]
 
     def _weights(self, read: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Of the window and of the recurrence: numbers, or `(B, 1, 1, 1)`."""
+        """Weigh the window and the recurrence: numbers, or `(B, 1, 1, 1)`."""
         local, own = self.config.window_weight, self.config.recurrent_weight
         if self.branch != "both":
             return (local + own, 0.0) if self.branch == "window" else (0.0, local + own)
@@ -234,7 +234,8 @@ class LigerMemory(AttentionMemory):
         return local * ~alone, torch.where(alone, local + own, own).to(read.dtype)
 
     def _recurrent(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        """What the step's tokens read of the recurrence `(B, T, H, Dv)`, and the state after."""
+        """Read the recurrence for the step's tokens, `(B, T, H, Dv)`; also gives the state
+        after."""
         config = self.config
         q, length = attention.query, attention.query.shape[2]
         start = attention.key.shape[2] - length
@@ -269,7 +270,7 @@ class LigerMemory(AttentionMemory):
         return out.transpose(1, 2), new
 
     def _gate(self, raw: Tensor) -> Tensor | None:
-        """The log of the forget gate, from raw keys `(B, Hkv, T, Dk)`."""
+        """Compute the log of the forget gate, from raw keys `(B, Hkv, T, Dk)`."""
         form, divisor = self.config.form, self.config.divisor
         if form in ("linear", "delta"):
             return None

@@ -143,7 +143,8 @@ class LoLCATsMemory(AttentionMemory):
         return {**state, "window": window.closed(attention, state["window"])}
 
     def _hybrid(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        """Window and linear part under one normaliser, `(B, T, H, Dv)`, and the state after."""
+        """Join window and linear part under one normaliser, `(B, T, H, Dv)`; also gives the state
+        after."""
         maps: Any = self.maps[str(layer)]
         near, weights = self.window.attend(attention, state["window"], weights=True)
         with torch.autocast(near.device.type, enabled=False):
@@ -163,7 +164,8 @@ class LoLCATsMemory(AttentionMemory):
         return out, state
 
     def _linear(self, maps: Any, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        """Sums `(B, H, T, Dv + 1)` over tokens behind the window, and the state after the step."""
+        """Sum over the tokens behind the window, `(B, H, T, Dv + 1)`; also gives the state after
+        the step."""
         wide = state["S"].dtype
         evicted = self.window.evicted(attention, state["window"])
         keys, values = self.window.evicted_key_values(attention, state["window"])

@@ -157,7 +157,7 @@ class Memory(nn.Module):
             _branches.reset(token)
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
-        """The state of rows that have read nothing: a tree of tensors, batch first."""
+        """Make the state of rows that have read nothing: a tree of tensors, batch first."""
         raise NotImplementedError
 
     def open_named(self, config: MemoryConfig) -> None:
@@ -186,15 +186,16 @@ class Memory(nn.Module):
         """
 
     def figures(self) -> dict[str, Tensor]:
-        """Learned numbers worth watching, `(layers, heads)` each: logged and plotted."""
+        """Return learned numbers worth watching, `(layers, heads)` each: logged and plotted."""
         return {}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups with settings of their own; parameters not named get the default."""
+        """Return parameter groups with settings of their own; parameters not named get the
+        default."""
         return []
 
     def training_callbacks(self) -> list[TrainerCallback]:
-        """Callbacks that the trainer adds to its own."""
+        """Return callbacks that the trainer adds to its own."""
         return []
 
 
@@ -213,20 +214,20 @@ class SoftPrompt(Memory):
     zero_positions: bool = False
 
     def prefix(self, state: Tree) -> Tensor:
-        """Embeddings in front of a segment, `(B, num_prefix, D)`."""
+        """Make the embeddings in front of a segment, `(B, num_prefix, D)`."""
         raise NotImplementedError
 
     def prefix_mask(self, state: Tree) -> Tensor | None:
-        """Which rows of the prefix exist, `(B, num_prefix)` bool; None for all. Others are seen by
-        nobody and take up no position. It must not change while a segment is open."""
+        """Tell which vectors of the prefix exist, `(B, num_prefix)` bool; None for all. Others are
+        seen by nobody and take up no position. It must not change while a segment is open."""
         return None
 
     def suffix(self, state: Tree) -> Tensor:
-        """Embeddings behind a segment, `(B, num_suffix, D)`."""
+        """Make the embeddings behind a segment, `(B, num_suffix, D)`."""
         raise NotImplementedError
 
     def write_suffix(self, state: Tree, hidden: Tensor) -> Tree:
-        """The state after a segment closed; `hidden` `(B, num_suffix, D)` are the last hidden
+        """Write the state as a segment closes; `hidden` `(B, num_suffix, D)` are the last hidden
         states of the memory's own suffix."""
         return state
 
@@ -235,12 +236,12 @@ class LayerMemory(Memory):
     """A place: the input of decoder layers, and their outputs at the memory's own suffix."""
 
     def read_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
-        """What decoder layer `layer` is given instead of `hidden` `(B, T, D)`."""
+        """Compute what decoder layer `layer` is given instead of `hidden` `(B, T, D)`."""
         return hidden
 
     def write_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
-        """The layer's state after `layer` gave `hidden` `(B, num_suffix, D)` at the memory's own
-        suffix of a closing segment."""
+        """Write the layer's state as a segment closes; `hidden` `(B, num_suffix, D)` is the layer's
+        output at the memory's own suffix."""
         return state
 
 
@@ -257,7 +258,7 @@ class AttentionMemory(Memory):
     within_window: bool = False
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        """The attention's output `(B, T, H, Dv)` and the layer's state after the T tokens.
+        """Compute the attention's output `(B, T, H, Dv)` and the layer's state after the T tokens.
 
         Called for every step, also in the middle of a segment: what is counted there must not
         depend on how a segment is fed.
@@ -265,8 +266,8 @@ class AttentionMemory(Memory):
         return attention.local(), state
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
-        """The layer's state after a segment closed; `attention` has all its keys and values
-        (T may be 0). Rows whose segment stays open keep the state of `attend`."""
+        """Write the layer's state as a segment closes; `attention` has all its keys and values (T
+        may be 0). Rows whose segment stays open keep the state of `attend`."""
         return state
 
 
@@ -281,7 +282,7 @@ class LogitsMemory(Memory):
     key: str = "hidden"
 
     def mix(self, logits: Tensor, key: Tensor, state: Tree) -> Tensor:
-        """The logits that the model gives instead of its own.
+        """Mix the logits that the model gives instead of its own.
 
         Args:
             logits: `(B, T, V)` float32.
@@ -302,7 +303,7 @@ class SeesSegment(Memory):
     looks_at: frozenset[str] = frozenset()
 
     def write_segment(self, state: Tree, tokens: SegmentTokens) -> Tree:
-        """The state after `write_suffix`, given the closed segment's tokens."""
+        """Write the state behind `write_suffix`, from the closed segment's tokens."""
         return state
 
 
@@ -314,7 +315,7 @@ class InsertsTokens(Memory):
     insertion: Insertion
 
     def inserted(self, state: Tree) -> Tensor:
-        """The embedding of the inserted tokens, `(B, 1, D)`, where they have no id."""
+        """Make the embedding of the inserted tokens, `(B, 1, D)`, where they have no id."""
         raise NotImplementedError
 
 
@@ -330,7 +331,7 @@ _EXCLUSIVE = ("attention", "logits", "inserted")
 
 
 def places_of(memory: type[Memory]) -> list[str]:
-    """The names of the places where a memory attaches."""
+    """Name the places where a memory attaches."""
     return [name for name, place in PLACES.items() if issubclass(memory, place)]
 
 

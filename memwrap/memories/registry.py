@@ -27,7 +27,7 @@ MemoryClass = TypeVar("MemoryClass", bound=type[Memory])
 
 
 def register(config: type[MemoryConfig]) -> Callable[[MemoryClass], MemoryClass]:
-    """Class decorator: make a memory known under the `name` of its config class.
+    """Make a memory known under the `name` of its config class (a class decorator).
 
     The same class may come again (a cell of a notebook, `importlib.reload`) and replaces itself.
 
@@ -55,7 +55,7 @@ def register(config: type[MemoryConfig]) -> Callable[[MemoryClass], MemoryClass]
 
 
 def available() -> list[str]:
-    """The names of all memories that are installed or registered, sorted.
+    """List the names of all memories that are installed or registered, sorted.
 
     Other packages are not imported for it, so a name may turn out to be broken when it is used.
     """
@@ -64,12 +64,12 @@ def available() -> list[str]:
 
 
 def installed() -> EntryPoints:
-    """The entry points of other packages' memories."""
+    """Find the entry points of other packages' memories."""
     return entry_points(group=GROUP)
 
 
 def config_class(name: str) -> type[MemoryConfig]:
-    """The config class of a memory, for example `ARMTConfig` for `"armt"`.
+    """Find the config class of a memory, for example `ARMTConfig` for `"armt"`.
 
     Raises:
         ValueError: for an unknown name (suggests the nearest), and for a memory of another
@@ -79,7 +79,7 @@ def config_class(name: str) -> type[MemoryConfig]:
 
 
 def memory_class(name: str) -> type[Memory]:
-    """The module class of a memory; errors as `config_class`."""
+    """Find the module class of a memory; errors as `config_class`."""
     return _resolve(name)[1]
 
 

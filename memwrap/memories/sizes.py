@@ -44,7 +44,7 @@ class Sizes:
 
 
 def chosen_layers(config: Any, sizes: Sizes) -> list[int]:
-    """The layers that `config.layers` names; all of them for None.
+    """List the layers that `config.layers` names; all of them for None.
 
     Raises:
         ValueError: for a layer that the backbone does not have.
@@ -60,7 +60,7 @@ def chosen_layers(config: Any, sizes: Sizes) -> list[int]:
 
 
 def attending_layers(config: Any, sizes: Sizes) -> list[int]:
-    """The layers that `config.layers` names; for None all that have attention.
+    """List the layers that `config.layers` names; for None all that have attention.
 
     Raises:
         ValueError: for a layer that the backbone does not have, or that has no attention.
@@ -87,14 +87,14 @@ def check_attention(config: Any, name: str, layers: Collection[int], sizes: Size
 
 
 def three_quarters(sizes: Sizes) -> int:
-    """The first layer with attention from three quarters of the depth on (else the last), where
-    methods with one memory layer have it."""
+    """Choose the first layer with attention from three quarters of the depth on (else the last),
+    where methods with one memory layer have it."""
     late = [layer for layer in sizes.attention if layer >= 3 * sizes.num_layers // 4]
     return late[0] if late else max(sizes.attention)
 
 
 def memory_tokens(count: int, sizes: Sizes) -> nn.Parameter:
-    """Learned tokens `(count, D)`, drawn at the scale of the input embeddings."""
+    """Draw learned tokens `(count, D)` at the scale of the input embeddings."""
     tokens = torch.empty(count, sizes.embedding_size, dtype=sizes.dtype, device=sizes.device)
     scale = sizes.embedding_std if math.isfinite(sizes.embedding_std) else 0.02
     return nn.Parameter(nn.init.normal_(tokens, std=scale or 0.02))

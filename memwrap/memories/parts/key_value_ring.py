@@ -32,7 +32,7 @@ class KeyValueRings:
         return numbers * self.dtype.itemsize
 
     def empty(self, batch_size: int, device: torch.device) -> Tree:
-        """A memory's state before the first token."""
+        """Make a memory's state before the first token."""
         make: dict[str, Any] = {"device": device, "dtype": self.dtype}
         layers: Tree = {}
         for layer, own in self.layers.items():
@@ -45,12 +45,12 @@ class KeyValueRings:
         return {"layers": layers}
 
     def filled(self, state: Tree) -> Tensor:
-        """Which places of a layer hold an entry, `(B, C)` bool."""
+        """Tell which slots of a layer hold an entry, `(B, C)` bool."""
         return filled(state["count"], state["key"].shape[2])
 
     def add(self, state: Tree, key: Tensor, value: Tensor, valid: Tensor) -> Tree:
-        """A layer's tree with entries added: keys `(B, Hkv, K, Dk)`, values `(B, Hkv, K, Dv)`,
-        those that `valid` `(B, K)` names."""
+        """Add entries to a layer's tree: keys `(B, Hkv, K, Dk)`, values `(B, Hkv, K, Dv)`, those
+        that `valid` `(B, K)` names."""
         count, total = state["count"], state["count"] + valid.sum(1)
         place = ring.slots(count, valid, self.size)
         capacity = ring.capacity(total, state["key"].shape[2], self.size)

@@ -96,8 +96,8 @@ class SlidingWindow:
         self, batch_size: int, own: AttentionSizes, dtype: torch.dtype, device: torch.device,
         *, sizes: Tensor | None = None,
     ) -> Tree:  # fmt: skip
-        """What a layer keeps before the first token; `sizes` `(B,)` are windows of the rows' own,
-        none larger than `size`."""
+        """Make what a layer keeps before the first token; `sizes` `(B,)` are windows of the rows'
+        own, none larger than `size`."""
         make: dict[str, Any] = {"device": device, "dtype": dtype}
         tree: Tree = {"tokens": torch.zeros(batch_size, dtype=torch.long, device=device)}
         if sizes is not None:
@@ -168,8 +168,8 @@ class SlidingWindow:
         return Evicted(positions, positions - sizes, kept, columns, inside if within else None)
 
     def _kept(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens read, which of kept rows and the segment's stay, `(B, W)`, and which of these
-        are real."""
+        """Choose what stays: tokens read, which of kept rows and the segment's stay, `(B, W)`, and
+        which of these are real."""
         before, valid = state["tokens"], attention.key_valid
         tokens = before + valid.sum(1)
         rows = latest(torch.cat([right_valid(before, self.kept), valid], 1), self.kept)
@@ -194,7 +194,7 @@ class SlidingWindow:
         )  # fmt: skip
 
     def _sinks(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor]:
-        """Keys and values of the document's first tokens, those just read among them."""
+        """Take keys and values of the document's first tokens, those just read among them."""
         before = state["sink_key"], state["sink_value"]
         first = attention.cached_per_step(
             ("sinks", self), lambda: self._first(attention, state["tokens"])
@@ -212,8 +212,9 @@ class SlidingWindow:
     def _first(
         self, attention: LayerAttention, before: Tensor
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Which sinks were read before the segment `(B, 1, n, 1)`, the segment's columns of the
-        others `(B, n)`, and which are read now `(B, 1, n, 1)`; None if all were read before."""
+        """Find the sinks: which were read before the segment `(B, 1, n, 1)`, the segment's columns
+        of the others `(B, n)`, and which are read now `(B, 1, n, 1)`; None if all were read
+        before."""
         if bool((before >= self.num_sinks).all()):
             return None
         valid = attention.key_valid
