@@ -156,7 +156,7 @@ class Backbone:
         return next((table for table in tables if table.num_embeddings >= limit), None)
 
     def first_position(self) -> Tensor:
-        """The vector `(D,)` that a learned position table adds at position 0.
+        """Return the vector `(D,)` that a learned position table adds at position 0.
 
         Raises:
             ValueError: if it is not added to the input embeddings themselves.
@@ -230,8 +230,8 @@ class Backbone:
         return attention_place.attention_modules(self.layers, without)
 
     def remembered(self, batch_size: int) -> Tree:
-        """What the recurrent layers remember of `batch_size` rows that have read nothing: a tree
-        for each of them by its number; empty for a backbone that has none."""
+        """Make what the recurrent layers remember of `batch_size` rows that have read nothing: a
+        tree for each layer by its number; empty for a backbone without such layers."""
         return tree_map(lambda t: t.new_zeros(batch_size, *t.shape[1:]), self._remembered)
 
     @property
@@ -249,7 +249,7 @@ class Backbone:
             attention_place.detach(self.model, modules)
 
     def attention_sizes(self) -> dict[int, AttentionSizes]:
-        """Heads and widths of every layer's attention, seen by running one token through it.
+        """Find heads and widths of every layer's attention by running one token through it.
 
         Raises:
             ValueError: if the model does not offer what the attention place needs.
@@ -275,7 +275,7 @@ class Backbone:
             self.decoder(inputs_embeds=self._noise(1), position_ids=where, **passed)
 
     def _noise(self, tokens: int) -> Tensor:
-        """Embeddings `(1, tokens, D)` at the scale of the model's own."""
+        """Draw embeddings `(1, tokens, D)` at the scale of the model's own."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, tokens, self.embedding_size, generator=generator)
         return (noise * (self.embedding_std() or 1.0)).to(self.device, self.embedding_weight.dtype)
@@ -294,7 +294,7 @@ class Backbone:
                 module.training = True
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """`(B, T)` ids -> `(B, T, D)` embeddings."""
+        """Turn ids `(B, T)` into embeddings `(B, T, D)`."""
         return self.embeddings(input_ids)
 
     def _feed_forward(self) -> nn.Module:
@@ -363,7 +363,7 @@ class Backbone:
             ).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits `(B, T, V)` of last hidden states, through the model's own forward."""
+        """Compute the logits `(B, T, V)` of last hidden states, through the model's own forward."""
         given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
         given.router_logits = None  # mixtures of experts ask for it
         stand_in = _Facade(self.decoder, given)
@@ -374,16 +374,17 @@ class Backbone:
         return out.logits
 
     def embedding_std(self) -> float:
-        """Standard deviation of the input embedding weights."""
+        """Compute the standard deviation of the input embedding weights."""
         return float(loaded(self.embeddings, "weight").detach().float().std())
 
     @torch.no_grad()
     def embedding_mean(self) -> Tensor:
-        """The mean `(D,)` of the embeddings of all ids, in float32."""
+        """Compute the mean `(D,)` of the embeddings of all ids, in float32."""
         ids = torch.arange(self.embedding_weight.shape[0], device=self.device)
         return sum(self.embed(part).float().sum(0) for part in ids.split(8192)) / len(ids)  # type: ignore[return-value]
 
 
 def memory_dtype(model: PreTrainedModel) -> torch.dtype:
-    """float32 for memory parameters, whatever the backbone's dtype (float64 for float64)."""
+    """Choose the dtype of memory parameters: float32 whatever the backbone's is, float64 for
+    float64."""
     return torch.promote_types(next(model.parameters()).dtype, torch.float32)

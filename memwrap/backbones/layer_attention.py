@@ -320,7 +320,7 @@ class LayerAttention:
         return mask if mask.dtype == torch.bool else mask >= 0
 
     def _visible_to_all(self, memories: Sequence[MemoryKeyValues], local: Tensor | None) -> Tensor:
-        """Who sees whom, what memories hold first: `(B, 1, T, M + K)` bool."""
+        """Tell which keys each query sees, the memories' first: `(B, 1, T, M + K)` bool."""
         visible = self.visible() if local is None else self.visible() & local[:, None]
         length = visible.shape[2]
         before = [
@@ -330,14 +330,14 @@ class LayerAttention:
         return torch.cat([*[b[:, None] for b in before], visible], -1)
 
     def _rotated_keys(self, memory: MemoryKeyValues, name: Hashable | None, kept: bool) -> Tensor:
-        """A memory's keys, rotated; with `kept`, those that are static are kept for later steps."""
+        """Rotate a memory's keys; with `kept`, static ones are kept for later steps."""
         dtype = self.rotated_key.dtype
         if kept and memory.static:
             return rotate_static(memory.keys, dtype, lambda: self._angles(memory.positions, name))
         return rotate(memory.keys.to(dtype), self._angles(memory.positions, name))
 
     def _query_seen_by(self, memory: MemoryKeyValues) -> Tensor:
-        """The queries rotated to where `memory` sees them (scaled as the model scales them)."""
+        """Rotate the queries to where `memory` sees them (scaled as the model scales them)."""
         return rotate(self._unrotated_query(), self._angles(memory.query_positions))  # type: ignore[arg-type]
 
     def _unrotated_query(self) -> Tensor:
@@ -345,7 +345,7 @@ class LayerAttention:
         return unrotate(self.rotated_query, angles)
 
     def _angles(self, positions: Tensor, name: Hashable | None = None) -> Angles | None:
-        """Angles at positions; with a `name`, computed once for all layers of the step."""
+        """Compute the angles at positions; with a `name`, once for all layers of the step."""
         rotary = self.step.rotary
         kind = rotary.kind(self.layer)
         if not kind:

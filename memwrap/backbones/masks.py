@@ -17,7 +17,7 @@ _ALLOWED = (*KINDS, *recurrence.KINDS, *PLAIN)
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """The kinds of a backbone's layers, sorted.
+    """List the kinds of a backbone's layers, sorted.
 
     Raises:
         ValueError: for a kind that an explicit mask cannot express, or layers without attention.
@@ -41,13 +41,13 @@ def layer_kinds(config: Any) -> list[str]:
 
 
 def recurrent_layers(config: Any) -> list[int]:
-    """Numbers of a backbone's recurrent layers."""
+    """List the numbers of a backbone's recurrent layers."""
     types = getattr(config, "layer_types", None) or []
     return [number for number, kind in enumerate(types) if kind in recurrence.KINDS]
 
 
 def layers_without_attention(config: Any) -> list[int]:
-    """Numbers of a backbone's layers that do not attend."""
+    """List the numbers of a backbone's layers that do not attend."""
     types = getattr(config, "layer_types", None) or []
     return [number for number, kind in enumerate(types) if kind not in ATTENDING]
 
@@ -61,8 +61,8 @@ def build_masks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | dict[str, Tensor | None] | None:
-    """The mask a backbone takes: one `(B, 1, T, K)` tensor, or one for each kind of layer (None
-    for those that do not attend).
+    """Build the mask that a backbone takes: one `(B, 1, T, K)` tensor, or one for each kind of
+    layer (None for those that do not attend).
 
     Args:
         config: the backbone's (text) config.

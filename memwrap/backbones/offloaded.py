@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 
 def loaded_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`named_parameters`, with the values of those that a device map keeps off their devices."""
+    """Iterate over `named_parameters`, with the values of those that a device map keeps off their
+    devices."""
     for name, parameter in module.named_parameters():
         if parameter.device.type == "meta":
             owner, _, own = name.rpartition(".")
@@ -18,8 +19,8 @@ def loaded_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def loaded(module: nn.Module, name: str) -> Tensor:
-    """The parameter `name` of `module` itself; where accelerate keeps it in the host's memory or
-    on disk and puts an empty one in its place, the one that is kept."""
+    """Return the parameter `name` of `module`; where accelerate keeps it in the host's memory or on
+    disk and puts an empty one in its place, return the one that is kept."""
     parameter = getattr(module, name)
     if parameter.device.type == "meta":
         for hook in hooks_of(module):
@@ -29,6 +30,6 @@ def loaded(module: nn.Module, name: str) -> Tensor:
 
 
 def hooks_of(module: nn.Module) -> tuple:
-    """What accelerate hung before and behind a module's forward."""
+    """List the hooks that accelerate hung before and behind a module's forward."""
     hook = getattr(module, "_hf_hook", None)
     return (hook, *getattr(hook, "hooks", ()))

@@ -126,7 +126,8 @@ class Recurrence:
             )
 
     def __call__(self, layer: int, call: Call, hidden: Tensor) -> Tensor:
-        """What the layer's module gives for `hidden` `(B, T, D)`, 0 where nothing is there."""
+        """Run the layer's module on `hidden` `(B, T, D)`; the output is 0 where there is no
+        token."""
         tree = self.states.get(str(layer), {})
         if self.whole:
             out, self.after[str(layer)] = _run(call, hidden, tree, layer)
@@ -149,7 +150,7 @@ def _run(call: Call, hidden: Tensor, tree: Tree, layer: int) -> tuple[Tensor, Tr
 
 
 def _placed(tree: Tree, rows: Tensor, new: Tree, batch: int) -> Tree:
-    """The states of all rows, those of `rows` from `new`."""
+    """Put the states `new` of `rows` among those of all rows."""
 
     def put(value: Tensor, old: Tensor) -> Tensor:
         return old.to(value.device, value.dtype).index_copy(0, rows.to(value.device), value)
@@ -249,7 +250,7 @@ class Probe(Recurrence):
         return out
 
     def empty(self, count: int, name: str) -> Tree:
-        """Each layer's tree of zeros `(1, ...)`.
+        """Make each layer's tree of zeros `(1, ...)`.
 
         Args:
             count: recurrent layers of the model.

@@ -42,8 +42,8 @@ def rotate_static(x: Tensor, dtype: torch.dtype, angles: Callable[[], Angles | N
 
 
 def unrotate(x: Tensor, angles: Angles | None) -> Tensor:
-    """The inverse of `rotate`: by `(cos, -sin)`, divided by `cos^2 + sin^2`, since some rotary
-    embeddings scale what they rotate. Computed in float32 (float64 for float64)."""
+    """Undo `rotate`: by `(cos, -sin)`, divided by `cos^2 + sin^2`, since some rotary embeddings
+    scale what they rotate. Computed in float32 (float64 for float64)."""
     if angles is None:
         return x
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -80,14 +80,15 @@ class Rotary:
         return self._module is not None
 
     def kind(self, layer: int) -> str:
-        """Layers of one kind share their angles; "" for a layer that does not rotate."""
+        """Name the layer's kind: layers of one kind share their angles; "" for a layer that does
+        not rotate."""
         if self._module is None or (self.rotated is not None and not self.rotated[layer]):
             return ""
         return self._types[layer] if self._by_type else "all"  # type: ignore[index]
 
     def angles(self, positions: Tensor, layer: int, like: Tensor) -> Angles | None:
-        """`(cos, sin)`, each `(B, T, R)`, at `positions` `(B, T)` (negative and fractional ones
-        too) for a layer; None where it does not rotate. `like` gives dtype and device."""
+        """Compute `(cos, sin)`, each `(B, T, R)`, at `positions` `(B, T)` (negative and fractional
+        ones too) for a layer; None where it does not rotate. `like` gives dtype and device."""
         kind = self.kind(layer)
         if not kind:
             return None

@@ -38,7 +38,7 @@ def extend(model: PreTrainedModel, size: int) -> None:
 
 
 def _tables(model: PreTrainedModel) -> list[Tensor]:
-    """Tensors with a row for every id: embeddings, and the head's where it has its own."""
+    """Return tensors with a row for every id: embeddings, and the head's where it has its own."""
     modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     tables = [getattr(m, name, None) for m in modules for name in ("weight", "bias")]
     return list({id(t): t for t in tables if t is not None}.values())
