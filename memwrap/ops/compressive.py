@@ -19,7 +19,8 @@ DILATION = 2
 
 
 def blocks(rows: Tensor, rate: int, dilation: int = 1) -> Tensor:
-    """`(B, H, N, D)` -> `(B, H, N // c, c, D)`: what each compressed row is made of.
+    """Split rows into what each compressed row is made of: `(B, H, N, D)` -> `(B, H, N // c, c,
+    D)`.
 
     With a dilation d, block i holds the rows `i c + (c - 1) - d (c - 1 - j)`, j = 0..c-1; rows
     before the first are zero.
@@ -62,7 +63,7 @@ def compress(
 
 
 def decompress(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The autoencoder's decoder g, a transposed convolution of kernel and stride c.
+    """Run the autoencoder's decoder g, a transposed convolution of kernel and stride c.
 
     Args:
         rows: `(B, H, n, D)`. weight: `(H, D_in, D_out, c)`. bias: `(H, D_out)`.
@@ -75,7 +76,7 @@ def decompress(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def most_used(usage: Tensor, evicted: Tensor, rate: int) -> tuple[Tensor, Tensor]:
-    """Which of the evicted rows are kept: those with the most attention, in their order.
+    """Choose the evicted rows that are kept: those with the most attention, in their order.
 
     Args:
         usage: `(B, N)`, attention that each row received.
@@ -96,7 +97,7 @@ def most_used(usage: Tensor, evicted: Tensor, rate: int) -> tuple[Tensor, Tensor
 def content_attention(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scaling: float
 ) -> Tensor:
-    """Attention by content alone, without mask or positions.
+    """Attend by content alone, without mask or positions.
 
     Args:
         query: `(B, H, T, Dk)`. key, value: `(B, Hkv, M, ...)`. valid: `(B, M)` bool.
@@ -121,8 +122,8 @@ def reconstruction(
     scaling: float,
     query_valid: Tensor | None = None,
 ) -> Tensor:
-    """Attention reconstruction loss (section 3.2, algorithm 2): mean squared difference of what
-    the queries find in the evicted rows and in their compression.
+    """Compute the attention reconstruction loss (section 3.2, algorithm 2): mean squared difference
+    of what the queries find in the evicted rows and in their compression.
 
     Gradients are stopped at everything but the compressed rows; with projections made from
     frozen weights they reach the compressor alone.
@@ -147,8 +148,8 @@ def reconstruction(
 
 
 def autoencoding(old: Tensor, rebuilt: Tensor, valid: Tensor) -> Tensor:
-    """Autoencoding loss (section 3.2): mean squared difference `(B,)` of evicted rows
-    `(B, H, M, D)` (constants) and what the decoder made of their compression, where `valid`
-    `(B, M)`."""
+    """Compute the autoencoding loss (section 3.2): mean squared difference `(B,)` of evicted rows
+    `(B, H, M, D)` (constants) and what the decoder made of their compression, where `valid` `(B,
+    M)`."""
     error = (rebuilt - old.detach()).square().mean((1, 3))
     return (error * valid).sum(1) / valid.sum(1).clamp_min(1)

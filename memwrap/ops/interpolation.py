@@ -16,8 +16,8 @@ _LEAST = 1e-30
 
 
 def naive(logits: Tensor, costs: Tensor, tokens: Tensor, weight: float, temperature: float):
-    """The specification, one position after the other: log of the mixed distribution `(..., V)`,
-    for neighbours that are all there and 0 < weight < 1."""
+    """Compute as specified, one position after the other: log of the mixed distribution `(...,
+    V)`, for neighbours that are all there and 0 < weight < 1."""
     flat = logits.reshape(-1, logits.shape[-1])
     result = torch.empty_like(flat)
     for i, (z, d, v) in enumerate(
@@ -33,8 +33,8 @@ def naive(logits: Tensor, costs: Tensor, tokens: Tensor, weight: float, temperat
 def neighbour_probabilities(
     costs: Tensor, tokens: Tensor, vocabulary: int, temperature: Tensor | float
 ) -> Tensor:
-    """p_kNN `(..., V)`: softmax of `-costs / temperature` `(..., K)`, summed over equal `tokens`
-    `(..., K)`. Zeros where there is no neighbour at all."""
+    """Compute p_kNN `(..., V)`: softmax of `-costs / temperature` `(..., K)`, summed over equal
+    `tokens` `(..., K)`. Zeros where there is no neighbour at all."""
     there = costs.isfinite()
     scores = (-costs / temperature).masked_fill(~there, -math.inf)
     scores = scores.masked_fill(~there.any(-1, keepdim=True), 0.0)
@@ -50,7 +50,7 @@ def interpolate(
     weight: Tensor | float,
     temperature: Tensor | float,
 ) -> Tensor:
-    """Logits of `(1 - weight) softmax(logits) + weight p_kNN`.
+    """Compute logits of `(1 - weight) softmax(logits) + weight p_kNN`.
 
     Args:
         logits: `(..., V)`.

@@ -22,14 +22,14 @@ _ROWS = 2**15
 
 
 def worst(metric: str) -> float:
-    """The score of a neighbour that is not there."""
+    """Return the score of a neighbour that is not there."""
     return math.inf if metric == "l2" else -math.inf
 
 
 def naive(
     queries: Tensor, keys: Tensor, k: int, metric: str = "l2", valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The specification: all scores, then a sort. See `nearest`."""
+    """Compute as specified: all scores, then a sort. See `nearest`."""
     work = accumulation_dtype(queries)
     q, e = queries.to(work), keys.to(work)
     if metric == "l2":
@@ -46,7 +46,7 @@ def naive(
 def nearest(
     queries: Tensor, keys: Tensor, k: int, metric: str = "l2", valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The `k` best entries of every query.
+    """Find the `k` best entries of every query.
 
     Args:
         queries: `(..., Q, D)`.
@@ -80,8 +80,8 @@ def nearest(
 def _part(
     queries: Tensor, keys: Tensor, k: int, metric: str, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`nearest` of as many queries as may be gathered at once: found by expanded distances block
-    by block, then scored exactly (differences, not a difference of large sums)."""
+    """Find `nearest` for as many queries as may be gathered at once: found by expanded distances
+    block by block, then scored exactly (differences, not a difference of large sums)."""
     with torch.no_grad():
         index = _search(queries.detach(), keys.detach(), k, metric, valid)
     work = accumulation_dtype(queries)
@@ -94,7 +94,8 @@ def _part(
 
 
 def _search(queries: Tensor, keys: Tensor, k: int, metric: str, valid: Tensor | None) -> Tensor:
-    """Numbers `(..., Q, min(k, N))` of the best entries, unordered, -1 for those not there."""
+    """Return numbers `(..., Q, min(k, N))` of the best entries, unordered, -1 for those not
+    there."""
     work = accumulation_dtype(queries)
     q, count = queries.to(work), keys.shape[-2]
     q = 2 * q if metric == "l2" else q
@@ -117,8 +118,8 @@ def _search(queries: Tensor, keys: Tensor, k: int, metric: str, valid: Tensor | 
 
 
 def take(keys: Tensor, index: Tensor) -> Tensor:
-    """The entries `index` `(..., Q, K)` of `keys` `(..., N, D)`: `(..., Q, K, D)`; some entry
-    where the index is -1."""
+    """Return the entries `index` `(..., Q, K)` of `keys` `(..., N, D)`: `(..., Q, K, D)`; some
+    entry where the index is -1."""
     flat = index.clamp_min(0).flatten(-2)[..., None].expand(*index.shape[:-2], -1, keys.shape[-1])
     return keys.gather(-2, flat).unflatten(-2, index.shape[-2:])
 

@@ -12,7 +12,7 @@ from memwrap.ops.buffers import filled
 def recall(
     query: Tensor, cache: Tensor, count: Tensor, w_query: Tensor, w_key: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`softmax(S W_q^T (M W_k^T)^T / sqrt(d)) M` over the filled places of the cache M.
+    """Compute `softmax(S W_q^T (M W_k^T)^T / sqrt(d)) M` over the filled places of the cache M.
 
     The values are the cached rows themselves. Scores and their softmax are float32 (float64 for
     float64 inputs), the scale is the same in training and generation.

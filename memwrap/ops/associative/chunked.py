@@ -14,7 +14,7 @@ EPS = 1e-5
 
 
 def dpfp(x: Tensor, nu: int) -> Tensor:
-    """Deterministic parameter-free projection (Schlag et al. 2021, eq. 37).
+    """Apply the deterministic parameter-free projection (Schlag et al. 2021, eq. 37).
 
     With `u = [relu(x), relu(-x)]`, the features are `u * roll(u, j)` for `j = 1..nu`.
 
@@ -30,7 +30,7 @@ def dpfp(x: Tensor, nu: int) -> Tensor:
 
 
 def features(x: Tensor, nu: int, normalize: bool) -> Tensor:
-    """DPFP in the accumulation dtype; `normalize` divides by the L2 norm (the later code)."""
+    """Apply DPFP in the accumulation dtype; `normalize` divides by the L2 norm (the later code)."""
     phi = dpfp(x.to(accumulation_dtype(x)), nu)
     return F.normalize(phi, dim=-1) if normalize else phi
 

@@ -119,7 +119,7 @@ class SlotCache:
         size: int,
         device: torch.device,
     ) -> list[Tensor]:
-        """As `take`, on `device`."""
+        """Take entries as `take` does, on `device`."""
         if torch.is_grad_enabled():  # what is held here belongs to no graph
             return [moved(t, device) for t in take(pages, names, rows, entries, size)]
         with self._lock:

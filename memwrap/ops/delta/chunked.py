@@ -30,14 +30,15 @@ CHUNK = 32  # at 64 the triangular systems take longer than all else
 
 
 def unit(x: Tensor) -> Tensor:
-    """`x / sqrt(sum(x^2) + 1e-6)` over the last dimension, in x's dtype."""
+    """Normalise over the last dimension, `x / sqrt(sum(x^2) + 1e-6)`, in x's dtype."""
     wide = x.to(accumulation_dtype(x))
     return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 
 def between(g: Tensor) -> Tensor:
-    """`(..., C)` -> `(..., C, C)`: what a gate sums to from behind token i up to token t (0 where
-    i >= t). Summed, not subtracted: a strong gate before i leaves no rounding error behind."""
+    """Sum gates, `(..., C)` -> `(..., C, C)`: what a gate sums to from behind token i up to token t
+    (0 where i >= t). Summed, not subtracted: a strong gate before i leaves no rounding error
+    behind."""
     size = g.shape[-1]
     return g[..., None].expand(*g.shape, size).tril(-1).cumsum(-2)
 
@@ -46,7 +47,7 @@ def scan_chunked(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
     l2norm: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`delta.scan`."""
+    """Compute `delta.scan`."""
     if q.shape[2] == 1:
         return _token(q, k, v, beta, g, state, scale, l2norm)
     if beta.dim() == 4:
@@ -59,7 +60,7 @@ def _token(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
     l2norm: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A single token, as in decoding: no system to be solved."""
+    """Take in a single token, as in decoding: no system to be solved."""
     dtype, strength = state.dtype, beta if beta.dim() == 4 else beta[..., None]
     q, k = q.to(dtype), k.to(dtype)
     if l2norm:
@@ -74,7 +75,7 @@ def _by_channel(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
     l2norm: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """With a strength for each value channel the channels are heads of one channel each."""
+    """Turn value channels with strengths of their own into heads of one channel each."""
     heads, width = v.shape[1], v.shape[3]
     q = q.unflatten(1, (heads, 1, -1)).expand(-1, -1, width, -1, -1, -1)
     group = q.shape[3]
@@ -122,7 +123,7 @@ def _changes(
     first_keys: Tensor, last_keys: Tensor, values: Tensor, inverse: Tensor, decay: Tensor | None,
     state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Chunk after chunk: `u = (1 + A)^-1 beta (v - k S)`, then `S' = decay S + k^T u`.
+    """Go chunk after chunk: `u = (1 + A)^-1 beta (v - k S)`, then `S' = decay S + k^T u`.
 
     Args:
         first_keys, last_keys, values: `(B, H, N, C, D)`.

@@ -31,14 +31,15 @@ Parts = tuple[Tensor | None, ...]
 def scan_chunked(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`gla.scan`."""
+    """Compute `gla.scan`."""
     if q.shape[2] == 1:
         return _token(q, k, v, g, state, scale)
     return in_blocks(partial(_block, scale=scale), (q, k, v, g, None), state)
 
 
 def decayed(state: Tensor, g: Tensor | None) -> Tensor:
-    """The state behind one token's forget gate `(B, Hkv, 1)` or, by channel, `(B, Hkv, 1, Dk)`."""
+    """Compute the state behind one token's forget gate `(B, Hkv, 1)` or, by channel, `(B, Hkv, 1,
+    Dk)`."""
     if g is None:
         return state
     decay = g.to(state.dtype).exp()
@@ -46,7 +47,7 @@ def decayed(state: Tensor, g: Tensor | None) -> Tensor:
 
 
 def read_token(q: Tensor, state: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """What one token's queries `(B, H, 1, Dk)` read, `(B, H, 1, Dv)`."""
+    """Read for one token's queries `(B, H, 1, Dk)`: `(B, H, 1, Dv)`."""
     heads = state.shape[1]
     queries = q.to(state.dtype).squeeze(2).unflatten(1, (heads, -1)) * scale
     return (queries @ state).flatten(1, 2)[:, :, None].to(dtype)
@@ -55,7 +56,7 @@ def read_token(q: Tensor, state: Tensor, scale: float, dtype: torch.dtype) -> Te
 def _token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """A single token, as in decoding: no chunk to be made."""
+    """Take in a single token, as in decoding: no chunk to be made."""
     state = torch.addcmul(decayed(state, g), k.to(state.dtype).mT, v.to(state.dtype))
     return read_token(q, state, scale, v.dtype), state
 
@@ -63,8 +64,8 @@ def _token(
 def scan_value_gated(
     q: Tensor, k: Tensor, v: Tensor, gv: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`gla.scan` with a gate for each value channel, `(B, Hkv, T, Dv)`: the columns of the state
-    decay instead of its rows."""
+    """Compute `gla.scan` with a gate for each value channel, `(B, Hkv, T, Dv)`: the columns of the
+    state decay instead of its rows."""
     return in_blocks(partial(_block, scale=scale), (q, k, v, None, gv), state)
 
 
@@ -98,13 +99,13 @@ def in_blocks(
 
 
 def chunk_size(tokens: int) -> int:
-    """A power of two, at most `CHUNK`."""
+    """Return a power of two, at most `CHUNK`."""
     return min(CHUNK, 1 << (tokens - 1).bit_length())
 
 
 def chunked(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """`(B, H, T, ...)` -> `(B, H, N, C, ...)`, the last chunk filled with zeros. Contiguous, or
-    every product with it would copy it."""
+    """Cut into chunks, `(B, H, T, ...)` -> `(B, H, N, C, ...)`, the last one filled with zeros.
+    Contiguous, or every product with it would copy it."""
     missing = -x.shape[2] % size
     x = x.to(dtype)
     if missing:
@@ -113,17 +114,17 @@ def chunked(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def grouped(q: Tensor, heads: int, size: int, scale: float, dtype: torch.dtype) -> Tensor:
-    """Queries `(B, H, T, D)`, scaled -> `(B, Hkv, N, C, G, D)`: those of one state together."""
+    """Group scaled queries by state: `(B, H, T, D)` -> `(B, Hkv, N, C, G, D)`."""
     return chunked(q.unflatten(1, (heads, -1)).transpose(2, 3).to(dtype) * scale, size, dtype)
 
 
 def ungrouped(out: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """`(B, Hkv, N, C, G, D)` -> `(B, H, T, D)`."""
+    """Undo `grouped`: `(B, Hkv, N, C, G, D)` -> `(B, H, T, D)`."""
     return out.flatten(2, 3)[:, :, :tokens].transpose(2, 3).flatten(1, 2).to(dtype)
 
 
 def carried(state: Tensor, decay: Tensor | None, written: Tensor) -> tuple[Tensor, Tensor]:
-    """States before each chunk, `(B, H, N, Dk, Dv)`, and after the last one.
+    """Compute the states before each chunk, `(B, H, N, Dk, Dv)`, and after the last one.
 
     Args:
         state: `(B, H, Dk, Dv)`, before the first chunk.
@@ -141,7 +142,8 @@ def _block(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, state: Tensor, *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`g` gates channels of keys, `(B, Hkv, T, Dk)`, or whole heads, `gv` channels of values."""
+    """Compute a block: `g` gates channels of keys, `(B, Hkv, T, Dk)`, or whole heads, `gv` channels
+    of values."""
     tokens, dtype = q.shape[2], state.dtype
     size, logs, strong = chunk_size(tokens), None, False
     if g is not None or gv is not None:
@@ -161,7 +163,7 @@ def _block(
 
 
 def _read(q: Tensor, k: Tensor, v: Tensor, before: Tensor) -> Tensor:
-    """What tokens read of their own chunk and of the state before it, both without decay."""
+    """Read for tokens their own chunk and the state before it, both without decay."""
     rows, size = q.flatten(-3, -2), k.shape[-2]
     seen = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
     scores = (rows @ k.mT).unflatten(-2, q.shape[-3:-1]) * seen[:, None]
@@ -173,8 +175,8 @@ def _read(q: Tensor, k: Tensor, v: Tensor, before: Tensor) -> Tensor:
 def _scaled(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, of_keys: bool, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gates in range: everything is told from a chunk's first token on. Rows of a state, or its
-    columns, then do not decay inside the chunk, but all at once behind it."""
+    """Compute a block for gates in range: everything is told from a chunk's first token on. Rows of
+    a state, or its columns, then do not decay inside the chunk, but all at once behind it."""
     prefix = g.cumsum(-2)
     after, rest = prefix.exp2(), prefix.neg().exp2()
     if of_keys:
@@ -191,7 +193,7 @@ def _scaled(
 def _halved(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, of_keys: bool, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gates of any strength."""
+    """Compute a block for gates of any strength."""
     out, prefix, suffix = _by_halves(q, k, v, g, of_keys)
     after, rest = prefix.exp2(), suffix.exp2()
     k, v = (k * rest, v) if of_keys else (k, v * rest)
@@ -204,8 +206,8 @@ def _halved(
 
 
 def _length(logs: Tensor) -> tuple[int, bool]:
-    """How many tokens a chunk may have, of at most C in `(..., C, D)`, for the gates to stay in
-    range; and whether they are so strong that none may (a compiler must think so)."""
+    """Tell how many tokens a chunk may have, of at most C in `(..., C, D)`, for the gates to stay
+    in range; and whether they are so strong that none may (a compiler must think so)."""
     longest = size = logs.shape[-2]
     if torch.compiler.is_compiling():
         return longest, True
@@ -219,7 +221,7 @@ def _length(logs: Tensor) -> tuple[int, bool]:
 def _by_halves(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, of_keys: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the tokens of a chunk read of the same chunk, for gates of any strength.
+    """Read for the tokens of a chunk the same chunk, for gates of any strength.
 
     Args:
         g: a gate a channel, of the keys or of the values.

@@ -21,7 +21,7 @@ SAME_WIDTH = ("softmax", "elu", "none")
 
 
 def features(x: Tensor, kind: str) -> Tensor:
-    """Features of queries or keys `(..., D)`.
+    """Compute features of queries or keys `(..., D)`.
 
     Args:
         x: raw queries or keys.
@@ -44,14 +44,14 @@ def features(x: Tensor, kind: str) -> Tensor:
 
 
 def feature_width(kind: str, width: int) -> int:
-    """F for D = `width`."""
+    """Compute F for D = `width`."""
     if kind == "hedgehog":
         return 2 * width
     return 1 + width + width * (width + 1) // 2 if kind == "taylor" else width
 
 
 def learned_features(x: Tensor, weight: Tensor) -> Tensor:
-    """Hedgehog's features with a learned matrix a head.
+    """Compute Hedgehog's features with a learned matrix a head.
 
     Args:
         x: `(B, H, T, D)`.
@@ -66,7 +66,8 @@ def learned_features(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _taylor(x: Tensor) -> Tensor:
-    """`1, x, x_i x_j` so that the product of two is `1 + s + s^2 / 2`, s the scaled product."""
+    """Compute `1, x, x_i x_j` so that the product of two is `1 + s + s^2 / 2`, s the scaled
+    product."""
     width = x.shape[-1]
     x = x * width**-0.25
     first, second = torch.triu_indices(width, width, device=x.device)

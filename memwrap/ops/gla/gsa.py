@@ -81,7 +81,7 @@ def _scan_naive(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, state: tuple[Tensor, Tensor],
     scale: float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """The specification."""
+    """Compute it as specified."""
     group, dtype = q.shape[1] // k.shape[1], state[0].dtype
     K, V = (x.clone() for x in state)
     rows = []

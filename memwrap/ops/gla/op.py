@@ -73,7 +73,7 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None,
     mask: Tensor | None, cu_seqlens: Tensor | None,
 ) -> None:  # fmt: skip
-    """Shapes must fit the keys'; query heads are a multiple of the keys' heads."""
+    """Check shapes against the keys'; query heads are a multiple of the keys' heads."""
     check_sequences(q, k, v, state, mask, cu_seqlens)
     if g is not None and g.shape not in (k.shape, k.shape[:3]):
         raise ValueError(

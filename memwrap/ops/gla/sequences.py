@@ -56,7 +56,7 @@ def check_sequences(
 
 
 def _check_cumulated(cu: Tensor, batch: int, tokens: int, mask: Tensor | None) -> int:
-    """The number of sequences. What `cu` holds is looked at on the CPU only."""
+    """Return the number of sequences. What `cu` holds is looked at on the CPU only."""
     if batch != 1 or mask is not None:
         raise ValueError(f"cu_seqlens needs one row and no mask; there are {batch} rows.")
     if cu.dim() != 1 or len(cu) < 2 or cu.is_floating_point():
@@ -69,7 +69,7 @@ def _check_cumulated(cu: Tensor, batch: int, tokens: int, mask: Tensor | None) -
 
 
 def masked_tokens(mask: Tensor, *tensors: Tensor | None) -> Any:
-    """Tensors `(B, H, T, ...)` with zeros where `mask` `(B, T)` is false, NaN there too."""
+    """Fill tensors `(B, H, T, ...)` with zeros where `mask` `(B, T)` is false, NaN there too."""
     hidden = ~mask[:, None]
     return tuple(
         None if x is None else x.masked_fill(hidden.view(*hidden.shape, *[1] * (x.dim() - 3)), 0.0)

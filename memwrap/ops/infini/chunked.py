@@ -20,7 +20,7 @@ LOG2_E = math.log2(math.e)
 
 
 def phi(x: Tensor) -> Tensor:
-    """ELU(x) + 1 in the accumulation dtype: `x + 1` above 0, `exp(x)` below.
+    """Compute ELU(x) + 1 in the accumulation dtype: `x + 1` above 0, `exp(x)` below.
 
     Written without `expm1(x) + 1`, which is 0 below -17 in float32: features stay positive. And
     without a clamp, whose gradient at the bound is 1 or 0 by torch's version: here it is 1.
@@ -31,7 +31,7 @@ def phi(x: Tensor) -> Tensor:
 
 
 def _lookup(features: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
-    """`features M / (features z)`, 0 where the denominator is 0: `(..., T, Dv)`.
+    """Compute `features M / (features z)`, 0 where the denominator is 0: `(..., T, Dv)`.
 
     An empty memory gives 0 with zero gradients, not 0 times 1/eps.
     """
@@ -42,7 +42,7 @@ def _lookup(features: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
 
 
 def _masked(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys whose features are exactly 0 and values 0 where the mask is false."""
+    """Make keys whose features are exactly 0 and values 0 where the mask is false."""
     if mask is None:
         return k, v
     hidden = ~mask[:, None, :, None]
@@ -50,7 +50,7 @@ def _masked(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def read_chunked(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
-    """`infini.read`."""
+    """Compute `infini.read`."""
     grouped = q.unflatten(1, (M.shape[1], -1)).flatten(2, 3)  # (B, Hkv, G * T, Dk)
     return _lookup(phi(grouped).to(M.dtype), M, z, eps).view(*q.shape[:3], M.shape[-1])
 
@@ -58,7 +58,7 @@ def read_chunked(q: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
 def write_chunked(
     k: Tensor, v: Tensor, M: Tensor, z: Tensor, delta: bool, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`infini.write`."""
+    """Compute `infini.write`."""
     k, v = _masked(k, v, mask)
     features, v = phi(k).to(M.dtype), v.to(M.dtype)
     if delta:
@@ -70,7 +70,7 @@ def scan_chunked(
     q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
     mask: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`infini.scan`."""
+    """Compute `infini.scan`."""
     if torch.compiler.is_compiling():  # which fuses what is plain, and knows no scratch
         return _scan_plain(q, k, v, M, z, segment_size, delta, mask, eps)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v, M, z)):
@@ -82,7 +82,7 @@ def _scan_plain(
     q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
     mask: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The scan as its parts."""
+    """Run the scan as its parts."""
     out = [M.new_empty(*q.shape[:2], 0, M.shape[-1])]
     for start in range(0, q.shape[2], segment_size):
         part = slice(start, start + segment_size)
@@ -107,8 +107,8 @@ class _Scratch:
         return self.kept[place]
 
     def phi(self, x: Tensor) -> Tensor:
-        """`phi` of `(B, H, T, D)`, the heads of one memory joined: `(B, Hkv, G * T, D)`. Powers of
-        two take a third of `exp`'s time where torch leaves that to MKL."""
+        """Compute `phi` of `(B, H, T, D)`, the heads of one memory joined: `(B, Hkv, G * T, D)`.
+        Powers of two take a third of `exp`'s time where torch leaves that to MKL."""
         x = _grouped(x, self.M.shape[1]).to(self.M.dtype)
         out, above = self.take("features", *x.shape), self.take("above", *x.shape)
         torch.clamp(x, max=0, out=out)
@@ -116,23 +116,23 @@ class _Scratch:
         return out.mul_(LOG2_E).exp2_().add_(above).flatten(2, 3)
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """`a @ b` of `(B, Hkv, ...)`."""
+        """Compute `a @ b` of `(B, Hkv, ...)`."""
         out = self.take(name, *a.shape[:3], b.shape[3])
         torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
         return out
 
     def sums(self, a: Tensor, b: Tensor, dim: int) -> Tensor:
-        """`(a * b).sum(dim)`: torch is slow at products with a single column."""
+        """Compute `(a * b).sum(dim)`: torch is slow at products with a single column."""
         return torch.mul(a, b, out=self.take("terms", *a.shape)).sum(dim, keepdim=True)
 
     def inverse(self, features: Tensor, z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The denominators `(B, Hkv, T, 1)`, and 1 over them (0 for an empty memory)."""
+        """Compute the denominators `(B, Hkv, T, 1)`, and 1 over them (0 for an empty memory)."""
         below = self.sums(features, z.unsqueeze(-2), -1)
         return below, below.clamp_min(eps).reciprocal_().masked_fill_(below == 0, 0.0)
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
-    """`(B, H, T, D)` -> `(B, Hkv, G, T, D)`."""
+    """Group heads by memory: `(B, H, T, D)` -> `(B, Hkv, G, T, D)`."""
     return x.unflatten(1, (heads, -1))
 
 
@@ -141,13 +141,13 @@ def _parts(x: Tensor | None, segment_size: int, count: int, dim: int) -> list[An
 
 
 def _add_product(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """`a + b^T c` of `(B, Hkv, ...)`."""
+    """Compute `a + b^T c` of `(B, Hkv, ...)`."""
     joined = torch.baddbmm(a.flatten(0, 1), b.flatten(0, 1).mT, c.flatten(0, 1))
     return joined.view(a.shape)
 
 
 def _is_empty(z: Tensor) -> bool:
-    """Nothing was written: then nothing needs to be read."""
+    """Tell whether nothing was written: then nothing needs to be read."""
     return not bool(z.any())
 
 
@@ -155,7 +155,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, segment_size: int, delta: bool,
     mask: Tensor | None, eps: float, states: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The scan without a graph; M and z before each segment go into `states`, if any."""
+    """Run the scan without a graph; M and z before each segment go into `states`, if any."""
     heads, work, empty = M.shape[1], _Scratch(M), _is_empty(z)
     out = M.new_empty(*q.shape[:3], v.shape[-1])
     parts = [x.split(segment_size, dim=2) for x in (q, k, v, out)]
@@ -221,7 +221,8 @@ def _write_backward(
     work: _Scratch, k: Tensor, v: Tensor, M: Tensor, z: Tensor, E: Tensor, e: Tensor, delta: bool,
     eps: float, dk: Tensor, dv: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of one segment's keys and values (into dk and dv), and of the memory before it."""
+    """Compute the gradients of one segment's keys and values (into dk and dv), and of the memory
+    before it."""
     features, v = work.phi(k), v.to(M.dtype)
     change = work.product("change", features, E)
     dv.copy_(change)
@@ -245,8 +246,8 @@ def _read_backward(
     work: _Scratch, q: Tensor, d_out: Tensor, M: Tensor, z: Tensor, E: Tensor, e: Tensor,
     eps: float, dq: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of one segment's queries (into dq), and of the memory that they read, added to
-    E and e."""
+    """Compute the gradients of one segment's queries (into dq), and of the memory that they read,
+    added to E and e."""
     heads = M.shape[1]
     features, d_out = work.phi(q), _grouped(d_out, heads)
     below, inverse = work.inverse(features, z, eps)

@@ -11,7 +11,7 @@ from memwrap.ops.infini.chunked import phi
 
 
 def _look_up_one(features: Tensor, M: Tensor, z: Tensor, eps: float) -> Tensor:
-    """One token, one head: features `(Dk,)`, M `(Dk, Dv)`, z `(Dk,)` -> `(Dv,)`."""
+    """Look up for one token and one head: features `(Dk,)`, M `(Dk, Dv)`, z `(Dk,)` -> `(Dv,)`."""
     denominator = (features * z).sum()
     if float(denominator.detach()) == 0.0:
         return torch.zeros_like(M[0])

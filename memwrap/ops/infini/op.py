@@ -80,7 +80,7 @@ def scan(
     mask: Tensor | None = None,
     eps: float = EPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All segments of a sequence: each is read with the memory before it, then written.
+    """Go through all segments of a sequence: each is read with the memory before it, then written.
 
     Args:
         q: raw queries `(B, H, T, Dk)`.
@@ -123,7 +123,7 @@ def _check(
     q: Tensor | None, k: Tensor | None, v: Tensor | None, M: Tensor, z: Tensor,
     mask: Tensor | None,
 ) -> None:  # fmt: skip
-    """Shapes must fit the memory's; query heads are a multiple of its heads."""
+    """Check shapes against the memory's; query heads are a multiple of its heads."""
     if M.dim() != 4 or z.shape != M.shape[:3]:
         raise ValueError(
             f"The memory has M {list(M.shape)} and z {list(z.shape)}; they must be "

@@ -21,7 +21,7 @@ from memwrap.ops.infllm.naive import (
 
 
 def settled(tokens: Tensor, window: int, sinks: int, block: int) -> tuple[Tensor, Tensor]:
-    """What of a row's first `tokens` `(B,)` tokens is a sink and what a unit.
+    """Tell what of a row's first `tokens` `(B,)` tokens is a sink and what a unit.
 
     The first tokens that leave the window become sinks; each block of tokens behind them becomes
     a unit once all of it has left.
@@ -36,8 +36,8 @@ def settled(tokens: Tensor, window: int, sinks: int, block: int) -> tuple[Tensor
 def gather_queries(
     query: Tensor, starts: Tensor, valid: Tensor, total: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The queries with which units are selected: at each start the mean of the queries since the
-    last one, its own included.
+    """Compute the queries with which units are selected: at each start the mean of the queries
+    since the last one, its own included.
 
     Args:
         query: `(B, H, T, D)`, plain.
@@ -55,7 +55,7 @@ def gather_queries(
 
 
 def unit_scores(query: Tensor, rep: Tensor) -> Tensor:
-    """What units are worth to selecting queries: inner products summed over the heads.
+    """Score units for selecting queries: inner products summed over the heads.
 
     Args:
         query: `(B, S, H, D)`, rotated to the units' distance.
@@ -72,7 +72,7 @@ def unit_scores(query: Tensor, rep: Tensor) -> Tensor:
 
 
 def select(scores: Tensor, units: Tensor, top_k: int) -> Tensor:
-    """The `top_k` units of the largest scores; of equal ones the most recent.
+    """Choose the `top_k` units of the largest scores; of equal ones the most recent.
 
     Args:
         scores: `(B, S, N)`.
@@ -87,8 +87,8 @@ def select(scores: Tensor, units: Tensor, top_k: int) -> Tensor:
 
 
 def representatives(keys: Tensor, scores: Tensor, count: int) -> Tensor:
-    """One vector a unit and query head: the mean of the raw keys of its `count` tokens with the
-    largest scores; of equal ones the first.
+    """Compute one vector a unit and query head: the mean of the raw keys of its `count` tokens with
+    the largest scores; of equal ones the first.
 
     Args:
         keys: `(B, N, Hkv, b, D)`.
@@ -103,8 +103,8 @@ def representatives(keys: Tensor, scores: Tensor, count: int) -> Tensor:
 
 
 def received_products(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
-    """The paper's score of a token (eq. 1, times l_L): the sum of its key's inner products with
-    the queries that see it.
+    """Compute the paper's score of a token (eq. 1, times l_L): the sum of its key's inner products
+    with the queries that see it.
 
     Args:
         query: `(B, H, T, D)`, rotated. key: `(B, Hkv, K, D)`, rotated.

@@ -15,9 +15,9 @@ from memwrap.ops.landmark.chunked import capped
 
 
 def queries_for(block_size: int, top_k: int, places: Tensor) -> Tensor:
-    """Positions `(B, T, R + 1)` at which a query at `places` `(B, T)` sees the block that stands
-    u = 1 .. R + 1 blocks in front of the segment, where a block's rows have positions 0 .. m:
-    R + 1 slots of m + 1 positions lie directly before the segment (section 3.2)."""
+    """Return positions `(B, T, R + 1)` at which a query at `places` `(B, T)` sees the block that
+    stands u = 1 .. R + 1 blocks in front of the segment, where a block's rows have positions 0 ..
+    m: R + 1 slots of m + 1 positions lie directly before the segment (section 3.2)."""
     back = torch.arange(1, top_k + 2, device=places.device)
     return places[..., None] + back * (block_size + 1)
 
@@ -31,7 +31,7 @@ def block_scores(
     *,
     tied: bool = False,
 ) -> Tensor:
-    """Scores of the stored blocks by their landmarks.
+    """Score the stored blocks by their landmarks.
 
     The last R blocks are seen where they stand, all older ones in the one slot before these.
 
@@ -68,14 +68,14 @@ def block_scores(
 
 
 def shares(scores: Tensor) -> Tensor:
-    """What each block gets of a query by the scores `(..., N)` alone; 0 where there is none."""
+    """Share a query among blocks by the scores `(..., N)` alone; 0 where there is none."""
     there = scores > -torch.inf
     return scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-1) * there
 
 
 def choose(scores: Tensor, top_k: int) -> Tensor:
-    """The blocks with the largest scores `(..., N)`, `(..., R)` ascending; N where fewer are there.
-    Of equal scores the most recent blocks are taken."""
+    """Return the blocks with the largest scores `(..., N)`, `(..., R)` ascending; N where fewer are
+    there. Of equal scores the most recent blocks are taken."""
     size = scores.shape[-1]
     top_k = min(top_k, size)
     least = scores.topk(top_k, -1).values[..., -1:]
@@ -88,7 +88,7 @@ def choose(scores: Tensor, top_k: int) -> Tensor:
 
 
 def read_slots(ids: Tensor, count: Tensor, top_k: int) -> Tensor:
-    """How many blocks back each chosen block is read, `(B, H, T, R)`, for `choose`'s result.
+    """Tell how many blocks back each chosen block is read, `(B, H, T, R)`, for `choose`'s result.
 
     The r-th of R = min(top_k, count) blocks stands at slot r of the R + 1 before the segment, and
     at slot r + 1 if it is one of the last R.
@@ -100,7 +100,7 @@ def read_slots(ids: Tensor, count: Tensor, top_k: int) -> Tensor:
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> Tensor:
-    """One attention `(B, H, T, Dv)` of several over different keys, each with its sum's log."""
+    """Merge attentions `(B, H, T, Dv)` over different keys, each with its sum's log, to one."""
     logs = torch.stack([log for _, log in parts])
     weights = (logs - logs.logsumexp(0)).exp()[..., None]
     dtype = parts[0][0].dtype

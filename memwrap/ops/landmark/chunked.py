@@ -51,8 +51,8 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, m: int, scaling: float, places: Tensor, landmark: Tensor,
     valid: Tensor | None, documents: Tensor | None, softcap: float | None, window: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One softmax over `x_j + b_s`: with `b_s = x_{l_s} - logsumexp(x over N_s)` for an earlier
-    section and 0 for the own one, the weights are those of the grouped softmax."""
+    """Attend by one softmax over `x_j + b_s`: with `b_s = x_{l_s} - logsumexp(x over N_s)` for an
+    earlier section and 0 for the own one, the weights are those of the grouped softmax."""
     batch, heads, length, _ = q.shape
     total, groups = k.shape[2], heads // k.shape[1]
     short = -total % (m + 1)
@@ -121,8 +121,8 @@ def _read_gathered(
     q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, valid: Tensor, flat: Tensor,
     scaling: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What `q` `(B, H, T, R, Dk)` finds in each of its blocks, `(B, H, T, R, Dv)`, and the scores
-    of their landmarks `(B, H, T, R)`; the blocks `flat` `(B, H, 1, R)` are those of all queries."""
+    """Read for `q` `(B, H, T, R, Dk)` each of its blocks, `(B, H, T, R, Dv)`, with the scores of
+    their landmarks `(B, H, T, R)`; the blocks `flat` `(B, H, 1, R)` are those of all queries."""
     key, value, mark, here = (_rows(x, flat, q.device) for x in (keys, values, landmarks, valid))
     gate = torch.einsum("bhtrd,bhrd->bhtr", q, mark.squeeze(2))
     x = torch.einsum("bhtrd,bhrmd->bhtrm", q, key.squeeze(2))
@@ -136,7 +136,8 @@ def _read_grouped(
     q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, valid: Tensor, flat: Tensor,
     there: Tensor, scaling: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same where each query has blocks of its own, `flat` and `there` `(B, H, T, R)`.
+    """Read as `_read_gathered`, where each query has blocks of its own, `flat` and `there` `(B, H,
+    T, R)`.
 
     The pairs of a query and a block are sorted by block, so that a block's keys are fetched for all
     that read it: queries move, which are m times smaller. Pairs stand in rows of one length, near
@@ -175,8 +176,8 @@ def _read_grouped(
 
 
 def _rows(x: Tensor, flat: Tensor, device: torch.device | None = None) -> Tensor:
-    """Blocks of `x` `(B, Hkv, N, ...)` by their flat index. From another device each block that
-    any query needs comes over once."""
+    """Return blocks of `x` `(B, Hkv, N, ...)` by their flat index. From another device each block
+    that any query needs comes over once."""
     source = x.reshape(-1, *x.shape[3:])
     if device is None or x.device == device:
         return source.index_select(0, flat.flatten()).view(*flat.shape, *x.shape[3:])

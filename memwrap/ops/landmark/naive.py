@@ -14,7 +14,7 @@ from memwrap.ops import accumulation_dtype
 def grouped_softmax(
     scores: Tensor, landmark: Tensor, visible: Tensor, current: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention weights where landmarks stand anywhere.
+    """Compute attention weights where landmarks stand anywhere.
 
     A landmark belongs to the section that it closes. The landmark of a query's own section has no
     weight. A landmark whose section has no visible token keeps its share, which is lost, as
@@ -48,7 +48,7 @@ def grouped_softmax(
 def _one(
     x: Tensor, landmark: Tensor, seen: list[int], section: Tensor, current: int
 ) -> tuple[Tensor, Tensor]:
-    """The weights `(H, K)` of one query."""
+    """Compute the weights `(H, K)` of one query."""
     own = [j for j in seen if section[j] == current and not landmark[j]]
     gates = [j for j in seen if section[j] < current and landmark[j]]
     p = torch.zeros_like(x)
@@ -69,7 +69,7 @@ def attention_naive(
     q: Tensor, k: Tensor, v: Tensor, m: int, scaling: float, places: Tensor, landmark: Tensor,
     valid: Tensor | None, documents: Tensor | None, softcap: float | None, window: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`attention`, from all scores at once."""
+    """Compute `attention`, from all scores at once."""
     x = scores(q, k, scaling, softcap)
     index = torch.arange(k.shape[2], device=q.device)
     section = index // (m + 1)
@@ -93,7 +93,7 @@ def attention_naive(
 
 
 def scores(q: Tensor, k: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """`(B, H, T, K)`."""
+    """Compute the scores `(B, H, T, K)`."""
     kv = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     wide = accumulation_dtype(q)
     x = (q.to(wide) @ k[:, kv].to(wide).transpose(-1, -2)) * scaling
@@ -104,7 +104,7 @@ def retrieved_naive(
     q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, valid: Tensor, ids: Tensor,
     scaling: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`retrieved`, query by query."""
+    """Compute `retrieved`, query by query."""
     batch, heads, length = q.shape[:3]
     group, size = heads // landmarks.shape[1], landmarks.shape[2]
     out, logs = [], []

@@ -50,7 +50,8 @@ def attend_chunked(
 def _block(
     query: Tensor, column: Tensor, there: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 ) -> Tensor:
-    """`(B, t, g, r, D)` of queries `(B, t, g, r, D)` over `(B, M, g or 1, N, D)`."""
+    """Attend in a block: `(B, t, g, r, D)` of queries `(B, t, g, r, D)` over `(B, M, g or 1, N,
+    D)`."""
     same = keys is values
     rows = _columns(keys, column)
     visible = _columns(mask, column, there)[:, :, :, None]
@@ -60,7 +61,7 @@ def _block(
 
 
 def _columns(x: Tensor, column: Tensor, there: Tensor | None = None) -> Tensor:
-    """What queries' columns hold: `(B, M, g, N, ...)` to `(B, t, g, w N, ...)`."""
+    """Gather what queries' columns hold: `(B, M, g, N, ...)` to `(B, t, g, w N, ...)`."""
     batch, count = x.shape[:2]
     first = torch.arange(batch, device=x.device)[:, None, None] * count
     rows = x.flatten(0, 1).index_select(0, (column + first).flatten())

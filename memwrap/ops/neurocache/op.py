@@ -18,7 +18,7 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 def context(
     queries: Tensor, keys: Tensor, valid: Tensor, width: int, *, clamp: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Which columns hold a query's last tokens, itself among them.
+    """Tell which columns hold a query's last tokens, itself among them.
 
     Args:
         queries, keys: places `(B, T)` and `(B, K)` in the segment.
@@ -43,8 +43,8 @@ def context(
 
 
 def neighbours(number: Tensor, size: int) -> Tensor:
-    """Each hit `(..., k)` and what stands around it in time: `(..., k * n)`, from n / 2 - 1 before
-    it to n / 2 behind it; a hit's neighbours stand together."""
+    """Add to each hit `(..., k)` what stands around it in time: `(..., k * n)`, from n / 2 - 1
+    before it to n / 2 behind it; a hit's neighbours stand together."""
     first = 0 if size == 1 else 1 - size // 2
     offsets = torch.arange(first, first + size, device=number.device)
     return (number[..., None] + offsets).flatten(-2)
@@ -52,8 +52,9 @@ def neighbours(number: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def search_buckets(query: Tensor, keys: Tensor, top_k: int, similarity: str) -> Tensor:
-    """The published search, `(B, M, k)`: the best entry of every bucket (entries of one residue
-    modulo the number of buckets), then the best buckets. Entries that sum to 0 count as empty.
+    """Search as published, `(B, M, k)`: the best entry of every bucket (entries of one
+    residue modulo the number of buckets), then the best buckets. Entries that sum to 0 count as
+    empty.
 
     Args:
         query: `(B, M, d)`.
@@ -84,7 +85,7 @@ def attend(
     *,
     layout: str = "heads",
 ) -> Tensor:
-    """Every query attends to the states that its last w tokens retrieved.
+    """Let every query attend to the states that its last w tokens retrieved.
 
     Args:
         query: `(B, T, h, e)`, scaled.

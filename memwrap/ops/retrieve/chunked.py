@@ -92,8 +92,8 @@ def search_chunked(
 def _best(
     grouped: Tensor, keys: Tensor, valid: Tensor, top_k: int, similarity: str
 ) -> tuple[Tensor, Tensor]:
-    """The best of all entries, chunk by chunk, for queries `(B, Hkv, M, D)`: unit vectors for
-    `"cosine"`, doubled for `"l2"`."""
+    """Find the best of all entries, chunk by chunk, for queries `(B, Hkv, M, D)`: unit vectors
+    for `"cosine"`, doubled for `"l2"`."""
     count = keys.shape[2]
     size = _SCORES_AT_ONCE // max(1, math.prod(grouped.shape[:3]))
     size = min(max(1, size), _ENTRIES_AT_ONCE)
@@ -116,7 +116,8 @@ def _best(
 
 
 def first_largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of the last dimension, descending; of equal ones those that come first.
+    """Find the `count` largest of the last dimension, descending; of equal ones those that come
+    first.
 
     `topk` leaves open which of equal ones it takes. A query of zero (some models embed padding as
     zero) is equally similar to everything, and which entries it gets must not depend on how text
