@@ -49,7 +49,7 @@ def scratch(path: str | Path) -> Iterator[Path]:
 
 
 def _claimed(path: Path) -> tuple[Path, int]:
-    """A folder for `path` and the handle of its lock; dead writers' folders go on the way."""
+    """Make a folder for `path` and lock it; dead writers' folders go on the way."""
     chosen: tuple[Path, int] | None = None
     name = f".{path.name[:200]}."
     for number in range(_SLOTS):

@@ -17,8 +17,8 @@ _MOST_HEAD = 2**27  # safetensors allows 100 MB
 
 
 def checksums(tensors: dict[str, Tensor], **texts: str) -> dict[str, str]:
-    """The entry of a safetensors file's metadata that says what its tensors (and `texts`, other
-    entries of the metadata) are: a flipped bit is found when they are read."""
+    """Make the entry of a safetensors file's metadata that says what its tensors (and `texts`,
+    other entries of the metadata) are: a flipped bit is found when they are read."""
     sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
     sums |= {f"__{name}__": zlib.crc32(text.encode()) for name, text in texts.items()}
     return {CHECKSUMS: json.dumps(sums)}

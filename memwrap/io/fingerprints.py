@@ -13,7 +13,7 @@ _SAMPLES = 4096
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash over names, shapes, dtypes and evenly spread values of the tensors."""
+    """Hash names, shapes, dtypes and evenly spread values of the tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
@@ -27,7 +27,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a quantised (or sharded) one is made of."""
+    """List the plain tensors that a quantised (or sharded) one is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()

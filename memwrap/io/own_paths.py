@@ -22,13 +22,13 @@ _BYTES = 32
 
 
 def mark_of(path: str) -> str:
-    """A mark for a path; empty where no key can be kept."""
+    """Make a mark for a path; empty where no key can be kept."""
     key = _key(make=True)
     return "" if key is None else hmac.new(key, path.encode(), hashlib.sha256).hexdigest()[:32]
 
 
 def is_own(path: str, mark: str) -> bool:
-    """Whether this user made the mark for this path."""
+    """Tell whether this user made the mark for this path."""
     key = _key(make=False)
     if key is None or not mark:
         return False

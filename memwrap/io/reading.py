@@ -11,7 +11,8 @@ _MOST_DEPTH = 64
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """The path of a file or folder in `folder` that another file names, or that may be a link.
+    """Resolve the path of a file or folder in `folder` that another file names, or that may be a
+    link.
 
     Raises:
         ValueError: if it lies elsewhere.
@@ -41,7 +42,7 @@ def _is_below(folder: Path, real: Path) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Read what a JSON file holds.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -51,7 +52,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes, where: Any) -> Any:
-    """What JSON text holds; errors as `read_json`, naming `where`."""
+    """Parse JSON text; errors as `read_json`, naming `where`."""
     if len(text) > _MOST_BYTES:
         raise ValueError(f"{where} has {len(text):,} bytes of JSON; {_MOST_BYTES:,} are read.")
     try:
@@ -75,7 +76,7 @@ def _inner(node: Any) -> Any:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The text of a file of at most `most` bytes; errors as `read_json`."""
+    """Read the text of a file of at most `most` bytes; errors as `read_json`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     size = path.stat().st_size

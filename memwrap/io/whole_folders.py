@@ -133,7 +133,7 @@ def _complete(folder: Path) -> None:
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether it is a folder itself and no link to one."""
+    """Tell whether it is a folder itself and no link to one."""
     try:
         return stat.S_ISDIR(path.lstat().st_mode)
     except OSError:

@@ -15,8 +15,8 @@ _MOST_NODES = 100_000
 
 
 def read_yaml_text(path: Path) -> str:
-    """The text of a YAML file, for a loader: neither too large nor too deep, also with its aliases
-    written out.
+    """Read the text of a YAML file, for a loader: neither too large nor too deep, also with its
+    aliases written out.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -32,7 +32,7 @@ def read_yaml_text(path: Path) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds; errors as `read_yaml_text`."""
+    """Read what a YAML file holds; errors as `read_yaml_text`."""
     text = read_yaml_text(path)
     try:
         return yaml.safe_load(text)
