@@ -85,7 +85,7 @@ def load_documents(
 
 
 def _read(path: Path) -> str:
-    """The text of a file.
+    """Read the text of a file.
 
     Raises:
         ValueError: for another kind of file or one that cannot be decoded.
@@ -127,7 +127,7 @@ def _from_file(path: Path, split: str | None) -> Document:
 
 
 def _line_at(text: str, fraction: float) -> int:
-    """The start of the first line at or after `fraction` of the text."""
+    """Find the start of the first line at or after `fraction` of the text."""
     place = round(len(text) * fraction)
     if place in (0, len(text)):
         return place
@@ -170,7 +170,7 @@ def _from_folder(folder: Path, split: str | None) -> list[Document]:
 def long_documents(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, min_tokens: int
 ) -> list[Document]:
-    """Documents of at least `min_tokens` tokens, made of what there is.
+    """Make documents of at least `min_tokens` tokens of what there is.
 
     A long document stands alone. Shorter ones of the same split and top folder (the first
     part of the name) are joined in name order until they are long enough; what is left over
@@ -216,6 +216,6 @@ def long_documents(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
-    """Token ids of a text of any length."""
+    """Compute the token ids of a text of any length."""
     # `verbose=False`: a document longer than the backbone's window is what memories are for.
     return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]

@@ -17,7 +17,7 @@ def from_datasets(
     template: str | None,
     options: dict[str, Any],
 ) -> list[Document]:
-    """The rows of a dataset as documents; arguments as `load_documents` takes them, `source`
+    """Read the rows of a dataset as documents; arguments as `load_documents` takes them, `source`
     without its first word."""
     name, _, rest = source.partition(":")
     named, _, column = rest.partition(":")
@@ -54,7 +54,8 @@ def from_datasets(
 def _writer(
     name: str, split: str, columns: list[str], column: str, template: str | None
 ) -> Callable[[int, dict[str, Any]], str]:
-    """What makes a row's text: its column, or the template filled with several."""
+    """Make the function that writes a row's text: its column, or the template filled with
+    several."""
     try:
         named = (
             [column] if template is None else [p[1] for p in Formatter().parse(template) if p[1]]
@@ -81,7 +82,7 @@ def _writer(
 
 
 def _dataset(name: str, split: str, options: dict[str, Any]) -> Any:
-    """The split of a dataset; errors of `datasets` as ValueError with what was asked."""
+    """Load the split of a dataset; errors of `datasets` become a ValueError with what was asked."""
     try:
         import datasets
     except ImportError as error:

@@ -41,7 +41,7 @@ class Document:
 
 
 def split_of(name: str, *, test: float = 0.10, validation: float = 0.05) -> str:
-    """The split a document belongs to, decided by a hash of its name alone."""
+    """Decide the split of a document, by a hash of its name alone."""
     draw = int(hashlib.sha256((_SALT + name).encode()).hexdigest()[:8], 16) / 2**32
     if draw < test:
         return "test"
@@ -70,7 +70,7 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 
 def stdlib_corpus(split: str | None = None) -> list[Document]:
-    """The documents of the standard library: sources (docstrings included) and topics.
+    """Collect the documents of the standard library: sources (docstrings included) and topics.
 
     Args:
         split: `"train"`, `"validation"`, `"test"`, or `None` for all.
