@@ -28,7 +28,8 @@ exact search with torch: on a CPU the smallest size that was measured
 
 
 def choose_kind(entries: int | None, device: torch.device | str = "cpu") -> str:
-    """`"torch"` below the measured crossover, `"faiss"` from there on or for an unknown size."""
+    """Choose `"torch"` below the measured crossover, `"faiss"` from there on or for an unknown
+    size."""
     limit = CROSSOVER.get(torch.device(device).type, CROSSOVER["cpu"])
     return "torch" if entries is not None and entries < limit else "faiss"
 
@@ -42,7 +43,7 @@ def new_store(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Store:
-    """A store of the kind that fits.
+    """Make a store of the kind that fits.
 
     Args:
         dim: width of the vectors.

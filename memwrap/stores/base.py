@@ -60,7 +60,7 @@ class Entries:
         documents: Any = None,
         spans: Any = None,
     ) -> Entries:
-        """Columns of `count` entries.
+        """Make columns of `count` entries.
 
         Args:
             values: `(count,)` integers, or None.
@@ -122,7 +122,7 @@ def _column(given: Any, count: int, name: str) -> np.ndarray:
 
 
 def _whole(given: Any, name: str) -> np.ndarray:
-    """Integers that a 64-bit number holds; nothing is rounded."""
+    """Check integers that a 64-bit number holds; nothing is rounded."""
     try:
         array = np.asarray(given)
         if array.size == 0 or array.dtype.kind in "iub":
@@ -188,11 +188,11 @@ class Store(ABC):
 
     @abstractmethod
     def search(self, queries: Tensor, k: int) -> Neighbours:
-        """The `k` nearest entries of each of `(Q, D)` queries, on the queries' device."""
+        """Return the `k` nearest entries of each of `(Q, D)` queries, on the queries' device."""
 
     @abstractmethod
     def entries(self, ids: Tensor | np.ndarray) -> Entries:
-        """What stands beside the entries of these numbers (any shape; -1 gives -1)."""
+        """Give what stands beside the entries of these numbers (any shape; -1 gives -1)."""
 
     @abstractmethod
     def remove(self, ids: Iterable[int]) -> int:
@@ -223,7 +223,7 @@ class Store(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Entries that a search may find."""
+        """Count the entries that a search may find."""
 
     @property
     @abstractmethod
@@ -254,7 +254,7 @@ class Store(ABC):
 
     @abstractmethod
     def of_document(self, number: int) -> list[int]:
-        """The entries of a document."""
+        """Return the entries of a document."""
 
     # Stores are shared: a copied model searches the same one.
 
@@ -265,7 +265,7 @@ class Store(ABC):
         return {name: value for name, value in self.__dict__.items() if name != "_busy"}
 
     def _checked(self, vectors: Tensor, what: str = "vectors") -> Tensor:
-        """Float32 vectors of the right width.
+        """Check vectors: float32 of the right width.
 
         Raises:
             ValueError: says what is wrong.
@@ -304,7 +304,7 @@ def check_k(k: int) -> None:
 
 
 def nothing_found(queries: Tensor, k: int, metric: str) -> Neighbours:
-    """The neighbours in an empty store."""
+    """Return the neighbours in an empty store."""
     shape = (*queries.shape[:-1], k)
     worst = float("inf") if metric == "l2" else float("-inf")
     ids = torch.full(shape, NONE, dtype=torch.long, device=queries.device)

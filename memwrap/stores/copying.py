@@ -11,7 +11,8 @@ END = b"\xff\xff"
 
 
 def rows(first: int, vectors: np.ndarray, entries: Entries) -> bytes:
-    """Rows in the binary format of COPY: counts and lengths before every field, big-endian."""
+    """Write rows in the binary format of COPY: counts and lengths before every field,
+    big-endian."""
     count, width = vectors.shape
     columns = ("value", "document", "first", "last")
     fields: list[tuple] = [("fields", ">i2"), ("id_length", ">i4"), ("id", ">i8")]

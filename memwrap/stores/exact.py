@@ -117,13 +117,13 @@ class TorchStore(Store):
         return range(first, int(self.counts[0]))
 
     def _number(self, name: str | None) -> int | None:
-        """The number of a document, known or new."""
+        """Return the number of a document, known or new."""
         if name is None or name not in self._documents:
             return None if name is None else len(self._documents)
         return self._documents.index(name)
 
     def _grow(self, count: int) -> None:
-        """Places for `count` entries a row, at most `capacity`."""
+        """Make room for `count` entries a row, at most `capacity`."""
         have = self.vectors.shape[-2]
         need = count if self.capacity is None else min(count, self.capacity)
         if need <= have:
@@ -147,7 +147,7 @@ class TorchStore(Store):
         self.counts[row] = count
 
     def _numbers(self, row: int) -> Tensor:
-        """The entries' numbers at the places of a row."""
+        """Return the entries' numbers at the places of a row."""
         places = torch.arange(self.vectors.shape[-2])
         if self.capacity is None:
             return places

@@ -64,7 +64,8 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def about_of(path: Path) -> dict[str, Any]:
-    """The description of a file of `write_arrays`; its length is checked, its contents are not.
+    """Return the description of a file of `write_arrays`; its length is checked, its contents are
+    not.
 
     Raises:
         FileNotFoundError, ValueError: as `read_arrays`.
@@ -73,7 +74,7 @@ def about_of(path: Path) -> dict[str, Any]:
 
 
 def mapped(path: Path, name: str) -> np.ndarray:
-    """An array of a file, mapped from disk.
+    """Return an array of a file, mapped from disk.
 
     Raises:
         ValueError: if the file has no such array; as `read_arrays`.
@@ -95,7 +96,8 @@ def _length(path: Path) -> int:
 
 
 def head_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Description, the arrays' types, shapes and places, and the checksum they should have.
+    """Read the description, the arrays' types, shapes and places, and the checksum they should
+    have.
 
     Raises:
         FileNotFoundError, ValueError: as `read_arrays`.
@@ -130,7 +132,7 @@ def head_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
 
 
 def _end_of(entry: dict[str, Any]) -> int:
-    """Where an array ends; it must have the bytes that its shape needs."""
+    """Find where an array ends; it must have the bytes that its shape needs."""
     kind, shape, (first, end) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     if any(type(n) is not int or n < 0 for n in (*shape, first, end)):
         raise ValueError("a shape or place is no number")
@@ -148,7 +150,7 @@ def _checksum(arrays: dict[str, np.ndarray]) -> int:
 
 
 def file_checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Compute the CRC-32 of a file."""
     total = 0
     with path.open("rb") as file:
         while block := file.read(2**22):
@@ -212,7 +214,7 @@ def checked_header(folder: Path, **wanted: Any) -> dict[str, Any]:
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether there is more in a folder than what a killed process left at once."""
+    """Tell whether there is more in a folder than what a killed process left at once."""
     return folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())
 
 
@@ -249,7 +251,7 @@ def lock(folder: Path) -> int | None:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process writes the store of a folder."""
+    """Tell whether a process writes the store of a folder."""
     if not (folder / LOCK).is_file():
         return False
     file = lock(folder)

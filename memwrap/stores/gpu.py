@@ -38,7 +38,8 @@ class GpuCopy:
         self._resources: Any = None
 
     def of(self, index: Any, entries: int, neighbours: int, effort: int | None) -> Any:
-        """The copy of `index` as it is now, ready for a search; None: search the index itself.
+        """Return the copy of `index` as it is now, ready for a search; None: search the index
+        itself.
 
         Args:
             index: on the CPU.
@@ -99,7 +100,7 @@ class GpuCopy:
 
 
 def _number(device: str | None) -> int | None:
-    """The GPU's number, None for the CPU."""
+    """Return the GPU's number, None for the CPU."""
     if device == "cpu":
         return None
     if device is not None and not re.fullmatch(r"cuda(:\d+)?", device):
@@ -124,7 +125,7 @@ def _number(device: str | None) -> int | None:
 
 
 def _faiss_or_none() -> Any:
-    """faiss is needed when an index is, not before."""
+    """Import faiss if it is there: it is needed when an index is, not before."""
     try:
         return faiss_module()
     except ImportError:
@@ -132,7 +133,7 @@ def _faiss_or_none() -> Any:
 
 
 def _inner(index: Any) -> Any:
-    """The index behind transformations."""
+    """Return the index behind transformations."""
     faiss = faiss_module()
     found = faiss.downcast_index(index)
     if isinstance(found, faiss.IndexPreTransform):

@@ -19,8 +19,8 @@ _LISTS = re.compile(r"IVF(\d+)")
 
 
 def is_sane(factory: Any, dim: int) -> bool:
-    """Whether a factory string describes an index of a usual size for vectors of width `dim`: it is
-    short, and only the numbers of inverted lists are large."""
+    """Tell whether a factory string describes an index of a usual size for vectors of width `dim`:
+    it is short, and only the numbers of inverted lists are large."""
     if not isinstance(factory, str) or not re.fullmatch(r"[\w.,()-]{1,64}", factory):
         return False
     rest = _LISTS.sub("", factory)
@@ -54,7 +54,7 @@ def train_index(index: Any, shards: Shards, factory: str) -> None:
 
 
 def index_file(folder: Path, shards: Shards) -> tuple[Path, dict[str, Any]]:
-    """The file of a store's index and what is written about it, which must fit the shards.
+    """Return the file of a store's index and what is written about it, which must fit the shards.
 
     Raises:
         FileNotFoundError: if it is missing.

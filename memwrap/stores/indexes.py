@@ -16,7 +16,7 @@ vectors, then of codes."""
 
 
 def faiss_module() -> Any:
-    """faiss, imported when it is first needed, with torch's number of threads.
+    """Import faiss when it is first needed, with torch's number of threads.
 
     Raises:
         ImportError: says how to install it.
@@ -39,7 +39,7 @@ def measure_of(metric: str) -> Any:
 
 
 def choose_factory(count: int, dim: int, graph: bool = True) -> str:
-    """The kind of index for `count` vectors, as a faiss factory string.
+    """Return the kind of index for `count` vectors, as a faiss factory string.
 
     Exact up to `FLAT_MOST`; a graph of the vectors (HNSW) up to `GRAPH_MOST`, where lists need
     many more looked into for the same recall; inverted lists of whole vectors up to `LISTS_MOST`,
@@ -65,7 +65,7 @@ def choose_factory(count: int, dim: int, graph: bool = True) -> str:
 
 
 def search_options(index: Any, k: int, effort: int | None, kept: Any = None) -> Any:
-    """faiss' parameters of a search.
+    """Make faiss' parameters of a search.
 
     Args:
         index: any index.
@@ -98,8 +98,8 @@ def search_options(index: Any, k: int, effort: int | None, kept: Any = None) -> 
 def sifted(
     index: Any, queries: np.ndarray, k: int, metric: str, removed: Set[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A search by an index that cannot leave entries out: it is asked for more, and those that
-    were removed are dropped.
+    """Search by an index that cannot leave entries out: it is asked for more, and those
+    that were removed are dropped.
 
     Args:
         index: any index.
@@ -128,7 +128,7 @@ def rescored(
     metric: str,
     gather: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates of a lossy index, scored anew from the vectors kept.
+    """Score the candidates of a lossy index anew from the vectors kept.
 
     Args:
         queries: `(Q, D)`.

@@ -109,11 +109,12 @@ class Shards:
         self._firsts.append(self.committed)
 
     def checksums_of(self, count: int) -> list[int] | None:
-        """Those of the shards that hold the first `count` entries; None if that cuts a shard."""
+        """Give the checksums of the shards that hold the first `count` entries; None if that cuts a
+        shard."""
         return self.checksums[: self._firsts.index(count)] if count in self._firsts else None
 
     def copy(self) -> Shards:
-        """The same entries in memory, which then go their own way."""
+        """Copy the entries in memory; the copy then goes its own way."""
         new = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, (list, dict, set)):
@@ -126,7 +127,7 @@ class Shards:
         return sum(len(block) for block in self._pending)
 
     def __len__(self) -> int:
-        """Entries that ever came."""
+        """Count the entries that ever came."""
         return self.committed + self.pending
 
     def append(
@@ -186,7 +187,7 @@ class Shards:
         self._pending, self._pending_entries = [], []
 
     def entries(self, index: np.ndarray) -> Entries:
-        """The columns at the entries `index` (any shape); -1 gives -1."""
+        """Return the columns at the entries `index` (any shape); -1 gives -1."""
         if self._pending_entries:
             everything = Entries.cat([self._entries, *self._pending_entries])
         else:
@@ -202,14 +203,14 @@ class Shards:
         return found
 
     def of_document(self, number: int) -> list[int]:
-        """The entries of a document that were not removed."""
+        """Return the entries of a document that were not removed."""
         everything = Entries.cat([self._entries, *self._pending_entries])
         return [i for i in np.flatnonzero(everything.documents == number).tolist()
                 if i not in self.removed]  # fmt: skip
 
     def blocks(self, first: int = 0, *, check: bool = False) -> Iterator[tuple[int, np.ndarray]]:
-        """Vectors from entry `first` on, `(number of the first, block)`; shards may be checked
-        against their checksums on the way."""
+        """Iterate over vectors from entry `first` on, `(number of the first, block)`; shards may be
+        checked against their checksums on the way."""
         for number, path in enumerate(self._paths):
             start, end = self._firsts[number], self._firsts[number + 1]
             if end > first:
@@ -224,7 +225,7 @@ class Shards:
             start += len(block)
 
     def gather(self, index: np.ndarray) -> np.ndarray:
-        """The vectors `(n, D)` of the entries `index` `(n,)`, as they are kept."""
+        """Return the vectors `(n, D)` of the entries `index` `(n,)`, as they are kept."""
         result = np.empty((len(index), self.dim), self.dtype)
         shard = np.searchsorted(self._firsts, index, side="right") - 1
         for number in np.unique(shard):

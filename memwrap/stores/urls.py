@@ -11,12 +11,12 @@ _NUMBERS = {"m": 16, "ef_construction": 64, "ef_search": 128}
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether a store's place is a server's URL, of whatever kind, and no folder."""
+    """Tell whether a store's place is a server's URL, of whatever kind, and no folder."""
     return not isinstance(place, Path) and "://" in place
 
 
 def without_password(url: str, **more: object) -> str:
-    """The URL as it may be shown and written into files, with `more` parameters."""
+    """Return the URL as it may be shown and written into files, with `more` parameters."""
     try:
         parts = urlsplit(url)
     except ValueError:
