@@ -25,7 +25,7 @@ ROWS = 16
 def read_tokens(
     model: MemoryModelForCausalLM, ids: Tensor, collect: Collect = Collect.KEYS
 ) -> Iterator[tuple[int, Tensor]]:
-    """What stands for each token of a document, in pieces.
+    """Read a document, in pieces: yields what stands for each token.
 
     Args:
         model: a memwrap model with a kNN-LM memory.

@@ -57,7 +57,7 @@ class Citations:
     spans: list[Span]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return a JSON-able dict."""
         return asdict(self)
 
 
@@ -212,7 +212,7 @@ class Library:
     def cite(
         self, question: Tensor | list[int], answer: Tensor | list[int], *, least: float = 1e-4,
     ) -> Citations:  # fmt: skip
-        """What was read while each of the answer's tokens was chosen.
+        """Tell what was read while each of the answer's tokens was chosen.
 
         Args:
             question, answer: ids `(T,)`; the answer continues the question.
@@ -235,7 +235,7 @@ class Library:
         return Citations(answer.tolist(), per_token, self._spans(unique, total, least))
 
     def report(self, citations: Citations, tokenizer: Any = None, most: int = 5) -> str:
-        """The answer and its `most` heaviest spans, and for every token its heaviest one."""
+        """Return the answer and its `most` heaviest spans, and for every token its heaviest one."""
 
         def words(ids: Any) -> str:
             text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
@@ -256,7 +256,7 @@ class Library:
         return "\n".join(lines)
 
     def _spans(self, entry: Tensor, weight: Tensor, least: float) -> list[Span]:
-        """Entries that stand side by side, together; by falling weight."""
+        """Join entries that stand side by side; spans come by falling weight."""
         names, known = list(self.documents), len(self.entries)
         found: list[list[Any]] = []
         order = entry.argsort()
@@ -299,7 +299,7 @@ def _documents(tensors: dict[str, Tensor], names: Any, model: Any, path: Path) -
 
 
 def mind_of(model: Any) -> ExtendedMindMemory:
-    """The model's `extended_mind` memory.
+    """Return the model's `extended_mind` memory.
 
     Raises:
         ValueError: if it has none, or others beside it that add tokens of their own.
@@ -314,7 +314,7 @@ def mind_of(model: Any) -> ExtendedMindMemory:
 
 
 def count_of(state: MemoryState) -> int:
-    """Entries written into a state's row."""
+    """Count the entries written into a state's row."""
     layers = state.memories["extended_mind"]["layers"]
     return int(next(iter(layers.values()))["count"][0])
 
@@ -345,7 +345,7 @@ def _special(model: Any, tokenizer: Any, given: Iterable[int] | None) -> set[int
 def _windows(
     number: int, ids: Tensor, window: int, stride: int
 ) -> Iterator[tuple[int, int, Tensor, int]]:
-    """`(document, first token, ids, how many of the last are new)`."""
+    """Cut documents into `(document, first token, ids, how many of the last are new)`."""
     end = 0
     for start in range(0, len(ids), stride):
         piece = ids[start : start + window]
@@ -358,8 +358,8 @@ def _windows(
 def _added(
     memory: ExtendedMindMemory, own: Tree, read: Tree, row: int, length: int, keep: Tensor
 ) -> Tree:
-    """A layer's tree with those of a window's last entries that are kept. The window was read into
-    row `row` of `read` and has `length` tokens."""
+    """Return a layer's tree with those of a window's last entries that are kept. The window was
+    read into row `row` of `read` and has `length` tokens."""
     size = memory.config.cache_size
     number = torch.arange(length - len(keep), length)[keep]
     number = number[number >= length - size].to(read["key"].device)
@@ -371,8 +371,8 @@ def _added(
 
 
 def _weights(notes: list[Retrieved], first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`(token, entry, weight)` of all that queries `first` and later read: each pair once, summed
-    over heads and layers and divided by their number."""
+    """Return `(token, entry, weight)` of all that queries `first` and later read: each pair once,
+    summed over heads and layers and divided by their number."""
     layers: dict[int, list[Retrieved]] = {}
     for note in notes:
         layers.setdefault(note.layer, []).append(note)
