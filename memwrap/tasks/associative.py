@@ -49,20 +49,20 @@ class AssociativeTask:
 
     @staticmethod
     def last_ids(vocab_size: int) -> list[int]:
-        """The last 19 ids of a vocabulary, for symbols and marks."""
+        """Return the last 19 ids of a vocabulary, for symbols and marks."""
         if vocab_size < SYMBOLS + 3:
             raise ValueError(f"A vocabulary of {vocab_size} is too small; 19 ids are needed.")
         return list(range(vocab_size - SYMBOLS - 3, vocab_size))
 
     @classmethod
     def of_ids(cls, ids: list[int], **settings: Any) -> AssociativeTask:
-        """The task over 19 ids: 16 symbols, then separator, question mark and end."""
+        """Return the task over 19 ids: 16 symbols, then separator, question mark and end."""
         sep, gen, eos = ids[SYMBOLS:]
         return cls(symbols=ids[:SYMBOLS], sep=sep, gen=gen, eos=eos, **settings)
 
     @classmethod
     def for_vocabulary(cls, vocab_size: int, **settings: Any) -> AssociativeTask:
-        """The task over the last 19 ids of a vocabulary."""
+        """Return the task over the last 19 ids of a vocabulary."""
         return cls.of_ids(cls.last_ids(vocab_size), **settings)
 
     @property
@@ -135,7 +135,7 @@ class AssociativeTask:
         return torch.stack(rows)
 
     def _not_again(self, numbers: Tensor, place: int, generator: torch.Generator) -> Tensor:
-        """Later copies of the key at `place` become other keys, uniformly."""
+        """Turn later copies of the key at `place` into other keys, uniformly."""
         other = torch.randint(1, self.num_keys, numbers.shape, generator=generator)
         again = (numbers == numbers[:, place : place + 1]) & (
             torch.arange(numbers.shape[1]) > place
@@ -143,7 +143,7 @@ class AssociativeTask:
         return torch.where(again, (numbers + other) % self.num_keys, numbers)
 
     def _segments(self, digits: Tensor, values: Tensor, mark: int) -> tuple[Tensor, Tensor]:
-        """Segments `key mark value EOS` in a row, and labels of their values."""
+        """Write segments `key mark value EOS` in a row, and labels of their values."""
         symbols = torch.tensor(self.symbols)
         batch, count = digits.shape[:2]
         marks = torch.full((batch, count, 1), mark)
@@ -185,7 +185,7 @@ class AssociativeDataset(IterableDataset):
         self.curriculum = curriculum or [(0, max_pairs)]
 
     def most_pairs(self, batch: int) -> int:
-        """Most pairs in batch number `batch`."""
+        """Count the most pairs in batch number `batch`."""
         reached = [pairs for first, pairs in self.curriculum if first <= batch]
         return max(self.min_pairs, min(self.max_pairs, reached[-1]))
 

@@ -40,7 +40,7 @@ class Sample:
     references: tuple[str, ...] = ()
 
     def training_row(self, end: int | None = None) -> dict[str, list[int]]:
-        """`input_ids` and `labels`; the loss is on the answers alone.
+        """Make `input_ids` and `labels`; the loss is on the answers alone.
 
         Args:
             end: the id that ends a generated answer, part of it: a number that goes on and on is
@@ -110,12 +110,12 @@ def register(name: str, **settings: Any) -> Callable[[type[T]], type[T]]:
 
 
 def available() -> list[str]:
-    """Names of all tasks."""
+    """Name all tasks."""
     return sorted(TASKS)
 
 
 def task(name: str) -> Task:
-    """The task of a name.
+    """Make the task of a name.
 
     Raises:
         ValueError: for an unknown name; suggests the nearest.
@@ -153,7 +153,7 @@ class Text:
         references: tuple[str, ...],
         answer: str | None = None,
     ) -> Sample:
-        """The text as a sample; `answer` (default: the references) follows the prompt."""
+        """Return the text as a sample; `answer` (default: the references) follows the prompt."""
         ids, columns = _encode(tokenizer, self.text)
         following = _following(tokenizer, self.text, ids, answer or " " + ", ".join(references))
         return Sample(
@@ -168,7 +168,7 @@ class Text:
 def _encode(
     tokenizer: PreTrainedTokenizerBase, text: str
 ) -> tuple[list[int], Callable[[Span], Span]]:
-    """Ids, and the columns that hold a span of characters."""
+    """Find ids, and the columns that hold a span of characters."""
     if not getattr(tokenizer, "is_fast", False):
 
         def measured(span: Span) -> Span:
@@ -190,7 +190,7 @@ def _encode(
 def _following(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], answer: str
 ) -> list[int]:
-    """Ids of an answer as they follow the text's."""
+    """Find the ids of an answer as they follow the text's."""
     both = tokenizer(text + answer, verbose=False)["input_ids"]
     if both[: len(ids)] == ids and len(both) > len(ids):
         return both[len(ids) :]
@@ -198,7 +198,7 @@ def _following(
 
 
 def fit(make: Callable[[int], Sample], length: int, reserve: int, name: str) -> Sample:
-    """The sample with the largest count that fits: doubling, then halving the interval.
+    """Find the sample with the largest count that fits: doubling, then halving the interval.
 
     Args:
         make: the sample of a count (of sentences, lines, characters), longer with the count.
@@ -236,5 +236,5 @@ def fit(make: Callable[[int], Sample], length: int, reserve: int, name: str) -> 
 
 
 def place(count: int, depth: float | None, draw: random.Random) -> int:
-    """An index among `count + 1` gaps: at a depth, or drawn."""
+    """Return an index among `count + 1` gaps: at a depth, or drawn."""
     return draw.randint(0, count) if depth is None else round(depth * count)

@@ -166,7 +166,7 @@ class BabiLike(Task):
         return f"Where was the {thing} before the {room}?", before, [*earlier, *why]
 
     def score(self, text: str, references: tuple[str, ...]) -> float:
-        """1 if the first word of the answer that could be one is right."""
+        """Score an answer: 1 if its first word that could be one is right."""
         known = {*PEOPLE, *ROOMS, "no", "one", "two", "three"}
         lower = {k.lower() for k in known}
         words = [w.strip(".,;:!?\"'").lower() for w in text.split()]

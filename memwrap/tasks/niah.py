@@ -23,7 +23,7 @@ NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
 
 @cache
 def words() -> tuple[list[str], list[str]]:
-    """Adjectives and nouns of the package wonderwords, sorted.
+    """List adjectives and nouns of the package wonderwords, sorted.
 
     Raises:
         ValueError: if it is not installed.
@@ -42,7 +42,7 @@ def words() -> tuple[list[str], list[str]]:
 
 @cache
 def prose() -> list[str]:
-    """Sentences of Python's reference topics: every installation's own English."""
+    """List sentences of Python's reference topics: every installation's own English."""
     from pydoc_data.topics import topics
 
     text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
@@ -170,7 +170,7 @@ class Needles(Task):
 
 
 def _singular(text: str, kind: str, singular: bool) -> str:
-    """The published template speaks of one needle where there is one."""
+    """Make a text singular: the published template speaks of one needle where there is one."""
     if not singular:
         return text
     for plural, one in (("Some", "A"), ("are all", "is"), (" are", " is"), (f"{kind}s", kind)):

@@ -45,6 +45,6 @@ class Passkey(Task):
         return fit(make, length, self.max_new_tokens, self.name)
 
     def score(self, text: str, references: tuple[str, ...]) -> float:
-        """1 if the first number of the answer is the key."""
+        """Score an answer: 1 if its first number is the key."""
         found = re.search(r"\d+", text)
         return float(found is not None and int(found.group()) == int(references[0]))

@@ -15,7 +15,7 @@ from memwrap.tasks.base import Sample, Span, Task, Text, fit, register
 
 
 def alphabet(tokenizer: PreTrainedTokenizerBase, most: int = 8192) -> list[int]:
-    """Ids that stand for symbols: the vocabulary without special tokens, at most `most`."""
+    """Choose ids that stand for symbols: the vocabulary without special tokens, at most `most`."""
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(len(tokenizer)) if i not in special]
     return ids[-most:]
