@@ -141,7 +141,7 @@ class MemoryTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def segments_at(self, step: int) -> int | None:
-        """The number of segments of each document that global step `step` trains on.
+        """Return the number of segments of each document that global step `step` trains on.
 
         None stands for whole documents. The same on every device and after a resume.
         """

@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 def shape_of(batch: Batch) -> torch.Size:
-    """`(B, T)` of the batch's tokens.
+    """Give the shape `(B, T)` of the batch's tokens.
 
     Raises:
         ValueError: if it holds neither `input_ids` nor `inputs_embeds`.
@@ -37,12 +37,12 @@ def shape_of(batch: Batch) -> torch.Size:
 
 
 def has_labels(batch: Batch) -> bool:
-    """Whether the batch says what to predict."""
+    """Tell whether the batch says what to predict."""
     return batch.get("labels") is not None or batch.get("shift_labels") is not None
 
 
 def lengths_of(batch: Batch) -> Tensor:
-    """`(B,)` real tokens of each row."""
+    """Count the real tokens of each row, `(B,)`."""
     rows, columns = shape_of(batch)
     mask = batch.get("attention_mask")
     return torch.full((rows,), columns) if mask is None else mask.long().sum(1)
@@ -97,7 +97,7 @@ def left_aligned(batch: Batch) -> Batch:
 
 
 def first_tokens(batch: Batch, count: int) -> Batch:
-    """Only the first `count` columns of an aligned batch."""
+    """Keep only the first `count` columns of an aligned batch."""
     if shape_of(batch)[1] <= count:
         return batch
     batch = _map_tokens(batch, lambda t: t[:, :count])
@@ -134,7 +134,7 @@ def last_segment_only(
 
 
 def shifted_labels(batch: Batch) -> Tensor:
-    """`(B, T)` the target of every position: the labels, shifted once over whole rows."""
+    """Make the target of every position, `(B, T)`: the labels, shifted once over whole rows."""
     given = batch.get("shift_labels")
     if given is not None:
         return given

@@ -18,7 +18,7 @@ LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of a log up to a step: those of the run that is resumed."""
+    """Return the rows of a log up to a step: those of the run that is resumed."""
     if not step or not path.is_file():
         return []
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
@@ -75,7 +75,7 @@ class LossLog(TrainerCallback):
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def last(self, name: str) -> float | None:
-        """The latest value of `loss` or `eval_loss`."""
+        """Return the latest value of `loss` or `eval_loss`."""
         return next((row[name] for row in reversed(self.rows) if name in row), None)
 
 

@@ -87,7 +87,7 @@ class DocumentDataset(Dataset):
         return len(self._pieces)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`{"input_ids": (T,)}`; the collator makes labels and mask."""
+        """Give `{"input_ids": (T,)}`; the collator makes labels and mask."""
         return {"input_ids": self._pieces[index].long()}
 
 

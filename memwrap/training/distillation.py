@@ -16,7 +16,7 @@ def teacher_of(
     model: MemoryModelForCausalLM, batch: Batch, weight: float, temperature: float,
     labels: float = 1.0,
 ) -> Teacher:  # fmt: skip
-    """The backbone without adapters and memories, over whole rows of a batch.
+    """Run the backbone without adapters and memories, over whole rows of a batch.
 
     A linearized model's backbone has its own softmax there.
 

@@ -83,7 +83,7 @@ def run_recipe(recipe: Recipe) -> Path:
 
 
 def is_first() -> bool:
-    """Whether this is the only process of the run or the one that writes for all."""
+    """Tell whether this is the only process of the run or the one that writes for all."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -155,7 +155,7 @@ def _checkpoint(recipe: Recipe, output: Path) -> Path:
 def build_model(
     recipe: Recipe,
 ) -> tuple[memwrap.MemoryModelForCausalLM, PreTrainedTokenizerBase | None]:
-    """The backbone with its memory and LoRA, ready to train, and its tokenizer.
+    """Return the backbone with its memory and LoRA, ready to train, and its tokenizer.
 
     Raises:
         ValueError: if the model cannot be loaded or the memory does not fit it.
@@ -183,7 +183,7 @@ def build_model(
 
 
 def _base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The recipe's backbone, loaded or new, and its tokenizer."""
+    """Return the recipe's backbone, loaded or new, and its tokenizer."""
     section = recipe.model
     if section.scratch is not None:
         return LlamaForCausalLM(LlamaConfig(**section.scratch)), None
@@ -258,7 +258,7 @@ def build_data(
 
 
 def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArguments:
-    """The recipe's `trainer` section as transformers takes it."""
+    """Return the recipe's `trainer` section as transformers takes it."""
     section = recipe.trainer
     cuda = torch.cuda.is_available() and section.device == "auto"
     precision = section.precision
@@ -358,7 +358,7 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
 
 
 def describe_run(recipe: Recipe) -> dict[str, Any]:
-    """The command and the versions that a run was made with."""
+    """Return the command and the versions that a run was made with."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -9,7 +9,7 @@ from memwrap.io.plotting import COLOURS, _figure, _save
 
 
 def plot_figures(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """Learned numbers of a memory over a training: one panel a figure, one line a head.
+    """Plot learned numbers of a memory over a training: one panel a figure, one line a head.
 
     Args:
         rows: `{"step": 10, "infini.gate": [[0.1, 0.2], ...]}`, values by layer and head.

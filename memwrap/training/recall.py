@@ -11,7 +11,7 @@ from memwrap.training.recipe import Recipe
 
 
 def recall_tasks(section: Any, vocab_size: int) -> list[AssociativeTask]:
-    """The tasks of a recipe's `recall` section.
+    """Return the tasks of a recipe's `recall` section.
 
     Raises:
         ValueError: for ids that the vocabulary does not have.
@@ -32,7 +32,7 @@ def recall_tasks(section: Any, vocab_size: int) -> list[AssociativeTask]:
 
 
 def recall_data(recipe: Recipe, vocab_size: int) -> tuple[AssociativeDataset, DocumentCollator]:
-    """Endless training rows of a recipe's recall tasks, and how they become batches.
+    """Make endless training rows of a recipe's recall tasks, and the collator of their batches.
 
     Raises:
         ValueError: if the recipe has no `recall` section.

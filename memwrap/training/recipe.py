@@ -99,7 +99,7 @@ class Recipe(Section):
                 raise ValueError("`model.scratch` has no tokenizer for documents; give model.name.")
 
     def memory_config(self) -> MemoryConfig:
-        """The memory's config.
+        """Return the memory's config.
 
         Raises:
             ValueError: for an unknown memory, field or value.
@@ -107,14 +107,15 @@ class Recipe(Section):
         return config_class((self.memory or {})["name"]).from_dict(self.memory or {})
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe, without what its task has no use for or concerns one run only."""
+        """Return the resolved recipe, without what its task has no use for or concerns one run
+        only."""
         values = asdict(self)
         if self.memory is not None:
             values["memory"] = self.memory_config().to_dict()
         return {k: v for k, v in values.items() if k not in _foreign(self.task) | _RUN}
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML: `load_recipe` reads it again."""
+        """Return the resolved recipe as YAML: `load_recipe` reads it again."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     @property
@@ -135,19 +136,20 @@ _RUN = {"resume", "overwrite"}
 
 
 def _foreign(task: str) -> set[str]:
-    """Keys that a task has no use for."""
+    """List keys that a task has no use for."""
     every = {name for names in _SECTIONS.values() for name in names}
     return every - set(_SECTIONS[task])
 
 
 def recipe_folders() -> list[Path]:
-    """Where recipes are looked for by name: `./recipes`, then those that came with memwrap."""
+    """List the folders in which recipes are looked for by name: `./recipes`, then those that came
+    with memwrap."""
     package = Path(memwrap.__file__).parent
     return [Path("recipes"), package / "recipes", package.parent / "recipes"]
 
 
 def find_recipe(path_or_name: str | Path) -> Path:
-    """The file of a recipe given by path or by name.
+    """Find the file of a recipe given by path or by name.
 
     Raises:
         ValueError: if there is none; suggests the nearest name.
@@ -275,7 +277,7 @@ def _dotlist(overrides: list[str]) -> dict[str, Any]:
 
 
 def _check_all(values: dict[str, Any], where: str, memory: str | None = None) -> None:
-    """Unknown keys and wrong types in a recipe or a part of one.
+    """Refuse unknown keys and wrong types in a recipe or a part of one.
 
     Args:
         values: the recipe's keys.

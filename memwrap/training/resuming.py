@@ -8,7 +8,7 @@ from memwrap.io.reading import read_json
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a run that is whole; None without one.
+    """Find the newest checkpoint of a run that is whole; None without one.
 
     transformers writes a checkpoint file by file into its folder, its own state last: where that
     is missing or cut off, the run was killed while it wrote.

@@ -45,7 +45,7 @@ def _nearest(key: str, cls: type[Settings], prefix: str) -> str:
 
 
 def _section(hint: Any) -> type[Settings] | None:
-    """The settings that a field holds, if any."""
+    """Return the settings that a field holds, if any."""
     options = (hint, *get_args(hint))
     return next((o for o in options if isinstance(o, type) and issubclass(o, Settings)), None)
 

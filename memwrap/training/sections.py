@@ -33,7 +33,8 @@ Curriculum = Annotated[
 
 
 def expanded(path: str) -> str:
-    """A path with `~` replaced, which no shell does behind `key=`; any other text as it is."""
+    """Return a path with `~` replaced, which no shell does behind `key=`; any other text as it
+    is."""
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 

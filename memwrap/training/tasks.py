@@ -48,7 +48,7 @@ class TaskDataset(IterableDataset):
         self.curriculum = curriculum or [(0, max_tokens)]
 
     def longest(self, batch: int) -> int:
-        """Most tokens of a row in batch number `batch`."""
+        """Count the most tokens of a row in batch number `batch`."""
         reached = [tokens for first, tokens in self.curriculum if first <= batch]
         return max(self.min_tokens, min(self.max_tokens, reached[-1] if reached else 0))
 
@@ -69,7 +69,7 @@ class TaskDataset(IterableDataset):
 def tasks_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[TaskDataset, DocumentCollator]:
-    """Endless training rows of a recipe's tasks, and how they become batches.
+    """Make endless training rows of a recipe's tasks, and the collator of their batches.
 
     Raises:
         ValueError: if the recipe has no `tasks` section, or a task does not fit its lengths.

@@ -140,7 +140,7 @@ class MemoryTrainer(Trainer):
         return self.memory_model.memory_configs[0]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *given: Any, **named: Any):
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is
+        """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is
         whole, whatever a killed run left half written behind it.
 
         Raises:
@@ -156,11 +156,12 @@ class MemoryTrainer(Trainer):
     # What a step trains on
 
     def segments_now(self) -> int | None:
-        """Segments of each document that the current step trains on; None: all."""
+        """Count the segments of each document that the current step trains on; None: all."""
         return self.args.segments_at(self.state.global_step)
 
     def prepare_batch(self, batch: Batch, trim: bool = True) -> Batch:
-        """The batch as it is trained on: a row a document, aligned, trimmed; `loss_on` is heeded.
+        """Return the batch as it is trained on: a row a document, aligned, trimmed; `loss_on` is
+        heeded.
 
         Done before the Trainer counts targets, so that the loss is divided by what is really
         predicted. A batch without labels comes back as it is; preparing twice changes nothing.
@@ -184,7 +185,7 @@ class MemoryTrainer(Trainer):
         return batch
 
     def _taught(self, inputs: Batch) -> Batch:
-        """The batch with its teacher, where there is distillation."""
+        """Return the batch with its teacher, where there is distillation."""
         args = self.args
         if not args.distillation_weight or not has_labels(inputs):
             return inputs
@@ -199,7 +200,7 @@ class MemoryTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """The next `num_batches` batches, prepared, and the number of their targets."""
+        """Return the next `num_batches` batches, prepared, and the number of their targets."""
         return super().get_batch_samples(
             map(self.prepare_batch, epoch_iterator), num_batches, device
         )
@@ -207,7 +208,7 @@ class MemoryTrainer(Trainer):
     # Streaming truncated BPTT
 
     def _stream_window(self) -> int | None:
-        """Tokens between two backward passes; None where one pass does it.
+        """Count the tokens between two backward passes; None where one pass does it.
 
         Pieces are the windows of the single call only if rows are cut from the left and the
         graph is cut every `bptt_segments` segments.
@@ -231,7 +232,7 @@ class MemoryTrainer(Trainer):
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """One forward and backward over a batch of documents.
+        """Run one forward and backward over a batch of documents.
 
         With `streaming` and `bptt_segments=k` the batch is read in pieces of k segments, each
         followed by its backward pass; the state travels on without its graph.
@@ -321,7 +322,7 @@ class MemoryTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """One evaluation step over whole documents: no curriculum, no state kept.
+        """Run one evaluation step over whole documents: no curriculum, no state kept.
 
         With `prediction_loss_only` no logits are made. The evaluation loss is the mean over
         batches, as transformers takes it.
@@ -335,7 +336,8 @@ class MemoryTrainer(Trainer):
     # Optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of transformers, with the memory's parameters in groups of their own.
+        """Return the optimizer of transformers, with the memory's parameters in groups of their
+        own.
 
         A memory's `optimizer_groups()` comes first, then `memory_learning_rate` and
         `memory_weight_decay`, then what the other parameters get.
@@ -359,7 +361,7 @@ class MemoryTrainer(Trainer):
         return optimizer
 
     def _memory_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups of the memory; empty if nothing sets it apart from the rest."""
+        """Make parameter groups of the memory; empty if nothing sets it apart from the rest."""
         args = self.args
         rate = (
             args.learning_rate if args.memory_learning_rate is None else args.memory_learning_rate
