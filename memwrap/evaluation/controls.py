@@ -32,7 +32,7 @@ SINKS = 4
 def windowed(
     model: MemoryModelForCausalLM, window: int, batch: int
 ) -> Iterator[tuple[Callable[[Tensor, Tensor | None], Tensor], int]]:
-    """The backbone alone, seeing a sliding window and the first tokens (StreamingLLM).
+    """Make the backbone alone see a sliding window and the first tokens (StreamingLLM).
 
     Args:
         model: whose backbone reads, without its adapters and memories.

@@ -48,12 +48,12 @@ class Tuning:
     hits: float
 
     def tuned(self) -> dict[str, Any]:
-        """What a store keeps in its notes and `KnnLMConfig` falls back to."""
+        """Give what a store keeps in its notes and `KnnLMConfig` falls back to."""
         values = {k: v for k, v in asdict(self.best).items() if k != "nats"}
         return {k: v for k, v in values.items() if v is not None}
 
     def table(self) -> str:
-        """A Markdown table: nats per token, the best temperature for every lambda."""
+        """Write a Markdown table: nats per token, the best temperature for every lambda."""
         rows = ["| lambda | temperature | distance scale | nats | perplexity |", "|" + "---|" * 5]
         for weight in sorted({s.interpolation for s in self.settings}):
             best = min((s for s in self.settings if s.interpolation == weight), key=_nats)
@@ -80,7 +80,7 @@ class _Found:
     hit: Tensor
 
     def nats(self, weight: float, temperature: float, scale: float | None, adaptive: bool) -> float:
-        """Mean negative log-likelihood with a setting, in pieces."""
+        """Compute the mean negative log-likelihood with a setting, in pieces."""
         total = 0.0
         for own, costs, hit in zip(
             self.own.split(4096), self.costs.split(4096), self.hit.split(4096), strict=True

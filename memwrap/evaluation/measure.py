@@ -27,7 +27,7 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """The peak of tensors on a GPU, or of this process's resident memory (Linux)."""
+    """Measure the peak of tensors on a GPU, or of this process's resident memory (Linux)."""
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -77,7 +77,7 @@ def _resident_peak() -> int | None:
 
 
 def machine() -> dict[str, Any]:
-    """Where figures were measured: processor, GPU, versions."""
+    """Describe where figures were measured: processor, GPU, versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

@@ -14,7 +14,7 @@ from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
 
 
 def plot_perplexity(result: PerplexityResult, path: str | Path, title: str = "") -> None:
-    """NLL by position, and below it each curve's difference to the memory switched off."""
+    """Plot NLL by position, and below it each curve's difference to the memory switched off."""
     figure, (upper, lower) = _figure(2)
     centres = [(a + b) / 2 for a, b in pairwise(result.edges)]
     reference = result.curves.get(OFF, result.curves[MEMORY])
@@ -42,7 +42,7 @@ def plot_perplexity(result: PerplexityResult, path: str | Path, title: str = "")
 
 
 def plot_recall(results: dict[str, RecallResult], path: str | Path) -> None:
-    """Accuracy by distance, one panel a result, with controls and chance."""
+    """Plot accuracy by distance, one panel a result, with controls and chance."""
     figure, axes = _figure(len(results))
     for axis, (title, result) in zip(axes, results.items(), strict=True):
         for index, (name, values) in enumerate(result.accuracy.items()):
@@ -67,7 +67,7 @@ def plot_recall(results: dict[str, RecallResult], path: str | Path) -> None:
 
 
 def plot_lengths(cells: list[Any], path: str | Path) -> None:
-    """Accuracy of one task by length, a line a curve; `cells` as in `suite.SuiteResult`."""
+    """Plot accuracy of one task by length, a line a curve; `cells` as in `suite.SuiteResult`."""
     figure, (axis,) = _figure(1)
     for index, curve in enumerate(dict.fromkeys(cell.curve for cell in cells)):
         own = [cell for cell in cells if cell.curve == curve]
@@ -91,7 +91,7 @@ def plot_lengths(cells: list[Any], path: str | Path) -> None:
 
 
 def plot_costs(cells: list[Any], path: str | Path) -> None:
-    """Seconds a text and peak memory of one task by length, a line a curve."""
+    """Plot seconds a text and peak memory of one task by length, a line a curve."""
     figure, panels = _figure(2)
     for index, curve in enumerate(dict.fromkeys(cell.curve for cell in cells)):
         own = [cell for cell in cells if cell.curve == curve]
@@ -116,7 +116,8 @@ def plot_costs(cells: list[Any], path: str | Path) -> None:
 
 
 def plot_depths(cells: list[Any], path: str | Path) -> None:
-    """Accuracy of one task by depth of the fact (down) and length (across), a panel a curve."""
+    """Plot accuracy of one task by depth of the fact (down) and length (across), a panel a
+    curve."""
     curves = list(dict.fromkeys(cell.curve for cell in cells))
     lengths = sorted({cell.length for cell in cells})
     from matplotlib.backends.backend_agg import FigureCanvasAgg

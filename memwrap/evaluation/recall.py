@@ -46,11 +46,11 @@ class RecallResult:
     peak_bytes: dict[str, int | None] = field(default_factory=dict)
 
     def error(self, accuracy: float) -> float:
-        """Binomial standard error."""
+        """Compute the binomial standard error."""
         return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / self.samples)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return a JSON-able dict."""
         return {"format": "memwrap-recall", "version": 1, **asdict(self)}
 
     def save(self, path: str | Path) -> None:
@@ -58,7 +58,7 @@ class RecallResult:
         write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def table(self) -> str:
-        """A Markdown table: accuracy by distance."""
+        """Write a Markdown table: accuracy by distance."""
         head = ["distance in segments", *map(str, self.distances)]
         rows = [head, ["---"] * len(head)]
         for name, values in self.accuracy.items():
@@ -136,7 +136,7 @@ def _answers(
     curves: list[str],
     costs: Costs,
 ) -> dict[str, Tensor]:
-    """What each curve holds likeliest as the values asked for, `(B, value_size)`.
+    """Choose what each curve holds likeliest as the values asked for, `(B, value_size)`.
 
     The pairs are read once; the memory and its read controls answer from the same state.
     """
@@ -155,7 +155,7 @@ def _answers(
 def _last_logits(
     model: MemoryModelForCausalLM, ids: Tensor, first: int, state: MemoryState, name: str
 ) -> Tensor:
-    """Logits that end with those of the question, whose columns begin at `first`."""
+    """Compute logits that end with those of the question, whose columns begin at `first`."""
     if name == TRUNCATED:
         window = min(model.parts.config.max_position_embeddings, ids.shape[1])
         with lora_disabled(model.backbone):

@@ -33,7 +33,7 @@ img { max-width: 100% }
 
 
 def load_result(path: str | Path) -> list[tuple[str, Result]]:
-    """The results of a JSON file that `memwrap eval` wrote, with their names.
+    """Load the results of a JSON file that `memwrap eval` wrote, with their names.
 
     Raises:
         ValueError: for a file that is none, naming it.
@@ -65,7 +65,7 @@ def _result(values: dict[str, Any]) -> Result:
 
 
 def rows(results: dict[str, list[tuple[str, Result]]]) -> list[list[str]]:
-    """A table of several results: a line for each thing measured, a column for each result.
+    """Make a table of several results: a line for each thing measured, a column for each result.
 
     Args:
         results: by the name that heads the column; what `load_result` gave.
@@ -99,13 +99,13 @@ def _measured(parts: list[tuple[str, Result]]) -> dict[tuple[str, str], str]:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """Lines as a Markdown table; the first is the head."""
+    """Write lines as a Markdown table; the first is the head."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write_report(results: dict[str, Result], path: str | Path, title: str = "memwrap") -> None:
-    """One HTML file that needs nothing else: tables, curves, time and memory.
+    """Write one HTML file that needs nothing else: tables, curves, time and memory.
 
     Args:
         results: by name, as `load_result` gives them.
@@ -125,7 +125,7 @@ def write_report(results: dict[str, Result], path: str | Path, title: str = "mem
 
 
 def _suite(result: SuiteResult, folder: Path) -> list[str]:
-    """Accuracy by length, depth by length, time and memory by length."""
+    """Write accuracy by length, depth by length, time and memory by length."""
     parts = [
         f"<p>Segments of {result.segment_size} tokens, window of the base {result.window}, seed "
         f"{result.seed}. Intervals: 95 %, by samples.</p>",
@@ -149,7 +149,7 @@ def _suite(result: SuiteResult, folder: Path) -> list[str]:
 
 
 def _curves(name: str, result: PerplexityResult | RecallResult, folder: Path) -> list[str]:
-    """A table, a plot, and what each curve took."""
+    """Write a table, a plot, and what each curve took."""
     picture = folder / "plot.png"
     costs: dict[str, tuple[float, int | None]]
     if isinstance(result, RecallResult):
@@ -172,12 +172,12 @@ def _from_markdown(text: str) -> str:
 
 
 def write_comparison(lines: list[list[str]], path: str | Path) -> None:
-    """The table of `rows` as an HTML file."""
+    """Write the table of `rows` as an HTML file."""
     _write(path, ["<h1>Results side by side</h1>", _table([lines[0], [], *lines[1:]])])
 
 
 def _table(lines: list[list[str]]) -> str:
-    """The second line, Markdown's rule, is left out."""
+    """Write lines as an HTML table; the second, Markdown's rule, is left out."""
     head = "".join(f"<th>{html.escape(c)}</th>" for c in lines[0])
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines[2:]

@@ -29,7 +29,7 @@ Results = dict[str, PerplexityResult] | dict[str, RecallResult] | dict[str, Suit
 
 
 def suite_tasks(names: str) -> list[str]:
-    """Tasks of the suite in a comma-separated list; none for the names in `TASKS`.
+    """List the tasks of the suite in a comma-separated list; none for the names in `TASKS`.
 
     Raises:
         ValueError: for an unknown name.
@@ -52,7 +52,7 @@ def tasks(
     samples: int,
     name: str,
 ) -> dict[str, SuiteResult]:
-    """Tasks of the suite at lengths given as "1024,4096", beside their controls.
+    """Evaluate tasks of the suite at lengths given as "1024,4096", beside their controls.
 
     Raises:
         ValueError: for a length that is no number, or that a task does not fit in.
@@ -70,7 +70,7 @@ def tasks(
 
 
 def _windowed(model: MemoryModelForCausalLM) -> bool:
-    """Whether the backbone's attention can meet a memory."""
+    """Tell whether the backbone's attention can meet a memory."""
     try:
         sizes_of(model.parts, attention=True)
     except ValueError:
@@ -85,7 +85,7 @@ def documents(
     tokens: int,
     count: int,
 ) -> list[Tensor]:
-    """Ids `(tokens,)` of `count` long documents; shorter ones are joined.
+    """Give the ids `(tokens,)` of `count` long documents; shorter ones are joined.
 
     Raises:
         ValueError: if there is no document so long, or for a bad number.
@@ -105,8 +105,8 @@ def documents(
 def perplexity(
     model: MemoryModelForCausalLM, rows: list[Tensor], base: dict | None = None
 ) -> dict[str, PerplexityResult]:
-    """Perplexity by position beside its controls (without "shuffled" for a single document, and
-    without window and sinks where a model's attention cannot meet a memory).
+    """Measure perplexity by position beside its controls (without "shuffled" for a single document,
+    and without window and sinks where a model's attention cannot meet a memory).
 
     `base` is as in `perplexity_by_position`."""
     controls = [c for c in CURVES[1:] if c != SHUFFLED or len(rows) > 1]
@@ -116,8 +116,8 @@ def perplexity(
 
 
 def linear_usage(model: MemoryModelForCausalLM, rows: list[Tensor]) -> dict[str, PerplexityResult]:
-    """What a window and the recurrence beside it are worth: both, each alone, and the base without
-    training, over its full context and with a window of the same size and sinks.
+    """Measure what a window and the recurrence beside it are worth: both, each alone, and the base
+    without training, over its full context and with a window of the same size and sinks.
 
     Raises:
         ValueError: for a model that has no such branches.
@@ -168,7 +168,7 @@ def recall(
 
 
 def table(results: Results) -> str:
-    """The tables of all results."""
+    """Write the tables of all results."""
     parts = []
     for name, result in results.items():
         plain = isinstance(result, (PerplexityResult, SuiteResult))

@@ -29,7 +29,8 @@ ABOUT = (
 
 
 def clustered(count: int, dim: int, seed: int = 0, apart: float = APART) -> Tensor:
-    """Synthetic vectors `(count, dim)` as `ABOUT` says; the centres are the same for every seed."""
+    """Draw synthetic vectors `(count, dim)` as `ABOUT` says; the centres are the same for every
+    seed."""
     centres = apart * torch.randn(CLUSTERS, dim, generator=torch.Generator().manual_seed(1234))
     widths = 0.8 / torch.arange(1, dim + 1).sqrt()
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +43,7 @@ def clustered(count: int, dim: int, seed: int = 0, apart: float = APART) -> Tens
 
 
 def recall_at(found: Neighbours, exact: Tensor) -> float:
-    """The part of the exact neighbours `(Q, k)` that was found."""
+    """Compute the part of the exact neighbours `(Q, k)` that was found."""
     pairs = zip(found.ids.tolist(), exact.tolist(), strict=True)
     return statistics.mean(len(set(got) & set(want)) / len(want) for got, want in pairs)
 
@@ -50,7 +51,7 @@ def recall_at(found: Neighbours, exact: Tensor) -> float:
 def timed(
     function: Callable[..., Any], *arguments: Any, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Seconds of a call, also of what it left to a GPU."""
+    """Measure the seconds of a call, also of what it left to a GPU."""
     start = clock()
     function(*arguments)
     if torch.cuda.is_initialized():
@@ -84,7 +85,8 @@ def _measured(
 
 
 def _beside_faiss(store: FaissStore, queries: Tensor, k: int, repeats: int = 15) -> dict[str, Any]:
-    """The store's search against the same search of its own index, called directly, in turn."""
+    """Time the store's search against the same search of its own index, called directly, in
+    turn."""
     index, array = store._index, np.ascontiguousarray(queries.numpy())
     options = search_options(index, k, store.effort)
     ask = {} if options is None else {"params": options}
@@ -204,7 +206,7 @@ def _server(url: str, vectors: Tensor, queries: Tensor, k: int, exact: Tensor) -
 
 
 def line(kind: str, got: dict[str, Any], k: int) -> str:
-    """One line of a table."""
+    """Write one line of a table."""
     direct = got.get("store_over_faiss")
     return (
         f"{kind:<10} recall@{k} {got[f'recall_at_{k}']:.3f}   load {got['load_s']:.1f} s   "
@@ -222,8 +224,8 @@ def crossover(
     repeats: int = 5,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Where an index answers faster than exact search with torch: in processor time on a CPU, which
-    other work hardly disturbs, else in time.
+    """Find where an index answers faster than exact search with torch: in processor time on a CPU,
+    which other work hardly disturbs, else in time.
 
     Args:
         sizes: numbers of entries.
@@ -268,8 +270,8 @@ def crossover(
 
 
 def overtakes(found: dict[str, Any]) -> int:
-    """The smallest size of a `crossover` from which on the chosen index answers one query alone and
-    a batch in less time, both together, than torch; 0 where there is none."""
+    """Find the smallest size of a `crossover` from which on the chosen index answers one query
+    alone and a batch in less time, both together, than torch; 0 where there is none."""
 
     def spent(row: dict[str, Any], name: str) -> float:
         return row[f"{name}_ms_1"] + row[f"{name}_ms_{found['batch']}"]

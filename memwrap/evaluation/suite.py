@@ -78,12 +78,12 @@ class SuiteResult:
     cells: list[Cell] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return a JSON-able dict."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SuiteResult:
-        """The inverse of `to_dict`.
+        """Undo `to_dict`.
 
         Raises:
             ValueError: for another kind of dict or another version.
@@ -99,11 +99,11 @@ class SuiteResult:
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def tasks(self) -> list[str]:
-        """Names of the tasks, in the order they ran."""
+        """Name the tasks, in the order they ran."""
         return list(dict.fromkeys(cell.task for cell in self.cells))
 
     def table(self) -> str:
-        """A Markdown table: accuracy by length, one line a task and curve."""
+        """Write a Markdown table: accuracy by length, one line a task and curve."""
         lengths = sorted({cell.length for cell in self.cells})
         rows = [["task", "curve", *[f"{n:,}" for n in lengths]]]
         found = {(c.task, c.curve, c.length): c for c in self.cells}
@@ -129,7 +129,8 @@ def evaluate_tasks(
     name: str = "",
     progress: bool = True,
 ) -> SuiteResult:
-    """Accuracy of tasks at lengths, for the memory and its controls, one text after another.
+    """Measure the accuracy of tasks at lengths, for the memory and its controls, one text after
+    another.
 
     Answers inside the text count as right if all their ids are the likeliest ones; answers
     behind it are generated greedily and scored as the task says. Depths of the facts are spread
@@ -234,7 +235,7 @@ class _Scores:
                 parts[min(DEPTHS - 1, int(depth * DEPTHS))].append(value)
 
     def _reaches(self) -> bool:
-        """Whether the base can read the whole text at once."""
+        """Tell whether the base can read the whole text at once."""
         limit = self.model.parts.max_positions
         return self.length <= min(4 * self.window, limit or self.length)
 
@@ -283,7 +284,7 @@ class _Scores:
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` trials."""
+    """Compute Wilson's 95 % interval of a share of `count` trials."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     half = z * spread / (1 + z * z / count)
@@ -298,7 +299,7 @@ def _reader(
     boundary: int,
     window: int,
 ) -> Iterator[Feed]:
-    """A function from the next ids `(1, T)` of a text to their logits `(1, T, V)`."""
+    """Make a function from the next ids `(1, T)` of a text to their logits `(1, T, V)`."""
     if curve in (MEMORY, OFF, SHUFFLED):
         own = model.new_state(1) if state is None or not boundary else state.clone()
         yield lambda ids: model(input_ids=ids, cache=own).logits
@@ -325,8 +326,8 @@ def _greedy(feed: Feed, ids: Tensor, most: int, end: int | None) -> list[int]:
 def _sliding(
     model: MemoryModelForCausalLM, ids: Tensor, first: int, window: int
 ) -> tuple[Tensor, int]:
-    """The backbone's likeliest next ids from column `first - 1` on, with at least half a window
-    before each (as far as the text has it), and the column of the first of them."""
+    """Predict the backbone's likeliest next ids from column `first - 1` on, with at least half a
+    window before each (as far as the text has it); also gives the column of the first of them."""
     column, found = first - 1, []
     half = max(1, window // 2)
     with lora_disabled(model.backbone):
