@@ -10,7 +10,8 @@ from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
 
 
 def plot_comparison(results: dict[str, dict[str, Any]], path: str | Path) -> None:
-    """Memories side by side: nats per token with and without the memory, and recall by distance.
+    """Plot memories side by side: nats per token with and without the memory, and recall by
+    distance.
 
     Args:
         results: of `comparison.read_results`.

@@ -92,7 +92,7 @@ class Plan:
         return plan
 
     def tokens_a_step(self, part: str) -> int:
-        """Most tokens that a training step sees."""
+        """Count the most tokens that a training step sees."""
         recipe = self.values[part]["recipe"]
         if part == "documents":
             tokens = recipe["data"]["max_tokens"]
@@ -103,20 +103,20 @@ class Plan:
         return int(recipe["trainer"]["batch_size"] * tokens)
 
     def steps(self, part: str) -> int:
-        """Training steps of a part's budget."""
+        """Count the training steps of a part's budget."""
         return int(self.values[part]["budget"] // self.tokens_a_step(part))
 
     def memory(self, name: str, part: str) -> dict[str, Any]:
-        """The settings of a memory: what all share, then its own."""
+        """Collect the settings of a memory: what all share, then its own."""
         own = (self.values["memories"].get(name) or {}).get(part) or {}
         return {**self.values[part]["memory"], **own}
 
     def note(self, name: str) -> str:
-        """What has to be said of a memory beside its figures."""
+        """Give the remark on a memory that belongs beside its figures."""
         return str((self.values["memories"].get(name) or {}).get("note", ""))
 
     def recipe(self, name: str, part: str, folder: Path) -> dict[str, Any]:
-        """The recipe by which a memory is trained into `folder`."""
+        """Make the recipe by which a memory is trained into `folder`."""
         recipe: dict[str, Any] = json.loads(json.dumps(self.values[part]["recipe"]))
         own = self.values["memories"].get(name) or {}
         if "lora" in own:
@@ -133,25 +133,25 @@ class Plan:
 
 
 def symbols(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The ids of 16 hexadecimal digits and three marks; None where they are not 19 tokens."""
+    """Find the ids of 16 hexadecimal digits and three marks; None where they are not 19 tokens."""
     ids = [tokenizer(c, add_special_tokens=False)["input_ids"][-1] for c in CHARACTERS]
     return ids if len(set(ids)) == len(CHARACTERS) else None
 
 
 def tokenizer_of(plan: Plan) -> PreTrainedTokenizerBase:
-    """The backbone's tokenizer."""
+    """Load the backbone's tokenizer."""
     tokenizer: Any = AutoTokenizer.from_pretrained(asset(plan.model) or plan.model)
     return tokenizer
 
 
 def backbone_of(plan: Plan) -> Any:
-    """The backbone, in float32 and evaluation mode."""
+    """Load the backbone, in float32 and evaluation mode."""
     place = asset(plan.model) or plan.model
     return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
 
 
 def _train(plan: Plan, name: str, part: str, scratch: Path) -> tuple[Any, dict[str, Any]]:
-    """The trained model, and what is known of its training."""
+    """Train a model; also gives what is known of its training."""
     folder = scratch / f"{name}-{part}"
     recipe = plan.recipe(name, part, folder)
     recipe["overwrite"] = True
@@ -252,7 +252,7 @@ def measure_base(plan: Plan, scratch: Path) -> dict[str, Any]:
 def measure_speed(
     plan: Plan, names: Iterable[str], *, tokens: int = 4096, rounds: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Seconds a token of reading and of decoding, in turns in one run on one thread.
+    """Measure seconds a token of reading and of decoding, in turns in one run on one thread.
 
     The memories are untrained, since weights do not change the time. `"base"` reads windows as long
     as a segment, and decodes after the same prompt with its cache of keys and values.
@@ -296,7 +296,7 @@ def _speed(plan: Plan, name: str, ids: Tensor) -> dict[str, float]:
 
 
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """What a folder holds, by memory; `"base"` is the backbone's recall.
+    """Read the results in a folder, by memory; `"base"` is the backbone's recall.
 
     Raises:
         ValueError: for a file that is no result of a comparison.

@@ -60,7 +60,7 @@ Reading and decoding are measured for all in turns in one run on one thread, unt
 
 
 def load_curves(results: Results) -> dict[str, PerplexityResult]:
-    """The perplexities by memory."""
+    """Load the perplexities by memory."""
     return {
         name: PerplexityResult.from_dict(values["perplexity"])
         for name, values in results.items()
@@ -69,12 +69,12 @@ def load_curves(results: Results) -> dict[str, PerplexityResult]:
 
 
 def tokens_of(result: PerplexityResult) -> int:
-    """Tokens of a document: those that were predicted, and the first."""
+    """Count the tokens of a document: those that were predicted, and the first."""
     return sum(result.curves[MEMORY].tokens) // result.documents + 1
 
 
 def perplexity_rows(curves: dict[str, PerplexityResult], link: str = "{}") -> list[list[str]]:
-    """A line a memory: nats with the memory and its controls, and what they differ by."""
+    """Make a line a memory: nats with the memory and its controls, and what they differ by."""
     rows = [["memory", "memory", "off", "shuffled", "off - memory", "shuffled - memory"]]
     for name, result in curves.items():
         own = result.curves
@@ -85,7 +85,7 @@ def perplexity_rows(curves: dict[str, PerplexityResult], link: str = "{}") -> li
 
 
 def base_rows(curves: dict[str, PerplexityResult]) -> list[list[str]]:
-    """The backbone's own curves."""
+    """Make the backbone's own curves."""
     any_result = next(iter(curves.values()))
     rows = [["base", "nats per token"]]
     for name in (TRUNCATED, WINDOW, FULL):
@@ -100,13 +100,13 @@ def _accuracy(values: dict[str, Any], curve: str) -> dict[int, float]:
 
 
 def distances(results: Results) -> list[int]:
-    """All distances that were measured."""
+    """List all distances that were measured."""
     found = (v["distances"] for r in results.values() for v in r["recall"].values())
     return sorted({d for part in found for d in part})
 
 
 def recall_rows(results: Results) -> list[list[str]]:
-    """A line a task and memory: accuracy by distance."""
+    """Make a line a task and memory: accuracy by distance."""
     columns = distances(results)
     rows = [["task", "memory", *map(str, columns)]]
     for task in TASKS:
@@ -121,7 +121,7 @@ def recall_rows(results: Results) -> list[list[str]]:
 
 
 def cost_rows(results: Results) -> list[list[str]]:
-    """A line a memory: parameters, state, times."""
+    """Make a line a memory: parameters, state, times."""
     base = results[BASE].get("speed")
     rows = [
         ["memory", "parameters added", "bytes of state", "reading, s per 1k tokens", "over base",
@@ -156,13 +156,13 @@ def _names(found: Iterable[str]) -> str:
 
 
 def advice(results: Results) -> str:
-    """What the figures say to somebody who has to choose, in sentences made from them."""
+    """Write what the figures say to somebody who has to choose, in sentences made from them."""
     curves = load_curves(results)
     any_result = next(iter(curves.values()))
     baseline = any_result.curves[WINDOW].overall
 
     def is_worse(name: str, *controls: str) -> bool:
-        """Every one of the controls, by more than two standard errors."""
+        """Tell whether it is worse than every control, by more than two standard errors."""
         found = [curves[name].curves[c] for c in controls]
         return all(c.gain > 2 * c.gain_error for c in found)
 
@@ -196,7 +196,7 @@ def advice(results: Results) -> str:
 
 
 def recall_table(values: dict[str, Any]) -> str:
-    """One task's accuracy by distance, with its controls."""
+    """Write one task's accuracy by distance, with its controls."""
     own = {k: v for k, v in values.items() if k not in ("format", "version")}
     return RecallResult(**own).table()
 
@@ -210,7 +210,7 @@ def _machine(about: dict[str, Any]) -> str:
 
 
 def page(results: Results, command: str, link: str = "{}") -> str:
-    """The whole comparison in Markdown.
+    """Write the whole comparison in Markdown.
 
     Args:
         results: of `comparison.read_results`.
