@@ -112,7 +112,8 @@ def _write(
 
 
 def merged(model: MemoryModelForCausalLM) -> dict[str, Tensor]:
-    """All weights of a model with its adapters merged, by the names they have without adapters.
+    """Collect all weights of a model with its adapters merged, by the names they have without
+    adapters.
 
     Raises:
         ValueError: for an adapter that cannot be merged into a weight.

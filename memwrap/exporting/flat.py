@@ -32,7 +32,7 @@ END = "\n\nimport sys  # noqa: E402\n\nTHIS_MODULE = sys.modules[__name__]\n"
 
 
 def flat_files(memories: list[str]) -> dict[str, str]:
-    """File names and their text: the model's code with everything it imports.
+    """Collect file names and their text: the model's code with everything it imports.
 
     Args:
         memories: modules of the memories: `memwrap.memories.rmt`, or of another package.
@@ -63,7 +63,7 @@ def flat_files(memories: list[str]) -> dict[str, str]:
 
 
 def flat_name(module: str) -> str:
-    """`memwrap.ops.infini` -> `memwrap_ops_infini`."""
+    """Flatten a module's name: `memwrap.ops.infini` -> `memwrap_ops_infini`."""
     return NAMES.get(module, module.replace(".", "_"))
 
 
@@ -73,7 +73,8 @@ def rewritten(
     package: str = "memwrap",
     packages: Collection[str] = ("memwrap",),
 ) -> tuple[str, list[str]]:
-    """A module's text with its imports of what is exported made flat, and the modules it needs.
+    """Rewrite a module's text with its imports of what is exported made flat; also gives the
+    modules it needs.
 
     Imports for type checkers alone are dropped; those of the Triton kernels stay lazy and become
     calls, so that nothing asks for the kernels where they are not installed.
@@ -111,7 +112,7 @@ def _for_types(node: ast.AST) -> bool:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.stmt]:
-    """All statements, those within blocks for type checkers left out."""
+    """Iterate over all statements, those within blocks for type checkers left out."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt):
             yield child
@@ -129,7 +130,7 @@ class _Imports:
     needed: list[str] = field(default_factory=list)
 
     def of_from(self, node: ast.ImportFrom) -> list[str] | None:
-        """The lines for `from ... import ...`; None leaves it as it is."""
+        """Rewrite `from ... import ...`; None leaves it as it is."""
         name = "." * node.level + (node.module or "")
         source = importlib.util.resolve_name(name, self.package) if node.level else name
         head = source.partition(".")[0]
@@ -156,7 +157,7 @@ class _Imports:
         return f"from .{flat_name(source)} import {name} as {shown}"
 
     def of_import(self, node: ast.Import) -> list[str] | None:
-        """The lines for `import ...`; None leaves it as it is."""
+        """Rewrite `import ...`; None leaves it as it is."""
         heads = {alias.name.partition(".")[0] for alias in node.names}
         if heads.isdisjoint({"memwrap_kernels", *self.packages}):
             for head in heads:
@@ -193,7 +194,8 @@ def _kernel(module: str, shown: str) -> str:
 
 
 def _origin(module: str) -> str | None:
-    """Where a module is loaded from; None for one that does not exist or has no file."""
+    """Find the file that a module is loaded from; None for one that does not exist or has no
+    file."""
     try:
         spec = importlib.util.find_spec(module)
     except (ModuleNotFoundError, ValueError):  # below a plain module; `__main__`
@@ -206,7 +208,7 @@ def _exists(module: str) -> bool:
 
 
 def _source(module: str) -> Path:
-    """The file of a module.
+    """Find the file of a module.
 
     Raises:
         ValueError: if it has no Python source: it is compiled, or was typed into a notebook.

@@ -8,7 +8,7 @@ _MEMORIES: dict[str, tuple[Any, Any]] = {}
 
 
 def register(config: Any) -> Any:
-    """Class decorator: make a memory known under the `name` of its config class."""
+    """Make a memory known under the `name` of its config class (a class decorator)."""
 
     def decorate(memory: Any) -> Any:
         _MEMORIES[config.name] = (config, memory)
@@ -18,7 +18,7 @@ def register(config: Any) -> Any:
 
 
 def config_class(name: str) -> Any:
-    """The config class of a memory.
+    """Find the config class of a memory.
 
     Raises:
         ValueError: for a memory that was not exported.
@@ -27,7 +27,7 @@ def config_class(name: str) -> Any:
 
 
 def memory_class(name: str) -> Any:
-    """The module class of a memory; errors as `config_class`."""
+    """Find the module class of a memory; errors as `config_class`."""
     return _entry(name)[1]
 
 

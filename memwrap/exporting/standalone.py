@@ -26,7 +26,7 @@ from memwrap.model.weight_files import (
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name; there are no adapters here."""
+    """Give a parameter's name; there are no adapters here."""
     return name
 
 
