@@ -36,7 +36,7 @@ Model = Annotated[str, typer.Option("--model", help="A saved model: folder, ship
 @app.command("list")
 @plain_errors
 def list_memories() -> None:
-    """The memories, where they attach, and what they do."""
+    """List the memories, where they attach, and what they do."""
     for name in memwrap.available():
         try:
             config = memwrap.config_class(name)
@@ -133,7 +133,7 @@ def evaluate(
 )
 @plain_errors
 def run_harness(context: typer.Context) -> None:
-    """EleutherAI's lm_eval with saved models: --model memwrap --model_args pretrained=DIR."""
+    """Run EleutherAI's lm_eval with saved models: --model memwrap --model_args pretrained=DIR."""
     from memwrap.cli import lm_eval_model as harness
 
     harness.main(context.args)
@@ -275,7 +275,7 @@ def doctor(
         str | None, typer.Option("--model", help="Check this model's architecture (config only).")
     ] = None,
 ) -> None:
-    """What is installed, what will be used, and whether a model can be given a memory."""
+    """Show what is installed, what will be used, and whether a model can be given a memory."""
     from memwrap.cli import doctor as room
 
     transformers_logging.disable_progress_bar()
@@ -314,7 +314,7 @@ def demo(
 
 
 def main() -> None:
-    """Entry point of the `memwrap` command."""
+    """Run the `memwrap` command."""
     app()
 
 

@@ -44,7 +44,7 @@ def train_briefly(output: Path, minutes: float) -> memwrap.MemoryModelForCausalL
 
 
 def perplexity(models: dict[str, Any], output: Path) -> dict[str, PerplexityResult]:
-    """Perplexity by position of each adapter beside its controls."""
+    """Measure perplexity by position of each adapter beside its controls."""
     tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
     rows = run.documents("stdlib", "test", tokenizer, DOCUMENT_TOKENS, DOCUMENTS)
     results = {}

@@ -38,7 +38,7 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def load_model(name: str, dtype: str | None = None) -> Any:
-    """A saved model on the best device."""
+    """Load a saved model on the best device."""
     import torch
 
     transformers_logging.disable_progress_bar()
@@ -50,7 +50,7 @@ def load_model(name: str, dtype: str | None = None) -> Any:
 
 
 def load_tokenizer(name: str, model: Any) -> Any:
-    """The tokenizer that is saved with a model, else its base's."""
+    """Load the tokenizer that is saved with a model, else its base's."""
     from transformers import AutoTokenizer
 
     for place in (name, model.config.base_model):

@@ -32,7 +32,7 @@ SEGMENT = 512
 
 
 def _with_memory(name: str, config: KnnLMConfig, dtype: str | None, *, own: bool) -> Any:
-    """A model with a kNN-LM memory: a saved one that has it, or a base with `config`.
+    """Load a model with a kNN-LM memory: a saved one that has it, or a base with `config`.
 
     Args:
         own: whether the config was asked for in words, which a saved model has already.
@@ -98,7 +98,7 @@ def build(
 
 
 def _shown(place: str) -> str:
-    """A place without a password."""
+    """Write a place without its password."""
     return place if not is_url(place) else "the server"
 
 
@@ -140,7 +140,7 @@ def info(
     store: Where,
     check: Annotated[bool, typer.Option("--check", help="Read every byte.")] = False,
 ) -> None:
-    """What a store holds."""
+    """Show what a store holds."""
     opened = open_store(store)
     facts: dict[str, Any] = {
         "kind": opened.kind, "entries": f"{len(opened):,}", "width": opened.dim,
