@@ -8,7 +8,8 @@ ROOT = Path(__file__).parent
 
 
 def asset(name: str | Path) -> Path | None:
-    """The folder of a shipped model such as `"tiny-lm"`, or None if nothing has that name."""
+    """Return the folder of a shipped model such as `"tiny-lm"`, or None if nothing has that
+    name."""
     folder = ROOT / str(name)
     plain = "/" not in str(name) and "\\" not in str(name) and not str(name).startswith(".")
     return folder if plain and (folder / "config.json").is_file() else None
