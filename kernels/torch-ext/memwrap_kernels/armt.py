@@ -27,7 +27,7 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 def _read(
     x: Tensor, A: Tensor, z: Tensor | None, nu: int, normalize: bool, eps: float, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the memory holds for each token, and by token r, the denominator and |phi|^2."""
+    """Read what the memory holds for each token, and by token r, the denominator and |phi|^2."""
     batch, heads, tokens, width = x.shape
     values = A.shape[-1]
     out = _empty(x, batch, heads, tokens, values)
@@ -47,7 +47,7 @@ def _read(
 
 
 def _project(y: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    """`y A^T`: `(B, H, T, K)`."""
+    """Compute `y A^T`: `(B, H, T, K)`."""
     batch, heads, tokens, values = y.shape
     keys = A.shape[2]
     out = _empty(y, batch, heads, tokens, keys)
@@ -67,7 +67,7 @@ def _write(
     x: Tensor, y: Tensor, weights: Tensor, weights_z: Tensor | None, nu: int,
     A: Tensor | None = None, z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`[A +] sum_t f_t^T w_t y_t` and, with `weights_z`, `[z +] sum_t w'_t f_t`."""
+    """Compute `[A +] sum_t f_t^T w_t y_t` and, with `weights_z`, `[z +] sum_t w'_t f_t`."""
     batch, heads, tokens, width = x.shape
     values, keys = y.shape[-1], 2 * nu * width
     out = _empty(x, batch, heads, keys, values)
@@ -93,7 +93,7 @@ def _features_backward(
     x: Tensor, p: Tensor, z: Tensor | None, e: Tensor | None, nu: int, normalize: bool,
     eps: float, shares: Tensor | None = None, gammas: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradient of x; for a read (no gammas) also each token's weights for A and z."""
+    """Compute the gradient of x; for a read (no gammas) also each token's weights for A and z."""
     batch, heads, tokens, width = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weights, weights_z = (_empty(x, batch, heads, tokens) for _ in range(2))
@@ -114,7 +114,7 @@ def _features_backward(
 
 @torch.library.custom_op(add_op_namespace_prefix("armt_read"), mutates_args=())
 def read(q: Tensor, A: Tensor, z: Tensor | None, nu: int, normalize: bool, eps: float) -> Tensor:
-    """`phi(q) A / (phi(q) z + eps)`, or `phi(q) A` without z: `(B, H, T, V)` in float32."""
+    """Compute `phi(q) A / (phi(q) z + eps)`, or `phi(q) A` without z: `(B, H, T, V)` in float32."""
     if not q.numel() or not A.shape[-1]:
         return q.new_zeros((*q.shape[:3], A.shape[-1]), dtype=torch.float32)
     return _read(q, A, z, nu, normalize, eps, stats=False)[0]
@@ -129,7 +129,7 @@ def _(q: Tensor, A: Tensor, z: Tensor | None, nu: int, normalize: bool, eps: flo
 def read_backward(
     dout: Tensor, q: Tensor, A: Tensor, z: Tensor | None, nu: int, normalize: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, A and z (an empty tensor without z)."""
+    """Compute the gradients of q, A and z (an empty tensor without z)."""
     if not q.numel() or not A.shape[-1]:
         none = q.new_zeros(0, dtype=torch.float32)
         dA = torch.zeros(A.shape, device=A.device)
@@ -166,7 +166,7 @@ read.register_autograd(_grad_read, setup_context=_save_read)
 def _previous(
     k: Tensor, A: Tensor, z: Tensor | None, written: Tensor, nu: int, normalize: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the memory returns for the keys (0 where nothing was written), r, d, |phi|^2."""
+    """Read what the memory returns for the keys (0 where nothing was written), r, d, |phi|^2."""
     found, scale, denominator, squared = _read(k, A, z, nu, normalize, eps, stats=True)
     return found.masked_fill(~written.view(-1, 1, 1, 1), 0.0), scale, denominator, squared
 
@@ -174,7 +174,7 @@ def _previous(
 def _gamma(
     denominator: Tensor, squared: Tensor, written: Tensor, correction: bool, key_eps: float
 ) -> Tensor:
-    """`clip(1 - d / |phi|^2, 0, 1)`, 1 on the first write of a row: `(B, H, T)`."""
+    """Compute `clip(1 - d / |phi|^2, 0, 1)`, 1 on the first write of a row: `(B, H, T)`."""
     if not correction:
         return torch.ones_like(denominator)
     squared = squared + key_eps
@@ -187,7 +187,8 @@ def write(
     k: Tensor, v: Tensor, beta: Tensor, A: Tensor, z: Tensor | None, written: Tensor, nu: int,
     normalize: bool, correction: bool, key_eps: float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`A += sum phi(k)^T beta (v - v_prev)`, `z += sum gamma phi(k)`; z is empty without one."""
+    """Compute `A += sum phi(k)^T beta (v - v_prev)`, `z += sum gamma phi(k)`; z is empty without
+    one."""
     none = k.new_zeros(0, dtype=torch.float32)
     if not k.numel() or not v.numel():
         return A.clone(), none if z is None else z.clone()
@@ -211,7 +212,7 @@ def write_backward(
     E: Tensor, e: Tensor, k: Tensor, v: Tensor, beta: Tensor, A: Tensor, z: Tensor | None,
     written: Tensor, nu: int, normalize: bool, correction: bool, key_eps: float, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of k, v, beta, A and z from those of the new A (E) and z (e)."""
+    """Compute the gradients of k, v, beta, A and z from those of the new A (E) and z (e)."""
     if not k.numel() or not v.numel():
         zeros = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, beta))
         return (*zeros, E.clone(), e.clone())  # type: ignore[return-value]

@@ -13,14 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def _half(at, i, valid, D: tl.constexpr):
-    """u at indices `i` of the rows that start at `at` (T, 1): `(T, len(i))`, in float32."""
+    """Return u at indices `i` of the rows that start at `at` (T, 1): `(T, len(i))`, in float32."""
     x = tl.load(at + (i % D)[None, :], mask=valid, other=0.0).to(tl.float32)
     return tl.maximum(tl.where((i < D)[None, :], x, -x), 0.0)
 
 
 @triton.jit
 def _features(at, f, real, D: tl.constexpr, NU: tl.constexpr):
-    """Features `f` of some rows: `(T, len(f))`, 0 outside."""
+    """Compute features `f` of some rows: `(T, len(f))`, 0 outside."""
     valid = real[:, None] & (f < 2 * NU * D)[None, :]
     i, j = f % (2 * D), f // (2 * D) + 1
     return _half(at, i, valid, D) * _half(at, (i + 2 * NU * D - j) % (2 * D), valid, D)
@@ -34,7 +34,7 @@ def read_kernel(
     BV: tl.constexpr, HAS_Z: tl.constexpr, NORMALIZE: tl.constexpr, STATS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out = phi A / (phi z + eps)`; STATS keeps r, the denominators and `|phi|^2`."""
+    """Compute `out = phi A / (phi z + eps)`; STATS keeps r, the denominators and `|phi|^2`."""
     K: tl.constexpr = 2 * NU * D
     blocks: tl.constexpr = (DV + BV - 1) // BV
     tile, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -82,7 +82,7 @@ def project_kernel(
     K: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out = y A^T`: `(T, V)` with `(K, V)` gives `(T, K)`."""
+    """Compute `out = y A^T`: `(T, V)` with `(K, V)` gives `(T, K)`."""
     blocks: tl.constexpr = (K + BF - 1) // BF
     tile, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     memory = tl.program_id(1).to(tl.int64)
@@ -110,7 +110,7 @@ def write_kernel(
     D: tl.constexpr, NU: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
     BV: tl.constexpr, HAS_BASE: tl.constexpr, HAS_Z: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out = [A +] sum_t f_t^T w_t y_t` and `out_z = [z +] sum_t w'_t f_t`."""
+    """Compute `out = [A +] sum_t f_t^T w_t y_t` and `out_z = [z +] sum_t w'_t f_t`."""
     K: tl.constexpr = 2 * NU * D
     blocks: tl.constexpr = (DV + BV - 1) // BV
     memory = tl.program_id(1).to(tl.int64)
@@ -149,7 +149,7 @@ def _gradient(
     D: tl.constexpr, NU: tl.constexpr, HAS_Z: tl.constexpr, HAS_E: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the features `u[b] u[b - j]`: `(T, len(b))`."""
+    """Compute the gradient of the features `u[b] u[b - j]`: `(T, len(b))`."""
     f = (j - 1) * 2 * D + b
     gradient = tl.load(p + f[None, :], mask=valid, other=0.0) * part[:, None]
     if HAS_Z:
@@ -168,8 +168,8 @@ def _half_gradient(
     D: tl.constexpr, NU: tl.constexpr, HAS_Z: tl.constexpr, HAS_E: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of u at indices `i`: each u is the left factor of nu features and the right
-    one of nu others."""
+    """Compute the gradient of u at indices `i`: each u is the left factor of nu features and the
+    right one of nu others."""
     total = tl.zeros_like(_half(at, i, valid, D))
     for j in tl.static_range(1, NU + 1):
         before, after = (i + 2 * NU * D - j) % (2 * D), (i + j) % (2 * D)
@@ -192,7 +192,7 @@ def features_bwd_kernel(
     D: tl.constexpr, NU: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_E: tl.constexpr, NORMALIZE: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
-    """From gradients of features to those of x.
+    """Turn gradients of features into those of x.
 
     The gradient of phi is `P / d + s z` for a read, with `d = phi z + eps` and
     `s = -(phi P) / d^2`; the weights `r / d` and `r s` of each token are kept, for the gradients

@@ -53,13 +53,13 @@ def scan(
 
 
 def unit(x: Tensor) -> Tensor:
-    """Unit vectors in float32."""
+    """Compute unit vectors in float32."""
     wide = x.float()
     return wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> str:
-    """Why the kernels cannot take a call; empty if they can."""
+    """Tell why the kernels cannot take a call; empty if they can."""
     if beta.dim() != 3:
         return "a beta for each value channel"
     # float32 states of wider keys take more than AMD's 64 KB of shared memory.
@@ -72,8 +72,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> str:
 def solved(
     k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, table: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """u `(B, Hkv, T, Dv)` and w `(B, Hkv, T, Dk)` in float32: a token writes `u - w S`, with S
-    the state before its chunk."""
+    """Return u `(B, Hkv, T, Dv)` and w `(B, Hkv, T, Dk)` in float32: a token writes `u - w S`, with
+    S the state before its chunk."""
     tokens = k.shape[2]
     size = chunk_size(tokens)
     if table is None:
@@ -111,7 +111,7 @@ def solved(
 
 
 def _inverse(lower: Tensor) -> Tensor:
-    """`(I + L)^-1` of strictly lower triangular L: blocks are merged two by two."""
+    """Compute `(I + L)^-1` of strictly lower triangular L: blocks are merged two by two."""
     size = lower.shape[-1]
     i = torch.arange(size, device=lower.device)
     inverse = torch.eye(size, device=lower.device, dtype=lower.dtype).expand_as(lower)
@@ -136,7 +136,7 @@ class _Call(gla._Call):
         }  # fmt: skip
 
     def changes(self, u: Tensor, w: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-        """All states, and what each token writes."""
+        """Compute all states, and what each token writes."""
         shape = (self.batch, self.heads, self.slots, self.keys, self.values)
         states = torch.empty(shape, device=u.device, dtype=torch.float32)
         found = torch.empty_like(u)
@@ -154,7 +154,7 @@ class _Call(gla._Call):
     def changes_bwd(
         self, w: Tensor, scores: Tensor, dout: Tensor, dlast: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of all states, and of what each token writes."""
+        """Compute the gradients of all states, and of what each token writes."""
         shape = (self.batch, self.heads, self.slots, self.keys, self.values)
         grads = torch.empty(shape, device=w.device, dtype=torch.float32)
         found = torch.empty((*w.shape[:3], self.values), device=w.device, dtype=torch.float32)
@@ -187,7 +187,7 @@ def forward(
     q: Tensor, k: Tensor, u: Tensor, w: Tensor, g: Tensor | None, state: Tensor,
     table: Tensor | None, spans: Tensor | None, scale: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`scan` with what `solved` found; the output is in `dtype`."""
+    """Compute `scan` with what `solved` found; the output is in `dtype`."""
     out = torch.empty((*q.shape[:3], u.shape[-1]), dtype=dtype, device=u.device)
     if not q.numel() or not u.numel():
         return out.zero_(), state.clone()
@@ -211,7 +211,7 @@ def backward(
     dout: Tensor, dlast: Tensor, q: Tensor, k: Tensor, u: Tensor, w: Tensor, g: Tensor | None,
     state: Tensor, table: Tensor | None, spans: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, u, w, g (empty without) and the first states."""
+    """Compute the gradients of q, k, u, w, g (empty without) and the first states."""
     if not q.numel() or not u.numel():
         none = q.new_empty(0) if g is None else torch.zeros_like(g)
         dq, dk, du, dw = (torch.zeros_like(x) for x in (q, k, u, w))
@@ -255,7 +255,7 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A few tokens without gradients, for decoding: one launch, the state in registers.
+    """Run a few tokens without gradients, for decoding: one launch, the state in registers.
 
     Args:
         q, k, v, g, state, scale: as for `gla.scan` without `cu_seqlens`.
@@ -278,7 +278,7 @@ def step_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`step`."""
+    """Compute `step`."""
     batch, readers, tokens, keys = q.shape
     heads, values = k.shape[1], v.shape[-1]
     out = torch.empty((*q.shape[:3], values), dtype=v.dtype, device=v.device)

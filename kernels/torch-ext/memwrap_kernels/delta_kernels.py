@@ -29,7 +29,7 @@ def changes_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All states of a sequence, and what each token writes; some of the value channels."""
+    """Compute all states of a sequence, and what each token writes; some of the value channels."""
     sequence = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     i_k, i_v = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
@@ -73,7 +73,7 @@ def changes_bwd_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of all states, and of what each token writes."""
+    """Compute the gradients of all states, and of what each token writes."""
     sequence = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     i_k, i_v = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
@@ -133,7 +133,7 @@ def readers_bwd_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dw = -(d change) S^T` of a chunk, for some of the key channels."""
+    """Compute `dw = -(d change) S^T` of a chunk, for some of the key channels."""
     blocks: tl.constexpr = (DK + BK - 1) // BK
     start, end, slot = _chunk(table, tl.program_id(0) // blocks, tokens, C, HAS_TABLE)
     memory = tl.program_id(1).to(tl.int64)
@@ -158,7 +158,7 @@ def step_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, BETA: tl.constexpr,
 ):  # fmt: skip
-    """A few tokens, one after the other, with the state in registers: decoding.
+    """Run a few tokens, one after the other, with the state in registers: decoding.
 
     BETA: 0 no delta rule, 1 a number, 2 a number a value channel.
     """

@@ -50,7 +50,7 @@ def scan(
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Why the kernels cannot take a call; empty if they can."""
+    """Tell why the kernels cannot take a call; empty if they can."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not (
         q.dtype == k.dtype == v.dtype
     ):
@@ -62,7 +62,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def tables(cu_seqlens: Tensor | None, tokens: int) -> tuple[Tensor | None, Tensor | None]:
-    """(First token, end, slot) of each chunk and (first chunk, chunks, first slot) of each
+    """List (first token, end, slot) of each chunk and (first chunk, chunks, first slot) of each
     sequence, without asking the GPU: there may be chunks without tokens at the end."""
     if cu_seqlens is None:
         return None, None
@@ -130,7 +130,8 @@ class _Call:
         return out
 
     def states(self, x: Tensor, y: Tensor, initial: Tensor, reverse: bool) -> Tensor:
-        """Of keys and values; reversed: their gradients, of queries and outputs' gradients."""
+        """Compute the states of keys and values; reversed: their gradients, of queries and outputs'
+        gradients."""
         shape = (self.batch, self.heads, self.slots, self.keys, self.values)
         out = torch.empty(shape, device=x.device, dtype=torch.float32)
         given = self.constants(
@@ -147,7 +148,7 @@ class _Call:
         return out
 
     def scores(self, x: Tensor, y: Tensor, gated: bool = True) -> Tensor:
-        """A, or dA for gradients of outputs, values and no gate."""
+        """Compute A, or dA for gradients of outputs, values and no gate."""
         shape = (self.batch, self.readers, self.tokens, self.size)
         out = torch.empty(shape, device=x.device, dtype=torch.float32)
         given = self.constants("scores", "BK", "C", "LEVELS", "HAS_TABLE", "PRECISION")
@@ -160,7 +161,7 @@ class _Call:
         return out
 
     def read(self, states: Tensor, scores: Tensor, values: Tensor, out: Tensor) -> None:
-        """What the tokens read, into `out`."""
+        """Read for the tokens, into `out`."""
         given = self.constants(
             "output", "DK", "DV", "BK", "BV", "C", "GATE", "HAS_TABLE", "PRECISION"
         )
@@ -175,7 +176,8 @@ class _Call:
     def keys_bwd(
         self, states: Tensor, grads: Tensor, values: Tensor, dout: Tensor, dq: Tensor, dk: Tensor
     ) -> Tensor:
-        """Gradients of queries and keys, into `dq` and `dk`, and of the gates in float32."""
+        """Compute the gradients of queries and keys, into `dq` and `dk`, and of the gates in
+        float32."""
         weights = self.scores(dout, values, gated=False)
         given = self.constants(
             "keys_bwd", "DK", "DV", "BK", "BV", "C", "LEVELS", "GATE", "HAS_TABLE", "PRECISION"
@@ -193,7 +195,7 @@ class _Call:
         return dg.sum(0) if self.gate == 1 else dg
 
     def last(self, states: Tensor) -> Tensor:
-        """The states after the last token of each sequence."""
+        """Compute the states after the last token of each sequence."""
         if not self.has_table:
             return states[:, :, -1].clone()
         return states[0].index_select(1, (self.spans[:, 2] + self.spans[:, 1]).long()).transpose(
@@ -211,7 +213,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, table: Tensor | None,
     spans: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`scan` with the tables of `tables`."""
+    """Compute `scan` with the tables of `tables`."""
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device)
     if not q.numel() or not v.numel():
         return out.zero_(), state.clone()
@@ -235,7 +237,7 @@ def backward(
     dout: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor,
     table: Tensor | None, spans: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, g (empty without) and the first states."""
+    """Compute the gradients of q, k, v, g (empty without) and the first states."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not q.numel() or not v.numel():
         none = q.new_empty(0) if g is None else torch.zeros_like(g)

@@ -28,7 +28,7 @@ def values_bwd_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the values of a chunk."""
+    """Compute the gradients of the values of a chunk."""
     blocks: tl.constexpr = (DV + BV - 1) // BV
     start, end, slot = _chunk(table, tl.program_id(0) // blocks, tokens, C, HAS_TABLE)
     row = (tl.program_id(1) // heads).to(tl.int64)
@@ -66,7 +66,7 @@ def keys_bwd_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, GATE: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of queries, keys and gates of a chunk, for some of the key channels."""
+    """Compute the gradients of queries, keys and gates of a chunk, for some of the key channels."""
     blocks: tl.constexpr = (DK + BK - 1) // BK
     start, end, slot = _chunk(table, tl.program_id(0) // blocks, tokens, C, HAS_TABLE)
     block = tl.program_id(0) % blocks

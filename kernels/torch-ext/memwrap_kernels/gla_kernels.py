@@ -25,7 +25,7 @@ from .products import dot
 
 @triton.jit
 def _chunk(table, chunk, tokens, C: tl.constexpr, HAS_TABLE: tl.constexpr):
-    """First token, end and slot of a chunk."""
+    """Return first token, end and slot of a chunk."""
     if HAS_TABLE:
         start = tl.load(table + chunk * 3).to(tl.int64)
         end = tl.load(table + chunk * 3 + 1).to(tl.int64)
@@ -39,14 +39,14 @@ def _chunk(table, chunk, tokens, C: tl.constexpr, HAS_TABLE: tl.constexpr):
 
 @triton.jit
 def _rows(base, t, i, real, step, SIZE: tl.constexpr):
-    """Rows t and columns i of a matrix in float32, 0 outside."""
+    """Load rows t and columns i of a matrix in float32, 0 outside."""
     valid = real[:, None] & (i < SIZE)[None, :]
     return tl.load(base + t[:, None] * step + i[None, :], mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _sums(gates, t, i, real, DK: tl.constexpr, GATE: tl.constexpr):
-    """G of some tokens: `(T, K)`, or `(T, 1)` for a gate that is a number."""
+    """Compute G of some tokens: `(T, K)`, or `(T, 1)` for a gate that is a number."""
     if GATE == 2:
         return _rows(gates, t, i, real, DK, DK)
     else:
@@ -55,7 +55,7 @@ def _sums(gates, t, i, real, DK: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def _last(gates, end, i, DK: tl.constexpr, GATE: tl.constexpr):
-    """G_C of a chunk that ends at `end`, `(K)` or a number for all."""
+    """Compute G_C of a chunk that ends at `end`, `(K)` or a number for all."""
     if GATE == 2:
         return tl.load(gates + (end - 1) * DK + i, mask=i < DK, other=0.0)
     else:
@@ -64,13 +64,14 @@ def _last(gates, end, i, DK: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def _decay(x):
-    """exp for exponents that are at most 0 wherever they count."""
+    """Compute exp for exponents that are at most 0 wherever they count."""
     return tl.exp(tl.minimum(x, 0.0))
 
 
 @triton.jit
 def _seam(gates, own, start, end, i_k, half, C: tl.constexpr, DK: tl.constexpr):
-    """Of a level of halving: the factors of the later halves' tokens and of the earlier ones'."""
+    """Compute, at a level of halving, the factors of the later halves' tokens and of the earlier
+    ones'."""
     i = tl.arange(0, C)
     seam = start + (i // (2 * half)) * (2 * half) + half
     later = ((i // half) % 2 == 1)[:, None]
@@ -83,7 +84,7 @@ def cumulate_kernel(
     g, out, table, g_b, g_h, g_t, tokens, heads,
     W: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of log gates inside each chunk."""
+    """Compute the sums of log gates inside each chunk."""
     blocks: tl.constexpr = (W + BW - 1) // BW
     memory = tl.program_id(1).to(tl.int64)
     start, end, _ = _chunk(table, tl.program_id(0) // blocks, tokens, C, HAS_TABLE)
@@ -102,8 +103,8 @@ def states_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All states of a sequence from keys and values; REVERSE: the gradients of all states from
-    queries and the gradients of what they read."""
+    """Compute all states of a sequence from keys and values; REVERSE: the gradients of all states
+    from queries and the gradients of what they read."""
     blocks: tl.constexpr = (DV + BV - 1) // BV
     sequence = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -151,7 +152,7 @@ def scores_kernel(
     DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     GATE: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A of each chunk, `(B, H, T, C)`."""
+    """Compute A of each chunk, `(B, H, T, C)`."""
     start, end, _ = _chunk(table, tl.program_id(0), tokens, C, HAS_TABLE)
     row = (tl.program_id(1) // (heads * group)).to(tl.int64)
     reader = (tl.program_id(1) % (heads * group)).to(tl.int64)
@@ -189,7 +190,7 @@ def output_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the tokens of a chunk read: of the state before it, and of each other."""
+    """Read for the tokens of a chunk: of the state before it, and of each other."""
     blocks: tl.constexpr = (DV + BV - 1) // BV
     start, end, slot = _chunk(table, tl.program_id(0) // blocks, tokens, C, HAS_TABLE)
     row = (tl.program_id(1) // (heads * group)).to(tl.int64)

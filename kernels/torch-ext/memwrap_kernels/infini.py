@@ -29,7 +29,8 @@ def _outer(
     heads: int, slots: int, first_slot: int = 0, z: Tensor | None = None,
     weight: Tensor | None = None, mask: Tensor | None = None, eps: float = EPS,
 ) -> None:  # fmt: skip
-    """Launch `outer_kernel`: sums of outer products over each segment, into `out`, `out_z`."""
+    """Launch `outer_kernel`: sums of outer products over each segment, into `out`,
+    `out_z`."""
     batch, readers, tokens, keys = x.shape
     x = rows(x)
     other = x if y is None else rows(y)
@@ -53,7 +54,7 @@ def _outer(
 def _transitions(
     k: Tensor, mask: Tensor | None, zs: Tensor, segment_size: int, eps: float
 ) -> Tensor:
-    """A_s of every segment, `(B, Hkv, N, Dk, Dk)`."""
+    """Compute A_s of every segment, `(B, Hkv, N, Dk, Dk)`."""
     batch, heads, slots, keys = zs.shape
     a = torch.empty(batch, heads, slots - 1, keys, keys, device=k.device, dtype=torch.float32)
     # The slots of `a` are one fewer than those of z: one launch a layout, so z is cut to fit.
@@ -112,7 +113,7 @@ def states_backward(
     d_memory: Tensor, d_zs: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, memory: Tensor,
     zs: Tensor, segment_size: int, delta: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of k, v, and of M and z before the first segment."""
+    """Compute the gradients of k, v, and of M and z before the first segment."""
     batch, heads, tokens, keys = k.shape
     segments, values = memory.shape[2] - 1, v.shape[-1]
     grads = d_memory.contiguous().clone()
@@ -206,7 +207,7 @@ def _(q: Tensor, memory: Tensor, zs: Tensor, segment_size: int, eps: float) -> T
 def lookup_backward(
     dout: Tensor, q: Tensor, memory: Tensor, zs: Tensor, segment_size: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q and of every slot of M and z."""
+    """Compute the gradients of q and of every slot of M and z."""
     batch, readers, tokens, keys = q.shape
     heads, slots, values = memory.shape[1], memory.shape[2], memory.shape[4]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -26,7 +26,7 @@ def _phi(x):
 
 @triton.jit
 def _features(at, t, x_t, real, DK: tl.constexpr, BK: tl.constexpr):
-    """phi of a tile of tokens of the head at `at`; 0 where `real` is false."""
+    """Compute phi of a tile of tokens of the head at `at`; 0 where `real` is false."""
     i_k = tl.arange(0, BK)
     valid = real[:, None] & (i_k < DK)[None, :]
     x = tl.load(at + t[:, None] * x_t + i_k[None, :], mask=valid, other=0.0)
@@ -35,7 +35,7 @@ def _features(at, t, x_t, real, DK: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _inverse(phi, z, eps):
-    """1 / max(phi z, eps), 0 where the memory is empty; and phi z."""
+    """Compute 1 / max(phi z, eps), 0 where the memory is empty; and phi z."""
     denominator = tl.sum(phi * z[None, :], 1)
     safe = tl.where(denominator == 0.0, 1.0, tl.maximum(denominator, eps))
     inverse = tl.where(denominator == 0.0, 0.0, 1.0 / safe)
@@ -51,7 +51,7 @@ def outer_kernel(
     OWN: tl.constexpr, DIVIDE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WANT_Z: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out_s = sum_t phi(x_t)^T y_t [/ c_t]` and `out_z_s = sum_t [weight_t] phi(x_t)`.
+    """Compute `out_s = sum_t phi(x_t)^T y_t [/ c_t]` and `out_z_s = sum_t [weight_t] phi(x_t)`.
 
     Sums over the tokens of a segment and the `group` query heads of a memory head. OWN: y is
     phi(x) itself. DIVIDE: by the denominator with this segment's z.
@@ -111,7 +111,7 @@ def recurrence_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, HAS_A: tl.constexpr,
 ):  # fmt: skip
-    """In place over the slots: `new += old - A old`, forward or backward through segments."""
+    """Go over the slots, in place: `new += old - A old`, forward or backward through segments."""
     block, memory = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_k, i_v = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     inside = (i_k < DK)[:, None] & (i_v < DV)[None, :]
@@ -153,7 +153,7 @@ def lookup_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out_t = phi(q_t) M_s / c_t`: a span of tokens of one segment, one query head."""
+    """Compute `out_t = phi(q_t) M_s / c_t`: a span of tokens of one segment, one query head."""
     blocks: tl.constexpr = (DV + BV - 1) // BV
     part = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -185,7 +185,8 @@ def _queries_bwd(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of a tile of queries; return phi and each token's weight in that of z.
+    """Store the gradient of a tile of queries; return phi and each token's weight in that of
+    z.
 
     `at_q`, `at_dout` and `at_dq` point to the first token of a head, `states` to M of the slot.
     """
@@ -219,7 +220,7 @@ def lookup_bwd_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries, and each token's weight in the gradient of z."""
+    """Compute the gradient of the queries, and each token's weight in the gradient of z."""
     segment = (tl.program_id(0) // tiles).to(tl.int64)
     first = (tl.program_id(0) % tiles) * BT
     readers = heads * group
@@ -245,8 +246,8 @@ def _keys_bwd(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     DELTA: tl.constexpr, ONLY_Z: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of a tile of keys and values (unless ONLY_Z); return what the delta
-    rule's denominators give to z of the segment.
+    """Store the gradients of a tile of keys and values (unless ONLY_Z); return what the
+    delta rule's denominators give to z of the segment.
 
     `at_k`, `at_v`, `at_dk` and `at_dv` point to the first token of a head; `states` to M before
     the segment; `grads` and `after` are the gradients of M and z after it. `inside` are the
@@ -299,7 +300,7 @@ def write_bwd_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     DELTA: tl.constexpr, ONLY_Z: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of keys and values from those of the state after their segment.
+    """Compute the gradients of keys and values from those of the state after their segment.
 
     ONLY_Z writes what the delta rule's denominators give to z of the segment instead (one
     partial sum a tile): the gradients of earlier keys need it.

@@ -37,12 +37,12 @@ def _multiprocessors(device_type: str, index: int | None) -> int:
 
 @torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU (compute units on AMD); 1 for the interpreter on a CPU."""
+    """Count the multiprocessors of a GPU (compute units on AMD); 1 for the interpreter on a CPU."""
     return _multiprocessors(device.type, device.index)
 
 
 def fuses(M: Tensor, dtype: torch.dtype, delta: bool, keep: bool) -> bool:
-    """Whether one launch a pass keeps the device busy.
+    """Tell whether one launch a pass keeps the device busy.
 
     A program of the fused path owns `BLOCK_V` value channels of one memory for the whole
     sequence, so there are B * Hkv * ceil(Dv / BLOCK_V) of them whatever its length. They are
@@ -63,7 +63,7 @@ def fuses(M: Tensor, dtype: torch.dtype, delta: bool, keep: bool) -> bool:
 
 
 def _blocks(own: Tiles, values: int) -> int:
-    """Programs of a memory."""
+    """Count the programs of a memory."""
     return max(1, triton.cdiv(values, own.values))
 
 
@@ -83,13 +83,13 @@ def scan(
 
 
 def _widest(*inputs: Tensor) -> torch.dtype:
-    """float32 where any of the inputs is: the dtype that tiles and precision go by."""
+    """Choose float32 where any of the inputs is: the dtype that tiles and precision go by."""
     full = any(x.dtype == torch.float32 for x in inputs)
     return torch.float32 if full else inputs[0].dtype
 
 
 def _kept(k: Tensor, M: Tensor, segment_size: int, keep: bool) -> list[int]:
-    """The shape of the states: one slot a segment, or none."""
+    """Return the shape of the states: one slot a segment, or none."""
     segments = (k.shape[2] + segment_size - 1) // segment_size
     return [*M.shape[:2], segments if keep else 0, *M.shape[2:]]
 
@@ -99,9 +99,9 @@ def fused(
     q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, mask: Tensor | None,
     segment_size: int, delta: bool, eps: float, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`scan` in one launch; after its three results the memory before each segment, M and z, if
-    `keep` (the backward needs it; without it nothing that grows with the sequence is stored but
-    what was read)."""
+    """Compute `scan` in one launch; after its three results the memory before each segment, M and
+    z, if `keep` (the backward needs it; without it nothing that grows with the sequence is stored
+    but what was read)."""
     batch, readers, tokens, keys = q.shape
     heads, values = M.shape[1], M.shape[3]
     shape = _kept(k, M, segment_size, keep)
@@ -143,7 +143,7 @@ def fused_backward(
     dout: Tensor, dM: Tensor, dz: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     states: Tensor, zs: Tensor, segment_size: int, delta: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, and of M and z before the first segment."""
+    """Compute the gradients of q, k, v, and of M and z before the first segment."""
     batch, readers, tokens, keys = q.shape
     heads, segments, values = states.shape[1], states.shape[2], states.shape[4]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

@@ -27,7 +27,7 @@ from .infini_kernels import _features, _inverse, _keys_bwd, _queries_bwd
 
 @triton.jit
 def _kept(mask, row, tokens, t, inside, HAS_MASK: tl.constexpr):
-    """Which of the tokens the mask keeps."""
+    """Tell which of the tokens the mask keeps."""
     if HAS_MASK:
         return inside & (tl.load(mask + row * tokens + t, mask=inside, other=0) != 0)
     else:
@@ -90,8 +90,8 @@ def scan_kernel(
 
 @triton.jit
 def _settled(x, HIP: tl.constexpr):
-    """x, after this thread's stores have arrived: on AMD a barrier alone does not wait for them.
-    x must be spread over all threads."""
+    """Return x after this thread's stores have arrived: on AMD a barrier alone does not wait for
+    them. x must be spread over all threads."""
     if HIP:
         return tl.inline_asm_elementwise(
             "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=False,
@@ -103,7 +103,7 @@ def _settled(x, HIP: tl.constexpr):
 
 @triton.jit
 def _total(parts, blocks, DK: tl.constexpr, BK: tl.constexpr):
-    """The sum of what the programs of a memory left of the gradient of z."""
+    """Compute the sum of what the programs of a memory left of the gradient of z."""
     i_k = tl.arange(0, BK)
     total = tl.zeros([BK], tl.float32)
     for block in range(0, blocks):
@@ -121,7 +121,7 @@ def scan_bwd_kernel(
     CV: tl.constexpr, CT: tl.constexpr, DELTA: tl.constexpr, HAS_MASK: tl.constexpr,
     HIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients, from the last segment to the first.
+    """Compute all gradients, from the last segment to the first.
 
     grads `(B, Hkv, N, Dk, Dv)` is E after each segment, grads_z `(B, Hkv, N + 1, blocks, Dk)`
     each program's part of the gradient of z, arrived `(B, Hkv, N + 1)` how many programs left

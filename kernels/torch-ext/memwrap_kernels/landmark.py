@@ -39,7 +39,7 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Grouped softmax over the own section and the landmarks of earlier ones.
+    """Compute the grouped softmax over the own section and the landmarks of earlier ones.
 
     Args:
         q, k, v: as above, landmarks included, rotated; bfloat16, float16 or float32, all of one.
@@ -82,7 +82,7 @@ def attention(
 def unsupported(
     q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None, window: int | None = None
 ) -> str:
-    """Why the kernels cannot take a call; empty if they can."""
+    """Tell why the kernels cannot take a call; empty if they can."""
     if softcap is not None or window is not None:
         return "a soft cap or a window"
     if q.dtype not in MAX_HEAD_DIM or k.dtype != q.dtype or v.dtype != q.dtype:
@@ -114,7 +114,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_size: int, places: Tensor | No
 def _starts(
     q: Tensor, k: Tensor, block_size: int, places: Tensor | None, documents: Tensor
 ) -> Tensor:
-    """Where each query's document begins, `(B, Tq)`: documents are runs of sections."""
+    """Tell where each query's document begins, `(B, Tq)`: documents are runs of sections."""
     index = torch.arange(1, documents.shape[1], device=documents.device)
     begins = torch.where(documents[:, 1:] != documents[:, :-1], index, 0)
     first = torch.nn.functional.pad(begins, (1, 0)).cummax(1).values
@@ -141,7 +141,7 @@ def _constants(
 
 
 def _optional(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """Dense tensors; any other in place of none (a pointer that is never read)."""
+    """Make dense tensors; any other in place of none (a pointer that is never read)."""
     return [like if x is None else x.contiguous() for x in tensors]
 
 
@@ -150,8 +150,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, places: Tensor | None, lasts: Tensor | None,
     starts: Tensor | None, valid: Tensor | None, block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`attention` with everything given: `lasts` are the last positions that queries may see,
-    `starts` the first ones, all `(B, Tq)` in int32. Its log-sum-exp of nothing is -inf."""
+    """Compute `attention` with everything given: `lasts` are the last positions that queries may
+    see, `starts` the first ones, all `(B, Tq)` in int32. Its log-sum-exp of nothing is -inf."""
     batch, readers, queries, _ = q.shape
     heads, tokens = k.shape[1], k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -184,7 +184,8 @@ def backward(
     lasts: Tensor | None, starts: Tensor | None, valid: Tensor | None, out: Tensor, lse: Tensor,
     block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v: one pass for the queries, one for the keys and values."""
+    """Compute the gradients of q, k and v: one pass for the queries, one for the keys and
+    values."""
     batch, readers, queries, _ = q.shape
     heads, tokens = k.shape[1], k.shape[2]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -264,7 +265,7 @@ def retrieved_op(
     q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, valid: Tensor, ids: Tensor,
     scaling: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`retrieved`; a soft cap of 0 is none."""
+    """Compute `retrieved`; a soft cap of 0 is none."""
     batch, readers, queries, chosen, width = q.shape
     heads, blocks, size, values_width = values.shape[1:]
     out = torch.empty(

@@ -26,8 +26,8 @@ def _gradients(
     JOINED: tl.constexpr, DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of one section: the factor f and constant c of `dx = exp(x - most) f (dout v - c)`, the
-    largest scores, the gradient of the landmark's scores; and `dout v` of the tile at hand."""
+    """Compute, of one section, the factor f and constant c of `dx = exp(x - most) f (dout v - c)`,
+    the largest scores, the gradient of the landmark's scores; and `dout v` of the tile at hand."""
     dp = dot(dout, tl.trans(values), PRECISION)
     if M > BN:
         most, inner, value, product = _inner(
@@ -62,7 +62,8 @@ def _gradients(
 
 @triton.jit
 def _level(lse, place, real):
-    """Log-sum-exps in powers of two; +inf, so that all weights are 0, where nothing was seen."""
+    """Compute log-sum-exps in powers of two; +inf, so that all weights are 0, where nothing was
+    seen."""
     found = tl.load(lse + place, mask=real, other=-float("inf"))
     return tl.where(found == -float("inf"), float("inf"), found * 1.4426950408889634)
 
@@ -123,7 +124,7 @@ def query_bwd_kernel(
     JOINED: tl.constexpr, PLACED: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of queries of one head; keeps delta for the keys' pass."""
+    """Compute the gradient of a tile of queries of one head; keeps delta for the keys' pass."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     readers = heads * group
     row = (tl.program_id(1) // readers).to(tl.int64)
@@ -219,7 +220,8 @@ def key_bwd_kernel(
     JOINED: tl.constexpr, PLACED: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of keys and values of one section, over all queries that see it."""
+    """Compute the gradients of a tile of keys and values of one section, over all queries that see
+    it."""
     parts: tl.constexpr = (M + BN - 1) // BN
     section, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     row = (tl.program_id(1) // heads).to(tl.int64)

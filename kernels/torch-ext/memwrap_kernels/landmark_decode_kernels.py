@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def _capped(x, cap, CAPPED: tl.constexpr):
-    """`cap tanh(x / cap)`."""
+    """Compute `cap tanh(x / cap)`."""
     if CAPPED:
         # exp of a number that is at most 0: neither sign can overflow.
         small = tl.exp(-2.0 * tl.abs(x) / cap)
@@ -19,7 +19,7 @@ def _capped(x, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _shift(most):
-    """The largest score, or 0 where there is none."""
+    """Return the largest score, or 0 where there is none."""
     return tl.where(most == -float("inf"), 0.0, most)
 
 
@@ -30,8 +30,8 @@ def retrieved_kernel(
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BN: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One query of one head over its blocks: a softmax over their landmarks, and in each one over
-    its tokens."""
+    """Attend for one query of one head over its blocks: a softmax over their landmarks, and in each
+    one over its tokens."""
     readers = heads * group
     row = (tl.program_id(1) // readers).to(tl.int64)
     reader = (tl.program_id(1) % readers).to(tl.int64)

@@ -24,7 +24,7 @@ from .products import dot
 
 @triton.jit
 def _tile(base, j, real, step, D: tl.constexpr, BD: tl.constexpr):
-    """Rows j of a matrix: `(len(j), BD)`, 0 outside."""
+    """Load rows j of a matrix: `(len(j), BD)`, 0 outside."""
     i_d = tl.arange(0, BD)
     valid = real[:, None] & (i_d < D)[None, :]
     return tl.load(base + j[:, None] * step + i_d[None, :], mask=valid, other=0.0)
@@ -35,7 +35,7 @@ def _scores(
     q, keys, n, j, end, last, there, start, scale, M: tl.constexpr, DIAGONAL: tl.constexpr,
     HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores in powers of two, and which of them the queries see (never a landmark)."""
+    """Compute scores in powers of two, and which of them the queries see (never a landmark)."""
     x = dot(q, tl.trans(keys), PRECISION) * scale
     seen = (n < M)[None, :]
     if DIAGONAL:
@@ -49,20 +49,21 @@ def _scores(
 
 @triton.jit
 def _weights(x, most):
-    """`exp(x - most)`; rows that see nothing have `most = -inf` and get zeros."""
+    """Compute `exp(x - most)`; rows that see nothing have `most = -inf` and get zeros."""
     return tl.exp2(x - tl.where(most == -float("inf"), 0.0, most)[:, None])
 
 
 @triton.jit
 def _mark(k, j0, end, k_t, D: tl.constexpr, BD: tl.constexpr):
-    """A landmark's key as a tile of 16 rows, the others 0: where it has no place beside others."""
+    """Return a landmark's key as a tile of 16 rows, the others 0: where it has no place beside
+    others."""
     i = tl.arange(0, 16)
     return _tile(k, j0 + i, (i == 0) & (j0 + i < end), k_t, D, BD)
 
 
 @triton.jit
 def _column(x):
-    """A vector as the first of 16 columns."""
+    """Return a vector as the first of 16 columns."""
     return tl.where((tl.arange(0, 16) == 0)[None, :], x[:, None], 0.0)
 
 
@@ -73,8 +74,8 @@ def _landmark(
     JOINED: tl.constexpr, DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the landmark of the section at j0; -inf where it is not an earlier one, or has no
-    token that is seen (a sum of weights `inner` of 0). JOINED: they are known."""
+    """Compute the scores of the landmark of the section at j0; -inf where it is not an earlier one,
+    or has no token that is seen (a sum of weights `inner` of 0). JOINED: they are known."""
     if not JOINED:
         mark = _mark(k, j0 + M, end, k_t, D, BD)
         own = tl.sum(dot(q, tl.trans(mark), PRECISION), 1) * scale
@@ -96,8 +97,8 @@ def _inner(
     GRADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Over all tiles of a section: the largest score, the sum of weights, the score of the
-    landmark if JOINED and, for GRADS, the sum of weights times `dout v`."""
+    """Go over all tiles of a section: compute the largest score, the sum of weights, the score of
+    the landmark if JOINED and, for GRADS, the sum of weights times `dout v`."""
     most = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     product = tl.zeros([BM], tl.float32)
@@ -195,7 +196,7 @@ def _forward_section(
 def _positions(
     places, lasts, starts, at, real, p, tokens, PLACED: tl.constexpr, HAS_STARTS: tl.constexpr
 ):
-    """Of some queries: position, last and first position that they may see."""
+    """Load, of some queries, position, last and first position that they may see."""
     last = p
     if PLACED:
         p = tl.load(places + at, mask=real, other=0).to(tl.int64)
@@ -214,7 +215,8 @@ def forward_kernel(
     JOINED: tl.constexpr, PLACED: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head: the output and the log-sum-exp of the outer softmax."""
+    """Attend for a tile of queries of one head: the output and the log-sum-exp of the outer
+    softmax."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     readers = heads * group
     row = (tl.program_id(1) // readers).to(tl.int64)

@@ -13,12 +13,12 @@ from .tiles import precision
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter was chosen (TRITON_INTERPRET=1 before the first import)."""
+    """Tell whether Triton's interpreter was chosen (TRITON_INTERPRET=1 before the first import)."""
     return not isinstance(infini_kernels.outer_kernel, triton.JITFunction)
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernels can run on tensors of this device."""
+    """Tell whether the kernels can run on tensors of this device."""
     return device.type == "cuda" or (device.type == "cpu" and interpreted())
 
 
@@ -27,20 +27,20 @@ def is_hip() -> bool:
 
 
 def rule(dtype: torch.dtype, hip: bool) -> str:
-    """PRECISION for `products.dot` on operands of this dtype."""
+    """Choose PRECISION for `products.dot` on operands of this dtype."""
     return "wide" if interpreted() else precision(dtype, hip)
 
 
 def rows(x: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is dense; a dense copy otherwise."""
+    """Return the tensor itself where its last dimension is dense; a dense copy otherwise."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def flags(mask: Tensor | None, like: Tensor) -> Tensor:
-    """A mask as bytes; any tensor in place of none (a pointer that is never read)."""
+    """Return a mask as bytes; any tensor in place of none (a pointer that is never read)."""
     return like if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Launches inside go to the tensor's own GPU: Triton launches on the current one."""
+    """Send launches inside to the tensor's own GPU: Triton launches on the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

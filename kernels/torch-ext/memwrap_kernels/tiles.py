@@ -27,7 +27,8 @@ class Tiles:
 
 
 def padded(size: int) -> int:
-    """The tile that holds `size` channels: a power of two, at least 16 (what `tl.dot` takes)."""
+    """Choose the tile that holds `size` channels: a power of two, at least 16 (what `tl.dot`
+    takes)."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -55,7 +56,7 @@ _INFINI_FLOAT32 = _INFINI | {
 
 
 def infini_tiles(kernel: str, keys: int, values: int, dtype: torch.dtype, hip: bool) -> Tiles:
-    """Tiles of a kernel of the compressive memory for head dims up to 256.
+    """Choose the tiles of a kernel of the compressive memory for head dims up to 256.
 
     Args:
         kernel: "outer", "recurrence", "lookup", "lookup_bwd", "write_bwd", "scan", "scan_bwd", or
@@ -76,8 +77,8 @@ def infini_tiles(kernel: str, keys: int, values: int, dtype: torch.dtype, hip: b
 
 
 def precision(dtype: torch.dtype, hip: bool) -> str:
-    """How `tl.dot` multiplies: half types in TF32, finer than themselves; float32 in three TF32
-    products (24 bits, as float32 itself: its plain form uses no tensor cores and spills)."""
+    """Tell how `tl.dot` multiplies: half types in TF32, finer than themselves; float32 in three
+    TF32 products (24 bits, as float32 itself: its plain form uses no tensor cores and spills)."""
     if hip:
         return "ieee"
     return "tf32x3" if dtype == torch.float32 else "tf32"
@@ -93,7 +94,8 @@ _ARMT = {
 
 
 def armt_tiles(kernel: str, values: int, dtype: torch.dtype, hip: bool) -> Tiles:
-    """Tiles of a kernel of the associative memory; none depends on the number of features.
+    """Choose the tiles of a kernel of the associative memory; none depends on the number of
+    features.
 
     Args:
         kernel: "read", "project", "write" or "features_bwd".
@@ -123,8 +125,8 @@ _LANDMARK_FLOAT32 = {
 def landmark_tiles(
     kernel: str, width: int, block_size: int, dtype: torch.dtype, hip: bool
 ) -> Tiles:
-    """Tiles of Landmark attention for head dims up to 256: `keys` holds the channels, `values`
-    the keys and `tokens` the queries of a tile.
+    """Choose the tiles of Landmark attention for head dims up to 256: `keys` holds the channels,
+    `values` the keys and `tokens` the queries of a tile.
 
     Args:
         kernel: "forward", "query_bwd" or "key_bwd".
@@ -151,7 +153,7 @@ def landmark_tiles(
 
 
 def chunk_size(tokens: int) -> int:
-    """Tokens of a chunk of the recurrent kernels: a power of two from 16 to 64."""
+    """Choose the tokens of a chunk of the recurrent kernels: a power of two from 16 to 64."""
     return min(64, padded(tokens))
 
 
@@ -179,7 +181,7 @@ _DELTA = ((32, 4), (32, 8), (16, 8))
 def gla_tiles(
     kernel: str, keys: int, values: int, gate: int, dtype: torch.dtype, hip: bool
 ) -> Tiles:
-    """Tiles of gated linear attention.
+    """Choose the tiles of gated linear attention.
 
     Args:
         kernel: "states", "scores", "output", "values_bwd" or "keys_bwd".
@@ -197,7 +199,8 @@ def gla_tiles(
 
 
 def delta_tiles(keys: int, dtype: torch.dtype, hip: bool) -> Tiles:
-    """Tiles of what goes from chunk to chunk in the delta rule, for keys of up to 256 channels."""
+    """Choose the tiles of what goes from chunk to chunk in the delta rule, for keys of up to 256
+    channels."""
     wide = padded(keys)
     values, warps = _DELTA[0 if wide <= 64 else 1 if wide == 128 else 2]
     if hip or dtype == torch.float32:
