@@ -229,6 +229,113 @@ def test_modules_begin_with_a_docstring(module: str) -> None:
     assert tree.body[0].lineno == 1, f"{module} has something before its docstring"
 
 
+# Names that stand in several folders, and why.
+SHARED_MODULES = {
+    "naive": "the specification of a family of ops",
+    "chunked": "the fast torch of a family of ops",
+    "op": "checks and choice of a family of ops",
+    "base": "the base classes of a folder",
+    "plots": "the figures of a folder",
+    "check": "the check of what a folder writes",
+    "compressive": "a memory, and its mathematics",
+    "knnlm": "a memory, and how it is tuned",
+    "recall": "what HMT recalls with; the recall task, trained and measured",
+}
+SHARED_CLASSES = {"SavingMixin": "an exported model's own, instead of memwrap's"}
+
+
+def test_modules_have_names_of_their_own() -> None:
+    names: dict[str, list[str]] = {}
+    for module, path in FILES.items():
+        if module.startswith("memwrap.") and path.name != "__init__.py":
+            names.setdefault(path.stem, []).append(module)
+    assert {name for name, modules in names.items() if len(modules) > 1} == set(SHARED_MODULES)
+
+
+def test_classes_have_names_of_their_own() -> None:
+    names: dict[str, list[str]] = {}
+    for module in LIBRARY:
+        for node in _tree(module).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                names.setdefault(node.name, []).append(module)
+    twice = {name: modules for name, modules in names.items() if len(modules) > 1}
+    assert twice.keys() == SHARED_CLASSES.keys(), twice
+
+
+# Words that open a description of what is returned, not of what is done.
+NO_VERBS = re.findall(
+    r"\w+",
+    """
+    a all an any as at both class each every first for from how if in it its last least more most
+    no none nothing of on one only other over same some such that the their these this those to two
+    under what when where whether which who why with without
+    accuracy attention batch column default entry float32 function index key length loss memory
+    number perplexity position query result row segment shape size state tensor token value
+    """,
+)
+
+
+def _begins_with_a_verb(text: str) -> bool:
+    """Check the first word: neither code or a number, nor one of `NO_VERBS`, nor a plural or a
+    third person (`Keys of ...`, `Returns ...`)."""
+    word = re.match(r"[A-Z][a-z]+(-[a-z]+)*(?=[ ,.:;]|$)", text)
+    if word is None:
+        return False
+    plain = word.group().lower()
+    return plain not in NO_VERBS and not (plain.endswith("s") and not plain.endswith("ss"))
+
+
+def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    """Iterate over functions and methods; properties are named by what they are."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            decorators = " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
+            if "property" not in decorators:
+                yield node
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_functions_say_what_they_do(module: str) -> None:
+    texts = [(node.name, ast.get_docstring(node)) for node in _functions(_tree(module))]
+    wrong = [
+        f"{name}: {text[:60]}" for name, text in texts if text and not _begins_with_a_verb(text)
+    ]
+    assert not wrong, f"{module}: begin these docstrings with a verb: {wrong}"
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_classes_say_what_they_are(module: str) -> None:
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.ClassDef):
+            text = ast.get_docstring(node) or "-"
+            opening = re.split(r"[ ,.:;\n]", text)[0].lower()
+            assert opening not in {
+                "how",
+                "what",
+                "when",
+                "where",
+                "whether",
+                "which",
+                "who",
+                "why",
+            }, f"{module}.{node.name} begins with {opening!r}; begin with a noun"
+
+
+def test_the_words_are_told_apart() -> None:
+    """A guard on the two tests above."""
+    for text in ("Compute the norm.", "Fine-tune it.", "Pass on `x`.", "Refuse:"):
+        assert _begins_with_a_verb(text), text
+    for text in (
+        "What it is.",
+        "Keys of all.",
+        "Returns it.",
+        "`(B, T)` ids.",
+        "The sum.",
+        "1 if so.",
+    ):
+        assert not _begins_with_a_verb(text), text
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_nothing_is_pickled(module: str) -> None:
     """Files of others are read: loading one must never run code."""

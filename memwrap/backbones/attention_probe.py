@@ -26,7 +26,7 @@ class AttentionSizes:
 
 
 class _Probe:
-    """Notes what every layer's attention is given, for one token at a position."""
+    """A context that notes what every layer's attention is given, for one token at a position."""
 
     def __init__(self, position: int, rotary: Rotary) -> None:
         self.position = torch.full((1, 1), position)

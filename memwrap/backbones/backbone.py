@@ -36,9 +36,9 @@ _KINDS = (layer_place.KIND, recurrent_place.KIND, feed_forward_place.KIND)
 
 
 class _Facade:
-    """Looks like `target` but for the attributes given, and for what a call gives: lets a model's
-    own `forward` run its head (soft caps, scaling and all) on hidden states that were computed
-    elsewhere."""
+    """An object that looks like `target` but for the attributes given, and for what a call gives:
+    lets a model's own `forward` run its head (soft caps, scaling and all) on hidden states that
+    were computed elsewhere."""
 
     def __init__(self, target: Any, given: Any = None, **overrides: Any) -> None:
         self.__dict__.update(overrides, _target=target, _given=given)

@@ -24,7 +24,7 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tens
 
 
 class AttentionReader(Protocol):
-    """What travels down the backbone as the keyword `memory_context`, for attention."""
+    """The protocol of the keyword `memory_context`, as attention modules see it."""
 
     def attention_step(self, device: torch.device) -> AttentionStep: ...
 
@@ -33,7 +33,7 @@ class AttentionReader(Protocol):
 
 @dataclass
 class AttentionStep:
-    """What the attention of all layers shares in one step, on one device.
+    """The part of a step that the attention of all layers shares, on one device.
 
     Attributes:
         positions: of queries and keys.
@@ -372,7 +372,7 @@ def _constant(parameter: nn.Parameter) -> Tensor:
 
 
 class _Capture:
-    """Takes keys and values out of an attention module."""
+    """A context that takes keys and values out of an attention module."""
 
     key: Tensor
     value: Tensor

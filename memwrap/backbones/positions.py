@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Positions:
-    """Where the T queries and K keys of a step stand in their segments, and which are real.
+    """The positions of the T queries and K keys of a step in their segments, and which are real.
 
     Attributes:
         query_positions, key_positions: `(B, T)` and `(B, K)`; a segment starts at 0.

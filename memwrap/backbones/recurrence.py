@@ -221,8 +221,8 @@ def carried(recurrence: Recurrence | None) -> Iterator[None]:
 
 
 class Probe(Recurrence):
-    """Learns what recurrent layers remember of a row of tokens, and whether they go on from it: in
-    two pieces they must give what they give in one.
+    """A run that learns what recurrent layers remember of a row of tokens, and whether they go on
+    from it: in two pieces they must give what they give in one.
 
     Attributes:
         after: each layer's tree of `(1, ...)`.

@@ -42,7 +42,7 @@ _VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Trial:
-    """Whether a memory works with a model: `problem` is empty if it does."""
+    """The result of trying a memory with a model: `problem` is empty if it works."""
 
     memory: str
     problem: str = ""

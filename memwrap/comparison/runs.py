@@ -44,7 +44,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What every memory goes through.
+    """A budget and the settings that every memory goes through with.
 
     Attributes:
         model: backbone: folder, shipped name or repo.

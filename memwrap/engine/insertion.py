@@ -42,7 +42,7 @@ class TokenColumns:
 
 
 class NoInsertion:
-    """Tokens stand where they stand."""
+    """The null object: tokens stay where they are."""
 
     inserts = False
     in_loss = False

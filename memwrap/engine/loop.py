@@ -23,7 +23,7 @@ from memwrap.state.trees import Tree, tree_map
 
 @dataclass
 class Reading:
-    """What a call gives: hidden states of the columns asked for, the loss sum, the new state."""
+    """The result of a call: hidden states of the columns asked for, the loss sum, the new state."""
 
     hidden: Tensor | None
     loss_sum: Any
@@ -32,7 +32,7 @@ class Reading:
 
 
 class Loop:
-    """Runs the steps of one call.
+    """The loop over the steps of one call.
 
     Args:
         reader: the backbone and its memories.

@@ -60,8 +60,8 @@ def check_teacher(teacher: Any, shape: tuple[int, ...]) -> Teacher | None:
 
 
 class Collect(Enum):
-    """What a call collects of its columns: last hidden states, mixed logits, or the keys that the
-    memory at the logits is given."""
+    """The thing that a call collects of its columns: last hidden states, mixed logits, or the keys
+    that the memory at the logits is given."""
 
     HIDDEN = "hidden"
     LOGITS = "logits"
@@ -70,7 +70,7 @@ class Collect(Enum):
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What a step is to give: a loss, or what is collected.
+    """A request to a step: for a loss, or for what is collected.
 
     Attributes:
         targets: `(B, N)` the id that each token predicts; None for no loss.

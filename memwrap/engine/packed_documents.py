@@ -25,7 +25,7 @@ _ALIKE = 0.75
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents lie in the rows of a batch.
+    """The places of documents in the rows of a batch.
 
     Attributes:
         rows, starts, lengths: `(N,)`, the row of each, its first column and its tokens.
@@ -172,7 +172,8 @@ def unpacked(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 class PackedLoop:
-    """Reads the documents of a call in groups, each with a fresh state; called as `Loop`.
+    """A loop that reads the documents of a call in groups, each with a fresh state; called as
+    `Loop`.
 
     Args:
         new_loop: makes the loop of one group.

@@ -33,7 +33,7 @@ from memwrap.state.trees import Tree, where_rows
 
 @dataclass
 class StepOutput:
-    """What a step gives.
+    """The results of a step.
 
     Attributes:
         hidden: `(B, N, D)` last hidden states that predict what follows each token.
@@ -54,7 +54,7 @@ class StepOutput:
 
 
 class SegmentReader:
-    """Runs steps: the backbone and its memories, without any state of its own."""
+    """The backbone and its memories, which run steps without any state of their own."""
 
     def __init__(self, backbone: Backbone, memories: dict[str, Memory]) -> None:
         self.backbone = backbone

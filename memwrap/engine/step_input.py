@@ -84,7 +84,7 @@ class _Block(NamedTuple):
 
 
 class InputLayout:
-    """Lays out steps: the prefix and suffix of all memories, and what one inserts.
+    """The layout of steps: the prefix and suffix of all memories, and what one inserts.
 
     Attributes:
         prompts: the memories with a prefix or suffix.

@@ -32,7 +32,7 @@ class Setting:
 
 @dataclass
 class Tuning:
-    """What tuning found.
+    """The findings of a tuning.
 
     Attributes:
         base: nats per token of the model without its store.
@@ -72,7 +72,7 @@ def _nats(setting: Setting) -> float:
 
 @dataclass
 class _Found:
-    """What one reading gives of `n` predicted tokens: the model's own log-likelihoods `(n,)`,
+    """The result of one reading for `n` predicted tokens: the model's own log-likelihoods `(n,)`,
     neighbours' costs `(n, k)`, and which of them hold the token that came."""
 
     own: Tensor

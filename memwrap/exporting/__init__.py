@@ -35,7 +35,7 @@ TOLERANCES = {torch.float32: TOLERANCE, torch.float64: TOLERANCE}
 
 @dataclass
 class Checked:
-    """What a fresh process without memwrap found.
+    """The findings of a fresh process without memwrap.
 
     Attributes:
         difference: largest difference of the logits, as a share of their scale.

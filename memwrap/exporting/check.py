@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Blocker(importlib.abc.MetaPathFinder):
-    """Makes memwrap, its kernels and further packages impossible to import."""
+    """An import hook that makes memwrap, its kernels and further packages impossible to import."""
 
     def __init__(self, *packages: str) -> None:
         self.blocked = {"memwrap", "memwrap_kernels", *packages}

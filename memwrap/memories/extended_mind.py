@@ -62,7 +62,7 @@ class ExtendedMindConfig(MemoryConfig):
 
 @dataclass
 class Retrieved:
-    """What the queries of one step read in one layer.
+    """The entries that the queries of one step read in one layer.
 
     Attributes:
         layer: its number.

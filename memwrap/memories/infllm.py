@@ -92,7 +92,7 @@ class InfLLMConfig(MemoryConfig):
 
 @dataclass
 class Selection:
-    """Which units the queries of a step see.
+    """The units that the queries of a step see.
 
     Attributes:
         marks: `(B, 1 + S, N)` bool; the first are those that were selected before the step.

@@ -125,7 +125,8 @@ class LigerConfig(MemoryConfig):
 
 
 class _WindowDropout(TrainerCallback):
-    """Moves a memory's share of rows without window from its start to its end during a run."""
+    """A callback that moves a memory's share of rows without window from its start to its end
+    during a run."""
 
     def __init__(self, memory: LigerMemory) -> None:
         self.memory = memory

@@ -78,7 +78,8 @@ class NeurocacheConfig(MemoryConfig):
 
 @dataclass
 class Found:
-    """What the tokens of a step retrieved, for all cache attentions; see `ops.attend`."""
+    """The entries that the tokens of a step retrieved, for all cache attentions; see
+    `ops.attend`."""
 
     states: Tensor
     valid: Tensor

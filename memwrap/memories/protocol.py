@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Claims:
-    """What a memory promises of itself; the invariants hold it to that.
+    """The promises of a memory; the invariants hold it to them.
 
     Attributes:
         neutral_start: untrained, it gives what the base gives of a text that fits in a segment's

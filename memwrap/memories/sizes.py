@@ -15,7 +15,7 @@ from memwrap.backbones.attention_probe import AttentionSizes
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a memory may know of the backbone it is built for.
+    """The facts that a memory may know of the backbone it is built for.
 
     Attributes:
         hidden_size: width D of the hidden states between layers.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class MemoryModules(nn.Module):
-    """Holds every memory parameter: the one child that PEFT trains and saves whole."""
+    """The holder of every memory parameter: the one child that PEFT trains and saves whole."""
 
     def __init__(self, memories: dict[str, Memory]) -> None:
         super().__init__()
@@ -28,7 +28,8 @@ class MemoryModules(nn.Module):
 
 
 class SegmentDecoder:
-    """What tools that look for a `base_model` get: last hidden states of a text of any length."""
+    """The decoder for tools that look for a `base_model`: last hidden states of a text of any
+    length."""
 
     def __init__(self, model: MemoryModelForCausalLM) -> None:
         self._model = model

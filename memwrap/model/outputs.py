@@ -13,7 +13,7 @@ from memwrap.state.memory_state import MemoryState
 
 @dataclass
 class MemoryModelOutput(CausalLMOutputWithPast):
-    """What a call gives: `loss`, `logits` and the state as `cache`, whatever the installed
+    """The output of a call: `loss`, `logits` and the state as `cache`, whatever the installed
     transformers calls it."""
 
     if CACHE != "cache":

@@ -88,7 +88,7 @@ def _digest(path: Path) -> str:
 
 
 class SavedModel:
-    """What a folder holds, read at once and only if its parts belong together.
+    """The contents of a saved model's folder, read at once and only if its parts belong together.
 
     Attributes:
         folder: the folder.

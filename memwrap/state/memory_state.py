@@ -38,7 +38,7 @@ _HASH_BASE = 6364136223846793005
 
 
 class MemoryState(Cache):
-    """What the rows of a batch remember. Pass it as `cache`.
+    """The memory of the rows of a batch. Pass it as `cache`.
 
     Memories hold what closed segments left; the keys and values of the open segment wait
     beside them until it is full. Tensors are never written in place: a clone costs nothing and

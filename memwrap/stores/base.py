@@ -23,7 +23,7 @@ _LARGEST = np.iinfo(np.int32).max
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What a search found, best first.
+    """The results of a search, best first.
 
     Attributes:
         scores: `(..., Q, k)` float32: squared Euclidean distances, ascending (`"l2"`), or inner
@@ -37,7 +37,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Entries:
-    """What stands beside vectors, one place for each (-1: not given).
+    """The columns beside vectors, one place for each vector (-1: not given).
 
     Attributes:
         values: an integer of the user's (kNN-LM: the next token).

@@ -18,7 +18,7 @@ SCRATCH = 2**28
 
 
 class GpuCopy:
-    """Where a store searches.
+    """The place where a store searches.
 
     Args:
         device: `"cuda"` or `"cuda:N"`, `"cpu"`, or None: on a GPU where faiss has one and takes the

@@ -19,7 +19,7 @@ MOVES = ("moved to", "went to", "journeyed to", "travelled to", "went back to")
 
 @dataclass
 class World:
-    """Who and what is where, and which sentences say so.
+    """A small world: who and what is where, and which sentences say so.
 
     Attributes:
         told: the sentences so far.

@@ -28,7 +28,7 @@ from memwrap.memories.settings import NonNegativeFloat, NonNegativeInt, Positive
 
 
 class PretrainConfig(Settings):
-    """What `recipes/pretrain_tiny.yaml` sets. Lengths are in tokens, times in seconds."""
+    """The settings of `recipes/pretrain_tiny.yaml`. Lengths are in tokens, times in seconds."""
 
     output: str = "tiny-lm"
     vocab_size: PositiveInt = 4096

@@ -37,7 +37,7 @@ Folder = Annotated[str, Kind("text that names a folder, as in output=runs/first"
 
 
 class Recipe(Section):
-    """What a run does. Made by `load_recipe`.
+    """The description of a run. Made by `load_recipe`.
 
     Attributes:
         task: `finetune` (documents), `recall` (associative recall), `tasks` (tasks of the

@@ -198,7 +198,7 @@ class TasksSection(Section):
 
 
 class TrainerSection(Section):
-    """How to train.
+    """The settings of training.
 
     Attributes:
         steps: optimizer steps.

@@ -52,7 +52,7 @@ class Evicted:
 
 @dataclass(frozen=True)
 class VisibilityMasks:
-    """Who sees whom in a step.
+    """The masks of a step: who sees whom.
 
     Attributes:
         window_positions: `(B, W)` of the window's rows; `window`: `(B, T, W)` bool, which are seen.

@@ -17,7 +17,7 @@ SIMILARITIES = ("dot", "cosine", "l2")
 
 @dataclass(frozen=True)
 class Read:
-    """What queries got from a cache.
+    """The result of queries to a cache.
 
     Attributes:
         out: `(B, H, T, Dv)`, the weighted mean of the retrieved values; 0 where there are none.
