@@ -298,7 +298,7 @@ class Backbone:
         return self.embeddings(input_ids)
 
     def _feed_forward(self) -> nn.Module:
-        """The last layer's feed-forward block.
+        """Return the last layer's feed-forward block.
 
         Raises:
             ValueError: if the model's layers or their parts cannot be found.

@@ -13,7 +13,7 @@ KIND = "layer"
 
 
 class LayerReader(Protocol):
-    """What travels down the backbone as the keyword `memory_context`."""
+    """The protocol of the keyword `memory_context`, as decoder layers see it."""
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor: ...
 

@@ -49,8 +49,8 @@ class Trial:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what memwrap uses ("not installed" for what is optional and missing), and
-    which packages bring memories."""
+    """List the versions of what memwrap uses ("not installed" for what is optional and missing) and
+    of the packages that bring memories."""
     found = {"memwrap": memwrap.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -96,7 +96,7 @@ def compared(found: dict[str, str]) -> str:
 
 
 def devices() -> list[str]:
-    """One line a device."""
+    """Describe each device in a line."""
     lines = [f"cpu: {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
@@ -108,7 +108,7 @@ def devices() -> list[str]:
 
 
 def backends() -> str:
-    """Which implementation of the memories' mathematics runs here."""
+    """Tell which implementation of the memories' mathematics runs here."""
     try:
         with ops.backend("triton"):
             kernels = "Triton kernels on GPU tensors"
@@ -148,7 +148,7 @@ def try_model(name: str) -> tuple[str, list[Trial]]:
 
 
 def small_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A random model of the config's architecture with two layers (and one of every kind that
+    """Build a random model of the config's architecture with two layers (and one of every kind that
     does not attend), narrow if it can be.
 
     Raises:
@@ -189,7 +189,7 @@ def _reduced(config: PreTrainedConfig, widths: dict[str, Any]) -> PreTrainedConf
 
 
 def _one_of_each(kinds: list[str]) -> list[str]:
-    """Layers of every kind among `kinds`, two that attend first: tiny memories name these."""
+    """List layers of every kind among `kinds`, two that attend first: tiny memories name these."""
     attending = [kind for kind in kinds if kind in ATTENDING]
     others = [kind for kind in kinds if kind not in ATTENDING]
     second = next((kind for kind in attending if kind != attending[0]), None)

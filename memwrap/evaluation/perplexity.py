@@ -75,12 +75,12 @@ class PerplexityResult:
     curves: dict[str, Curve] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Return a JSON-able dict."""
         return {"format": "memwrap-perplexity", "version": VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PerplexityResult:
-        """The inverse of `to_dict`.
+        """Undo `to_dict`.
 
         Raises:
             ValueError: for another kind of dict or another version.
@@ -96,7 +96,7 @@ class PerplexityResult:
         write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def table(self) -> str:
-        """A Markdown table: nats per token by position, and the difference to memory."""
+        """Write a Markdown table: nats per token by position, and the difference to memory."""
         size = self.segment_size
         spans = [
             f"{a // size}" if b - a == size else f"{a // size}-{b // size - 1}"
@@ -122,7 +122,7 @@ def perplexity_by_position(
     base: dict[str, Reading] | None = None,
     progress: bool = True,
 ) -> PerplexityResult:
-    """Negative log-likelihood (nats) of long documents by position, in bounded memory.
+    """Measure the negative log-likelihood (nats) of long documents by position, in bounded memory.
 
     Args:
         model: a memwrap model; the base controls run its backbone without adapters.
@@ -195,7 +195,7 @@ def _timed(read: Callable[[], Tensor], device: torch.device) -> Reading:
 
 
 def token_nll(logits: Tensor, ids: Tensor, mask: Tensor, first: int) -> Tensor:
-    """NLL `(B, n)` of the tokens after columns `first ..`, NaN where there is none.
+    """Compute the NLL `(B, n)` of the tokens after columns `first ..`, NaN where there is none.
 
     Args:
         logits: `(B, n, V)` of columns `first` to `first + n - 1`.
@@ -254,7 +254,7 @@ def _branch(
     branch: str,
     progress: bool,
 ) -> Tensor:
-    """The model with one branch of its memory read alone."""
+    """Let one branch of the model's memory be read alone."""
     with ExitStack() as stack:
         for memory in model.memories.values():
             if branch in memory.branches:
@@ -265,7 +265,7 @@ def _branch(
 def _windows(
     model: MemoryModelForCausalLM, ids: Tensor, mask: Tensor, window: int, end: int, progress: bool
 ) -> Tensor:
-    """The backbone alone on consecutive windows, each read without what came before."""
+    """Run the backbone alone on consecutive windows, each read without what came before."""
     nll = torch.full(ids.shape, math.nan)
     with lora_disabled(model.backbone):
         for first in tqdm(range(0, end, window), desc=TRUNCATED, disable=not progress):
@@ -278,7 +278,8 @@ def _windows(
 
 
 def _full(model: MemoryModelForCausalLM, ids: Tensor, mask: Tensor, end: int) -> Tensor:
-    """The backbone alone over the whole prefix, as far as `end` and its position table reach."""
+    """Run the backbone alone over the whole prefix, as far as `end` and its position table
+    reach."""
     limit = model.parts.max_positions
     end = min(end, ids.shape[1], limit or end)
     return _windows(model, ids[:, :], mask, end, end, False)
@@ -287,7 +288,7 @@ def _full(model: MemoryModelForCausalLM, ids: Tensor, mask: Tensor, end: int) ->
 def _window_and_sinks(
     model: MemoryModelForCausalLM, ids: Tensor, mask: Tensor, window: int, progress: bool
 ) -> Tensor:
-    """The backbone alone with a sliding window and the first tokens (StreamingLLM)."""
+    """Run the backbone alone with a sliding window and the first tokens (StreamingLLM)."""
     nll = torch.full(ids.shape, math.nan)
     with windowed(model, window, len(ids)) as (feed, piece):
         for first in tqdm(range(0, ids.shape[1], piece), desc=WINDOW, disable=not progress):
@@ -325,6 +326,6 @@ def _curve(reading: Reading, memory: Tensor, edges: list[int]) -> Curve:
 
 
 def _error(values: Tensor) -> float:
-    """Standard error of the mean across documents."""
+    """Compute the standard error of the mean across documents."""
     values = values[~values.isnan()]
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan

@@ -15,7 +15,7 @@ from memwrap.model.memory_model import MemoryModelForCausalLM
 
 
 def about_run(folder: Path) -> dict[str, Any]:
-    """What a run's folder tells about its model: the data, the steps, the measured tables.
+    """Describe a model by its run's folder: the data, the steps, the measured tables.
 
     Args:
         folder: output of `memwrap train`; files that are not there tell nothing.
@@ -49,13 +49,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def foreign_packages(model: MemoryModelForCausalLM) -> list[str]:
-    """The top-level packages, other than memwrap, that the model's memories come from."""
+    """List the top-level packages, other than memwrap, that the model's memories come from."""
     modules = (type(memory).__module__ for memory in model.memories.values())
     return sorted({module.partition(".")[0] for module in modules} - {"memwrap"})
 
 
 def _licensed(package: str) -> str:
-    """`ema_memory (ema-memory 0.1, MIT)`: what the installed metadata says."""
+    """Add what the installed metadata says: `ema_memory (ema-memory 0.1, MIT)`."""
     names = packages_distributions().get(package)
     if not names:
         return f"{package} (look up its licence)"
@@ -67,7 +67,7 @@ def _licensed(package: str) -> str:
 def card(
     model: MemoryModelForCausalLM, about: dict[str, Any], name: str, *, tokenizer: bool = True
 ) -> str:
-    """Markdown with the Hub's YAML head.
+    """Write Markdown with the Hub's YAML head.
 
     Args:
         model: what is exported.

@@ -58,8 +58,8 @@ def check_sums(
 
 
 def head_digest(path: Path) -> str:
-    """A hash of what the head of a safetensors file says: names, shapes, metadata and with them the
-    checksums, which `check_sums` compares with the contents."""
+    """Return a hash of what the head of a safetensors file says: names, shapes, metadata and with
+    them the checksums, which `check_sums` compares with the contents."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return hashlib.sha256(file.read(min(length, _MOST_HEAD))).hexdigest()[:32]

@@ -67,7 +67,8 @@ class KnnLMConfig(MemoryConfig):
             self.refuse("adaptive", "False where `metric` is 'ip': it needs distances")
 
     def to_dict(self) -> dict[str, Any]:
-        """As for every config, without the password of a store's URL: it is written into files."""
+        """Write the settings as every config does, but for the password of a store's URL: they go
+        into files."""
         values = super().to_dict()
         if self.store is not None and is_url(self.store):
             values["store"] = without_password(self.store)
@@ -207,7 +208,8 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
         return interpolate(logits, costs, tokens, *self._settings(store, costs))
 
     def settings(self, costs: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Lambda and temperature for neighbours at `costs` `(..., K)`, numbers or `(..., 1)`."""
+        """Compute lambda and temperature for neighbours at `costs` `(..., K)`, numbers or `(...,
+        1)`."""
         return self._settings(self.store, costs)
 
     def _settings(
@@ -226,7 +228,7 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
         return adapt(costs, weight, temperature, given("distance_scale", None))
 
     def _in_store(self, store: Store | None, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Costs and next tokens `(B, T, k)` of the neighbours in the store."""
+        """Search the store: costs and next tokens `(B, T, k)` of the neighbours."""
         if store is None or not len(store):
             return None
         found = store.search(hidden.detach().flatten(0, 1), self.config.top_k)
@@ -236,7 +238,7 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
         return costs.view(shape), values.to(hidden.device).view(shape)
 
     def _in_state(self, hidden: Tensor, state: Tree) -> tuple[Tensor, Tensor] | None:
-        """The same of those in the text read so far; differentiable in both."""
+        """Search the text read so far, as `_in_store` does the store; differentiable in both."""
         if not state or not state["keys"].shape[2]:
             return None
         keys, tokens = state["keys"][:, 0], state["tokens"][:, 0, :, 0]
@@ -250,7 +252,7 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
 
 
 def _followed(folder: Path, named: str, mark: str) -> Path:
-    """The store that a saved model's config names, if this user wrote it there.
+    """Open the store that a saved model's config names, if this user wrote it there.
 
     Raises:
         ValueError: for a server, and for another path outside the model's folder.
@@ -269,7 +271,8 @@ def _followed(folder: Path, named: str, mark: str) -> Path:
 def adapt(
     costs: Tensor, weight: float, temperature: float, scale: float | None
 ) -> tuple[Tensor | float, Tensor]:
-    """Lambda and temperature that follow the distances `(..., K)`; see `KnnLMConfig.adaptive`."""
+    """Compute lambda and temperature that follow the distances `(..., K)`; see
+    `KnnLMConfig.adaptive`."""
     known = costs.detach()
     there = known.isfinite()
     mean = known.masked_fill(~there, 0).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(1)

@@ -103,7 +103,8 @@ class CacheAttention(nn.Module):
         nn.init.zeros_(self.o_proj.weight)
 
     def forward(self, hidden: Tensor, found: Found, layout: str) -> Tensor:
-        """What is added to the self-attention's output `(B, T, D)`, for its input `hidden`."""
+        """Compute what is added to the self-attention's output `(B, T, D)`, for its input
+        `hidden`."""
         dtype = self.q_proj.weight.dtype
         query = self.q_proj(hidden.to(dtype)).unflatten(-1, (self.heads, self.width))
         key, value = (
@@ -186,7 +187,7 @@ class NeurocacheMemory(AttentionMemory):
         return {"layers": layers}
 
     def compress(self, hidden: Tensor) -> Tensor:
-        """Compressed states `(..., d)` of hidden states `(..., D)`."""
+        """Compress hidden states `(..., D)` to `(..., d)`."""
         if self.config.compression_factor == 1:
             return hidden
         projection: Any = self.h_proj
@@ -231,8 +232,7 @@ class NeurocacheMemory(AttentionMemory):
         return {"count": total, **kept}
 
     def _retrieve(self, attention: LayerAttention, state: Tree) -> tuple[Found, Tree]:
-        """One retrieval for every token of the step, and for those before it that it reads with;
-        and what the state notes of it."""
+        """Retrieve once for every token of the step, and for those before it that it reads with."""
         config = self.config
         column, there = ops.context(
             attention.query_positions, attention.key_positions, attention.key_valid,
@@ -253,7 +253,7 @@ class NeurocacheMemory(AttentionMemory):
         return Found(states, valid, rank[column], there), noted
 
     def _found(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
-        """Retrieved states `(B, M, N, d)`, which are there, and their places."""
+        """Take the retrieved states `(B, M, N, d)`, and tell which are there."""
         config, count, cache = self.config, state["count"], state["states"]
         capacity = cache.shape[2]
         index = retrieve.search(
@@ -276,7 +276,7 @@ class NeurocacheMemory(AttentionMemory):
         return retrieve.gather(cache, place[:, None])[:, 0], valid, place
 
     def _published(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
-        """The same as the public code has it: a cache of zeros, clipped at its ends."""
+        """Retrieve as the public code does: a cache of zeros, clipped at its ends."""
         config = self.config
         missing = config.cache_size - state["states"].shape[2]
         cache = nn.functional.pad(state["states"], (0, 0, 0, missing))

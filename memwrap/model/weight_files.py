@@ -180,7 +180,8 @@ def _check_numbers(values: Any, path: Path) -> None:
 
 
 def _checked_seal(values: dict[str, Any], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Names and digests of the files that belong together, and the memories' marks."""
+    """Check the seal: give names and digests of the files that belong together, and the memories'
+    marks."""
     path, about = folder / CONFIG, values[SEAL]
     form = about.get("format") if isinstance(about, dict) else None
     if form != SEAL_FORMAT:
@@ -212,7 +213,7 @@ def _weight_names(folder: Path) -> list[str]:
 
 
 def read_weights(folder: Path, names: list[str]) -> dict[str, Tensor]:
-    """All tensors of a saved model's files, by name."""
+    """Read all tensors of a saved model's files, by name."""
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = inside(folder, name)
@@ -263,7 +264,8 @@ def put_weights(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights once: the first name keeps the storage, `tie_weights` restores the others."""
+    """Keep tied weights once: the first name keeps the storage, `tie_weights` restores the
+    others."""
     seen: set[tuple[int, tuple[int, ...]]] = set()
     result = {}
     for key, value in tensors.items():

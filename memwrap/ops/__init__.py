@@ -33,13 +33,13 @@ def _runs_on(device_type: str) -> bool | None:
 
 @torch.compiler.assume_constant_result
 def _kernels_run_on(device_type: str) -> bool | None:
-    """Whether `memwrap_kernels` runs on a kind of device; None if it cannot be imported."""
+    """Tell whether `memwrap_kernels` runs on a kind of device; None if it cannot be imported."""
     return _runs_on(device_type)
 
 
 @torch.compiler.assume_constant_result
 def _chosen() -> str:
-    """What `backend` set. A function that torch.compile compiled keeps what it saw then."""
+    """Give what `backend` set. A function that torch.compile compiled keeps what it saw then."""
     return _choice.get()
 
 
@@ -127,12 +127,12 @@ def current_backend(
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, or float64 for a float64 tensor: the dtype in which sums are kept."""
+    """Choose the dtype in which sums are kept: float32, or float64 for a float64 tensor."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def unsupported_dtypes(memory: Tensor, *inputs: Tensor) -> str:
-    """Why kernels cannot take these dtypes: states in float32, inputs in 16 or 32 bits."""
+    """Say why kernels cannot take these dtypes: states in float32, inputs in 16 or 32 bits."""
     if memory.dtype != torch.float32:
         return f"a memory in {memory.dtype}; they keep float32"
     for tensor in inputs:

@@ -122,7 +122,7 @@ def _call(
     group = q.shape[1] // inputs[0].shape[1]
 
     def turned(x: Tensor | None) -> Tensor | None:
-        """`(B, Hkv, T, ...)` to `(B, T, H, ...)`."""
+        """Lay out `(B, Hkv, T, ...)` as `(B, T, H, ...)`."""
         if x is None:
             return None
         return (x if group == 1 else x.repeat_interleave(group, 1)).transpose(1, 2).contiguous()

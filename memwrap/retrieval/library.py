@@ -275,7 +275,7 @@ class Library:
 
 
 def _documents(tensors: dict[str, Tensor], names: Any, model: Any, path: Path) -> dict[str, Tensor]:
-    """The documents of a file, whose tensors must fit each other and the model.
+    """Return the documents of a file, whose tensors must fit each other and the model.
 
     Raises:
         ValueError: says what does not fit.

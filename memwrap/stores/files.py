@@ -192,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def checked_header(folder: Path, **wanted: Any) -> dict[str, Any]:
-    """What the header of a store on disk says.
+    """Read the header of a store on disk.
 
     Args:
         folder: the store's.

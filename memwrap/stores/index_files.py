@@ -96,7 +96,7 @@ def write_index(folder: Path, index: Any, factory: str, shards: Shards) -> None:
 
 
 def written_size(folder: Path, count: int) -> int:
-    """Bytes of the index on disk, if it covers `count` entries; else 0."""
+    """Return bytes of the index on disk, if it covers `count` entries; else 0."""
     about = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
     return int(about["size"]) if about.get("count") == count else 0
 

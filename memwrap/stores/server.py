@@ -164,7 +164,7 @@ class PgVectorStore(Store):
         self._learn(connection)
 
     def _learn(self, connection: Any) -> None:
-        """What the tables say, checked against what was asked for."""
+        """Read what the tables say, checked against what was asked for."""
         width = connection.execute(
             "SELECT atttypmod FROM pg_attribute WHERE attrelid = %s::regclass"
             " AND attname = 'embedding'",
@@ -303,7 +303,7 @@ class PgVectorStore(Store):
         return distance**2 if self.metric == "l2" else -distance
 
     def _asked(self, connection: Any, queries: np.ndarray, k: int) -> list[tuple]:
-        """`(query from 1, id, distance)` of the neighbours of a batch, best first."""
+        """Ask for the neighbours of a batch, best first: `(query from 1, id, distance)`."""
         operator = _OPERATORS[self.metric]
         texts = ["[" + ",".join(map(repr, q)) + "]" for q in queries.tolist()]
         with connection.transaction():
@@ -421,7 +421,7 @@ class PgVectorStore(Store):
 
 
 def _digest(array: np.ndarray, entries: Entries) -> int:
-    """Tells one `add` from another."""
+    """Hash one `add`, to tell it from another."""
     columns = (np.ascontiguousarray(getattr(entries, name)) for name in Entries.FIELDS)
     total = 0
     for part in (np.ascontiguousarray(array), *columns):
@@ -430,7 +430,7 @@ def _digest(array: np.ndarray, entries: Entries) -> int:
 
 
 def _described(connection: Any, table: str) -> tuple[int, str] | None:
-    """Width and metric of a store's table, or None."""
+    """Read width and metric of a store's table, or None."""
     if connection.execute("SELECT to_regclass(%s)", (f"{table}_about",)).fetchone()[0] is None:
         return None
     width = connection.execute(

@@ -30,7 +30,7 @@ def without_password(url: str, **more: object) -> str:
 
 
 def parts_of(url: str) -> tuple[str, str, dict[str, int]]:
-    """The URL for libpq, the table, and the index's settings."""
+    """Return the URL for libpq, the table, and the index's settings."""
     parts = urlsplit(url)
     if parts.scheme not in ("postgresql", "postgres"):
         raise ValueError("`url` must begin with postgresql://.")
@@ -52,6 +52,6 @@ def parts_of(url: str) -> tuple[str, str, dict[str, int]]:
 
 
 def hidden(text: str, url: str) -> str:
-    """An error's text without the URL's password."""
+    """Return an error's text without the URL's password."""
     password = urlsplit(url).password
     return text.replace(password, "***") if password else text

@@ -256,7 +256,7 @@ def _check_server(values: dict[str, Any], changes: dict[str, Any], path: Path) -
 
 
 def _texts(node: Any) -> Iterator[str]:
-    """All strings in a value, names of keys too."""
+    """Return all strings in a value, names of keys too."""
     if isinstance(node, str):
         yield node
     parts = [x for pair in node.items() for x in pair] if isinstance(node, dict) else node
