@@ -335,7 +335,7 @@ class FaissStore(Store):
         return self._shards.entries(np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids))
 
     def vectors(self, ids: Sequence[int] | np.ndarray) -> Tensor:
-        """The vectors `(n, D)` float32 of the entries `ids` `(n,)`, as they are kept."""
+        """Return the vectors `(n, D)` float32 of the entries `ids` `(n,)`, as they are kept."""
         index = np.asarray(ids, np.int64)
         if index.size and (index.min() < 0 or index.max() >= len(self._shards)):
             raise ValueError(f"`ids` must be from 0 to {len(self._shards) - 1}.")

@@ -33,7 +33,7 @@ def faiss_module() -> Any:
 
 
 def measure_of(metric: str) -> Any:
-    """faiss' own name of a metric."""
+    """Return faiss' own name of a metric."""
     faiss = faiss_module()
     return faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
 
