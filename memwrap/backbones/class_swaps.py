@@ -47,7 +47,8 @@ def lend(module: nn.Module, kind: str, make: Callable[[Any], type[nn.Module]]) -
 
 
 def give_back(module: nn.Module, kind: str) -> None:
-    """End one use of a module's subclass of a kind; with the last, it gets its class back."""
+    """End one use of a module's subclass of a kind; with the last, it gets its class
+    back."""
     with LOCK:
         if not is_lent(module, kind):
             return

@@ -67,7 +67,7 @@ def _licensed(package: str) -> str:
 def card(
     model: MemoryModelForCausalLM, about: dict[str, Any], name: str, *, tokenizer: bool = True
 ) -> str:
-    """Markdown with the Hub's YAML head.
+    """Write Markdown with the Hub's YAML head.
 
     Args:
         model: what is exported.
