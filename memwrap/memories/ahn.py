@@ -32,6 +32,11 @@ STEPS = (1e-3, 1e-1)  # softplus of the bias of Delta, drawn between on a log sc
 class AHNConfig(MemoryConfig):
     """Softmax over a window with sinks, and beside it a recurrence over all that left the window.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.AHNConfig(window_size=512).window_size
+        512
+
     Attributes:
         form: of the recurrence: `"gated_delta"` (AHN-GDN), `"delta"` (AHN-DN, eq. 10) or
             `"gated"` (AHN-Mamba2, eq. 9).

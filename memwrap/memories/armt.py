@@ -20,6 +20,11 @@ class ARMTConfig(MemoryConfig):
     """Associative recurrent memory: every layer reads a key-value matrix that memory tokens
     write at the end of each segment.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.ARMTConfig(segment_size=1024).num_memory_tokens
+        16
+
     Attributes:
         num_memory_tokens: m, appended to every segment (the same learned tokens each time).
         d_mem: width of queries and keys before the feature map.

@@ -22,6 +22,11 @@ from memwrap.state.trees import Tree
 class AutoCompressorConfig(MemoryConfig):
     """Accumulated summary vectors: every segment adds some, all of them open the next.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.AutoCompressorConfig(segment_size=1024).num_memory_tokens
+        50
+
     Attributes:
         num_memory_tokens: k, summary vectors a segment.
         memory_size: summary vectors that are kept at most; the oldest go first.

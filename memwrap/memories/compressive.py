@@ -26,6 +26,11 @@ class CompressiveConfig(MemoryConfig):
     """The last `memory_size` rows of every layer stay as they are; older ones are compressed
     `compression_rate` to one and the last `compressed_size` of those kept.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.CompressiveConfig(memory_size=256).compression_rate
+        4
+
     Attributes:
         memory_size: n_m, uncompressed rows.
         compressed_size: n_cm, compressed rows.

@@ -13,6 +13,11 @@ from memwrap.memories.settings import Fraction, PositiveInt, Settings
 class MemoryConfig(Settings):
     """Fields that all memories share. Subclass it with the fields of one method.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.RMTConfig(segment_size=256, bptt_segments=4).to_dict()["bptt_segments"]
+        4
+
     Attributes:
         segment_size: tokens that are read at once; the memory is written when so many are full.
         bptt_segments: gradients flow through at most so many segments (`None`: all). A

@@ -35,6 +35,11 @@ class ExtendedMindConfig(MemoryConfig):
 
     Give it documents with `memwrap.Library.encode`, or by reading them (`model.read`).
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.ExtendedMindConfig(top_k=5).cache_size
+        100000
+
     Attributes:
         cache_size: entries kept for each KV head; when they are full the oldest goes.
         top_k: entries that a query attends to, per head and layer.

@@ -23,6 +23,11 @@ class HMTConfig(MemoryConfig):
     """Hierarchical memory: each segment leaves one vector in a cache, and what opens a segment is
     recalled from that cache by a topic query; the last tokens of the segment before come along.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.HMTConfig(cache_size=100).num_sensory
+        32
+
     Attributes:
         num_sensory: k, tokens of the segment before that are put in front of a segment.
         cache_size: N, past memory embeddings that can be recalled; the oldest go first.

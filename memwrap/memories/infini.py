@@ -21,6 +21,11 @@ class InfiniConfig(MemoryConfig):
     """Infini-attention: keys and values of closed segments are summed into one matrix a KV head,
     read with the layer's own queries and mixed with local attention by a gate a query head.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.InfiniConfig(update="delta").segment_size
+        512
+
     Attributes:
         update: `"linear"` (eq. 4) or `"delta"`, which first subtracts what the memory returns
             for a key (eq. 5).

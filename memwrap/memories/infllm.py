@@ -35,6 +35,11 @@ class InfLLMConfig(MemoryConfig):
     """A token attends to the last `window_size` tokens, to the first `num_sinks` of the document
     and to `top_k` units, blocks of `block_size` tokens of the rest, all of it kept.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.InfLLMConfig(window_size=1024).block_size
+        128
+
     Attributes:
         segment_size: the execution block: tokens that are read at once.
         window_size: l_L, tokens of the local window (the token itself among them).

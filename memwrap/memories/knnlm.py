@@ -30,6 +30,11 @@ class KnnLMConfig(MemoryConfig):
     """The model's distribution is mixed with that of the tokens that followed similar places, in a
     store of any text, or in what was read so far.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.KnnLMConfig(cache_size=4096).top_k
+        64
+
     Attributes:
         store: folder or URL of a store made by `memwrap store build`. `None`: none, or the one that
             is given to `attach`.

@@ -29,6 +29,11 @@ class LandmarkConfig(MemoryConfig):
     """A landmark follows every `block_size` tokens. Inside a segment attention goes through the
     grouped softmax; blocks of closed segments are kept, and each query reads `top_k` of them.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.LandmarkConfig(block_size=32).top_k
+        4
+
     Attributes:
         block_size: m, tokens of a block. Blocks begin with the segment; one that is not full when
             the segment closes gets its landmark then.

@@ -46,6 +46,11 @@ _DEFAULTS = {
 class LigerConfig(MemoryConfig):
     """Attention as a recurrence with gates made of the keys, mixed with a sliding window.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.LigerConfig(form="delta").window_size
+        64
+
     Attributes:
         form: `"gla"` (a gate a channel), `"hgrn2"` (the key is one minus the gate), `"gsa"`
             (slots), `"linear"` (no gate), `"retnet"` (a fixed decay a head), `"delta"` or

@@ -29,6 +29,11 @@ class LoLCATsConfig(MemoryConfig):
     """Softmax over a short window and linear attention with learned features over all older
     tokens, under one normaliser.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.LoLCATsConfig(window_size=128).stage
+        'finetune'
+
     Attributes:
         window_size: tokens that the softmax sees, the query itself among them.
         feature_size: columns of a feature map's matrix (`None`: half the head's width). There are

@@ -25,6 +25,11 @@ class MemorizingConfig(MemoryConfig):
     """Memorizing attention: keys and values of closed segments are kept as they are, and every
     query attends to its `top_k` best ones beside its own segment.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.MemorizingConfig(cache_size=4096).top_k
+        32
+
     Attributes:
         cache_size: entries that are kept for each KV head; when they are full the oldest goes.
         top_k: entries that a query attends to.

@@ -20,6 +20,11 @@ class MemoryPromptConfig(MemoryConfig):
     """A recurrent network beside a frozen model: it is told how each segment ended, and writes
     vectors that open the next one.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.MemoryPromptConfig(pooling="mean").num_memory_tokens
+        5
+
     Attributes:
         num_memory_tokens: m, vectors in front of a segment.
         memory_size: width of the LSTM; its state is turned into the m vectors by a matrix.

@@ -24,6 +24,11 @@ class NeurocacheConfig(MemoryConfig):
     """Inputs of chosen layers' self-attention are compressed and cached; every token retrieves
     once, and small attentions beside the model's own read what it and its last neighbours found.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.NeurocacheConfig(top_k=8).compression_factor
+        4
+
     Attributes:
         cache_size: compressed states that are kept; when they are full one goes for each new one.
         eviction: `"fifo"`: the oldest goes; `"lru"`: the one that was retrieved longest ago (it or

@@ -58,6 +58,11 @@ def available() -> list[str]:
     """List the names of all memories that are installed or registered, sorted.
 
     Other packages are not imported for it, so a name may turn out to be broken when it is used.
+    Examples:
+        >>> import memwrap
+        >>> "armt" in memwrap.available()
+        True
+
     """
     _import_own()
     return sorted({*_MEMORIES, *installed().names})
@@ -70,6 +75,11 @@ def installed() -> EntryPoints:
 
 def config_class(name: str) -> type[MemoryConfig]:
     """Find the config class of a memory, for example `ARMTConfig` for `"armt"`.
+
+    Examples:
+        >>> import memwrap
+        >>> memwrap.config_class("armt").__name__
+        'ARMTConfig'
 
     Raises:
         ValueError: for an unknown name (suggests the nearest), and for a memory of another

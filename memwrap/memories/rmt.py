@@ -18,6 +18,11 @@ from memwrap.state.trees import Tree
 class RMTConfig(MemoryConfig):
     """Recurrent memory tokens: what a segment leaves in its last positions opens the next.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.RMTConfig(num_memory_tokens=8).segment_size
+        512
+
     Attributes:
         num_memory_tokens: m, read in front of a segment and written behind it.
     """

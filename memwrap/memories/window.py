@@ -25,6 +25,11 @@ class WindowConfig(MemoryConfig):
     """Every token attends to the last `window_size` tokens (itself among them) and to the first
     `num_sinks` of the document.
 
+    Examples:
+        >>> import memwrap
+        >>> memwrap.WindowConfig(window_size=256).num_sinks
+        4
+
     Attributes:
         window_size: tokens of the window. Results do not depend on `segment_size`, which only
             says how many tokens are read at once.

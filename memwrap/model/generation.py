@@ -54,6 +54,16 @@ class MemoryGenerationMixin(GenerationMixin):
     ) -> Any:
         """Generate as transformers does.
 
+        Examples:
+            >>> import memwrap, torch
+            >>> model = memwrap.load("armt-lm")
+            >>> state = model.read([list(range(300))])
+            >>> question = torch.tensor([[5, 6, 7]])
+            >>> model.generate(question, cache=state, max_new_tokens=4).shape
+            torch.Size([1, 7])
+            >>> state.tokens_seen  # ask again: the state is as it was
+            tensor([300])
+
         Args:
             inputs: `(B, T)` new ids (also as `input_ids`). The full ids, those read into the
                 state included, are recognised and not read twice.

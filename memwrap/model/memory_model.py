@@ -339,6 +339,13 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     ) -> MemoryState:
         """Read without computing logits, in space that does not grow with the text.
 
+        Examples:
+            >>> import memwrap
+            >>> model = memwrap.load("armt-lm")
+            >>> state = model.read([list(range(300))])
+            >>> state.segments, state.fill  # two segments of 128 are written, 44 tokens wait
+            (tensor([2]), tensor([44]))
+
         Args:
             text: `(B, T)` or `(T,)` ids, a list of id lists or tensors of any lengths, a string,
                 or a list of strings.
@@ -368,6 +375,13 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     @torch.no_grad()
     def close_segment(self, state: MemoryState) -> MemoryState:
         """Close the open segments, as at the end of a document: runs the write.
+
+        Examples:
+            >>> import memwrap
+            >>> model = memwrap.load("armt-lm")
+            >>> state = model.close_segment(model.read([list(range(300))]))
+            >>> state.segments, state.fill
+            (tensor([3]), tensor([0]))
 
         Returns:
             The state with nothing open; the given one stays as it is.

@@ -27,6 +27,15 @@ def wrap(
     The model is not copied: its decoder layers learn to meet the memory, everything else stays
     as it is, and `unwrap` gives it back bit for bit.
 
+    Examples:
+        >>> import memwrap
+        >>> from memwrap.assets import asset
+        >>> from transformers import AutoModelForCausalLM
+        >>> base = AutoModelForCausalLM.from_pretrained(asset("tiny-lm"))
+        >>> model = memwrap.wrap(base, "armt", segment_size=128)
+        >>> model.segment_size, list(model.memories)
+        (128, ['armt'])
+
     Args:
         model: a transformers causal LM, or a PEFT (LoRA and the like) model over one: its
             adapters then stay in the backbone and are saved with the memory.
@@ -79,6 +88,15 @@ def linearize(
     The same as `wrap`, for the methods that take the place of the attention: the result is not
     the base any more and needs some training before it is worth much.
 
+    Examples:
+        >>> import memwrap
+        >>> from memwrap.assets import asset
+        >>> from transformers import AutoModelForCausalLM
+        >>> base = AutoModelForCausalLM.from_pretrained(asset("tiny-lm"))
+        >>> model = memwrap.linearize(base, window_size=32)
+        >>> list(model.memories)
+        ['liger']
+
     Args:
         model: as for `wrap`.
         memory: `LigerConfig(...)` or another config that linearizes, or its name with its fields
@@ -122,6 +140,14 @@ def _inside_peft(model: PeftModel) -> PreTrainedModel:
 def unwrap(model: MemoryModelForCausalLM) -> PreTrainedModel:
     """Give the backbone back as it was; the memory model must not be used afterwards.
 
+    Examples:
+        >>> import memwrap
+        >>> from memwrap.assets import asset
+        >>> from transformers import AutoModelForCausalLM
+        >>> base = AutoModelForCausalLM.from_pretrained(asset("tiny-lm"))
+        >>> memwrap.unwrap(memwrap.wrap(base, "rmt")) is base
+        True
+
     Raises:
         ValueError: if the model is not a memwrap one.
     """
@@ -144,6 +170,12 @@ def load(
 
     No code of the folder runs, and nothing outside of it is followed unless it is named here: no
     path to a base that somebody else wrote down, no server of a store.
+
+    Examples:
+        >>> import memwrap
+        >>> model = memwrap.load("armt-lm")  # shipped; a folder or a name on the Hub likewise
+        >>> model.memory_configs[0].name
+        'armt'
 
     Args:
         path: a folder, the name of a shipped model, or a repo id on the Hub.

@@ -64,6 +64,16 @@ class Citations:
 class Library:
     """Encoded documents.
 
+    Examples:
+        >>> import memwrap
+        >>> from memwrap.assets import asset
+        >>> from transformers import AutoModelForCausalLM
+        >>> base = AutoModelForCausalLM.from_pretrained(asset("tiny-lm"))
+        >>> model = memwrap.wrap(base, "extended_mind", segment_size=64)
+        >>> library = memwrap.Library.encode(model, {"a": list(range(100)), "b": list(range(50))})
+        >>> list(library.documents)
+        ['a', 'b']
+
     Attributes:
         model: a model with the `extended_mind` memory.
         state: its state after the documents, one row.

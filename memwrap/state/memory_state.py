@@ -44,6 +44,19 @@ class MemoryState(Cache):
     beside them until it is full. Tensors are never written in place: a clone costs nothing and
     two states never see each other.
 
+    Examples:
+        >>> import memwrap, torch
+        >>> model = memwrap.load("armt-lm")
+        >>> first, second = model.read([list(range(200))]), model.read([list(range(90))])
+        >>> both = memwrap.MemoryState.cat([first, second])
+        >>> both.tokens_seen, both.select(torch.tensor([1])).tokens_seen
+        (tensor([200,  90]), tensor([90]))
+        >>> first.repeat(3).batch_size
+        3
+        >>> first.save("book.safetensors")
+        >>> memwrap.MemoryState.load("book.safetensors", model).tokens_seen
+        tensor([200])
+
     Attributes:
         memories: a tree of tensors for each memory, batch first; with the name "backbone" also
             for what the backbone's own recurrent layers remember, where it has any.
