@@ -147,9 +147,10 @@ class Backbone:
 
     @property
     def _position_table(self) -> nn.Embedding | None:
-        own = set(self.embeddings.modules())  # an adapter holds the table that it wraps
+        # An adapter holds the table that it wraps.
+        token_embeddings = set(self.embeddings.modules())
         modules = self.decoder.modules()
-        tables = [m for m in modules if isinstance(m, nn.Embedding) and m not in own]
+        tables = [m for m in modules if isinstance(m, nn.Embedding) and m not in token_embeddings]
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is None:
             return None
@@ -201,15 +202,15 @@ class Backbone:
     def _carry_on(self) -> Tree:
         """Let recurrent layers carry their states; what they remember of a row without tokens."""
         recurrent_place.attach([self.layers[n] for n in self.recurrent])
-        met, name = recurrent_place.Probe(), type(self.model).__name__
+        recurrence, name = recurrent_place.Probe(), type(self.model).__name__
         try:
-            self._probe(met.TOKENS, recurrence=met)
+            self._probe(recurrence.TOKENS, recurrence=recurrence)
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 f"{name} keeps what its recurrent layers remember in another way than "
                 f"transformers' LinearAttentionLayer; memwrap cannot carry it ({error})."
             ) from error
-        return met.empty(len(self.recurrent), name)
+        return recurrence.empty(len(self.recurrent), name)
 
     def detach(self) -> None:
         """Give every layer and attention its own class and function back."""

@@ -33,7 +33,7 @@ def subclass(parent: type[nn.Module], kind: str, **members: Any) -> type[nn.Modu
 
 def is_lent(module: nn.Module, kind: str) -> bool:
     """Tell whether a module has a subclass of a kind."""
-    return any(vars(own).get("_memwrap_kind") == kind for own in type(module).__mro__)
+    return any(vars(base).get("_memwrap_kind") == kind for base in type(module).__mro__)
 
 
 def lend(module: nn.Module, kind: str, make: Callable[[Any], type[nn.Module]]) -> None:

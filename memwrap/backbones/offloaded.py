@@ -12,8 +12,8 @@ def loaded_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     devices."""
     for name, parameter in module.named_parameters():
         if parameter.device.type == "meta":
-            owner, _, own = name.rpartition(".")
-            yield name, loaded(module.get_submodule(owner), own)
+            owner, _, last = name.rpartition(".")
+            yield name, loaded(module.get_submodule(owner), last)
         else:
             yield name, parameter
 

@@ -85,11 +85,11 @@ class _States(LinearAttentionLayer):
 
     def tree(self) -> Tree:
         kinds = {"conv": self.conv_states, "recurrent": self.recurrent_states}
-        found = {
+        trees = {
             kind: {str(i): t for i, t in states.items() if t is not None}
             for kind, states in kinds.items()
         }
-        return {kind: states for kind, states in found.items() if states}
+        return {kind: states for kind, states in trees.items() if states}
 
 
 @dataclass

@@ -67,11 +67,11 @@ class Rotary:
     """
 
     def __init__(self, decoder: nn.Module, config: Any) -> None:
-        found = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-        self._module = found[0] if found else None
+        modules = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+        self._module = modules[0] if modules else None
         self._types = getattr(config, "layer_types", None)
         self._by_type = (
-            bool(found) and "layer_type" in inspect.signature(type(found[0]).forward).parameters
+            bool(modules) and "layer_type" in inspect.signature(type(modules[0]).forward).parameters
         )
         self.rotated: dict[int, bool] | None = None  # which layers rotate, once that is known
 

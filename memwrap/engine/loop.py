@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from memwrap.backbones import Backbone
 from memwrap.engine.inputs import Inputs
 from memwrap.engine.loss import IGNORED, Collect, Head, StepRequest, Teacher
 from memwrap.engine.plan import Step, plan, plan_columns
+from memwrap.engine.recomputation import recomputed
 from memwrap.engine.step import SegmentReader, StepOutput
 from memwrap.memories.config import MemoryConfig
 from memwrap.state.memory_state import BACKBONE, MemoryState
@@ -184,7 +184,7 @@ class Loop:
             return self._result(out, step, states, request), out.states, out.segment
 
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, states, segment.tree, use_reentrant=False)
+            return recomputed(function, states, segment.tree)
         return function(states, segment.tree)
 
     def _result(

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from memwrap.engine.plan import Step
+from memwrap.engine.recomputation import recomputed
 from memwrap.engine.step import SegmentReader, StepOutput
 from memwrap.state.trees import Tree
 
@@ -190,7 +190,7 @@ class Head:
         if not len(tokens):
             return hidden.float().sum()
         if len(pieces) > 1 and torch.is_grad_enabled():
-            return sum(checkpoint(part, *piece, use_reentrant=False) for piece in pieces)
+            return sum(recomputed(part, *piece) for piece in pieces)
         return sum(part(*piece) for piece in pieces)  # type: ignore[return-value]
 
     def _plain(self, hidden: Tensor, wanted: Tensor, teacher: Teacher | None = None) -> Tensor:
@@ -209,7 +209,7 @@ class Head:
         follows = repeat(None) if taught is None else taught.split(size)
         parts = list(zip(hidden.split(size), wanted.split(size), follows, strict=False))
         if torch.is_grad_enabled():
-            return sum(checkpoint(part, *args, use_reentrant=False) for args in parts)
+            return sum(recomputed(part, *args) for args in parts)
         return sum(part(*args) for args in parts)  # type: ignore[return-value]
 
 

@@ -81,11 +81,11 @@ class LayerAHN(nn.Module):
     every head, then gate.
     """
 
-    def __init__(self, config: AHNConfig, own: AttentionSizes, sizes: Sizes) -> None:
+    def __init__(self, config: AHNConfig, dims: AttentionSizes, sizes: Sizes) -> None:
         super().__init__()
         make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
-        heads, width = own.num_heads, sizes.hidden_size
-        count = heads if config.states == "query_head" else own.num_kv_heads
+        heads, width = dims.num_heads, sizes.hidden_size
+        count = heads if config.states == "query_head" else dims.num_kv_heads
 
         def drawn(*shape: int, low: float, high: float) -> Tensor:
             return torch.empty(*shape, **make).uniform_(low, high)
@@ -104,9 +104,9 @@ class LayerAHN(nn.Module):
         self.read_bias: nn.Parameter | None = None
         if config.form == "gated":
             self.read_bias = nn.Parameter(drawn(heads, low=-bound, high=bound))
-        normed = own.value_dim * (heads if config.form == "gated" else 1)
+        normed = dims.value_dim * (heads if config.form == "gated" else 1)
         self.norm = nn.Parameter(torch.ones(normed, **make))
-        self.out = nn.Parameter(torch.zeros(heads, own.value_dim, own.value_dim, **make))
+        self.out = nn.Parameter(torch.zeros(heads, dims.value_dim, dims.value_dim, **make))
 
     def gates(self, hidden: Tensor) -> Tensor:
         """Compute the strength of the write and the log of the forget gate of tokens `(B, N, D)`:
@@ -188,46 +188,48 @@ class AHNMemory(AttentionMemory):
         layers = attending_layers(self.config, self.sizes)
         if self.config.layers is not None:
             return layers
-        own = {n: self.sizes.attention[n].window or self.config.window_size for n in layers}
-        return [n for n in layers if own[n] >= self.config.window_size] or layers
+        windows = {n: self.sizes.attention[n].window or self.config.window_size for n in layers}
+        return [n for n in layers if windows[n] >= self.config.window_size] or layers
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         drawn, sizes = self.config.train_windows, None
         if drawn is not None:
-            own = torch.full((batch_size,), self.config.window_size)
+            longest = torch.full((batch_size,), self.config.window_size)
             index = torch.randint(len(drawn), (batch_size,))
-            sizes = torch.tensor(drawn)[index] if self.training else own
+            sizes = torch.tensor(drawn)[index] if self.training else longest
         return {
             "layers": {
-                str(layer): self._empty(layer, own, sizes, batch_size, device)
-                for layer, own in self.sizes.attention.items()
+                str(layer): self._empty(layer, dims, sizes, batch_size, device)
+                for layer, dims in self.sizes.attention.items()
             }
         }
 
     def _empty(
-        self, layer: int, own: AttentionSizes, drawn: Tensor | None, batch: int,
+        self, layer: int, dims: AttentionSizes, drawn: Tensor | None, batch: int,
         device: torch.device,
     ) -> Tree:  # fmt: skip
         dtype = self.sizes.backbone_dtype
-        window = self.window.empty(batch, own, dtype, device, sizes=drawn)
+        window = self.window.empty(batch, dims, dtype, device, sizes=drawn)
         if str(layer) not in self.networks:
             return {"window": window}
         network: Any = self.networks[str(layer)]
         count, wide = len(network.write), torch.promote_types(dtype, torch.float32)
         gates = (batch, count, self.window.kept, 1 if network.rate is None else 2)
         window["gates"] = torch.zeros(gates, dtype=wide, device=device)
-        shape = (batch, count, own.key_dim, own.value_dim)
+        shape = (batch, count, dims.key_dim, dims.value_dim)
         return {"window": window, "S": torch.zeros(shape, dtype=wide, device=device)}
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        near = self.window.attend(attention, state["window"])[0]
+        local = self.window.attend(attention, state["window"])[0]
         if str(layer) not in self.networks:
-            return near, state
-        with torch.autocast(near.device.type, enabled=False):
-            far, state = self._recurrent(layer, attention, state)
+            return local, state
+        with torch.autocast(local.device.type, enabled=False):
+            recurrent, state = self._recurrent(layer, attention, state)
         if self.branch == "window":
-            return near, state
-        return (far if self.branch == "recurrent" else near.to(far.dtype) + far), state
+            return local, state
+        if self.branch == "recurrent":
+            return recurrent, state
+        return local.to(recurrent.dtype) + recurrent, state
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         window, beside = state["window"], {}

@@ -110,16 +110,16 @@ class CompressiveMemory(AttentionMemory):
         self.compressors = nn.ModuleDict()
         if config.learned:
             for layer in self.chosen:
-                own = {n: Compressor(config, h, d, sizes) for n, h, d in self._kinds(layer)}
-                self.compressors[str(layer)] = nn.ModuleDict(own)
+                compressors = {n: Compressor(config, h, d, sizes) for n, h, d in self._kinds(layer)}
+                self.compressors[str(layer)] = nn.ModuleDict(compressors)
 
     def _kinds(self, layer: int) -> list[tuple[str, int, int]]:
         """List `(name, heads, width)` of what is stored for a row."""
-        own = self.sizes.attention[layer]
+        dims = self.sizes.attention[layer]
         if self.config.store == "hidden":
             return [("hidden", 1, self.sizes.hidden_size)]
-        heads = own.num_kv_heads
-        return [("key", heads, own.key_dim), ("value", heads, own.value_dim)]
+        heads = dims.num_kv_heads
+        return [("key", heads, dims.key_dim), ("value", heads, dims.value_dim)]
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         layers: Tree = {}
@@ -172,8 +172,8 @@ class CompressiveMemory(AttentionMemory):
         length = attention.key_valid.sum(1)
         for part in PARTS:
             count, place = result[part]["count"], result[part]["place"]
-            there = right_valid(count, place.shape[1])[..., None]
-            result[part]["place"] = (place - length[:, None, None]) * there
+            valid_rows = right_valid(count, place.shape[1])[..., None]
+            result[part]["place"] = (place - length[:, None, None]) * valid_rows
         if "usage" in state:
             result["usage"] = torch.zeros_like(state["usage"])
         return result
@@ -216,21 +216,21 @@ class CompressiveMemory(AttentionMemory):
         for name in old.keys() - fresh.keys():
             weights: dict[str, Any] = {}
             if config.learned:
-                own: Any = self.compressors[str(layer)][name]  # type: ignore[index]
+                compressor: Any = self.compressors[str(layer)][name]  # type: ignore[index]
                 dtype = old[name].dtype
-                weights = {"weight": own.weight.to(dtype), "bias": own.bias.to(dtype)}
+                weights = {"weight": compressor.weight.to(dtype), "bias": compressor.bias.to(dtype)}
             fresh[name] = ops.compress(old[name], rate, kind, **weights)
         return fresh, evicted // rate
 
-    def _pushed(self, own: Tree, fresh: Tree, made: Tensor, size: int) -> Tree:
+    def _pushed(self, buffer: Tree, fresh: Tree, made: Tensor, size: int) -> Tree:
         """Append rows to a buffer and drop the oldest."""
         count = next(iter(fresh.values())).shape[-2]
-        there = torch.arange(count, device=made.device) < made[:, None]
-        index = latest(torch.cat([right_valid(own["count"], size), there], 1), size)
-        total = (own["count"] + made).clamp_max(size)
+        made_valid = torch.arange(count, device=made.device) < made[:, None]
+        index = latest(torch.cat([right_valid(buffer["count"], size), made_valid], 1), size)
+        total = (buffer["count"] + made).clamp_max(size)
         valid = right_valid(total, size)
         new = {
-            n: take(torch.cat([own[n], x.to(own[n].dtype)], -2), index, valid)
+            n: take(torch.cat([buffer[n], x.to(buffer[n].dtype)], -2), index, valid)
             for n, x in fresh.items()
         }
         return {**new, "count": total}
@@ -248,19 +248,19 @@ class CompressiveMemory(AttentionMemory):
         """Sum the attention that memory rows and the segment's own rows received, `(B, slots)`."""
         valid = attention.query_valid[:, None, :, None]
         received = (weights.detach().float() * valid).sum((1, 2))[:, self.config.compressed_size :]
-        memory, own = received[:, : self.capacity], received[:, self.capacity :]
+        memory, segment_rows = received[:, : self.capacity], received[:, self.capacity :]
         positions, size = attention.key_positions, self.config.segment_size
         inside = (positions < size) & attention.key_valid
         segment = memory.new_zeros(len(memory), size)
-        segment = segment.scatter_add(1, positions.clamp(0, size - 1), own * inside)
+        segment = segment.scatter_add(1, positions.clamp(0, size - 1), segment_rows * inside)
         return torch.cat([memory, segment], 1)
 
-    def _usage_of_pool(self, usage: Tensor, places: Tensor) -> Tensor:
+    def _usage_of_pool(self, usage: Tensor, positions: Tensor) -> Tensor:
         """Sort the attention that the columns of `[memory; segment]` received, `(B, slots)` with
         the segment's by position, into `(B, capacity + K)`."""
         memory, segment = usage[:, : self.capacity], usage[:, self.capacity :]
-        own = segment.gather(1, places.clamp(0, segment.shape[1] - 1))
-        return torch.cat([memory, own * (places < segment.shape[1])], 1)
+        received = segment.gather(1, positions.clamp(0, segment.shape[1] - 1))
+        return torch.cat([memory, received * (positions < segment.shape[1])], 1)
 
     def _teach(
         self, layer: int, attention: LayerAttention, old: Tree, fresh: Tree, evicted: Tensor
@@ -268,38 +268,38 @@ class CompressiveMemory(AttentionMemory):
         """Add the compressor's own loss for rows in which something was compressed."""
         config, rate = self.config, self.config.compression_rate
         count = old["place"].shape[1]
-        there = torch.arange(count, device=evicted.device) < evicted[:, None]
+        valid = torch.arange(count, device=evicted.device) < evicted[:, None]
         wide = torch.promote_types(attention.value.dtype, torch.float32)
         constant = {n: x.detach().to(wide) for n, x in old.items()}
-        own: Any = self.compressors[str(layer)]
+        compressors: Any = self.compressors[str(layer)]
         again = {
             n: ops.compress(
                 constant[n], rate, config.compression, c.weight.to(wide), c.bias.to(wide)
             )
-            for n, c in own.items()
+            for n, c in compressors.items()
         }
         if config.loss == "autoencoding":
             losses = [
                 ops.autoencoding(
                     constant[n],
-                    ops.decompress(x, own[n].decoder_weight.to(wide), own[n].decoder_bias.to(wide)),
-                    there,
+                    ops.decompress(again[n], c.decoder_weight.to(wide), c.decoder_bias.to(wide)),
+                    valid,
                 )
-                for n, x in again.items()
+                for n, c in compressors.items()
             ]
             loss = torch.stack(losses).mean(0)
         else:
-            found = []
+            pairs = []
             for rows in (constant, again):
                 if config.store == "kv":
-                    found.append((rows["key"], rows["value"]))
+                    pairs.append((rows["key"], rows["value"]))
                 else:
                     hidden = rows["hidden"].squeeze(1).to(attention.value.dtype)
                     keys, values = attention.project(hidden, frozen=True)
-                    found.append((keys.to(wide), values.to(wide)))
-            made = there[:, rate - 1 :: rate]
+                    pairs.append((keys.to(wide), values.to(wide)))
+            made = valid[:, rate - 1 :: rate]
             loss = ops.reconstruction(
-                attention.query.to(wide), (*found[0], there), (*found[1], made),
+                attention.query.to(wide), (*pairs[0], valid), (*pairs[1], made),
                 scaling=attention.scaling, query_valid=attention.query_valid,
             )  # fmt: skip
         attention.losses.append(loss * (evicted > 0) * config.loss_weight / len(self.chosen))

@@ -104,8 +104,8 @@ class ExtendedMindMemory(AttentionMemory):
     def __init__(self, config: ExtendedMindConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.chosen = attending_layers(config, sizes)
-        own = {layer: sizes.attention[layer] for layer in self.chosen}
-        self.rings = KeyValueRings(config.cache_size, own, sizes.backbone_dtype)
+        dims = {layer: sizes.attention[layer] for layer in self.chosen}
+        self.rings = KeyValueRings(config.cache_size, dims, sizes.backbone_dtype)
 
     @property
     def bytes_per_token(self) -> float:  # type: ignore[override]

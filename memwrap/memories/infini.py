@@ -71,10 +71,10 @@ class InfiniMemory(AttentionMemory):
         make: dict[str, Any] = {"device": device, "dtype": accumulation_dtype(self._any)}
         layers: Tree = {}
         for name in self.gates:
-            own = self.sizes.attention[int(name)]
-            shape = (batch_size, own.num_kv_heads, own.key_dim)
+            dims = self.sizes.attention[int(name)]
+            shape = (batch_size, dims.num_kv_heads, dims.key_dim)
             layers[name] = {
-                "M": torch.zeros(*shape, own.value_dim, **make),
+                "M": torch.zeros(*shape, dims.value_dim, **make),
                 "z": torch.zeros(shape, **make),
                 "written": torch.zeros(batch_size, dtype=torch.bool, device=device),
             }

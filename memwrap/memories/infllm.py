@@ -124,15 +124,16 @@ class InfLLMMemory(AttentionMemory):
     def __init__(self, config: InfLLMConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.kept = config.window_size + config.block_size - 1
-        free = [n for n, own in sizes.attention.items() if own.window is None]
+        free = [n for n, dims in sizes.attention.items() if dims.window is None]
         chosen = free or list(sizes.attention)
         self.retrieving = set(chosen if config.layers is None else attending_layers(config, sizes))
         self.where = HOST if config.offload else "units"
         self.slots = {n: SlotCache(config.cache_size) for n in self.retrieving if config.offload}
         size = sizes.backbone_dtype.itemsize
-        for own in (sizes.attention[n] for n in self.retrieving):
-            self.bytes_per_token += own.num_kv_heads * (own.key_dim + own.value_dim) * size
-            self.bytes_per_token += own.num_heads * own.key_dim * size / config.block_size
+        for dims in (sizes.attention[n] for n in self.retrieving):
+            widths = dims.key_dim + dims.value_dim
+            representatives = dims.num_heads * dims.key_dim / config.block_size
+            self.bytes_per_token += (dims.num_kv_heads * widths + representatives) * size
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         return {
@@ -142,29 +143,29 @@ class InfLLMMemory(AttentionMemory):
         }
 
     def _empty(self, layer: int, batch: int, device: torch.device) -> Tree:
-        config, own = self.config, self.sizes.attention[layer]
+        config, dims = self.config, self.sizes.attention[layer]
         make: dict[str, Any] = {"device": device, "dtype": self.sizes.backbone_dtype}
         tree: Tree = {"tokens": torch.zeros(batch, dtype=torch.long, device=device)}
-        widths = {"key": own.key_dim, "value": own.value_dim}
+        widths = {"key": dims.key_dim, "value": dims.value_dim}
         for name, width in widths.items():
             for part, count in (("recent", self.kept), ("sink", config.num_sinks)):
-                shape = (batch, own.num_kv_heads, count, width)
+                shape = (batch, dims.num_kv_heads, count, width)
                 tree[f"{part}_{name}"] = torch.zeros(shape, **make)
         if layer not in self.retrieving:
             return tree
         wide = torch.promote_types(self.sizes.backbone_dtype, torch.float32)
         sums: dict[str, Any] = {"device": device, "dtype": wide}
-        tree["score"] = torch.zeros(batch, own.num_heads, self.kept, **sums)
-        tree["open_score"] = torch.zeros(batch, own.num_heads, config.window_size, **sums)
-        tree["query_sum"] = torch.zeros(batch, own.num_heads, own.key_dim, **sums)
+        tree["score"] = torch.zeros(batch, dims.num_heads, self.kept, **sums)
+        tree["open_score"] = torch.zeros(batch, dims.num_heads, config.window_size, **sums)
+        tree["query_sum"] = torch.zeros(batch, dims.num_heads, dims.key_dim, **sums)
         tree["query_count"] = torch.zeros_like(tree["tokens"])
         tree["chosen"] = tree["tokens"].new_full((batch, config.top_k), -1)
         if config.offload:
             make = {**make, "device": "cpu"}
-        block = (batch, 0, own.num_kv_heads, config.block_size)
+        block = (batch, 0, dims.num_kv_heads, config.block_size)
         units = {name: torch.zeros(*block, width, **make) for name, width in widths.items()}
         make = {**make, "device": device}
-        rep = {"rep": torch.zeros(batch, 0, own.num_heads, own.key_dim, **make)}
+        rep = {"rep": torch.zeros(batch, 0, dims.num_heads, dims.key_dim, **make)}
         return tree | {self.where: {STORE: {"0": units}}, "index": {STORE: {"0": rep}}}
 
     # Reading
@@ -179,8 +180,8 @@ class InfLLMMemory(AttentionMemory):
         length = attention.query.shape[2]
         starts = range(0, length, QUERIES_AT_ONCE)
         parts = [slice(start, min(length, start + QUERIES_AT_ONCE)) for start in starts]
-        for own, units in zip(parts, self._fetched(layer, state, selection, parts), strict=True):
-            part = attention if len(parts) == 1 else attention.part(own.start, own.stop)
+        for piece, units in zip(parts, self._fetched(layer, state, selection, parts), strict=True):
+            part = attention if len(parts) == 1 else attention.part(piece.start, piece.stop)
             out, scores = self._attend_part(part, state, units)
             outputs.append(out)
             received = received + scores if scores is not None else None
@@ -225,9 +226,9 @@ class InfLLMMemory(AttentionMemory):
         marks = torch.cat([carried, ops.select(scores, units, config.top_k)], 1)
         last = marks[rows, index.amax(1) if index.shape[1] else 0]
         most = min(config.top_k, number)
-        found = earliest(last, most)
-        found = found.masked_fill(~last.gather(1, found), -1)
-        noted["chosen"] = torch.nn.functional.pad(found, (0, config.top_k - most), value=-1)
+        chosen_units = earliest(last, most)
+        chosen_units = chosen_units.masked_fill(~last.gather(1, chosen_units), -1)
+        noted["chosen"] = torch.nn.functional.pad(chosen_units, (0, config.top_k - most), value=-1)
         return Selection(marks, index), noted
 
     def _attend_part(
@@ -236,30 +237,30 @@ class InfLLMMemory(AttentionMemory):
         """Compute the output of some queries, and the score that recent and own columns received
         from them, `(B, H, recent + K)`."""
         reach = self._reach(attention)
-        recent, there = self._recent(state)
-        count = there.shape[1]
-        positions = torch.arange(-count, 0, device=there.device).expand(len(there), -1)
+        recent, valid = self._recent(state)
+        count = valid.shape[1]
+        positions = torch.arange(-count, 0, device=valid.device).expand(len(valid), -1)
         distance = attention.query_positions[:, :, None] - positions[:, None]
-        near = there[:, None] & (distance < reach)
-        rows = self._far_rows(attention, state, units, (recent, there, distance))
-        far = sum(r.positions.shape[1] for r in rows)
+        visible = valid[:, None] & (distance < reach)
+        rows = self._far_rows(attention, state, units, (recent, valid, distance))
+        before = sum(r.positions.shape[1] for r in rows)
         if count:
-            rows.append(MemoryKeyValues(recent["key"], recent["value"], positions, near))
+            rows.append(MemoryKeyValues(recent["key"], recent["value"], positions, visible))
         local = attention.query_positions[:, :, None] - attention.key_positions[:, None] < reach
         counting = units is not None and self.config.score == "attention"
         out, weights = attention.join(*rows, local=local, weights=counting)
         if units is None:
             return out, None
         if weights is not None and counting:
-            seen = weights.detach()[..., far:].to(state["score"].dtype)
-            return out, (seen * attention.query_valid[:, None, :, None]).sum(2)
+            received = weights.detach()[..., before:].to(state["score"].dtype)
+            return out, (received * attention.query_valid[:, None, :, None]).sum(2)
         keys = torch.cat([recent["key"].to(attention.key.dtype), attention.key], 2)
         place = torch.cat([positions, attention.key_positions], 1)
         distance = attention.query_positions[:, :, None] - place[:, None]
-        seen = (distance > 0) & (distance < reach) & attention.query_valid[..., None]
-        seen &= torch.cat([there, attention.key_valid], 1)[:, None]
+        counted = (distance > 0) & (distance < reach) & attention.query_valid[..., None]
+        counted &= torch.cat([valid, attention.key_valid], 1)[:, None]
         query = attention.rotate(attention.query, attention.query_positions)
-        return out, ops.received_products(query, attention.rotate(keys, place), seen)
+        return out, ops.received_products(query, attention.rotate(keys, place), counted)
 
     def _far_rows(
         self, attention: LayerAttention, state: Tree, units: Units | None,
@@ -270,28 +271,28 @@ class InfLLMMemory(AttentionMemory):
         config, window = self.config, self.config.window_size
         if units is None and attention.window is not None:
             return []
-        recent, there, distance = around
+        recent, valid, distance = around
         batch, length = distance.shape[:2]
         tokens, sinks = state["tokens"], self._settled(state["tokens"])[0]
         # Only the first columns can be past the window: a place is less than K.
-        past = max(0, min(there.shape[1], there.shape[1] + attention.value.shape[2] - window))
-        gone = there[:, None, :past] & (distance[..., :past] >= window)
+        past = max(0, min(valid.shape[1], valid.shape[1] + attention.value.shape[2] - window))
+        outside = valid[:, None, :past] & (distance[..., :past] >= window)
         if units is None:
-            absolute = tokens[:, None] + torch.arange(-there.shape[1], 0, device=tokens.device)
-            gone &= (absolute[:, :past] < config.num_sinks)[:, None]
+            absolute = tokens[:, None] + torch.arange(-valid.shape[1], 0, device=tokens.device)
+            outside &= (absolute[:, :past] < config.num_sinks)[:, None]
         elif config.window_mask == "published":
             read = (attention.key_positions + 1).masked_fill(~attention.key_valid, 0).amax(1)
-            first = there.shape[1] - there.sum(1) + (there.sum(1) + read - window).clamp_min(0)
-            gone = there[:, :past] & (torch.arange(past, device=tokens.device) < first[:, None])
-            gone = gone[:, None].expand(-1, length, -1)
+            first = valid.shape[1] - valid.sum(1) + (valid.sum(1) + read - window).clamp_min(0)
+            outside = valid[:, :past] & (torch.arange(past, device=tokens.device) < first[:, None])
+            outside = outside[:, None].expand(-1, length, -1)
         visible = torch.arange(config.num_sinks, device=tokens.device) < sinks[:, None]
         keys = [state["sink_key"], recent["key"][:, :, :past]]
         values = [state["sink_value"], recent["value"][:, :, :past]]
-        seen = [visible[:, None].expand(-1, length, -1), gone]
+        masks = [visible[:, None].expand(-1, length, -1), outside]
         if units is not None:
             key, value, shown = units
-            keys, values, seen = [key, *keys], [value, *values], [shown, *seen]
-        mask = torch.cat(seen, 2)
+            keys, values, masks = [key, *keys], [value, *values], [shown, *masks]
+        mask = torch.cat(masks, 2)
         if not mask.shape[2] or not bool(mask.any()):
             return []
         origin = torch.zeros(batch, mask.shape[2], dtype=torch.long, device=tokens.device)
@@ -307,7 +308,7 @@ class InfLLMMemory(AttentionMemory):
         """Yield the units that each part of the queries sees; from the host one part ahead."""
         if selection is None:
             return [None] * len(parts)
-        fetches = [partial(self._units, layer, state, selection, own) for own in parts]
+        fetches = [partial(self._units, layer, state, selection, piece) for piece in parts]
         if layer in self.slots and not torch.is_grad_enabled():
             return prefetch(fetches, selection.index.device)
         return (fetch() for fetch in fetches)
@@ -329,13 +330,13 @@ class InfLLMMemory(AttentionMemory):
         pages = state[self.where][STORE]
         if layer in self.slots:
             cache = self.slots[layer]
-            found = cache.take(pages, HELD, rows, numbers, UNITS_A_PAGE, index.device)
+            taken = cache.take(pages, HELD, rows, numbers, UNITS_A_PAGE, index.device)
         else:
-            found = take(pages, HELD, rows, numbers, UNITS_A_PAGE)
+            taken = take(pages, HELD, rows, numbers, UNITS_A_PAGE)
         key, value = (
             t.unflatten(0, (batch, most)).transpose(1, 2).flatten(2, 3) if most
             else state[f"recent_{name}"][:, :, :0]
-            for name, t in zip(HELD, found, strict=True)
+            for name, t in zip(HELD, taken, strict=True)
         )  # fmt: skip
         return key, value, shown.repeat_interleave(block, 2)
 
@@ -343,31 +344,32 @@ class InfLLMMemory(AttentionMemory):
         """Add to the scores what recent and own columns received."""
         total = attention.value.shape[2]
         count = received.shape[2] - total
-        recent, own = received[..., :count], received[..., count:]
+        recent, segment = received[..., :count], received[..., count:]
         score = state["score"]
         score = torch.cat(
             [score[..., : self.kept - count], score[..., self.kept - count :] + recent], 2
         )
         window = self.config.window_size
         inside = (attention.key_positions < window) & attention.key_valid
-        index = attention.key_positions.clamp(0, window - 1)[:, None].expand_as(own)
-        own = own * inside[:, None]
-        return {"score": score, "open_score": state["open_score"].scatter_add(2, index, own)}
+        index = attention.key_positions.clamp(0, window - 1)[:, None].expand_as(segment)
+        segment = segment * inside[:, None]
+        return {"score": score, "open_score": state["open_score"].scatter_add(2, index, segment)}
 
     # Writing
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         config, valid = self.config, attention.key_valid
-        recent, there = self._recent(state)
+        recent, recent_valid = self._recent(state)
         before = state["tokens"]
         tokens = before + valid.sum(1)
         (old_sinks, old_units), (sinks, units) = self._settled(before), self._settled(tokens)
-        order = earliest(torch.cat([there, valid], 1), there.shape[1] + valid.shape[1])
-        total = there.sum(1) + valid.sum(1)
-        own = {"key": attention.key, "value": attention.value}
+        pool_valid = torch.cat([recent_valid, valid], 1)
+        order = earliest(pool_valid, pool_valid.shape[1])
+        total = recent_valid.sum(1) + valid.sum(1)
+        segment = {"key": attention.key, "value": attention.value}
         pool = {
             name: take_rows(torch.cat([recent[name], rows.to(recent[name].dtype)], 2), order)
-            for name, rows in own.items()
+            for name, rows in segment.items()
         }
         new: Tree = {"tokens": tokens}
         for name, rows in pool.items():
@@ -380,7 +382,7 @@ class InfLLMMemory(AttentionMemory):
         left = (index >= start[:, None]) & (index < total[:, None])
         scores = None
         if layer in self.retrieving:
-            count = there.shape[1]
+            count = recent_valid.shape[1]
             place = attention.key_positions.clamp(0, config.window_size - 1)
             inside = attention.key_positions < config.window_size
             opened = state["open_score"].gather(

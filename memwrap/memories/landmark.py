@@ -105,23 +105,23 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         config = self.config
         room = GROWTH if config.cache_size is None else min(GROWTH, config.cache_size)
         make: dict[str, Any] = {"dtype": self.sizes.backbone_dtype}
-        far = torch.device("cpu") if config.offload else device
+        place = torch.device("cpu") if config.offload else device
         layers: Tree = {}
         for layer in self.chosen:
-            own = self.sizes.attention[layer]
+            dims = self.sizes.attention[layer]
             tree: Tree = {"count": torch.zeros(batch_size, dtype=torch.long, device=device)}
             if self.retrieves(layer):
-                shape = (batch_size, own.num_kv_heads, room)
+                shape = (batch_size, dims.num_kv_heads, room)
                 block = (*shape, config.block_size)
                 held = tree.setdefault(HOST, {}) if config.offload else tree
-                held["key"] = torch.zeros(*block, own.key_dim, device=far, **make)
-                held["value"] = torch.zeros(*block, own.value_dim, device=far, **make)
-                tree["landmark"] = torch.zeros(*shape, own.key_dim, device=device, **make)
+                held["key"] = torch.zeros(*block, dims.key_dim, device=place, **make)
+                held["value"] = torch.zeros(*block, dims.value_dim, device=place, **make)
+                tree["landmark"] = torch.zeros(*shape, dims.key_dim, device=device, **make)
                 tree["valid"] = torch.zeros(
                     batch_size, 1, room, config.block_size, dtype=torch.bool, device=device
                 )
                 if config.retrieval == "chunk":
-                    tree["best"] = torch.zeros(batch_size, own.num_heads, room, device=device)
+                    tree["best"] = torch.zeros(batch_size, dims.num_heads, room, device=device)
             layers[str(layer)] = tree
         return {"layers": layers}
 
@@ -159,9 +159,9 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         if not self.retrieves(layer):
             return state
-        new, there = self._blocks(attention, state)
+        new, valid = self._blocks(attention, state)
         size, limit = state["landmark"].shape[2], self.config.cache_size
-        total = state["count"] + there.sum(1)
+        total = state["count"] + valid.sum(1)
         most = int(total.max()) if limit is None else min(int(total.max()), limit)
         room = max(size, -(-most // GROWTH) * GROWTH)
         room = room if limit is None else min(room, limit)
@@ -171,9 +171,9 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         for name, rows in new.items():
             rows = rows.to(held[name].device, held[name].dtype)
             add = _pushed if evicting else _appended
-            far = self.config.offload and name in HELD
-            into = result.setdefault(HOST, {}) if far else result
-            into[name] = add(held[name], state["count"], rows, there, room)
+            offloaded = self.config.offload and name in HELD
+            into = result.setdefault(HOST, {}) if offloaded else result
+            into[name] = add(held[name], state["count"], rows, valid, room)
         if "best" in state:
             best = state["best"]
             result["best"] = best.new_zeros(*best.shape[:2], room)
@@ -203,10 +203,10 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
     def _pieces(self, attention: LayerAttention, state: Tree) -> list[slice]:
         """Cut the queries into parts for which scores and gathered blocks may exist at once."""
         batch, heads, length, width = attention.rotated_query.shape
-        config, own = self.config, state["landmark"]
-        each = max(own.shape[2], (config.top_k + 1) * width, config.top_k * config.block_size)
+        config, landmarks = self.config, state["landmark"]
+        each = max(landmarks.shape[2], (config.top_k + 1) * width, config.top_k * config.block_size)
         block = config.block_size * width
-        if own[..., 0].numel() * block > ops.AT_ONCE:  # all blocks are too many at once
+        if landmarks[..., 0].numel() * block > ops.AT_ONCE:  # all blocks are too many at once
             each = max(each, config.top_k * block)
         step = max(1, ops.AT_ONCE // max(1, batch * heads * each))
         return [slice(a, a + step) for a in range(0, length, step)]
@@ -250,8 +250,8 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
             result.append(self.choose(layer, shares.masked_fill(scores == -torch.inf, -torch.inf)))
             best = shares[:, :, -1].to(best.dtype)
         if best is not None and together:
-            there = filled(state["count"], best.shape[-1])[:, None, None]
-            ids = self.choose(layer, best.masked_fill(~there, -torch.inf))
+            valid_blocks = filled(state["count"], best.shape[-1])[:, None, None]
+            ids = self.choose(layer, best.masked_fill(~valid_blocks, -torch.inf))
             result = [ids] * len(self._pieces(attention, state))
         return result, state if retrieval != "chunk" else {**state, "best": best}
 
@@ -260,10 +260,12 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
     ) -> tuple[Tensor, Tensor]:
         """Read for the queries in their blocks; the result is for `merge`."""
 
-        def part(keys: Tensor, values: Tensor, landmarks: Tensor, piece: slice, own: Tensor) -> Any:
-            q = self._turned(attention, state, piece, own)
+        def part(
+            keys: Tensor, values: Tensor, landmarks: Tensor, piece: slice, read: Tensor
+        ) -> Any:
+            q = self._turned(attention, state, piece, read)
             return ops.retrieved(
-                q, keys, values, landmarks, state["valid"].squeeze(1), own,
+                q, keys, values, landmarks, state["valid"].squeeze(1), read,
                 attention.scaling, attention.softcap,
             )  # fmt: skip
 
@@ -274,18 +276,18 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         pieces = self._pieces(attention, state)
         each = sum(t[0, 0, 0].numel() for t in tensors) * self.config.top_k
         again = each * attention.rotated_query[..., 0].numel() > ops.SAVED
-        found = [
-            ops.again_later(part, again, *tensors, piece, own)
-            for piece, own in zip(pieces, ids, strict=True)
+        parts = [
+            ops.again_later(part, again, *tensors, piece, read)
+            for piece, read in zip(pieces, ids, strict=True)
         ]
-        if len(found) == 1:
-            return found[0]
-        return torch.cat([out for out, _ in found], 2), torch.cat([log for _, log in found], 2)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([out for out, _ in parts], 2), torch.cat([log for _, log in parts], 2)
 
-    def _turned(self, attention: LayerAttention, state: Tree, piece: slice, own: Tensor) -> Tensor:
-        """Turn queries to how each of the blocks `own` sees them, `(B, H, T, R, Dk)`."""
+    def _turned(self, attention: LayerAttention, state: Tree, piece: slice, read: Tensor) -> Tensor:
+        """Turn queries to how each of the blocks `read` sees them, `(B, H, T, R, Dk)`."""
         q = self._queries(attention, piece)
-        back = ops.read_slots(own, state["count"], self.config.top_k) - 1
+        back = ops.read_slots(read, state["count"], self.config.top_k) - 1
         return q.gather(3, back[..., None].expand(*q.shape[:3], -1, q.shape[-1]))
 
     def _past_fetched(
@@ -312,14 +314,14 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         outputs: list[list[Tensor]] = [[] for _ in pieces]
         logs: list[list[Tensor]] = [[] for _ in pieces]
         fetched = prefetch([partial(fetch, *what) for what in work], attention.value.device)
-        for (n, first), found in zip(work, fetched, strict=True):
-            own, valid, landmarks, keys, values = found
+        for (n, first), blocks in zip(work, fetched, strict=True):
+            chosen, valid, landmarks, keys, values = blocks
             if not first:
                 turned = self._turned(attention, state, pieces[n], ids[n])
             q = turned[:, first * groups : (first + at_once) * groups]
             q = q.unflatten(1, (-1, groups)).flatten(0, 1)
             result = ops.retrieved(
-                q, keys[:, None], values[:, None], landmarks[:, None], valid, own,
+                q, keys[:, None], values[:, None], landmarks[:, None], valid, chosen,
                 attention.scaling, attention.softcap,
             )  # fmt: skip
             for part, into in zip(result, (outputs[n], logs[n]), strict=True):
@@ -331,15 +333,15 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         """Cut the segment into blocks as they are stored, `(B, Hkv, S, ...)`, and tell which are
         there."""
         size = self.config.block_size + 1
-        index, there = self._by_position(attention)
+        index, valid = self._by_position(attention)
         short = -index.shape[1] % size
-        index, there = (torch.nn.functional.pad(t, (0, short)) for t in (index, there))
-        marks = attention.positions.inserted.gather(1, index) & there
+        index, valid = (torch.nn.functional.pad(t, (0, short)) for t in (index, valid))
+        marks = attention.positions.inserted.gather(1, index) & valid
         inside = attention.key_positions % size
         key = take(attention.rotate(attention.key, inside, (self, "inside")), index)
         key, value = (x.unflatten(2, (-1, size)) for x in (key, take(attention.value, index)))
-        there, marks = (t.unflatten(1, (-1, size)) for t in (there, marks))
-        tokens = (there & ~marks)[..., :-1]
+        valid, marks = (t.unflatten(1, (-1, size)) for t in (valid, marks))
+        tokens = (valid & ~marks)[..., :-1]
         # The landmark of a partial block stands right behind its tokens.
         last = marks.to(torch.int8).argmax(-1)[:, None, :, None, None]
         landmark = key.gather(3, last.expand(*key.shape[:3], 1, key.shape[-1])).squeeze(3)
@@ -353,17 +355,17 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         return new, tokens.any(-1) & marks.any(-1)
 
 
-def _appended(old: Tensor, count: Tensor, new: Tensor, there: Tensor, room: int) -> Tensor:
+def _appended(old: Tensor, count: Tensor, new: Tensor, valid: Tensor, room: int) -> Tensor:
     """Append blocks: `(B, H, room, ...)` with the `count` `(B,)` of `old`, and behind them those of
-    `new` `(B, H, K, ...)` that `there` `(B, K)` names."""
-    place = ring.slots(count, there, room).to(old.device)
+    `new` `(B, H, K, ...)` that `valid` `(B, K)` names."""
+    place = ring.slots(count, valid, room).to(old.device)
     return ring.store(old.flatten(3), place, new.flatten(3), room).unflatten(3, old.shape[3:])
 
 
-def _pushed(old: Tensor, count: Tensor, new: Tensor, there: Tensor, room: int) -> Tensor:
+def _pushed(old: Tensor, count: Tensor, new: Tensor, valid: Tensor, room: int) -> Tensor:
     """Append as `_appended`, where the oldest have to go: what is left stays in order, from the
     first slot."""
-    both = torch.cat([filled(count, old.shape[2]), there], 1)
+    both = torch.cat([filled(count, old.shape[2]), valid], 1)
     kept = both & (both.flip(1).cumsum(1).flip(1) <= room)
     order = earliest(kept, room).to(old.device)
     held = filled(kept.sum(1), room).to(old.device)

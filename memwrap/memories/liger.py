@@ -177,29 +177,29 @@ class LigerMemory(AttentionMemory):
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         layers: Tree = {}
-        for layer, own in self.sizes.attention.items():
+        for layer, dims in self.sizes.attention.items():
             tree: Tree = {}
             window = self._window(layer)
             if window is not None:
                 dtype = self.sizes.backbone_dtype
-                tree["window"] = window.empty(batch_size, own, dtype, device)
+                tree["window"] = window.empty(batch_size, dims, dtype, device)
             if layer in self.chosen:
-                tree |= self._empty(batch_size, own, device)
+                tree |= self._empty(batch_size, dims, device)
                 tree["read"] = torch.zeros(batch_size, dtype=torch.long, device=device)
             layers[str(layer)] = tree
         return {"layers": layers}
 
-    def _empty(self, batch_size: int, own: AttentionSizes, device: torch.device) -> Tree:
+    def _empty(self, batch_size: int, dims: AttentionSizes, device: torch.device) -> Tree:
         dtype = torch.promote_types(self.sizes.backbone_dtype, torch.float32)
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(batch_size, own.num_kv_heads, *shape, dtype=dtype, device=device)
+            return torch.zeros(batch_size, dims.num_kv_heads, *shape, dtype=dtype, device=device)
 
         if self.config.form == "gsa":
-            slots = self.config.num_slots or own.key_dim
-            return {"K": zeros(own.key_dim, slots), "V": zeros(slots, own.value_dim)}
-        keys = feature_width(self.config.features, own.key_dim)
-        return {"S": zeros(keys, own.value_dim + self.config.normalised)}
+            slots = self.config.num_slots or dims.key_dim
+            return {"K": zeros(dims.key_dim, slots), "V": zeros(slots, dims.value_dim)}
+        keys = feature_width(self.config.features, dims.key_dim)
+        return {"S": zeros(keys, dims.value_dim + self.config.normalised)}
 
     def _window(self, layer: int) -> SlidingWindow | None:
         if layer not in self.chosen:
@@ -214,11 +214,12 @@ class LigerMemory(AttentionMemory):
             read, state = self._recurrent(attention, state)
         if window is None:
             return read * (self.config.window_weight + self.config.recurrent_weight), state
-        of_window, own = self._weights(read)
+        of_window, of_recurrence = self._weights(read)
         local = window.attend(attention, state["window"])[0].to(read.dtype)
-        if not isinstance(own, Tensor) and of_window + own == 1:
-            return torch.lerp(local, read, own), state  # one pass over the tokens instead of three
-        return of_window * local + own * read, state
+        if not isinstance(of_recurrence, Tensor) and of_window + of_recurrence == 1:
+            # One pass over the tokens instead of three.
+            return torch.lerp(local, read, of_recurrence), state
+        return of_window * local + of_recurrence * read, state
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         window = self._window(layer)
@@ -231,13 +232,14 @@ class LigerMemory(AttentionMemory):
 
     def _weights(self, read: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Weigh the window and the recurrence: numbers, or `(B, 1, 1, 1)`."""
-        local, own = self.config.window_weight, self.config.recurrent_weight
+        window, recurrence = self.config.window_weight, self.config.recurrent_weight
         if self.branch != "both":
-            return (local + own, 0.0) if self.branch == "window" else (0.0, local + own)
+            both = window + recurrence
+            return (both, 0.0) if self.branch == "window" else (0.0, both)
         if not (self.training and self.window_dropout):
-            return local, own
+            return window, recurrence
         alone = torch.rand(len(read), 1, 1, 1, device=read.device) < self.window_dropout
-        return local * ~alone, torch.where(alone, local + own, own).to(read.dtype)
+        return window * ~alone, torch.where(alone, window + recurrence, recurrence).to(read.dtype)
 
     def _recurrent(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Read the recurrence for the step's tokens, `(B, T, H, Dv)`; also gives the state

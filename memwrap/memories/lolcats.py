@@ -101,9 +101,9 @@ class LoLCATsMemory(AttentionMemory):
         self.other = SlidingWindow(config.other_window_size)
         self.maps = nn.ModuleDict()
         for layer in attending_layers(config, sizes):
-            own = sizes.attention[layer]
-            keys = own.num_heads if config.key_maps == "query_head" else own.num_kv_heads
-            self.maps[str(layer)] = LayerMaps(config, own.num_heads, keys, own.key_dim, sizes)
+            dims = sizes.attention[layer]
+            keys = dims.num_heads if config.key_maps == "query_head" else dims.num_kv_heads
+            self.maps[str(layer)] = LayerMaps(config, dims.num_heads, keys, dims.key_dim, sizes)
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         return {
@@ -113,14 +113,14 @@ class LoLCATsMemory(AttentionMemory):
         }
 
     def _empty(self, layer: int, batch_size: int, device: torch.device) -> Tree:
-        own, dtype = self.sizes.attention[layer], self.sizes.backbone_dtype
+        dims, dtype = self.sizes.attention[layer], self.sizes.backbone_dtype
         if str(layer) not in self.maps:
-            return {"window": self.other.empty(batch_size, own, dtype, device)}
+            return {"window": self.other.empty(batch_size, dims, dtype, device)}
         maps: Any = self.maps[str(layer)]
-        shape = (batch_size, maps.key.shape[0], 2 * maps.key.shape[2], own.value_dim + 1)
+        shape = (batch_size, maps.key.shape[0], 2 * maps.key.shape[2], dims.value_dim + 1)
         wide = torch.promote_types(dtype, torch.float32)
         return {
-            "window": self.window.empty(batch_size, own, dtype, device),
+            "window": self.window.empty(batch_size, dims, dtype, device),
             "S": torch.zeros(shape, dtype=wide, device=device),
         }
 
@@ -151,21 +151,21 @@ class LoLCATsMemory(AttentionMemory):
         """Join window and linear part under one normaliser, `(B, T, H, Dv)`; also gives the state
         after."""
         maps: Any = self.maps[str(layer)]
-        near, weights = self.window.attend(attention, state["window"], weights=True)
-        with torch.autocast(near.device.type, enabled=False):
+        local, weights = self.window.attend(attention, state["window"], weights=True)
+        with torch.autocast(local.device.type, enabled=False):
             wide = state["S"].dtype
             share = torch.sigmoid(maps.window.to(wide))[:, None]
             rest = 1 - share if self.config.affine else torch.ones_like(share)
             # The softmax's own sum of exp(s - max) is one over its largest weight.
             largest = weights.to(wide).amax(-1)  # type: ignore[union-attr]
             window = (share / largest).transpose(1, 2)[..., None]
-            far, state = self._linear(maps, attention, state)
-            far = (far * rest[..., None]).transpose(1, 2)
+            linear, state = self._linear(maps, attention, state)
+            linear = (linear * rest[..., None]).transpose(1, 2)
             if self.branch == "window":
-                return near, state
+                return local, state
             if self.branch == "recurrent":
-                return far[..., :-1] / far[..., -1:].clamp_min(1e-12), state
-            out = (window * near.to(wide) + far[..., :-1]) / (window + far[..., -1:])
+                return linear[..., :-1] / linear[..., -1:].clamp_min(1e-12), state
+            out = (window * local.to(wide) + linear[..., :-1]) / (window + linear[..., -1:])
         return out, state
 
     def _linear(self, maps: Any, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:

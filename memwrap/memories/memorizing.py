@@ -77,8 +77,8 @@ class MemorizingMemory(AttentionMemory):
         super().__init__(config, sizes)
         one = config.layers is None
         self.chosen = [three_quarters(sizes)] if one else attending_layers(config, sizes)
-        own = {layer: sizes.attention[layer] for layer in self.chosen}
-        self.rings = KeyValueRings(config.cache_size, own, sizes.backbone_dtype)
+        dims = {layer: sizes.attention[layer] for layer in self.chosen}
+        self.rings = KeyValueRings(config.cache_size, dims, sizes.backbone_dtype)
         self.gates, self.scales = nn.ParameterDict(), nn.ParameterDict()
         make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
         for layer in self.chosen:
@@ -123,10 +123,10 @@ class MemorizingMemory(AttentionMemory):
         return self.rings.add(state, key, attention.value, attention.key_valid)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        own = [*self.gates.parameters(), *self.scales.parameters()]
-        if not own:
+        parameters = [*self.gates.parameters(), *self.scales.parameters()]
+        if not parameters:
             return []
-        return [{"params": own, "lr": self.config.gate_learning_rate, "weight_decay": 0.0}]
+        return [{"params": parameters, "lr": self.config.gate_learning_rate, "weight_decay": 0.0}]
 
     def figures(self) -> dict[str, Tensor]:
         gates = [g.detach().float() for g in self.gates.values()]

@@ -82,14 +82,14 @@ class NeurocacheConfig(MemoryConfig):
 
 
 @dataclass
-class Found:
+class Retrieved:
     """The entries that the tokens of a step retrieved, for all cache attentions; see
     `ops.attend`."""
 
     states: Tensor
     valid: Tensor
     column: Tensor
-    there: Tensor
+    context_valid: Tensor
 
 
 class CacheAttention(nn.Module):
@@ -107,7 +107,7 @@ class CacheAttention(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.zeros_(self.o_proj.weight)
 
-    def forward(self, hidden: Tensor, found: Found, layout: str) -> Tensor:
+    def forward(self, hidden: Tensor, retrieved: Retrieved, layout: str) -> Tensor:
         """Compute what is added to the self-attention's output `(B, T, D)`, for its input
         `hidden`."""
         dtype = self.q_proj.weight.dtype
@@ -116,8 +116,8 @@ class CacheAttention(nn.Module):
             p.weight.unflatten(0, (self.kv_heads, self.width)) for p in (self.k_proj, self.v_proj)
         )
         out = ops.attend(
-            query * self.width**-0.5, found.states.to(dtype), found.valid, found.column,
-            found.there, key, value, layout=layout,
+            query * self.width**-0.5, retrieved.states.to(dtype), retrieved.valid, retrieved.column,
+            retrieved.context_valid, key, value, layout=layout,
         )  # fmt: skip
         return self.o_proj(out.flatten(2))
 
@@ -160,9 +160,9 @@ class NeurocacheMemory(AttentionMemory):
             self.h_norm = nn.LayerNorm(self.width, **make)
         self.cache_attns = nn.ModuleDict()
         for layer in self.reading:
-            own = sizes.attention[layer]
+            dims = sizes.attention[layer]
             self.cache_attns[str(layer)] = CacheAttention(
-                own.num_heads, own.num_kv_heads, own.key_dim, sizes, self.width
+                dims.num_heads, dims.num_kv_heads, dims.key_dim, sizes, self.width
             )
 
     @property
@@ -201,13 +201,13 @@ class NeurocacheMemory(AttentionMemory):
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         if "states" in state:
-            found, used = self._retrieve(attention, state)
-            attention.notes[self.config.name], state = found, {**state, **used}
+            retrieved, used = self._retrieve(attention, state)
+            attention.notes[self.config.name], state = retrieved, {**state, **used}
         if layer in self.reading:
-            found = attention.notes[self.config.name]
+            retrieved = attention.notes[self.config.name]
             with torch.autocast(attention.value.device.type, enabled=False):
-                own: Any = self.cache_attns[str(layer)]
-                attention.add(own(attention.inputs, found, self.config.head_layout))
+                cache_attention: Any = self.cache_attns[str(layer)]
+                attention.add(cache_attention(attention.inputs, retrieved, self.config.head_layout))
         return attention.local(), state
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
@@ -236,11 +236,11 @@ class NeurocacheMemory(AttentionMemory):
         kept = {n: ring.store(state[n], slot, more, capacity) for n, more in rows.items()}
         return {"count": total, **kept}
 
-    def _retrieve(self, attention: LayerAttention, state: Tree) -> tuple[Found, Tree]:
+    def _retrieve(self, attention: LayerAttention, state: Tree) -> tuple[Retrieved, Tree]:
         """Retrieve once for every token of the step, and for those before it that it reads with;
         and what the state notes of it."""
         config = self.config
-        column, there = ops.context(
+        column, context_valid = ops.context(
             attention.query_positions, attention.key_positions, attention.key_valid,
             config.context_size, clamp=config.compat,
         )  # fmt: skip
@@ -256,7 +256,7 @@ class NeurocacheMemory(AttentionMemory):
         if "last_used" in state:
             real = attention.key_valid[:, needed, None] & valid
             noted["last_used"] = least_used.mark(state["last_used"], place, real, state["count"])
-        return Found(states, valid, rank[column], there), noted
+        return Retrieved(states, valid, rank[column], context_valid), noted
 
     def _found(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """Take the retrieved states `(B, M, N, d)`, which are there, and their slots."""
@@ -290,8 +290,8 @@ class NeurocacheMemory(AttentionMemory):
             query.to(cache.dtype), cache[:, 0], config.top_k, config.similarity
         )
         place = ops.neighbours(index, config.neighborhood_size).clamp(0, config.cache_size - 1)
-        found = retrieve.gather(cache, place[:, None])[:, 0]
+        states = retrieve.gather(cache, place[:, None])[:, 0]
         if self.training and self.reencodes:
             raw = nn.functional.pad(state["raw"], (0, 0, 0, missing))
-            found = self.compress(retrieve.gather(raw, place[:, None])[:, 0])
-        return found, torch.ones_like(place, dtype=torch.bool), place
+            states = self.compress(retrieve.gather(raw, place[:, None])[:, 0])
+        return states, torch.ones_like(place, dtype=torch.bool), place

@@ -66,8 +66,8 @@ class WindowMemory(AttentionMemory):
         dtype = self.sizes.backbone_dtype
         return {
             "layers": {
-                str(layer): self.window.empty(batch_size, own, dtype, device)
-                for layer, own in self.sizes.attention.items()
+                str(layer): self.window.empty(batch_size, dims, dtype, device)
+                for layer, dims in self.sizes.attention.items()
             }
         }
 

@@ -56,19 +56,20 @@ class Request:
 
 @contextmanager
 def meanwhile(model: Any, other: Callable[[], Any], every: int = 1) -> Iterator[list[int]]:
-    """At every module without children (or every so many) that this thread enters inside the
-    block, run `other` whole in another thread. Gives the number of times in a list."""
+    """Run `other` whole in another thread at every module without children (or every so many)
+    that this thread enters inside the block. Gives the number of times in a list."""
     here, entered, times = threading.get_ident(), [0], [0]
     with ThreadPoolExecutor(1) as pool:
 
         def enter(*_: Any) -> None:
             if threading.get_ident() == here:
                 entered[0] += 1
-                if entered[0] % every == 0:
+                if entered[0] % often == 0:
                     times[0] += 1
                     pool.submit(other).result()
 
         leaves = [m for m in model.modules() if not list(m.children())]
+        often = every * (1 + len(leaves) // 40)  # a model of many experts takes long
         handles = [m.register_forward_pre_hook(enter) for m in leaves]
         try:
             yield times

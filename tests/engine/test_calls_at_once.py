@@ -14,19 +14,21 @@ from torch import Tensor
 from memwrap.backbones.adapters import lora_disabled
 from memwrap.evaluation.controls import windowed
 from memwrap.memories.registry import memory_class
+from memwrap.ops import backend
 from memwrap.stores import FaissStore
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
     SEGMENT,
     assert_same_gradients,
-    assert_same_states,
+    checkpointed,
     error_of,
+    gradients,
     ids,
-    padded,
     wrapped,
 )
 from memwrap.testing.test_concurrency import (
     EXACT,
+    Request,
     check_interleaved,
     eager_switching,
     gradients_of,
@@ -34,28 +36,6 @@ from memwrap.testing.test_concurrency import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-
-
-class Request:
-    """A text that continues a state of its own, with what it gives alone."""
-
-    def __init__(self, model: Any, seed: int, rows: int) -> None:
-        self.model = model
-        self.state = model.read(ids(rows, 2 * SEGMENT + 3 + seed, seed=seed))
-        texts = [ids(SEGMENT + 2 - row, seed=10 + seed + row) for row in range(rows)]
-        self.text, self.mask = padded(texts, "left")
-        self.logits, self.after = self.run()
-
-    @torch.no_grad()
-    def run(self) -> tuple[Tensor, Any]:
-        state = self.state.clone()
-        out = self.model(self.text, attention_mask=self.mask, cache=state)
-        return out.logits, out.cache
-
-    def check(self) -> None:
-        logits, after = self.run()
-        assert error_of(logits, self.logits) <= EXACT
-        assert_same_states(after, self.after, EXACT)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -167,3 +147,30 @@ def test_a_store_that_is_indexed_when_it_is_first_searched() -> None:
         with eager_switching(), ThreadPoolExecutor(4) as pool:
             for got, want in zip(pool.map(answer, texts), wanted, strict=True):
                 assert error_of(got, want) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("memory", "family"), [("armt", "llama"), ("window", "llama"), ("knnlm", "qwen3_5")]
+)
+def test_the_backward_pass_in_another_thread(memory: str, family: str) -> None:
+    """As on a GPU: it computes again in a thread that has no variables of the forward pass."""
+    model, text = checkpointed(wrapped(memory, family)).train(), ids(2, 2 * SEGMENT + 3)
+    wanted = gradients_of(model, text)
+    with ThreadPoolExecutor(1) as pool:
+        loss = model(text, labels=text).loss
+        pool.submit(loss.backward).result()
+    assert_same_gradients(gradients(model), wanted, EXACT)
+
+
+def test_the_backward_pass_behind_the_block_that_the_call_was_in() -> None:
+    """It computes again what was computed: by the same op, of the same branch."""
+    model, text = checkpointed(wrapped("liger")).train(), ids(2, 2 * SEGMENT + 3)
+
+    def loss() -> Tensor:
+        with backend("naive"), model.memories["liger"].only("recurrent"):
+            return model(text, labels=text).loss
+
+    with backend("naive"), model.memories["liger"].only("recurrent"):
+        wanted = gradients_of(model, text)
+    loss().backward()
+    assert_same_gradients(gradients(model), wanted, EXACT)

@@ -35,11 +35,11 @@ class KeyValueRings:
         """Make a memory's state before the first token."""
         make: dict[str, Any] = {"device": device, "dtype": self.dtype}
         layers: Tree = {}
-        for layer, own in self.layers.items():
-            shape = (batch_size, own.num_kv_heads, 0)
+        for layer, dims in self.layers.items():
+            shape = (batch_size, dims.num_kv_heads, 0)
             layers[str(layer)] = {
-                "key": torch.zeros(*shape, own.key_dim, **make),
-                "value": torch.zeros(*shape, own.value_dim, **make),
+                "key": torch.zeros(*shape, dims.key_dim, **make),
+                "value": torch.zeros(*shape, dims.value_dim, **make),
                 "count": torch.zeros(batch_size, dtype=torch.long, device=device),
             }
         return {"layers": layers}

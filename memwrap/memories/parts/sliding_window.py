@@ -93,7 +93,7 @@ class SlidingWindow:
             object.__setattr__(self, "kept", self.size - 1)  # a query sees itself too
 
     def empty(
-        self, batch_size: int, own: AttentionSizes, dtype: torch.dtype, device: torch.device,
+        self, batch_size: int, dims: AttentionSizes, dtype: torch.dtype, device: torch.device,
         *, sizes: Tensor | None = None,
     ) -> Tree:  # fmt: skip
         """Make what a layer keeps before the first token; `sizes` `(B,)` are windows of the rows'
@@ -103,9 +103,9 @@ class SlidingWindow:
         if sizes is not None:
             tree["sizes"] = sizes.to(device)
         for name, count in (("window", self.kept), ("sink", self.num_sinks)):
-            shape = (batch_size, own.num_kv_heads, count)
-            tree[f"{name}_key"] = torch.zeros(*shape, own.key_dim, **make)
-            tree[f"{name}_value"] = torch.zeros(*shape, own.value_dim, **make)
+            shape = (batch_size, dims.num_kv_heads, count)
+            tree[f"{name}_key"] = torch.zeros(*shape, dims.key_dim, **make)
+            tree[f"{name}_value"] = torch.zeros(*shape, dims.value_dim, **make)
         return tree
 
     def attend(
