@@ -37,7 +37,12 @@ def plain_adapter(name: str, config: PeftConfig, backbone: PreTrainedModel) -> d
             values[key] = None
     if not any(_wild(values.get(key)) for key in (*_PATTERNS, *_BY_PATTERN)):
         return values
-    targets = [n for n, m in backbone.named_modules() if _holds(m, name)]
+    # What is adapted by parameter (experts) is named by `target_parameters`, as it was.
+    targets = [
+        n
+        for n, m in backbone.named_modules()
+        if _holds(m, name) and not hasattr(m, "parameter_name")
+    ]
     for key in _BY_PATTERN:
         found = {t: _by_pattern(values.get(key) or {}, t) for t in targets}
         if key in values:
