@@ -37,14 +37,16 @@ def plain_adapter(name: str, config: PeftConfig, backbone: PreTrainedModel) -> d
             values[key] = None
     if not any(_wild(values.get(key)) for key in (*_PATTERNS, *_BY_PATTERN)):
         return values
+    adapted = {n: m for n, m in backbone.named_modules() if _holds(m, name)}
     # What is adapted by parameter (experts) is named by `target_parameters`, as it was.
-    targets = [
-        n
-        for n, m in backbone.named_modules()
-        if _holds(m, name) and not hasattr(m, "parameter_name")
+    targets = [n for n, m in adapted.items() if not hasattr(m, "parameter_name")]
+    parameters = [
+        f"{n.replace('.base_layer', '')}.{m.parameter_name}"
+        for n, m in adapted.items()
+        if hasattr(m, "parameter_name")
     ]
     for key in _BY_PATTERN:
-        found = {t: _by_pattern(values.get(key) or {}, t) for t in targets}
+        found = {t: _by_pattern(values.get(key) or {}, t) for t in (*targets, *parameters)}
         if key in values:
             values[key] = {t: value for t, value in found.items() if value is not None}
     if _wild(values.get("feedforward_modules")):
