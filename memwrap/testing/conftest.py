@@ -1,10 +1,12 @@
-"""Options and rules of the invariants: which memories and families, one thread, fixed seeds.
+"""Options and rules of the invariants: which memories and families, one thread
+(`MEMWRAP_TEST_THREADS` for another number), fixed seeds.
 
 Warnings are errors, whatever the project says that the tests are run from.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from hypothesis import settings
 
 import memwrap
+from memwrap.testing import margins
 from memwrap.testing.families import FAMILIES
 
 HERE = Path(__file__).parent
@@ -20,9 +23,10 @@ MARKERS = (
     "pairs(everywhere, families): run on every pair of a memory and a family",
 )
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("MEMWRAP_TEST_THREADS", "1")))
 settings.register_profile("memwrap", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("memwrap")
+margins.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

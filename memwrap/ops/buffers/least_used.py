@@ -29,9 +29,7 @@ def mark(last_used: Tensor, slot: Tensor, there: Tensor, time: Tensor) -> Tensor
 
 
 @torch.no_grad()
-def replace(
-    last_used: Tensor, count: Tensor, valid: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def replace(last_used: Tensor, count: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Make room for new entries: where they fit they stand behind the others, else as many as come
     go, those that were retrieved longest ago (the first of equal ones), and the rest move up.
 
@@ -59,7 +57,7 @@ def replace(
 
 
 def store(buffer: Tensor, old: Tensor, new: Tensor, rows: Tensor, capacity: int) -> Tensor:
-    """The buffer `(B, H, C, D)` with its entries at `old` `(B, C)` and `rows` `(B, H, K, D)` at
-    `new` `(B, K)`, with `size` slots."""
+    """Move the entries of a buffer `(B, H, C, D)` to `old` `(B, C)` and write `rows` `(B, H, K, D)`
+    at `new` `(B, K)`: `(B, H, capacity, D)`."""
     moved = ring.store(buffer[:, :, :0], old[:, : buffer.shape[2]], buffer, capacity)
     return ring.store(moved, new, rows, capacity)
