@@ -1,10 +1,12 @@
-"""Options and rules of the invariants: which memories and families, one thread, fixed seeds.
+"""Options and rules of the invariants: which memories and families, one thread
+(`MEMWRAP_TEST_THREADS` for another number), fixed seeds.
 
 Warnings are errors, whatever the project says that the tests are run from.
 """
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hypothesis import settings
 import memwrap
 from memwrap.memories.protocol import PLACES, places_of
 from memwrap.memories.registry import installed, memory_class
+from memwrap.testing import margins
 from memwrap.testing.families import FAMILIES
 
 HERE = Path(__file__).parent
@@ -32,9 +35,10 @@ MARKERS = (
     "pairs(everywhere, families): run on every pair of a memory and a family",
 )
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("MEMWRAP_TEST_THREADS", "1")))
 settings.register_profile("memwrap", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("memwrap")
+margins.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

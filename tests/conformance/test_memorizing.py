@@ -14,10 +14,10 @@ from torch import Tensor
 from memwrap.ops import backend, retrieve
 from memwrap.ops.buffers import filled, ring
 
+# A scale's gradient is a sum over all scores that nearly cancels: 3e-5 was met.
 TOLERANCES = Tolerances(
-    exact={"": 1e-9},
-    reference={"": 1e-4},
-    float32={"": 1e-4},
+    reference={"": 1e-5, "grad.": 2e-5},
+    float32={"": 1e-5, "grad.": 2e-4},
 )
 WORDS = "theta 10000, positions 0..N-1 restart"  # of the rotation, which no setting holds
 

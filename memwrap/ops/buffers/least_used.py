@@ -57,7 +57,7 @@ def replace(last_used: Tensor, count: Tensor, valid: Tensor) -> tuple[Tensor, Te
 
 
 def store(buffer: Tensor, old: Tensor, new: Tensor, rows: Tensor, capacity: int) -> Tensor:
-    """Give the buffer `(B, H, C, D)` with its entries at `old` `(B, C)` and `rows`
-    `(B, H, K, D)` at `new` `(B, K)`, with `capacity` slots."""
+    """Move the entries of a buffer `(B, H, C, D)` to `old` `(B, C)` and write `rows` `(B, H, K, D)`
+    at `new` `(B, K)`: `(B, H, capacity, D)`."""
     moved = ring.store(buffer[:, :, :0], old[:, : buffer.shape[2]], buffer, capacity)
     return ring.store(moved, new, rows, capacity)
