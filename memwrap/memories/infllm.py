@@ -317,8 +317,7 @@ class InfLLMMemory(AttentionMemory):
         """Take keys and values `(B, Hkv, U b, D)` of the units that any of the queries selected,
         and tell which query sees which token `(B, T, U b)`."""
         block = self.config.block_size
-        index = selection.index[:, columns]
-        marks = selection.marks
+        index, marks = selection.index[:, columns], selection.marks
         shown = marks.gather(1, index[..., None].expand(-1, -1, marks.shape[2]))
         used = shown.any(1)
         most = int(used.sum(1).max()) if used.shape[1] else 0

@@ -82,7 +82,7 @@ class NeurocacheConfig(MemoryConfig):
 
 
 @dataclass
-class Retrieved:
+class RetrievedStates:
     """The entries that the tokens of a step retrieved, for all cache attentions; see
     `ops.attend`."""
 
@@ -107,7 +107,7 @@ class CacheAttention(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.zeros_(self.o_proj.weight)
 
-    def forward(self, hidden: Tensor, retrieved: Retrieved, layout: str) -> Tensor:
+    def forward(self, hidden: Tensor, retrieved: RetrievedStates, layout: str) -> Tensor:
         """Compute what is added to the self-attention's output `(B, T, D)`, for its input
         `hidden`."""
         dtype = self.q_proj.weight.dtype
@@ -236,7 +236,7 @@ class NeurocacheMemory(AttentionMemory):
         kept = {n: ring.store(state[n], slot, more, capacity) for n, more in rows.items()}
         return {"count": total, **kept}
 
-    def _retrieve(self, attention: LayerAttention, state: Tree) -> tuple[Retrieved, Tree]:
+    def _retrieve(self, attention: LayerAttention, state: Tree) -> tuple[RetrievedStates, Tree]:
         """Retrieve once for every token of the step, and for those before it that it reads with;
         and what the state notes of it."""
         config = self.config
@@ -256,7 +256,7 @@ class NeurocacheMemory(AttentionMemory):
         if "last_used" in state:
             real = attention.key_valid[:, needed, None] & valid
             noted["last_used"] = least_used.mark(state["last_used"], place, real, state["count"])
-        return Retrieved(states, valid, rank[column], context_valid), noted
+        return RetrievedStates(states, valid, rank[column], context_valid), noted
 
     def _found(self, query: Tensor, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """Take the retrieved states `(B, M, N, d)`, which are there, and their slots."""
