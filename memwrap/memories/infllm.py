@@ -131,9 +131,8 @@ class InfLLMMemory(AttentionMemory):
         self.slots = {n: SlotCache(config.cache_size) for n in self.retrieving if config.offload}
         size = sizes.backbone_dtype.itemsize
         for dims in (sizes.attention[n] for n in self.retrieving):
-            widths = dims.key_dim + dims.value_dim
-            representatives = dims.num_heads * dims.key_dim / config.block_size
-            self.bytes_per_token += (dims.num_kv_heads * widths + representatives) * size
+            self.bytes_per_token += dims.num_kv_heads * (dims.key_dim + dims.value_dim) * size
+            self.bytes_per_token += dims.num_heads * dims.key_dim * size / config.block_size
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         return {
