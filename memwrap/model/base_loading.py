@@ -25,7 +25,7 @@ _INNER = ("_from_auto", "adapter_kwargs", "_commit_hash")
 # Of a base: what is true wherever memwrap reads the files itself.
 _TRUE_HERE: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True), "weights_only": (None, True),
-    "trust_remote_code": (None, False), "code_revision": (None,),
+    "trust_remote_code": (None, False), "code_revision": (None,), "subfolder": (None, ""),
 }  # fmt: skip
 _OF_A_WHOLE = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
 
