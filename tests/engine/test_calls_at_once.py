@@ -16,7 +16,7 @@ from memwrap.evaluation.controls import windowed
 from memwrap.memories.registry import memory_class
 from memwrap.ops import backend
 from memwrap.stores import FaissStore
-from memwrap.testing.families import build
+from memwrap.testing.families import FAMILIES, build
 from memwrap.testing.helpers import (
     SEGMENT,
     assert_same_gradients,
@@ -150,7 +150,13 @@ def test_a_store_that_is_indexed_when_it_is_first_searched() -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "family"), [("armt", "llama"), ("window", "llama"), ("knnlm", "qwen3_5")]
+    ("memory", "family"),
+    [
+        ("armt", "llama"),
+        ("window", "llama"),
+        # Recurrent backbones are refused before transformers 5.21.
+        *([("knnlm", "qwen3_5")] if "qwen3_5" in FAMILIES else []),
+    ],
 )
 def test_the_backward_pass_in_another_thread(memory: str, family: str) -> None:
     """As on a GPU: it computes again in a thread that has no variables of the forward pass."""

@@ -140,4 +140,4 @@ def test_the_invariants_run_on_it(place: Path, more: list[str]) -> None:
     command = next(words for words in COMMANDS if words[0] == "pytest")
     printed = run(place, "-m", *command, "-p", "no:cacheprovider", *more)
     found = re.search(r"(\d+) passed, \d+ deselected", printed)
-    assert found and int(found[1]) > (30 if more else 75), printed
+    assert found and int(found[1]) >= (30 if more else 60), printed
