@@ -32,9 +32,12 @@ def find_cache_name(call: Callable[..., Any], config: PreTrainedConfig, model: s
         cache = DynamicCache(config=config)
         try:
             call(**{name: cache, "use_cache": True})
-        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        except TypeError as error:  # it takes no such keyword
             refused = refused or error
             continue
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            refused = error  # it does, and not this cache
+            break
         if _filled(cache):
             return name
     because = "" if refused is None else f" ({refused})"
