@@ -367,7 +367,7 @@ def check_prefix(memories: dict[str, Memory]) -> None:
             )
 
 
-# Public names of a class that are no hook: what a memory may set, and what nn.Module has.
+# Hooks and attributes by the place that they belong to; and what a memory may set.
 _BASES: tuple[type[Memory], ...] = (Memory, *PLACES.values())
 _HOOKS: dict[str, type[Memory]] = {
     name: place for place in _BASES for name in vars(place) if not name.startswith("_")
