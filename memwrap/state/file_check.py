@@ -78,10 +78,14 @@ def check_rows(state: Any, path: Path) -> None:
     if batch and (int(counts.min()) < 0 or int(counts.max()) > _MOST):
         raise _damaged(path, "a counter is out of range")
     most = int(seen.max()) if batch else 0
-    if bool((segments > seen - fill).any()) or not most <= state.columns <= _MOST:
+    # Where padding fills segments, segments and `fill` count it.
+    columns = any(m.get("count_padding") for m in state.signature.get("memories", []))
+    closed = (state.columns if columns else seen) - fill
+    if bool((segments > closed).any()) or not most <= state.columns <= _MOST:
         raise _damaged(path, "its counters contradict each other")
     here = valid.sum(1)
-    if bool(((here > 0) != (fill > 0)).any()) or bool((here < fill).any()):
+    waits = bool(((here > 0) & (fill == 0)).any())
+    if waits or (not columns and bool((here < fill).any())):
         raise _damaged(path, "its open segment has not the tokens that it counts")
     if valid.numel() and not 0 <= int(positions.min()) <= int(positions.max()) <= _MOST:
         raise _damaged(path, "its open segment has positions out of range")
