@@ -12,6 +12,7 @@ from memwrap.backbones.layer_attention import AttentionStep, cached_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.memories.protocol import AttentionMemory, LayerMemory
+from memwrap.ops import narrowed
 from memwrap.state.memory_state import BACKBONE
 from memwrap.state.open_segment import OpenSegment
 from memwrap.state.trees import Tree, where_rows
@@ -64,7 +65,7 @@ class LayerContext:
         for name, memory in self.layered.items():
             state = self._state(name, layer)
             if state is not None:
-                hidden = memory.read_layer(layer, hidden, state)
+                hidden = narrowed(memory.read_layer(layer, hidden, state), hidden.dtype)
         return hidden
 
     def after_layer(self, layer: int, hidden: Tensor) -> None:
@@ -99,7 +100,7 @@ class LayerContext:
             if self.closing:
                 new = memory.write_attention(layer, attention, state)
                 self.written.setdefault(name, {})[str(layer)] = new
-            return out.to(attention.value.dtype)
+            return narrowed(out, attention.value.dtype)
         return attention.local()
 
     def close_attention(self, layer: int, module: object) -> None:

@@ -28,6 +28,7 @@ from memwrap.state.trees import Tree
 
 EPS = 1e-5  # of the norm
 RATES = (1e-3, 16.0)  # A, drawn between
+_LEAST = -1e4  # a log decay that leaves nothing, in every dtype
 STEPS = (1e-3, 1e-1)  # softplus of the bias of Delta, drawn between on a log scale
 
 
@@ -122,7 +123,7 @@ class LayerAHN(nn.Module):
         forget = write if self.forget is None else hidden @ self.forget.to(wide).T
         step = F.softplus(forget + self.bias.to(wide))
         strength = step if self.forget is None else write.sigmoid()
-        both = torch.stack([strength, -self.rate.to(wide).exp() * step], -1)
+        both = torch.stack([strength, (-self.rate.to(wide).exp() * step).clamp_min(_LEAST)], -1)
         return both.transpose(1, 2)
 
     def scan(

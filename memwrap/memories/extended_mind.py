@@ -144,7 +144,7 @@ class ExtendedMindMemory(AttentionMemory):
             entries = number.gather(1, index).view(read.index.shape)
             weights = read.weights * share[..., None]
             notes.append(Retrieved(layer, entries.masked_fill(read.index < 0, -1), weights))
-        return out.to(attention.value.dtype), state
+        return out, state
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         key, value = attention.key, attention.value

@@ -247,7 +247,13 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
             return None
         found = store.search(hidden.detach().flatten(0, 1), self.config.top_k)
         values = torch.from_numpy(store.entries(found.ids).values.astype("int64"))
+        if values.numel() and int(values.max()) >= self.sizes.vocab_size:
+            raise ValueError(
+                f"The store holds the id {int(values.max())}, the model has "
+                f"{self.sizes.vocab_size} ids: it was built with another tokenizer, or is damaged."
+            )
         costs = found.scores if self.config.metric == "l2" else -found.scores
+        costs = costs.masked_fill((values < 0).to(costs.device), torch.inf)  # no token behind it
         shape = (*hidden.shape[:2], -1)
         return costs.view(shape), values.to(hidden.device).view(shape)
 

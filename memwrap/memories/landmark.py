@@ -156,7 +156,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
             out = ops.merge(local, past)
         else:
             out = local[0]
-        return out.transpose(1, 2).to(attention.value.dtype).contiguous(), state
+        return out.transpose(1, 2).contiguous(), state
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
         """Choose the blocks `(B, H, T, R)` that are read, ascending, by scores `(B, H, T, N)`."""

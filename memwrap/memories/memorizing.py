@@ -118,12 +118,12 @@ class MemorizingMemory(AttentionMemory):
         if joint:
             most = max(1, read.index.shape[-1])
             out = merge_attention_states(attention, read.out, read.logsumexp, most)[0]
-            return out.to(attention.value.dtype), state
+            return out, state
         local = attention.local()
         gate = torch.sigmoid(self.gates[str(layer)].to(read.out.dtype))[:, None]
         gate = torch.where((state["count"] > 0).view(-1, 1, 1, 1), gate, 0.0)
         mixed = gate * read.out.transpose(1, 2) + (1 - gate) * local.to(read.out.dtype)
-        return mixed.to(local.dtype), state
+        return mixed, state
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         key = retrieve.normalise(attention.key) if self.config.qk_norm else attention.key
