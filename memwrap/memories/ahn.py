@@ -123,7 +123,8 @@ class LayerAHN(nn.Module):
         forget = write if self.forget is None else hidden @ self.forget.to(wide).T
         step = F.softplus(forget + self.bias.to(wide))
         strength = step if self.forget is None else write.sigmoid()
-        both = torch.stack([strength, (-self.rate.to(wide).exp() * step).clamp_min(_LEAST)], -1)
+        rate = self.rate.to(wide).clamp_max(60.0)  # an infinite one times none would be no number
+        both = torch.stack([strength, (-rate.exp() * step).clamp_min(_LEAST)], -1)
         return both.transpose(1, 2)
 
     def scan(
