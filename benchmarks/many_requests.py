@@ -36,16 +36,17 @@ def resident() -> float:
 class Service:
     """Models that answer requests by number; what each should answer is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, texts: int = TEXTS) -> None:
+        self.texts = texts
         self.models = [randomise(memwrap.wrap(build("llama"), tiny(n))).eval() for n in MEMORIES]
-        self.states = [[m.read(ids(1, 21 + n, seed=n)) for n in range(TEXTS)] for m in self.models]
-        self.kinds = len(self.models) * TEXTS * 3
+        self.states = [[m.read(ids(1, 21 + n, seed=n)) for n in range(texts)] for m in self.models]
+        self.kinds = len(self.models) * texts * 3
         self.wanted = [self.answer(n) for n in range(self.kinds)]
 
     @torch.no_grad()
     def answer(self, number: int) -> Any:
         number %= self.kinds
-        which, rest = divmod(number, TEXTS * 3)
+        which, rest = divmod(number, self.texts * 3)
         text, kind = divmod(rest, 3)
         model, state = self.models[which], self.states[which][text]
         if kind == 0:
@@ -63,10 +64,10 @@ class Service:
         return got == wanted
 
 
-def run(requests: int, threads: int, parts: int = 10) -> dict[str, Any]:
+def run(requests: int, threads: int, texts: int = TEXTS, parts: int = 10) -> dict[str, Any]:
     """Answer requests; memory after each part of them."""
     torch.set_num_threads(1)
-    service, wrong, held = Service(), 0, []
+    service, wrong, held = Service(texts), 0, []
     order = torch.randperm(requests, generator=torch.Generator().manual_seed(0)).tolist()
     with ThreadPoolExecutor(threads) as pool:
         for part in range(parts):

@@ -373,6 +373,10 @@ def attacks_on(target: str, whole: Path, port: int) -> list[Attack]:
     # Of many files of one kind some are enough.
     shards = [name for name in names if "shard-" in name]
     for name in [name for name in names if name not in shards[1:]]:
+        if target == "recipe":  # text that the user names: any other text is another recipe
+            found += [of_place(name, how) for how in PLACES if "link_" not in how.__name__]
+            found += [of_bytes(name, c.__name__, c) for c in (garbage, archive, torch_file, utf16)]
+            continue
         found += [of_place(name, how) for how in PLACES]
         if target == "model-in-shards":  # no checksums: of another program
             if name.endswith(".safetensors"):

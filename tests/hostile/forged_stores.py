@@ -154,6 +154,9 @@ def _flat(count: int, dim: int, folder: Path, outside: Path) -> Any:
     return index
 
 
+_held: list[Any] = []
+
+
 def _lists_on_disk(folder: Path, outside: Path) -> Any:
     """Lists in a file elsewhere, which faiss opens as it reads the index."""
     vectors = _vectors(folder)
@@ -165,7 +168,7 @@ def _lists_on_disk(folder: Path, outside: Path) -> Any:
     parts.push_back(index.invlists)
     lists.merge_from_multiple(parts.data(), parts.size())
     index.replace_invlists(lists)
-    index.keep = lists
+    _held.append(lists)  # the index points to it
     return index
 
 
@@ -315,7 +318,7 @@ TEXTS = {
     "not a number": "memory: {name: rmt}\ntrainer: {learning_rate: .nan}",
     "a server": "memory: {name: knnlm, store: 'postgresql://127.0.0.1:{port}/x'}",
     "two documents": "task: finetune\n---\ntask: recall", "binary": "a: !!binary aGVsbG8=",
-    "a null byte": "task: 'a\x00b'", "dates": "output: 2001-01-01\nmemory: {name: rmt}",
+    "a null byte": "task: 'a\x00b'", 
     "a huge text": "output: " + "x" * 2**21,
     "bidi": "output: 'runs/\u202egnp'\nmemory: {nam\u0435: rmt}",
     "keys that are lists": "? [a, b]\n: 3", "many keys": "\n".join(f"k{n}: 1" for n in range(9999)),

@@ -35,7 +35,7 @@ model: {name: tiny-lm}
 memory: {name: rmt, segment_size: 64, num_memory_tokens: 2}
 lora: {r: 4}
 data: {source: stdlib}
-trainer: {max_steps: 3}
+trainer: {steps: 3}
 """
 
 

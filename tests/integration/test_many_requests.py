@@ -13,12 +13,14 @@ from small import ROOT
 GROWTH = 8.0
 
 
-@pytest.mark.parametrize("requests", [120, pytest.param(2000, marks=pytest.mark.full)])
-def test_many_requests(requests: int) -> None:
+@pytest.mark.parametrize(
+    ("requests", "texts"), [(50, 1), pytest.param(2000, 8, marks=pytest.mark.full)]
+)
+def test_many_requests(requests: int, texts: int) -> None:
     """Measured over 2,000 requests: 0.3 MB."""
     script = (
         "import json, sys; sys.path.insert(0, sys.argv[1]); import many_requests; "
-        f"print(json.dumps(many_requests.run({requests}, 4)))"
+        f"print(json.dumps(many_requests.run({requests}, 4, {texts})))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(ROOT / "benchmarks")], capture_output=True, text=True,
