@@ -129,7 +129,7 @@ class SegmentReader:
                 step.closes
             )
         auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
-        in_loss, ends = self.layout.insertion.in_loss, given.columns.ends
+        in_loss, ends = self.layout.insertion.in_loss, given.ends
         inserted = (given.of_tokens(hidden), ends) if in_loss and ends is not None else None
         key = None
         if self.mixer is not None:
