@@ -11,8 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memwrap.engine.loss import IGNORED, Teacher
 from memwrap.state.memory_state import MemoryState
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Last hidden states of a model with the same head, whose distribution is to be followed.
+
+    The loss of a target gets `weight * temperature^2 * KL(teacher || student)` beside the cross
+    entropy, both distributions at that temperature (Hinton et al. 2015, arXiv 1503.02531).
+
+    Attributes:
+        hidden: `(B, T, D)` for every column.
+        weight: of the divergence.
+        temperature: by which both models' logits are divided.
+        labels: weight of the cross entropy with the targets beside it.
+    """
+
+    hidden: Tensor
+    weight: float = 1.0
+    temperature: float = 1.0
+    labels: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from memwrap.backbones import Backbone
 from memwrap.engine.inputs import Inputs
-from memwrap.engine.loss import IGNORED, Collect, Head, Teacher
+from memwrap.engine.loss import IGNORED, Collect, Head
 from memwrap.engine.packed_documents import alike
-from memwrap.engine.plan import Step, plan, plan_columns
+from memwrap.engine.plan import Step, plan
 from memwrap.engine.recomputation import recomputed
 from memwrap.engine.step import SegmentReader, StepOutput
 from memwrap.memories.config import MemoryConfig
@@ -33,10 +33,16 @@ class Reading:
     state: MemoryState
 
 
-# Makes of a step's output, the step and the trees before it what is asked of the step.
-Ask = Callable[[StepOutput, Step, dict[str, Tree]], Any]
+Trees = dict[str, Tree]
+# Makes what is asked of a step, of its output, the step and the trees before it.
+Ask = Callable[[StepOutput, Step, Trees], Any]
 
 
+def _nothing(out: StepOutput, step: Step, states: Trees) -> None:
+    """Ask nothing of a step but the state after it."""
+
+
+@dataclass
 class Loop:
     """The loop over the steps of one call.
 
@@ -48,19 +54,11 @@ class Loop:
             logits beside a loss) is cut as the first.
     """
 
-    def __init__(
-        self,
-        reader: SegmentReader,
-        config: MemoryConfig,
-        checkpointing: bool,
-        training: bool = False,
-    ) -> None:
-        self.reader = reader
-        self.head = Head(reader)
-        self.config = config
-        self.checkpointing = checkpointing
-        self.training = training
-        self._planned: tuple[Inputs, list[tuple[Inputs, list[Step]]]] | None = None
+    reader: SegmentReader
+    config: MemoryConfig
+    checkpointing: bool = False
+    training: bool = False
+    _planned: tuple[Inputs, list[tuple[Inputs, list[Step]]]] | None = None
 
     def __call__(
         self,
@@ -91,8 +89,7 @@ class Loop:
         Raises:
             ValueError: where packed documents were to leave a state or to read another memory.
         """
-        groups = self._plan(inputs, state)
-        packed, mixing = inputs.rows is not None, control != "off"
+        groups, packed = self._plan(inputs, state), inputs.rows is not None
         if packed and (keep_open or control is not None):
             raise ValueError(
                 "Documents packed in one row begin anew and leave no state: they do not go with "
@@ -101,25 +98,26 @@ class Loop:
         targets = inputs.targets if hidden_from is None else None
         if targets is not None and self.config.loss_on == "last":
             targets = _only_last(targets, [step for _, steps in groups for step in steps])
+        head = Head(self.reader, mixing=control != "off")
         ask: Ask = _nothing
         if targets is not None:
-            ask = partial(self._loss, targets, inputs.teacher, mixing)
+            ask = partial(head.loss, targets, inputs.teacher)
         elif hidden_from is not None:
-            ask = partial(self._collected, hidden_from, collect, mixing)
+            ask = partial(head.collect, hidden_from, collect)
         results: list[Any] = []
         for texts, steps in groups:
             before = self._fresh(texts, state) if packed else state
-            found, after = self._read(texts, progress(steps), before, ask, keep_open, control)
-            results += found
-        new = state if packed else after
+            made, after = self._read(texts, progress(steps), before, ask, keep_open, control)
+            results += made
+        reading = Reading(None, None, 0, state if packed else after)
         if targets is not None:
             losses = [loss for loss, _ in results] or [torch.zeros((), device=inputs.device)]
-            count = int((targets != IGNORED).sum()) + sum(more for _, more in results)
-            return Reading(None, sum(losses), count, new)
-        if hidden_from is None:
-            return Reading(None, None, 0, new)
-        hidden = assemble(results, inputs, hidden_from, self.reader.backbone, collect)
-        return Reading(hidden, None, 0, new)
+            reading.loss_sum = sum(losses)
+            reading.targets = int((targets != IGNORED).sum()) + sum(more for _, more in results)
+        elif hidden_from is not None:
+            backbone = self.reader.backbone
+            reading.hidden = assemble(results, inputs, hidden_from, backbone, collect)
+        return reading
 
     def close(self, state: MemoryState) -> MemoryState:
         """Close the rows' open segments: the suffix alone runs against their keys and values."""
@@ -135,33 +133,27 @@ class Loop:
 
     def _plan(self, inputs: Inputs, state: MemoryState) -> list[tuple[Inputs, list[Step]]]:
         """Cut the call into steps, for each group of texts that is read together."""
-        if self._planned is None or self._planned[0] is not inputs:
-            groups = [inputs] if inputs.rows is None else alike(inputs)
-            self._planned = inputs, [(texts, self._steps(texts, state)) for texts in groups]
-        return self._planned[1]
-
-    def _steps(self, inputs: Inputs, state: MemoryState) -> list[Step]:
-        config, packed = self.config, inputs.rows is not None
-        if not config.count_padding:
-            fill = torch.zeros_like(inputs.lengths) if packed else state.fill
-            drawing = self.training and torch.is_grad_enabled()  # reading never draws
-            steps = plan(
-                inputs.starts, inputs.lengths, fill, config, state.hold_open, drawing, inputs.rows
-            )
-        elif packed:
+        if self._planned is not None and self._planned[0] is inputs:
+            return self._planned[1]
+        packed, config = inputs.rows is not None, self.config
+        if config.count_padding and packed:
             raise ValueError(
                 "`count_padding` cuts rows by columns, padding included, and documents packed in "
                 "one row begin anew; turn it off, or give every document a row."
             )
-        elif bool(state.fill.any()):
+        if config.count_padding and bool(state.fill.any()):
             raise ValueError(
                 "`count_padding` cuts whole documents by columns; it cannot continue an open "
                 "segment. Close it (model.close_segment) or turn `count_padding` off."
             )
-        else:
-            steps = plan_columns(inputs.real, config, state.hold_open)
-        self._check_positions(steps)
-        return steps
+        drawing = self.training and torch.is_grad_enabled()  # reading never draws
+        groups = []
+        for texts in alike(inputs):
+            fill = torch.zeros_like(texts.lengths) if packed else state.fill
+            groups.append((texts, plan(texts, fill, config, state.hold_open, drawing)))
+            self._check_positions(groups[-1][1])
+        self._planned = inputs, groups
+        return groups
 
     def _check_positions(self, steps: list[Step]) -> None:
         """Refuse an open segment that has grown beyond the backbone's position table."""
@@ -192,17 +184,17 @@ class Loop:
         """Run the steps: give what is asked of each, and the state after them."""
         states, segment = state.memories, state.open
         results, new = [], state.clone()
-        apart: dict[str, Tree] = {}
+        apart: Trees = {}
         for index, step in enumerate(steps):
             if index and torch.is_grad_enabled() and self.config.detach_before(index):
                 states = {name: tree_map(Tensor.detach, tree) for name, tree in states.items()}
                 segment = segment.detach()
             keep = keep_open and bool(((step.ends > 0) & ~step.closes).any())
-            before = states
+            run, before = partial(self._step, inputs, ask, step), states
             if control != "off" or keep_open:  # an empty memory needs no state to go on with
-                result, states, segment = self._step(inputs, step, states, segment, keep, ask)
+                result, states, segment = run(states, segment, keep)
             if control is not None:
-                result, apart = self._controlled(inputs, step, before | apart, control, ask)
+                result, apart = self._controlled(run, before | apart, control, len(step.rows))
             results.append(result)
             new.segments = new.segments + step.closes.long()
             new.fill = step.ends.masked_fill(step.closes, 0)
@@ -213,17 +205,11 @@ class Loop:
         return results, new
 
     def _step(
-        self,
-        inputs: Inputs,
-        step: Step,
-        states: dict[str, Tree],
-        segment: OpenSegment,
-        keep: bool,
-        ask: Ask,
-    ) -> tuple[Any, dict[str, Tree], OpenSegment]:
+        self, inputs: Inputs, ask: Ask, step: Step, states: Trees, segment: OpenSegment, keep: bool
+    ) -> tuple[Any, Trees, OpenSegment]:
         """Run one step: give what is asked of it, and what follows."""
 
-        def function(states: dict[str, Tree], tree: Tree) -> tuple[Any, dict, OpenSegment]:
+        def function(states: Trees, tree: Tree) -> tuple[Any, Trees, OpenSegment]:
             if inputs.ids is None:
                 embeds = step.take(inputs.embeds)  # type: ignore[arg-type]
             else:
@@ -254,66 +240,19 @@ class Loop:
         return step.take(inputs.ids, -1)
 
     def _controlled(
-        self,
-        inputs: Inputs,
-        step: Step,
-        states: dict[str, Tree],
-        control: str | MemoryState,
-        ask: Ask,
-    ) -> tuple[Any, dict[str, Tree]]:
-        """Run the step once more, reading other memories; "off" also gives what the backbone
+        self, run: Callable[..., Any], states: Trees, control: str | MemoryState, rows: int
+    ) -> tuple[Any, Trees]:
+        """Run a step once more, reading other memories; "off" also gives what the backbone
         remembers."""
-        rows = len(step.columns)
         if isinstance(control, MemoryState):
             read = control.memories
         elif control == "shuffled":
             read = {n: tree_map(lambda t: t.roll(-1, 0), tree) for n, tree in states.items()}
         else:
-            read = self.reader.init_states(rows, inputs.device)
+            read = self.reader.init_states(rows, self.reader.backbone.device)
         kept = {BACKBONE: states[BACKBONE]} if BACKBONE in states else {}
-        nothing = OpenSegment.empty(rows)
-        result, after, _ = self._step(inputs, step, read | kept, nothing, False, ask)
+        result, after, _ = run(read | kept, OpenSegment.empty(rows), False)
         return result, {n: after[n] for n in kept if control == "off"}
-
-    def _loss(
-        self,
-        targets: Tensor,
-        teacher: Teacher | None,
-        mixing: bool,
-        out: StepOutput,
-        step: Step,
-        states: dict[str, Tree],
-    ) -> tuple[Tensor, int]:
-        """Sum the loss of a step; and count the inserted tokens that are targets too."""
-        wanted = step.take(targets, IGNORED)
-        taught = None if teacher is None else teacher.at(step)
-        loss = self.head.loss(out, wanted, taught, states, mixing=mixing)
-        return loss, self.reader.layout.insertion.count(step, wanted != IGNORED)
-
-    def _collected(
-        self,
-        first: int,
-        collect: Collect,
-        mixing: bool,
-        out: StepOutput,
-        step: Step,
-        states: dict[str, Tree],
-    ) -> tuple[Tensor, Tensor]:
-        """Collect of a step what is wanted from column `first` on, `(n, D)`, and its (row, column)
-        index `(n, 2)`."""
-        wanted = step.columns >= first
-        index = torch.stack([step.rows[:, None].expand_as(wanted)[wanted], step.columns[wanted]], 1)
-        values = out.key if collect is Collect.KEYS and out.key is not None else out.hidden
-        if collect is Collect.LOGITS:
-            tokens = wanted.any(0).nonzero().squeeze(1)
-            values = self.head.logits(out, tokens, states, mixing=mixing)
-            wanted = wanted[:, tokens]
-        rows, places = (i.to(values.device) for i in wanted.nonzero(as_tuple=True))
-        return values[rows, places], index
-
-
-def _nothing(out: StepOutput, step: Step, states: dict[str, Tree]) -> None:
-    """Ask nothing of a step but the state after it."""
 
 
 def _only_last(targets: Tensor, steps: list[Step]) -> Tensor:

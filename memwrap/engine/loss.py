@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memwrap.engine.inputs import IGNORED, Teacher
 from memwrap.engine.plan import Step
 from memwrap.engine.recomputation import recomputed
 from memwrap.engine.step import SegmentReader, StepOutput
 from memwrap.state.trees import Tree
 
-IGNORED = -100
 # Logits of at most so many numbers (float32) exist at once while a loss is computed.
 _LOGITS_AT_ONCE = 2**26
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Last hidden states of a model with the same head, whose distribution is to be followed.
-
-    The loss of a target gets `weight * temperature^2 * KL(teacher || student)` beside the cross
-    entropy, both distributions at that temperature (Hinton et al. 2015, arXiv 1503.02531).
-
-    Attributes:
-        hidden: `(B, T, D)` for every column.
-        weight: of the divergence.
-        temperature: by which both models' logits are divided.
-        labels: weight of the cross entropy with the targets beside it.
-    """
-
-    hidden: Tensor
-    weight: float = 1.0
-    temperature: float = 1.0
-    labels: float = 1.0
-
-    def at(self, step: Step) -> Teacher:
-        """Take the columns of a step."""
-        return replace(self, hidden=step.take(self.hidden))
 
 
 class Collect(Enum):
@@ -54,62 +30,65 @@ class Collect(Enum):
 
 
 class Head:
-    """The backbone's head, and the memory at the logits where there is one."""
+    """The backbone's head, and the memory at the logits where there is one: what is asked of a
+    step's output.
 
-    def __init__(self, reader: SegmentReader) -> None:
-        self.backbone = reader.backbone
-        self.mixer, self.insertion = reader.mixer, reader.layout.insertion
+    Args:
+        reader: runs the steps.
+        mixing: whether the memory at the logits takes part.
+    """
 
-    def logits(
-        self, out: StepOutput, tokens: Tensor, states: dict[str, Tree], *, mixing: bool
-    ) -> Tensor:
-        """Compute the mixed logits `(B, n, V)` of the step's tokens numbered `tokens` `(n,)`.
+    def __init__(self, reader: SegmentReader, mixing: bool) -> None:
+        self.backbone, self.insertion = reader.backbone, reader.layout.insertion
+        self.mixer = reader.mixer if mixing else None
+
+    def collect(
+        self, first: int, collect: Collect, out: StepOutput, step: Step, states: dict[str, Tree]
+    ) -> tuple[Tensor, Tensor]:
+        """Collect what is wanted of a step from the call's column `first` on.
 
         Args:
-            out: what the step gave.
-            states: the memories' trees before the step.
-            mixing: whether the memory at the logits takes part.
+            first, collect: what is wanted.
+            out, step: the step's output, and the step.
+            states: the memories' trees before it.
+
+        Returns:
+            `(n, ...)`, and the row and column of each, `(n, 2)`.
         """
-        hidden, key = self._chosen(out, tokens)
-        if not len(tokens):
-            return hidden.new_zeros(hidden.shape[0], 0, self.backbone.config.vocab_size)
-        logits = self.backbone.head(hidden)
-        return self._mixed(logits, key, states).to(logits.dtype) if mixing else logits
-
-    def _chosen(self, out: StepOutput, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = tokens.to(out.hidden.device)
-        key = out.hidden if out.key is None else out.key
-        return out.hidden.index_select(1, tokens), key.index_select(1, tokens)
-
-    def _mixed(self, logits: Tensor, key: Tensor, states: dict[str, Tree]) -> Tensor:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.mixer is None:
-            return logits
-        name, memory = self.mixer
-        return memory.mix(logits, key, states[name])
+        wanted = step.columns >= first
+        index = torch.stack([step.rows[:, None].expand_as(wanted)[wanted], step.columns[wanted]], 1)
+        values = out.key if collect is Collect.KEYS and out.key is not None else out.hidden
+        if collect is Collect.LOGITS:
+            tokens = wanted.any(0).nonzero().squeeze(1)
+            values, wanted = self._logits(out, tokens, states), wanted[:, tokens]
+        rows, places = (i.to(values.device) for i in wanted.nonzero(as_tuple=True))
+        return values[rows, places], index
 
     def loss(
         self,
-        out: StepOutput,
         targets: Tensor,
         teacher: Teacher | None,
+        out: StepOutput,
+        step: Step,
         states: dict[str, Tree],
-        *,
-        mixing: bool,
-    ) -> Tensor:
-        """Sum the cross entropy, and the divergence from the teacher where there is one; logits
-        exist for a part of the positions at a time. An inserted token that is a target of the token
-        before it counts too, and the memories' own losses once for each target.
+    ) -> tuple[Tensor, int]:
+        """Sum the loss of a step: cross entropy, the divergence from the teacher where there is
+        one, and the memories' own losses once for each target. An inserted token that is a target
+        of the token before it counts too. Logits exist for a part of the positions at a time.
 
         Args:
-            out: what the step gave.
-            targets: `(B, N)` the id that each token predicts.
-            teacher: of the step's columns.
-            states: the memories' trees before the step.
-            mixing: whether the memory at the logits takes part.
+            targets: `(B, T)` the id that each column of the call predicts.
+            teacher: of the call's columns.
+            out, step, states: as in `collect`.
+
+        Returns:
+            The sum, and how many inserted tokens are targets.
         """
+        targets = step.take(targets, IGNORED)
+        if teacher is not None:
+            teacher = replace(teacher, hidden=step.take(teacher.hidden))
         wanted = targets.to(out.hidden.device)
-        if self.mixer is None or not mixing:
+        if self.mixer is None:
             loss = self._plain(out.hidden, wanted, teacher)
         else:
             loss = self._mixing(out, wanted, states, teacher)
@@ -120,7 +99,27 @@ class Head:
             loss = loss + self._plain(hidden, ids.masked_fill(absent, IGNORED))
         if out.auxiliary is not None:
             loss = loss + (out.auxiliary * (targets != IGNORED).sum(1).to(out.auxiliary)).sum()
-        return loss
+        return loss, self.insertion.count(step, targets != IGNORED)
+
+    def _logits(self, out: StepOutput, tokens: Tensor, states: dict[str, Tree]) -> Tensor:
+        """Compute the mixed logits `(B, n, V)` of the step's tokens numbered `tokens` `(n,)`."""
+        hidden, key = self._chosen(out, tokens)
+        if not len(tokens):
+            return hidden.new_zeros(hidden.shape[0], 0, self.backbone.config.vocab_size)
+        logits = self.backbone.head(hidden)
+        return self._mixed(logits, key, states).to(logits.dtype)
+
+    def _chosen(self, out: StepOutput, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = tokens.to(out.hidden.device)
+        key = out.hidden if out.key is None else out.key
+        return out.hidden.index_select(1, tokens), key.index_select(1, tokens)
+
+    def _mixed(self, logits: Tensor, key: Tensor, states: dict[str, Tree]) -> Tensor:
+        if self.mixer is None:
+            return logits
+        name, memory = self.mixer
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return memory.mix(wide, key, states[name])
 
     def _of_tokens(
         self, logits: Tensor, targets: Tensor, taught: Tensor, teacher: Teacher | None

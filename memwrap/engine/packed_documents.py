@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memwrap.engine.inputs import Inputs
-from memwrap.engine.loss import IGNORED
+from memwrap.engine.inputs import IGNORED, Inputs
 
 # A document joins a group if it is at least so long as this share of the group's longest.
 _ALIKE = 0.75
@@ -31,7 +30,9 @@ def packed(inputs: Inputs, *where: Tensor | None) -> Inputs:
 
 
 def alike(inputs: Inputs) -> list[Inputs]:
-    """Group packed documents by similar length."""
+    """Group packed documents by similar length; texts that have a row each stay together."""
+    if inputs.rows is None:
+        return [inputs]
     groups: list[list[int]] = []
     longest = 0
     for n in inputs.lengths.argsort(descending=True, stable=True).tolist():
@@ -43,7 +44,7 @@ def alike(inputs: Inputs) -> list[Inputs]:
     found = inputs.rows, inputs.starts, inputs.lengths
     return [
         replace(inputs, rows=rows, starts=starts, lengths=lengths)
-        for rows, starts, lengths in ([t[sorted(group)] for t in found] for group in groups)  # type: ignore[index]
+        for rows, starts, lengths in ([t[sorted(group)] for t in found] for group in groups)
     ]
 
 

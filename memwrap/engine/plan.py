@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from memwrap.engine.inputs import Inputs
 from memwrap.memories.config import MemoryConfig
 
 
@@ -132,31 +133,27 @@ def _row_pieces(
 
 
 def plan(
-    starts: Tensor,
-    lengths: Tensor,
-    fill: Tensor,
-    config: MemoryConfig,
-    hold_open: bool,
-    training: bool = False,
-    rows: Tensor | None = None,
+    inputs: Inputs, fill: Tensor, config: MemoryConfig, hold_open: bool, training: bool = False
 ) -> list[Step]:
     """Cut a call into steps.
 
     Args:
-        starts: `(B,)` first column of each text.
-        lengths: `(B,)` tokens of each text.
+        inputs: of B texts. With `count_padding` they are cut by columns, every row alike, and
+            padding takes up positions.
         fill: `(B,)` tokens in the texts' open segments.
         config: gives segment size and alignment.
         hold_open: the last segment of the call stays open, however long it grows.
         training: segment lengths may be drawn (`draw_lengths`).
-        rows: `(B,)` the row of each text; default: one a row.
     """
+    starts, lengths = inputs.starts, inputs.lengths
+    if config.count_padding:
+        starts, lengths = torch.zeros_like(starts), torch.full_like(starts, inputs.shape[1])
     drawn: dict[int, list[int] | None] | None = {} if training else None
     texts = [
         list(_row_pieces(s, n, f, config, hold_open, drawn))
         for s, n, f in zip(starts.tolist(), lengths.tolist(), fill.tolist(), strict=True)
     ]
-    rows = torch.arange(len(texts)) if rows is None else rows
+    rows = torch.arange(len(texts)) if inputs.rows is None else inputs.rows
     steps = []
     ends = fill.clone()
     for index in range(max(map(len, texts), default=0)):
@@ -174,16 +171,9 @@ def plan(
             offsets[row, :taken] = torch.arange(offset, offset + taken)
             ends[row] = offset + taken
             opens[row], closes[row] = offset == 0, closing
+        if config.count_padding:
+            columns = columns.masked_fill(~inputs.real.gather(1, columns), -1)
         last = torch.tensor([len(text) == index + 1 for text in texts])
         steps.append(Step(columns, offsets, ends.clone(), opens, closes, last, rows))
         ends = ends.masked_fill(closes, 0)
     return steps
-
-
-def plan_columns(real: Tensor, config: MemoryConfig, hold_open: bool) -> list[Step]:
-    """Cut by columns, every row alike; padding takes up positions (`count_padding`)."""
-    none = torch.zeros(len(real), dtype=torch.long)
-    steps = plan(none, torch.full_like(none, real.shape[1]), none, config, hold_open)
-    return [
-        replace(s, columns=s.columns.masked_fill(~real.gather(1, s.columns), -1)) for s in steps
-    ]

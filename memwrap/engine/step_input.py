@@ -73,7 +73,8 @@ class InputLayout:
 
     Attributes:
         prompts: the memories with a prefix or suffix.
-        suffixes: where each one's suffix stands among the last `num_suffix` columns.
+        num_suffix: columns of all suffixes.
+        suffixes: where each one's stands among a closing step's columns, counted from their end.
         insertion: of the memory that inserts tokens, or of none.
         zero_positions: prefix and suffix take no position of the backbone's table.
     """
@@ -82,11 +83,11 @@ class InputLayout:
         self.backbone = backbone
         self.prompts = {n: m for n, m in memories.items() if isinstance(m, SoftPrompt)}
         self.suffixes: dict[str, slice] = {}
-        self.num_suffix = 0
+        self.num_suffix = sum(m.num_suffix for m in self.prompts.values())
+        end = -self.num_suffix
         for name, memory in self.prompts.items():
-            end = self.num_suffix + memory.num_suffix
-            self.suffixes[name] = slice(self.num_suffix, end)
-            self.num_suffix = end
+            start, end = end, end + memory.num_suffix
+            self.suffixes[name] = slice(start, end or None) if start < end else slice(0)
         self.insertion = NoInsertion()
         for name, other in memories.items():
             if isinstance(other, InsertsTokens):
