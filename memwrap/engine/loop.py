@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memwrap.backbones import Backbone
 from memwrap.engine.inputs import Inputs
 from memwrap.engine.loss import IGNORED, Collect, Head
 from memwrap.engine.packed_documents import alike
@@ -115,8 +114,7 @@ class Loop:
             reading.loss_sum = sum(losses)
             reading.targets = int((targets != IGNORED).sum()) + sum(more for _, more in results)
         elif hidden_from is not None:
-            backbone = self.reader.backbone
-            reading.hidden = assemble(results, inputs, hidden_from, backbone, collect)
+            reading.hidden = self._assemble(results, inputs, hidden_from, collect)
         return reading
 
     def close(self, state: MemoryState) -> MemoryState:
@@ -145,6 +143,12 @@ class Loop:
             raise ValueError(
                 "`count_padding` cuts whole documents by columns; it cannot continue an open "
                 "segment. Close it (model.close_segment) or turn `count_padding` off."
+            )
+        if inputs.ids is None and "ids" in self.reader.looks_at:
+            names = [n for n, m in self.reader.seeing.items() if "ids" in m.looks_at]
+            raise ValueError(
+                f"The memory {names[0]!r} keeps the ids of what is read; give `input_ids` instead "
+                "of `inputs_embeds`."
             )
         drawing = self.training and torch.is_grad_enabled()  # reading never draws
         groups = []
@@ -214,30 +218,14 @@ class Loop:
                 embeds = step.take(inputs.embeds)  # type: ignore[arg-type]
             else:
                 embeds = self.reader.backbone.embed(step.take(inputs.ids))
-            before, ids = replace(segment, tree=tree), self._ids(inputs, step)
+            before = replace(segment, tree=tree)
+            ids = step.take(inputs.ids, -1) if "ids" in self.reader.looks_at else None  # type: ignore[arg-type]
             out = self.reader.run(embeds, step, states, before, keep, ids)
             return ask(out, step, states), out.states, out.segment
 
         if self.checkpointing and torch.is_grad_enabled():
             return recomputed(function, states, segment.tree)
         return function(states, segment.tree)
-
-    def _ids(self, inputs: Inputs, step: Step) -> Tensor | None:
-        """Return the ids `(B, N)` of the step's tokens, -1 where there is none; None if no memory
-        looks at them.
-
-        Raises:
-            ValueError: if embeddings were given instead.
-        """
-        if "ids" not in self.reader.looks_at:
-            return None
-        if inputs.ids is None:
-            names = [n for n, m in self.reader.seeing.items() if "ids" in m.looks_at]
-            raise ValueError(
-                f"The memory {names[0]!r} keeps the ids of what is read; give `input_ids` instead "
-                "of `inputs_embeds`."
-            )
-        return step.take(inputs.ids, -1)
 
     def _controlled(
         self, run: Callable[..., Any], states: Trees, control: str | MemoryState, rows: int
@@ -254,6 +242,23 @@ class Loop:
         result, after, _ = run(read | kept, OpenSegment.empty(rows), False)
         return result, {n: after[n] for n in kept if control == "off"}
 
+    def _assemble(
+        self, pieces: list[tuple[Tensor, Tensor]], inputs: Inputs, first: int, collect: Collect
+    ) -> Tensor:
+        """Put the pieces in their columns, `(B, T - first, D)`, with zeros at padding."""
+        (batch, total), backbone = inputs.shape, self.reader.backbone
+        width = total - first
+        pieces = [piece for piece in pieces if len(piece[1])]
+        if not pieces:
+            logits, dtype = collect is Collect.LOGITS, next(backbone.model.parameters()).dtype
+            size = backbone.config.vocab_size if logits else backbone.embedding_size
+            return torch.zeros(batch, width, size, dtype=dtype, device=inputs.device)
+        values = torch.cat([made for made, _ in pieces])
+        index = torch.cat([place for _, place in pieces]).to(values.device)
+        flat = index[:, 0] * width + index[:, 1] - first
+        empty = values.new_zeros(batch * width, values.shape[-1])
+        return empty.index_copy(0, flat, values).view(batch, width, -1)
+
 
 def _only_last(targets: Tensor, steps: list[Step]) -> Tensor:
     """Keep the targets of each text's last segment."""
@@ -262,25 +267,3 @@ def _only_last(targets: Tensor, steps: list[Step]) -> Tensor:
         read = (step.columns >= 0) & step.last[:, None]
         keep[step.rows[:, None].expand_as(read)[read], step.columns[read]] = True
     return targets.masked_fill(~keep.to(targets.device), IGNORED)
-
-
-def assemble(
-    pieces: list[tuple[Tensor, Tensor]],
-    inputs: Inputs,
-    first: int,
-    backbone: Backbone,
-    collect: Collect,
-) -> Tensor:
-    """Put the pieces in their columns, `(B, T - first, D)`, with zeros at padding."""
-    batch, total = inputs.shape
-    width = total - first
-    pieces = [piece for piece in pieces if len(piece[1])]
-    if not pieces:
-        size = backbone.config.vocab_size if collect is Collect.LOGITS else backbone.embedding_size
-        dtype = next(backbone.model.parameters()).dtype
-        return torch.zeros(batch, width, size, dtype=dtype, device=inputs.device)
-    values = torch.cat([hidden for hidden, _ in pieces])
-    index = torch.cat([place for _, place in pieces]).to(values.device)
-    flat = index[:, 0] * width + index[:, 1] - first
-    empty = values.new_zeros(batch * width, values.shape[-1])
-    return empty.index_copy(0, flat, values).view(batch, width, -1)

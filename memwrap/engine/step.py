@@ -74,12 +74,9 @@ class SegmentReader:
     @property
     def attachment_points(self) -> set[str]:
         """What of the backbone meets the memories."""
-        points = {
-            "layer": self.layered,
-            "attention": self.attending,
-            "feed_forward": self.notes_ffn,
-        }
-        return {name for name, wanted in points.items() if wanted}
+        names = ("layer", "attention", "feed_forward")
+        wanted = (self.layered, self.attending, self.notes_ffn)
+        return {name for name, any_ in zip(names, wanted, strict=True) if any_}
 
     def init_states(self, batch_size: int, device: torch.device) -> dict[str, Tree]:
         """Make the trees of rows that have read nothing, of the memories and of the backbone
