@@ -108,6 +108,10 @@ class Loop:
             before = self._fresh(texts, state) if packed else state
             made, after = self._read(texts, progress(steps), before, ask, keep_open, control)
             results += made
+        if not packed:
+            after.tokens_seen = after.tokens_seen + inputs.lengths
+            after.ids_hash = after.extend_hash(inputs.ids, inputs.shape[1])
+            after.columns += inputs.shape[1]
         reading = Reading(None, None, 0, state if packed else after)
         if targets is not None:
             losses = [loss for loss, _ in results] or [torch.zeros((), device=inputs.device)]
@@ -122,7 +126,7 @@ class Loop:
         closes = state.fill > 0
         if not bool(closes.any()):
             return state.clone()
-        rows, zero = torch.arange(state.batch_size), torch.zeros_like(state.fill)
+        zero, rows = torch.zeros_like(state.fill), torch.arange(state.batch_size)
         nothing = torch.zeros(state.batch_size, 0, dtype=torch.long)
         ids = nothing.to(self.reader.backbone.device)
         inputs = Inputs(ids, None, nothing.bool(), zero, zero)
@@ -203,9 +207,6 @@ class Loop:
             new.segments = new.segments + step.closes.long()
             new.fill = step.ends.masked_fill(step.closes, 0)
         new.memories, new.open = states if keep_open else states | apart, segment
-        new.tokens_seen = new.tokens_seen + inputs.lengths
-        new.ids_hash = new.extend_hash(inputs.ids, inputs.shape[1])
-        new.columns += inputs.shape[1]
         return results, new
 
     def _step(

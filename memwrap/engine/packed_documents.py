@@ -8,12 +8,11 @@ rows of a batch; whatever the lengths are, at most a quarter of what is read is 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from memwrap.engine.inputs import IGNORED, Inputs
+from memwrap.engine.inputs import Inputs
 
 # A document joins a group if it is at least so long as this share of the group's longest.
 _ALIKE = 0.75
@@ -100,37 +99,3 @@ def _rows(name: str, given: Tensor, batch: int, total: int) -> Tensor:
     if given.dim() != 2 or given.shape[0] not in (1, batch) or given.shape[1] != total:
         raise ValueError(f"`{name}` has shape {tuple(given.shape)}, not ({batch}, {total}).")
     return given.cpu().expand(batch, -1)
-
-
-def unpacked(batch: dict[str, Any]) -> dict[str, Any]:
-    """Turn a trainer's batch into one with a row for every document, padded on the right, and the
-    mask; one without packed documents comes back as it is.
-
-    Args:
-        batch: what a packing collator returned: `input_ids` or `inputs_embeds`, labels, and
-            `seq_idx`, `cu_seq_lens_q` or `position_ids` that begin anew.
-    """
-    names = ("seq_idx", "position_ids", "cu_seq_lens_q")
-    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    if tokens is None or all(batch.get(name) is None for name in names):
-        return batch
-    shape, mask = tokens.shape[:2], batch.get("attention_mask")
-    real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
-    found = documents_in(real, *(batch.get(name) for name in names))
-    if found is None:
-        return batch
-    rows, starts, lengths = (t[:, None] for t in found)
-    inside = torch.arange(int(lengths.max()))
-    there = inside < lengths
-    columns = starts + inside * there
-    rows = rows.expand_as(columns)
-    result: dict[str, Any] = {"attention_mask": there.long().to(tokens.device)}
-    for name, value in batch.items():
-        if name in (*names, "attention_mask", "cu_seq_lens_k", "max_length_q", "max_length_k"):
-            continue
-        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == shape:
-            value = value[rows.to(value.device), columns.to(value.device)]
-            if name in ("labels", "shift_labels"):
-                value = value.masked_fill(~there.to(value.device), IGNORED)
-        result[name] = value
-    return result

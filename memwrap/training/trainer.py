@@ -16,7 +16,6 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from memwrap.engine.packed_documents import unpacked
 from memwrap.memories.config import MemoryConfig
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.training.arguments import MemoryTrainingArguments
@@ -29,6 +28,7 @@ from memwrap.training.batches import (
     left_aligned,
     pieces,
     shifted_labels,
+    unpacked,
 )
 from memwrap.training.collating import DocumentCollator
 from memwrap.training.distillation import teacher_of

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from memwrap.engine.inputs import check_inputs
-from memwrap.engine.packed_documents import alike, documents_in, packed, unpacked
+from memwrap.engine.packed_documents import alike, documents_in, packed
 from memwrap.testing.helpers import assert_close, needs_ids, wrapped
 from memwrap.testing.test_packing import DOCUMENTS, flattened
+from memwrap.training.batches import unpacked
 
 
 def two_rows() -> tuple[Tensor, Tensor, Tensor]:
