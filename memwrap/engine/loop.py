@@ -33,12 +33,8 @@ class Reading:
 
 
 Trees = dict[str, Tree]
-# Makes what is asked of a step, of its output, the step and the trees before it.
-Ask = Callable[[StepOutput, Step, Trees], Any]
-
-
-def _nothing(out: StepOutput, step: Step, states: Trees) -> None:
-    """Ask nothing of a step but the state after it."""
+# Makes what is asked of a step, of its output, the step and the trees before it; None: nothing.
+Ask = Callable[[StepOutput, Step, Trees], Any] | None
 
 
 @dataclass
@@ -98,7 +94,7 @@ class Loop:
         if targets is not None and self.config.loss_on == "last":
             targets = _only_last(targets, [step for _, steps in groups for step in steps])
         head = Head(self.reader, mixing=control != "off")
-        ask: Ask = _nothing
+        ask: Ask = None
         if targets is not None:
             ask = partial(head.loss, targets, inputs.teacher)
         elif hidden_from is not None:
@@ -131,7 +127,7 @@ class Loop:
         ids = nothing.to(self.reader.backbone.device)
         inputs = Inputs(ids, None, nothing.bool(), zero, zero)
         step = Step(nothing, nothing, state.fill, zero.bool(), closes, closes, rows)
-        return self._read(inputs, [step], state, _nothing, False, None)[1]
+        return self._read(inputs, [step], state, None, False, None)[1]
 
     def _plan(self, inputs: Inputs, state: MemoryState) -> list[tuple[Inputs, list[Step]]]:
         """Cut the call into steps, for each group of texts that is read together."""
@@ -222,7 +218,7 @@ class Loop:
             before = replace(segment, tree=tree)
             ids = step.take(inputs.ids, -1) if "ids" in self.reader.looks_at else None  # type: ignore[arg-type]
             out = self.reader.run(embeds, step, states, before, keep, ids)
-            return ask(out, step, states), out.states, out.segment
+            return ask(out, step, states) if ask else None, out.states, out.segment
 
         if self.checkpointing and torch.is_grad_enabled():
             return recomputed(function, states, segment.tree)

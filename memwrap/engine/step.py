@@ -107,7 +107,19 @@ class SegmentReader:
                 at them.
         """
         given = self.layout(embeds, step, states, segment)
-        context = self._context(step, states, given, segment)
+        recurrent, valid = self.backbone.recurrent, given.positions.query_valid
+        context = LayerContext(
+            layered=self.layered,
+            attending=self.attending,
+            states=states,
+            suffixes=self.layout.suffixes,
+            closing=bool(step.closes.any()),
+            positions=given.positions,
+            segment=segment,
+            rotary=self.backbone.rotary,
+            recurrence=Recurrence(states[BACKBONE], valid) if recurrent else None,
+            feed_forward=[] if self.notes_ffn else None,
+        )
         cache = segment.cache() if keep or len(segment) else None
         hidden, ffn = self._hidden(given, cache, context)
         states = context.changed(step.closes)
@@ -170,23 +182,6 @@ class SegmentReader:
         if context.feed_forward is None:
             return hidden, nothing
         return hidden, context.feed_forward[0].view(*hidden.shape[:2], -1)
-
-    def _context(
-        self, step: Step, states: dict[str, Tree], given: StepInput, segment: OpenSegment
-    ) -> LayerContext:
-        recurrent, valid = self.backbone.recurrent, given.positions.query_valid
-        return LayerContext(
-            layered=self.layered,
-            attending=self.attending,
-            states=states,
-            suffixes=self.layout.suffixes,
-            closing=bool(step.closes.any()),
-            positions=given.positions,
-            segment=segment,
-            rotary=self.backbone.rotary,
-            recurrence=Recurrence(states[BACKBONE], valid) if recurrent else None,
-            feed_forward=[] if self.notes_ffn else None,
-        )
 
     def _check_met(self, context: LayerContext) -> None:
         """Refuse a model that drops keywords: every layer must have met its memories."""
