@@ -227,14 +227,14 @@ class SegmentReader:
             looked: what memories look at, of the columns before the step and of the step.
             given: the step's input.
         """
-        result, tokens = dict(states), self._segment_tokens(looked, given)
+        result = dict(states)
         for name in self.memories:
             new = states[name]
             if name in self.layout.prompts:
                 suffix = hidden[:, self.layout.suffixes[name]]
                 new = self.layout.prompts[name].write_suffix(new, suffix)
             if name in self.seeing:
-                new = self.seeing[name].write_segment(new, tokens)
+                new = self.seeing[name].write_segment(new, self._segment_tokens(looked, given))
             if new is not states[name]:
                 every = bool(step.closes.all())
                 result[name] = new if every else where_rows(step.closes, new, states[name])
