@@ -126,8 +126,8 @@ class SegmentReader:
             tree = keys_and_values(cache) | {name: part for name, part in noted.items() if part}
             where, valid = given.positions.key_positions, given.positions.key_valid
             tokens = self.layout.insertion.tokens(where - given.base)
-            noted = segment.noted or context.noting
-            after = OpenSegment(tree, where, valid, tokens, noted).after(step.closes)
+            changed = segment.noted or context.noting
+            after = OpenSegment(tree, where, valid, tokens, changed).after(step.closes)
         auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
         in_loss, ends = self.layout.insertion.in_loss, given.columns.ends
         inserted = (given.of_tokens(hidden), ends) if in_loss and ends is not None else None

@@ -113,7 +113,7 @@ class MemoryGenerationMixin(GenerationMixin):
         known = isinstance(state, MemoryState) and _holds(state, input_ids)
         if next_sequence_length is None and known:
             # Assisted decoding begins with all ids, also with those that the state has read.
-            next_sequence_length = input_ids.shape[1] - state.get_seq_length()  # type: ignore[union-attr]
+            next_sequence_length = input_ids.shape[1] - state.get_seq_length()
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, **kwargs
         )

@@ -363,8 +363,9 @@ class MemoryState(Cache):
             wrong = [name for name in found if found[name] != about["memories"].get(name)]
             raise KeyError(f"the tensors of {wrong} are missing or foreign")
         state = cls(memories, rows["fill"].shape[0], about["signature"])
-        columns = (rows[f"open_{name}"] for name in COLUMNS)
-        state.open = OpenSegment(tree.get("open", {}), *columns, about["noted"])
+        positions, valid, read = (rows[f"open_{name}"] for name in COLUMNS)
+        noted = bool(about["noted"])
+        state.open = OpenSegment(tree.get("open", {}), positions, valid, read, noted)
         for name in COUNTERS:
             setattr(state, name, rows[name])
         state.ids_hash = rows.get("ids_hash")

@@ -47,8 +47,8 @@ class OpenSegment:
         self, tensors: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]
     ) -> OpenSegment:
         """Apply `tensors` to the tree and `rows` to what says where its columns stand."""
-        columns = (rows(t) for t in (self.positions, self.valid, self.tokens))
-        return OpenSegment(tree_map(tensors, self.tree), *columns, self.noted)
+        positions, valid, tokens = map(rows, (self.positions, self.valid, self.tokens))
+        return OpenSegment(tree_map(tensors, self.tree), positions, valid, tokens, self.noted)
 
     def detach(self) -> OpenSegment:
         """Copy it without its graph."""
