@@ -106,12 +106,12 @@ class MemoryGenerationMixin(GenerationMixin):
             out.cache = getattr(out, CACHE)
         return out
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        state = kwargs.get(CACHE)
-        known = isinstance(state, MemoryState) and _holds(state, input_ids)
-        if next_sequence_length is None and known:
+        state: Any = kwargs.get(CACHE)
+        begins = next_sequence_length is None and isinstance(state, MemoryState)
+        if begins and _holds(state, input_ids):
             # Assisted decoding begins with all ids, also with those that the state has read.
             next_sequence_length = input_ids.shape[1] - state.get_seq_length()
         return super().prepare_inputs_for_generation(
