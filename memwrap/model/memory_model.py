@@ -251,7 +251,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         teacher = kwargs.pop("teacher", None)
         refuse_unknown(kwargs, type(self).forward)
         given = one_cache(cache, past_key_values)
-        if given is not None and given.record_past and input_ids is not None:
+        if getattr(given, "record_past", False) and input_ids is not None:
             input_ids = self._read_ahead(given, input_ids, attention_mask, logits_to_keep)
             position_ids = None  # they cover what was just read, too
         inputs = self._inputs(input_ids, inputs_embeds, attention_mask)

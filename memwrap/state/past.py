@@ -16,7 +16,7 @@ _ADVICE = "Keep a clone() and go back to it."
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a state has read since its last `crop`.
+    """The ids that a state has read since its last `crop`, and the state before them.
 
     Attributes:
         before: the state at that time. Tensors are shared: it costs what was written since.
