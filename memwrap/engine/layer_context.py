@@ -104,6 +104,15 @@ class LayerContext:
             self._keep_hidden(memory, attention)
             self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
 
+    @property
+    def noting(self) -> bool:
+        """Whether trees changed without a segment's close."""
+        return self.recurrence is not None or any(
+            new is not self.states[name]["layers"][layer]
+            for name, layers in self.noted.items()
+            for layer, new in layers.items()
+        )
+
     def changed(self, closes: Tensor) -> dict[str, Tree]:
         """Collect the memories' trees after the step; `closes` `(B,)` says whose segments
         closed."""

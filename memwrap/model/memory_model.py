@@ -42,6 +42,7 @@ from memwrap.model.saving import SavingMixin, plain_name
 from memwrap.model.state_files import check_file_state
 from memwrap.state.check import signature_difference
 from memwrap.state.memory_state import MemoryState
+from memwrap.state.past import Recorded
 
 MEMORY_CHILD = "memory_modules"
 
@@ -244,28 +245,25 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         ends = kwargs.pop("cu_seq_lens_q", None)
         refuse_unknown(kwargs, type(self).forward)
         given = one_cache(cache, past_key_values)
+        if getattr(given, "record_past", False) and input_ids is not None:
+            input_ids = self._read_ahead(given, input_ids, attention_mask, logits_to_keep)
+            position_ids = None  # they cover what was just read, too
         inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
         inputs = packed(inputs, seq_idx, position_ids, ends)
         inputs = with_targets(inputs, labels, shift_labels, teacher)
         learning = inputs.targets is not None
         if use_cache is None:
             use_cache = inputs.rows is None and not (learning and self.training)
-        state = self._state_of(given, inputs)
-        if state.hold_open != (not remember):
-            state = state.clone()
-            state.hold_open = not remember
+        state = self._state_of(given, inputs, hold_open=not remember)
         if isinstance(memory_control, MemoryState):
             self.check_state(memory_control)
         check_control(memory_control, state, inputs)
         loop = self.loop()
         reading = loop(
-            inputs,
-            state,
-            hidden_from=None if learning else _first_column(logits_to_keep, inputs),
-            collect=self._collected,
-            keep_open=use_cache or given is not None,
+            inputs, state, hidden_from=None if learning else _first_column(logits_to_keep, inputs),
+            collect=self._collected, keep_open=use_cache or given is not None,
             control=memory_control,
-        )
+        )  # fmt: skip
         loss, logits = None, None
         if not learning:
             logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
@@ -276,6 +274,9 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 logits = self._logits_again(loop, inputs, state, logits_to_keep, memory_control)
         result = None
         if given is not None or use_cache:
+            reading.state.recorded = (
+                Recorded.after(state, inputs.ids) if state.record_past else None
+            )
             result = self._advanced(given or state, reading.state)
         own: dict[str, Any] = {CACHE: result}
         out = MemoryModelOutput(loss=loss, logits=logits, **own)
@@ -297,16 +298,23 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         check_fit(inputs, *self.parts.embedding_weight.shape)
         return inputs
 
-    def _state_of(self, given: MemoryState | None, inputs: Inputs) -> MemoryState:
+    def _state_of(self, given: MemoryState | None, inputs: Inputs, hold_open: bool) -> MemoryState:
+        """Check the state to continue, or make a fresh one."""
         if given is None:
-            return self.new_state(inputs.shape[0])
+            state = self.new_state(inputs.shape[0])
+            state.hold_open = hold_open
+            return state
         self.check_state(given)
         if given.batch_size != inputs.shape[0]:
             raise ValueError(
                 f"The state has {given.batch_size} rows, the input {inputs.shape[0]}; they must "
                 "agree (state.repeat, state.select)."
             )
-        return given
+        state = self._settled(given)
+        if state.hold_open != hold_open:
+            state = state.clone()
+            state.hold_open = hold_open
+        return state
 
     @property
     def _collected(self) -> Collect:
@@ -355,8 +363,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         """
         ids, mask = as_batch(text, attention_mask, tokenizer)
         inputs = self._inputs(ids.to(self.device), None, mask)
-        old = self._state_of(state, inputs).clone()
-        old.hold_open = False
+        old = self._state_of(state, inputs, hold_open=False).clone()
 
         def bar(steps: Any) -> Any:
             return tqdm(steps, desc="reading", unit="segment", disable=not progress)
@@ -379,7 +386,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             The state with nothing open; the given one stays as it is.
         """
         self.check_state(state)
-        new = self.loop().close(state)
+        new = self.loop().close(self._settled(state))
         return self._advanced(state.clone(), new)
 
 
