@@ -180,9 +180,9 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
                 f"`{name}` is not collected across segments; model.base_model(...) gives the last "
                 "hidden states, model.backbone(...) everything of one window."
             )
-    own = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
+    names = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
     for name in kwargs:
-        near = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
         if near:
             raise ValueError(f"`{name}` is no argument of the model; did you mean `{near[0]}`?")
 

@@ -136,8 +136,8 @@ class TokenInsertion(NoInsertion):
 
     def _full(self, step: Step) -> Tensor:
         """Tell which tokens fill a block, counted from the segment's start: `(B, N)` bool."""
-        there = self.count_padding | (step.columns >= 0)
-        return there & ((step.offsets + 1) % self.every == 0)
+        counted = self.count_padding | (step.columns >= 0)
+        return counted & ((step.offsets + 1) % self.every == 0)
 
     def _embeds(self, embeds: Tensor, states: dict[str, Tree], count: int) -> Tensor:
         if self.id is None:

@@ -132,8 +132,8 @@ class Head:
         loss, t = loss * teacher.labels, teacher.temperature
         with torch.no_grad():
             follow = F.log_softmax(self.backbone.head(taught[None])[0].float() / t, -1)
-        own = F.log_softmax(logits.float() / t, -1)
-        apart = F.kl_div(own, follow, reduction="none", log_target=True).sum(-1)
+        student = F.log_softmax(logits.float() / t, -1)
+        apart = F.kl_div(student, follow, reduction="none", log_target=True).sum(-1)
         return loss + teacher.weight * t * t * apart.masked_fill(targets == IGNORED, 0.0).sum()
 
     def _mixing(

@@ -21,10 +21,10 @@ _ALIKE = 0.75
 def packed(inputs: Inputs, *where: Tensor | None) -> Inputs:
     """Make each document a text of its own, where rows hold several; `where` as in
     `documents_in`."""
-    found = documents_in(inputs.real, *where)
-    if found is None:
+    documents = documents_in(inputs.real, *where)
+    if documents is None:
         return inputs
-    rows, starts, lengths = found
+    rows, starts, lengths = documents
     return replace(inputs, rows=rows, starts=starts, lengths=lengths)
 
 
@@ -40,10 +40,10 @@ def alike(inputs: Inputs) -> list[Inputs]:
             groups.append([])
             longest = length
         groups[-1].append(n)
-    found = inputs.rows, inputs.starts, inputs.lengths
+    texts = inputs.rows, inputs.starts, inputs.lengths
     return [
         replace(inputs, rows=rows, starts=starts, lengths=lengths)
-        for rows, starts, lengths in ([t[sorted(group)] for t in found] for group in groups)
+        for rows, starts, lengths in ([t[sorted(group)] for t in texts] for group in groups)
     ]
 
 

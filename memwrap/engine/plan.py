@@ -121,12 +121,12 @@ def _row_pieces(
         start, length = start + taken, length - taken
         closes = fill + taken >= size and not (hold_open and length == 0)
         yield start - taken, taken, fill, closes
-    own = None
+    chosen = None
     if drawn is not None:
-        own = drawn[length] = drawn.get(length) or draw_lengths(config, length)
-    lengths = own or segment_lengths(length, size, config.alignment)
+        chosen = drawn[length] = drawn.get(length) or draw_lengths(config, length)
+    lengths = chosen or segment_lengths(length, size, config.alignment)
     for index, taken in enumerate(lengths):
-        full = taken == size or (own is not None and length % size == 0)
+        full = taken == size or (chosen is not None and length % size == 0)
         closes = index < len(lengths) - 1 or (full and not hold_open)
         yield start, taken, 0, closes
         start += taken
