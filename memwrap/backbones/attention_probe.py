@@ -132,7 +132,8 @@ class _Probe:
         if not self._learn_rotation(attention):
             raise ValueError(
                 f"{self.name} rotates the keys of layer {layer} in a way that memwrap cannot take "
-                "back; use a memory at another place (rmt, armt)."
+                "back (a norm with weights behind the rotation, angles from a table, or a "
+                "convolution may do that); use a memory at another place (rmt, armt)."
             )
         if not close(_joined(attention), local[:, BEFORE:]):
             raise ValueError(
@@ -175,13 +176,20 @@ def _taken_back(attention: LayerAttention) -> bool:
     token alone, unmoved; and whether these, rotated, are the model's."""
     attention = replace(attention, step=replace(attention.step, cached={}))
     where = attention.key_positions
-    alone = attention.called_with(attention.inputs.transpose(0, 1))
-    query, key = (rows.transpose(0, 2) for rows in (alone.query, alone.key))
-    return (
-        close(attention.key, key)
-        and close(attention.unrotated_query(), query)
-        and close(attention.rotate(key, where), attention.rotated_key)
-        and close(attention.rotate(query, where), attention.rotated_query)
+    try:
+        alone = attention.called_with(attention.inputs.transpose(0, 1))
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError):  # it is not made for a token alone
+        return False
+    sides = [(attention.unrotated_query(), attention.rotated_query, alone.query)]
+    if (
+        alone.key.shape[2] == 1
+    ):  # otherwise they are those of another layer, held to the model there
+        sides.append((attention.key, attention.rotated_key, alone.key))
+    return all(
+        close(back, plain.transpose(0, 2)) and close(attention.rotate(back, where), rotated)
+        for back, rotated, plain in sides
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import copy
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -316,6 +317,8 @@ class LayerAttention:
                 keywords[name] = None
             elif isinstance(value, Tensor) and value.dtype == torch.long and value.dim() > 1:
                 keywords[name] = value.new_zeros(*value.shape[:-2], *shape)  # positions
+            elif isinstance(value, MutableMapping):  # keys that other layers take up
+                keywords[name] = copy.copy(value)
         known = self.step.rotary[self.layer].embeddings
         if known is not None:
             given = keywords[known.keyword]

@@ -258,7 +258,7 @@ class PositionCall:
     module: nn.Module
     args: Sequence[Any]
     kwargs: dict[str, Any]
-    output: Any = None
+    output: Any
 
     def again(self, like: Tensor, positions: Tensor) -> Any:
         """Call the module with `like` for every tensor of numbers, and with `positions`."""

@@ -51,7 +51,7 @@ def _equal(given: list[Any], made: list[Any]) -> bool:
 def find_embeddings(keyword: str, value: Any, call: PositionCall) -> Embeddings | None:
     """Learn how cosines and sines are handed on; None for a way that is not known. At position 0
     all sines are zero."""
-    compute = PositionCall(call.module, call.args, call.kwargs).again
+    compute = call.again
     if isinstance(value, Tensor):
         form = Embeddings(keyword, compute, True, False) if value.is_complex() else None
     elif isinstance(value, tuple | list) and len(value) == 2 and value[0].shape == value[1].shape:
@@ -94,14 +94,26 @@ def find_rotation(attention: LayerAttention, embeddings: Embeddings) -> LayerRot
     found = attention.called_with(repeated, embeddings.of(cos, sin, given))
     wide = torch.promote_types(attention.value.dtype, torch.float32)
     # One row of samples for each channel.
-    sides = [t.to(wide).unflatten(0, (-1, count)).flatten(1, 3) for t in (found.query, found.key)]
+    sides = [
+        t.to(wide).unflatten(0, (-1, count)).flatten(1, 3)
+        for t in (found.query, found.key)
+        if len(t) == len(repeated)  # not keys of another layer
+    ]
     rotation = _rotation(sides, len(digits))
     if rotation is None:
         return LayerRotation(embeddings)
-    unit = all(bool(rows[2].norm() < 1.5 * rows[0].norm()) for rows in sides)
-    if unit and not all(_even(rows, rotation) for rows in sides):
+    span = slice(rotation.start, rotation.start + len(rotation.partner))
+    unit = all(bool(t[2, :, span].norm() < 1.5 * t[0, :, span].norm()) for t in sides)
+    if unit and not (_weightless(attention) and all(_even(rows, rotation) for rows in sides)):
         return LayerRotation(embeddings)
     return LayerRotation(embeddings, rotation, unit)
+
+
+def _weightless(attention: LayerAttention) -> bool:
+    """Tell whether the module has no weights of a norm over heads, which training may make
+    uneven."""
+    width = attention.rotated_key.shape[-1:]
+    return all(parameter.shape != width for parameter in attention.module.parameters())
 
 
 def _even(rows: Tensor, rotation: Rotation) -> bool:
