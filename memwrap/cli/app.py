@@ -228,7 +228,7 @@ def chat(
     """Ask about what was read. Without --ask: /reset, /save FILE and /quit are commands."""
     from transformers import TextStreamer
 
-    from memwrap.model.conversation import Conversation
+    from memwrap.chat import Conversation
 
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError("`--max-new-tokens` must be at least 1, `--temperature` 0 or more.")

@@ -28,7 +28,7 @@ from memwrap.state.trees import (
     tree_to,
 )
 
-FORMAT, VERSION = "memwrap-state", 2
+FORMAT, VERSION = "memwrap-state", 3
 
 
 BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers of its own remember
@@ -67,6 +67,7 @@ class MemoryState(Cache):
         hold_open: while true no segment closes (`generate(..., remember=False)`).
         signature: which memories on which backbone the state belongs to.
         weights: fingerprint of the weights that wrote it, or None while training.
+        chat: the open chat turn that the state stands in (`memwrap.chat`), or None.
     """
 
     is_compileable = False
@@ -85,6 +86,7 @@ class MemoryState(Cache):
         self.signature = signature or {}
         self.weights: dict[str, str] | None = None
         self.unverified = False
+        self.chat: dict | None = None
 
     # What a transformers cache is asked
 
@@ -195,6 +197,7 @@ class MemoryState(Cache):
             for name in first.memories
         }
         new.open = OpenSegment.cat([s.open for s in states])
+        new.chat = first.chat if len(states) == 1 else None
         for name in COUNTERS:
             setattr(new, name, torch.cat([getattr(s, name) for s in states]))
         new.columns = max(s.columns for s in states)
@@ -246,6 +249,7 @@ class MemoryState(Cache):
         about = {
             "columns": self.columns, "hold_open": self.hold_open, "signature": self.signature,
             "weights": self.weights, "memories": _count_tensors(self.memories),
+            "chat": self.chat,
         }  # fmt: skip
         metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
         metadata |= checksums(tensors, about=metadata["about"])
@@ -310,7 +314,7 @@ class MemoryState(Cache):
         state.columns = int(about["columns"])
         state.hold_open = bool(about["hold_open"])
         state.weights = about["weights"]
-        state.unverified = True
+        state.chat, state.unverified = about["chat"], True
         return state
 
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import memwrap
 from memwrap.cli import doctor
-from memwrap.model.conversation import Conversation
+from memwrap.chat import Conversation
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHERS = {"memwrap", "python", "bitsandbytes"}  # constraints.txt has none of them
