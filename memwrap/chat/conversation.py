@@ -120,7 +120,7 @@ class Conversation:
             pad_token_id=self._pad(),
             **{**self._template.stops_for(self.model), **self.settings},
         )
-        after = out["past_key_values"] if "past_key_values" in out else out[CACHE]
+        after = out[CACHE]
         drawn = out.sequences[0, new.shape[1] :].tolist()
         answer = self.tokenizer.decode(
             drawn, skip_special_tokens=True, clean_up_tokenization_spaces=False

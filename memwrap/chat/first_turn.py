@@ -58,7 +58,7 @@ def read_document(
     if held is not None and held.turns:
         raise ValueError("A question was asked of this state; read documents before questions.")
     content = under(held.document if held is not None else "", text)
-    ids, new = _cut(turns, content, held.read if held is not None else 0)
+    ids, new = cut_document(turns, content, held.read if held is not None else 0)
     new.behind = held.behind if held is not None else bool(state is not None and state.columns)
     if new.behind:
         rest = turns.without_beginning(ids)
@@ -69,7 +69,7 @@ def read_document(
     return state
 
 
-def _cut(turns: Turns, content: str, least: int) -> tuple[list[int], Held]:
+def cut_document(turns: Turns, content: str, least: int) -> tuple[list[int], Held]:
     """Find the ids of a document's beginning that stay as they are whatever is asked about it.
 
     Args:
@@ -114,4 +114,4 @@ def _places(content: str) -> Iterator[int]:
     yield 0
 
 
-__all__ = ["read_document"]
+__all__ = ["cut_document", "read_document"]
