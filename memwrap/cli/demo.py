@@ -17,7 +17,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
-from memwrap.assets import asset
 from memwrap.assets.fetching import fetch
 from memwrap.cli import demo_texts as texts
 from memwrap.cli.demo_readers import BaseReader, MemoryReader, Reader, nats
@@ -84,10 +83,10 @@ def main(output: Path, minutes: float = 6.0) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     output.mkdir(parents=True, exist_ok=True)
-    fetch(MODEL)
+    place = fetch(MODEL)
     run = Run(output, minutes)
-    base: Any = AutoModelForCausalLM.from_pretrained(asset(MODEL), dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(asset(MODEL))
+    base: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(place)
     run.speed = _speed(base, tokenizer)
     say(f"{MODEL}: SmolLM2-135M-Instruct; it reads {run.speed:.0f} tokens a second here.")
     _ask(run, base, tokenizer)
@@ -111,7 +110,7 @@ def _speed(base: Any, tokenizer: Any) -> float:
 def _ask(run: Run, base: Any, tokenizer: Any) -> None:
     """Read a document once, save and load what it left, ask, beside the base alone."""
     cost = _COST["memory"]
-    length = next((n for n in DOCUMENTS if run.fits(n * cost + CONTEXT, 0.45)), DOCUMENTS[-1])
+    length: int = next((n for n in DOCUMENTS if run.fits(n * cost + CONTEXT, 0.45)), DOCUMENTS[-1])
     document = texts.document(tokenizer, length, texts.STORY, texts.STORY_DEPTHS)
     say(f"\n=== 1. Read {length:,} tokens once (its context: 8,192), ask later\n")
     model = memwrap.wrap(base, MEMORY, **SETTINGS).eval()
@@ -148,7 +147,8 @@ def _find(run: Run, base: Any, tokenizer: Any) -> None:
     """Ask for facts at five depths of texts of several lengths."""
     depths = tuple((i + 0.5) / len(texts.PLANTED) for i in range(len(texts.PLANTED)))
     say(f"\n=== 2. {len(depths)} facts in texts of several lengths: how many are found\n")
-    cells, skipped = [], []
+    cells: list[SimpleNamespace] = []
+    skipped: list[int] = []
     for length in LENGTHS:
         needed = [name for name in CURVES if name != "base, whole" or length <= CONTEXT]
         if cells and not run.fits(length * sum(_COST[name] for name in needed) + 2000, 0.7):
@@ -198,7 +198,7 @@ def _measure(run: Run, base: Any, tokenizer: Any) -> None:
     say(f"\n=== 3. Nats per token of {length:,} tokens, with {ROWS} entries a layer each\n")
     ids = tokenizer(texts.prose(), add_special_tokens=False, verbose=False)["input_ids"][:length]
     step = length // 4
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, config in configs.items():
         model = memwrap.wrap(base, config).eval()
         values, sizes = nats(model, ids, SEGMENT)
@@ -210,9 +210,9 @@ def _measure(run: Run, base: Any, tokenizer: Any) -> None:
             f"{'  '.join(f'{m:.3f}' for m in means)}   mean {found[name]['mean']:.3f}")  # fmt: skip
     run.results["nats"] = {"tokens": length, "step": step, "memories": found}
     figure, (panel,) = _figure(1)
-    for index, (name, values) in enumerate(found.items()):
-        places = [step * (i + 0.5) for i in range(len(values["nats"]))]
-        panel.plot(places, values["nats"], label=f"{name}, {values['bytes'] / 1e6:.0f} MB",
+    for index, (name, of) in enumerate(found.items()):
+        places = [step * (i + 0.5) for i in range(len(of["nats"]))]
+        panel.plot(places, of["nats"], label=f"{name}, {of['bytes'] / 1e6:.0f} MB",
                    color=COLOURS[index], marker=MARKERS[index], markersize=4)  # fmt: skip
     panel.set_xlabel("token")
     panel.set_ylabel("nats per token")

@@ -133,7 +133,7 @@ def _from_folder(folder: Path, split: str | None) -> list[Document]:
     if not documents:
         raise ValueError(
             f"None of the {len(paths)} files in {root} falls into the split {split!r} (drawn by "
-            f"a hash of their names); put files into {folder / split}, or use split=None."
+            f"a hash of their names); put files into {folder / str(split)}, or use split=None."
         )
     return documents
 
