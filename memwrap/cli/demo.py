@@ -32,6 +32,8 @@ CONTEXT = 8192 - 128
 """Tokens of a document that the base's trained context holds beside a question."""
 SEGMENT, ROWS = 256, 512
 """Of the memories whose nats are measured: tokens at once, and entries that each may keep."""
+MEASURED = (4_096, 2_048, 1_024)
+"""Tokens that nats are measured on, the first that time allows."""
 LENGTHS = (2_000, 7_600, 15_600)
 DOCUMENTS = (24_600, 16_400, 8_200)
 CURVES = ("memory", "base, truncated", "base, whole", "window + sinks")
@@ -194,7 +196,8 @@ def _measure(run: Run, base: Any, tokenizer: Any) -> None:
         ),
         "extended_mind": memwrap.ExtendedMindConfig(segment_size=SEGMENT, cache_size=ROWS),
     }
-    length = next((n for n in (4096, 2048) if run.fits(n * 2.2 * len(configs), 0.9)), 1024)
+    fitting = (n for n in MEASURED if run.fits(n * 2.2 * len(configs), 0.9))
+    length = next(fitting, MEASURED[-1])
     say(f"\n=== 3. Nats per token of {length:,} tokens, with {ROWS} entries a layer each\n")
     ids = tokenizer(texts.prose(), add_special_tokens=False, verbose=False)["input_ids"][:length]
     step = length // 4
