@@ -167,7 +167,7 @@ class Conversation:
                 after = state.clone()
             ids = settled
         self._ids, self._read, self.state = ids, len(ids), after
-        lead = len(self._template.encode(self._template.lead()))
+        lead = self._template.lead_length()
         replace(self._held, turns=self.turns, read=len(ids), lead=lead).put(after)
 
     def _pad(self) -> int | None:

@@ -59,7 +59,7 @@ class Held:
             return None
         try:
             held = cls(**note)
-            held.read += len(turns.encode(turns.lead())) - held.lead
+            held.read += turns.lead_length() - held.lead
             held.messages([*held.turns, {"role": "user", "content": ""}])
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError("The state's chat is damaged; read the document again.") from error

@@ -42,12 +42,24 @@ class Turns:
         Raises:
             ValueError: for a template that does not repeat it word for word.
         """
-        return self._around([{"role": "user", "content": _MARK}])[0]
+        parts = self._around([{"role": "user", "content": _MARK}])
+        if parts is None:
+            raise ValueError(
+                "The tokenizer's chat template does not repeat a message word for word; give one "
+                "that does (tokenizer.chat_template = ...), or None for plain text."
+            )
+        return parts[0]
+
+    def lead_length(self) -> int:
+        """Count the ids in front of what a user says first; 0 where that cannot be told."""
+        parts = self._around([{"role": "user", "content": _MARK}])
+        return 0 if parts is None else len(self.encode(parts[0]))
 
     def stops(self) -> list[int]:
         """Find the special token that ends an answer in this template, if there is one."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-        first = self.encode(self._around(turns)[1])[:1]
+        parts = self._around(turns)
+        first = self.encode(parts[1])[:1] if parts is not None else []
         tokenizer = self.tokenizer
         special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         return [token for token in first if token in special]
@@ -73,14 +85,11 @@ class Turns:
         ]  # fmt: skip
         return ids if self.ids(turns).count(bos) > 1 else ids[1:]
 
-    def _around(self, messages: list[Message]) -> tuple[str, str]:
+    def _around(self, messages: list[Message]) -> list[str] | None:
+        """Return the texts in front of and behind the mark, or None if it does not stand there
+        once."""
         parts = self.text(messages, answer=False).split(_MARK)
-        if len(parts) != 2:
-            raise ValueError(
-                "The tokenizer's chat template does not repeat a message word for word; give one "
-                "that does (tokenizer.chat_template = ...), or None for plain text."
-            )
-        return parts[0], parts[1]
+        return parts if len(parts) == 2 else None
 
 
 def under(content: str, text: str) -> str:
