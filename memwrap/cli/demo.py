@@ -36,6 +36,7 @@ MEASURED = (4_096, 2_048, 1_024)
 """Tokens that nats are measured on, the first that time allows."""
 LENGTHS = (2_000, 7_600, 15_600)
 DOCUMENTS = (24_600, 16_400, 8_200)
+MARKS = ("<!-- demo:begin -->", "<!-- demo:end -->")
 CURVES = ("memory", "base, truncated", "base, whole", "window + sinks")
 # What a reading costs beside the base's own, which is measured first.
 _COST = {"memory": 2.0, "base, truncated": 0.0, "base, whole": 1.3, "window + sinks": 2.2}
@@ -251,6 +252,33 @@ def conclusions(results: dict[str, Any]) -> list[str]:
     return [first, second, third]
 
 
+def publish(folder: Path, readme: Path) -> None:
+    """Put what a run found between the marks of README.md, and its pictures into docs/figures.
+
+    Args:
+        folder: of the run.
+        readme: the page.
+    """
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    figures = readme.parent / "docs" / "figures"
+    for name in ("facts", "nats"):
+        (figures / f"demo_{name}.png").write_bytes((folder / f"{name}.png").read_bytes())
+    depths = len(results["facts"][0]["depth"])
+    lengths = sorted({cell["length"] for cell in results["facts"]})
+    counts = {(c["curve"], c["length"]): f"{sum(c['depth']):.0f}" for c in results["facts"]}
+    rows = [
+        ["of " + str(depths), *(f"{n:,} tokens" for n in lengths)],
+        ["---"] * (1 + len(lengths)),
+    ]
+    rows += [[curve, *(counts.get((curve, n), "-") for n in lengths)] for curve in CURVES]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    text = "\n".join(f"- {sentence}" for sentence in conclusions(results))
+    begin, end = MARKS
+    before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    write_text(readme, f"{before}{begin}\n\n{table}\n\n{text}\n\n{end}{after}")
+
+
 def _conclude(run: Run) -> None:
     say("\n=== What this run shows\n")
     for sentence in conclusions(run.results):
@@ -259,4 +287,10 @@ def _conclude(run: Run) -> None:
     say(f"\n{seconds:.0f} s in all; pictures and numbers are in {run.folder}")
 
 
-__all__ = ["Run", "conclusions", "main"]
+__all__ = ["Run", "conclusions", "main", "publish"]
+
+
+if __name__ == "__main__":  # python -m memwrap.cli.demo FOLDER README.md
+    import sys
+
+    publish(Path(sys.argv[1]), Path(sys.argv[2]))
