@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -29,6 +30,8 @@ class NamedStates:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._held: OrderedDict[str, MemoryState] = OrderedDict()
         self._saved: dict[str, int] = {}  # when the file was written that a held state equals
+        self._versions: dict[str, int] = {}
+        self._count = itertools.count()
         self._lock = RLock()
 
     def names(self) -> list[str]:
@@ -41,8 +44,9 @@ class NamedStates:
         path = self._path(name)
         return name in self._held or (path is not None and path.is_file())
 
-    def get(self, name: str) -> MemoryState:
-        """Give a state, from its file if it is not in memory or another server wrote it since.
+    def get(self, name: str) -> tuple[MemoryState, str]:
+        """Give a state, from its file if it is not in memory or another server wrote it since, and
+        a key that is this state's alone.
 
         Raises:
             KeyError: if there is none of this name.
@@ -57,14 +61,16 @@ class NamedStates:
                     raise KeyError(f"There is no state {name!r}.")
                 state = MemoryState.load(path, self.model)  # type: ignore[arg-type]
                 self._saved[name] = written
+                self._versions[name] = next(self._count)
             self._hold(name, state)
-            return state
+            return state, f"{name}#{self._versions[name]}"
 
     def put(self, name: str, state: MemoryState) -> None:
         """Keep a state in memory, instead of an older one of its name."""
         self._path(name)
         with self._lock:
             self._saved.pop(name, None)
+            self._versions[name] = next(self._count)
             self._hold(name, state)
 
     def save(self, name: str) -> Path:
@@ -75,13 +81,21 @@ class NamedStates:
             ValueError: if the server has no folder.
         """
         with self._lock:
-            state, path = self.get(name), self._path(name)
-            if path is None:
-                raise ValueError("The server was started without --states FOLDER; nothing is saved.")
+            state, path = self.get(name)[0], self._path(name)
+            self.check_folder()
             if name not in self._saved:
-                state.save(path)
-                self._saved[name] = path.stat().st_mtime_ns
-            return path
+                state.save(path)  # type: ignore[arg-type]
+                self._saved[name] = path.stat().st_mtime_ns  # type: ignore[union-attr]
+            return path  # type: ignore[return-value]
+
+    def check_folder(self) -> None:
+        """Refuse to save where there is no folder.
+
+        Raises:
+            ValueError: says how to give one.
+        """
+        if self.folder is None:
+            raise ValueError("The server has no folder for states (--states FOLDER).")
 
     def is_saved(self, name: str) -> bool:
         """Tell whether the state equals its file."""
@@ -105,7 +119,7 @@ class NamedStates:
     def _path(self, name: str) -> Path | None:
         if not _NAME.fullmatch(name):
             raise ValueError(
-                f"{name[:100]!r} is no name for a state: letters, digits, '.', '_' and '-', at most "
+                f"{name[:100]!r} is no name for a state: letters, digits, '.', '_', '-', at most "
                 "100, the first of them a letter or digit."
             )
         return None if self.folder is None else self.folder / f"{name}.safetensors"

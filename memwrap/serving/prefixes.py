@@ -20,6 +20,7 @@ class _Node:
         states: by the ids behind the last whole segment; `()` at its end.
     """
 
+    behind: str = ""
     parent: _Node | None = None
     segment: Ids = ()
     children: dict[Ids, _Node] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class PrefixTree:
 
     def __init__(self, segment_size: int, most_bytes: int) -> None:
         self.segment_size, self.most_bytes = segment_size, most_bytes
-        self._root = _Node()
+        self._roots: dict[str, _Node] = {}
         self._used: OrderedDict[tuple[int, Ids], tuple[_Node, int]] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
@@ -47,18 +48,24 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self._used)
 
-    def longest(self, ids: list[int]) -> tuple[MemoryState | None, int]:
+    def longest(self, ids: list[int], behind: str = "") -> tuple[MemoryState | None, int]:
         """Find the state of the longest beginning of `ids` that leaves at least one to read.
+
+        Args:
+            ids: of a whole text.
+            behind: names what was read before them; texts behind different things never meet.
 
         Returns:
             The state and the number of ids it has read; None and 0 if no beginning was read.
         """
         with self._lock:
             best: tuple[_Node, Ids, int] | None = None
-            node, depth = self._root, 0
+            node, depth = self._roots.get(behind, _Node()), 0
             while True:
                 rest = tuple(ids[depth : depth + self.segment_size])
-                known = [t for t in node.states if t == rest[: len(t)] and depth + len(t) < len(ids)]
+                known = [
+                    t for t in node.states if t == rest[: len(t)] and depth + len(t) < len(ids)
+                ]
                 if known:
                     tail = max(known, key=len)
                     best = node, tail, depth + len(tail)
@@ -72,13 +79,13 @@ class PrefixTree:
             self._used.move_to_end((id(node), tail))
             return node.states[tail], count
 
-    def put(self, ids: list[int], state: MemoryState) -> None:
+    def put(self, ids: list[int], state: MemoryState, behind: str = "") -> None:
         """Keep the state after `ids`."""
         with self._lock:
-            node, depth = self._root, 0
+            node, depth = self._roots.setdefault(behind, _Node(behind)), 0
             while depth + self.segment_size <= len(ids):
                 segment = tuple(ids[depth : depth + self.segment_size])
-                node = node.children.setdefault(segment, _Node(node, segment))
+                node = node.children.setdefault(segment, _Node(behind, node, segment))
                 depth += self.segment_size
             tail = tuple(ids[depth:])
             key = (id(node), tail)
@@ -98,6 +105,8 @@ class PrefixTree:
         while node.parent is not None and not node.states and not node.children:
             del node.parent.children[node.segment]
             node = node.parent
+        if node.parent is None and not node.states and not node.children:
+            self._roots.pop(node.behind, None)
 
 
 __all__ = ["PrefixTree"]
