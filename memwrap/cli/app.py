@@ -1,4 +1,4 @@
-"""The command line: `memwrap list | fetch | train | eval | read | chat | store | bench | doctor |
+"""The command line: `memwrap list | fetch | train | eval | read | chat | serve | store | bench | doctor |
 demo` and more; `memwrap --help` lists all.
 
 Commands import what they need when they run, so that help and lists come at once.
@@ -14,6 +14,7 @@ import typer
 
 from memwrap.cli.chat_commands import chat, read
 from memwrap.cli.model_commands import compare, evaluate, export_model, run_harness
+from memwrap.cli.serve_command import serve
 from memwrap.cli.shared import MemoryName, plain_errors, quiet
 from memwrap.cli.store_commands import bench_commands, store_commands
 from memwrap.io.version import VERSION
@@ -163,6 +164,7 @@ def demo(
 
 app.command()(read)
 app.command()(chat)
+app.command()(serve)
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command("export")(export_model)
