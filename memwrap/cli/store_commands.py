@@ -12,6 +12,7 @@ import memwrap
 from memwrap.assets import asset
 from memwrap.cli.shared import Dtype, load_model, load_tokenizer, plain_errors, quiet
 from memwrap.io.atomic_files import write_text
+from memwrap.io.reading import read_json
 
 if TYPE_CHECKING:
     from memwrap import KnnLMConfig
@@ -41,7 +42,7 @@ def _with_memory(name: str, config: KnnLMConfig, dtype: str | None, *, own: bool
     quiet()
     place = asset(name) or Path(name)
     about = place / "config.json"
-    kind = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    kind = read_json(about) if about.is_file() else {}
     if kind.get("model_type") == "memwrap":
         model = load_model(name, dtype)
         if "knnlm" not in model.memories:
