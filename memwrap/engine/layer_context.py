@@ -96,9 +96,8 @@ class LayerContext:
             return out.to(attention.value.dtype)
         return attention.local()
 
-    def close_attention(self, layer: int, module: object) -> None:
-        """Close a layer's open segment without new tokens, from its cached keys and values."""
-        keys, values = (self.segment.tree[n][str(layer)] for n in ("keys", "values"))
+    def close_attention(self, layer: int, module: object, keys: Tensor, values: Tensor) -> None:
+        """Close a layer's open segment without new tokens, from its keys and values."""
         for name, memory, state in self._at(layer, self.attending):
             attention = cached_attention(module, self, keys, values)
             self._keep_hidden(memory, attention)
@@ -149,3 +148,31 @@ class LayerContext:
 
 def _with_layers(tree: Tree, layers: Tree) -> Tree:
     return {**tree, "layers": {**tree["layers"], **layers}} if layers else tree
+
+
+@dataclass
+class PastReader:
+    """A context that takes keys and values of all columns but the last as attention is given them,
+    which may not be as they are cached.
+
+    Attributes:
+        step: what attention is told of the columns.
+        found: keys and values by layer.
+    """
+
+    step: AttentionStep
+    found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def after_layer(self, layer: int, hidden: Tensor) -> None:
+        return None
+
+    def attention_step(self, device: torch.device) -> AttentionStep:
+        return self.step
+
+    def attention(self, attention: LayerAttention) -> Tensor:
+        past = attention.rotated_key[:, :, :-1], attention.value[:, :, :-1]
+        self.found[attention.layer] = past
+        return attention.local()
