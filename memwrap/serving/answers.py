@@ -17,7 +17,7 @@ from memwrap.state.memory_state import MemoryState
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn, and when that ends.
+    """The way tokens are drawn, and when that ends.
 
     Attributes:
         max_tokens: at most so many.
