@@ -118,11 +118,11 @@ def _from_folder(folder: Path, split: str | None) -> list[Document]:
     wanted = {}
     for path in paths:
         name = path.relative_to(root).as_posix()
-        own = split if split is not None and divided else split_of(name)
-        own = "train" if own in own_folder else own
-        if split is not None and own != split:
+        part = split if split is not None and divided else split_of(name)
+        part = "train" if part in own_folder else part
+        if split is not None and part != split:
             continue
-        wanted[path] = name, own
+        wanted[path] = name, part
     texts, problems = read_files(wanted)
     documents = [Document(*wanted[path], text) for path, text in texts.items()]
     if problems and not documents:
