@@ -72,8 +72,8 @@ def probe(
     run(first.position, first)
     if len(first.layers) != num_layers:
         raise ValueError(
-            f"{name} does not hand keyword arguments down to its attention function, which "
-            "memories at the attention place need; use a token-level one (rmt)."
+            f"{name}'s attention does not go through transformers' attention functions, where "
+            "memories at the attention place meet it; use one at another place (rmt, armt, knnlm)."
         )
     sizes = {}
     for layer, attention in sorted(first.layers.items()):

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from memwrap.backbones import attention as attention_place
 from memwrap.backbones import feedforward as feed_forward_place
 from memwrap.backbones import layers as layer_place
 from memwrap.backbones import recurrence as recurrent_place
+from memwrap.backbones import token_ids as token_ids_place
 from memwrap.backbones.attention_probe import AttentionSizes, probe
 from memwrap.backbones.cache_names import find_cache_name
 from memwrap.backbones.class_swaps import give_back, is_lent
+from memwrap.backbones.contexts import reaching
+from memwrap.backbones.decoders import find_decoder, head_logits
 from memwrap.backbones.masks import (
     build_masks,
     layer_kinds,
@@ -27,27 +29,15 @@ from memwrap.backbones.masks import (
     recurrent_layers,
 )
 from memwrap.backbones.offloaded import hooks_of, loaded
+from memwrap.backbones.reading_probe import alike, check_reading, sample_ids
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.state.trees import Tree, tree_map
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
-_KINDS = (layer_place.KIND, recurrent_place.KIND, feed_forward_place.KIND)
-
-
-class _Facade:
-    """An object that looks like `target` but for the attributes given, and for what a call gives:
-    lets a model's own `forward` run its head (soft caps, scaling and all) on hidden states that
-    were computed elsewhere."""
-
-    def __init__(self, target: Any, given: Any = None, **overrides: Any) -> None:
-        self.__dict__.update(overrides, _target=target, _given=given)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_given"]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_target"], name)
+_KINDS = (
+    layer_place.KIND, recurrent_place.KIND, feed_forward_place.KIND, token_ids_place.KIND,
+)  # fmt: skip
 
 
 class Backbone:
@@ -72,10 +62,7 @@ class Backbone:
             )
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        if decoder is None or decoder is model:
-            raise ValueError(f"{type(model).__name__} offers no decoder (`get_decoder()`).")
-        self.decoder: nn.Module = decoder
+        decoder = self.decoder = find_decoder(model)
         if model.get_input_embeddings() is None or model.get_output_embeddings() is None:
             raise ValueError(
                 f"{type(model).__name__} offers no input or no output embeddings; memwrap needs a "
@@ -96,6 +83,8 @@ class Backbone:
                 "load it with attn_implementation='sdpa' (or 'eager')."
             )
         self.rotary = Rotary(decoder, self.config)
+        self.ids_matter, self._plain = False, torch.zeros(0)
+        self.ids_matter, self._plain = self._as_ids_and_embeddings()
         self.cache_name = find_cache_name(self._one_token, self.config, type(model).__name__)
         self._path = next(n for n, m in model.named_modules() if m is decoder).split(".")
 
@@ -192,12 +181,16 @@ class Backbone:
             layer_place.attach(self.layers)
         if "attention" in points:
             attention_place.attach(self.model, self.attention_modules.values())
-        if self.recurrent:
-            try:
+        try:
+            if self.ids_matter:
+                token_ids_place.attach(self.embeddings)
+            if self.recurrent:
                 self._remembered = self._carry_on()
-            except ValueError:
-                self.detach()
-                raise
+            with self._quiet():
+                check_reading(self, self._plain)
+        except ValueError:
+            self.detach()
+            raise
 
     def _carry_on(self) -> Tree:
         """Let recurrent layers carry their states; what they remember of a row without tokens."""
@@ -272,8 +265,31 @@ class Backbone:
     def _one_token(self, **passed: Any) -> None:
         """Run one token of noise through the decoder with the given keywords."""
         where = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        noise = self._noise(1)
         with self._quiet():
-            self.decoder(inputs_embeds=self._noise(1), position_ids=where, **passed)
+            self.decoder(**self._given(noise, None), position_ids=where, **passed)
+
+    def _as_ids_and_embeddings(self) -> tuple[bool, Tensor]:
+        """Tell whether the decoder looks at ids beside their embeddings; and what it gives for
+        `sample_ids` itself, `(1, T, D)`."""
+        ids = sample_ids(self.embedding_weight.shape[0]).to(self.device)
+        where: dict[str, Any] = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
+        with self._quiet():
+            try:
+                want = self.decoder(input_ids=ids, use_cache=False, **where).last_hidden_state
+            except TypeError:  # it takes none
+                return False, self.decoder(inputs_embeds=self.embed(ids), **where)[0]
+            try:
+                got = self.decoder(inputs_embeds=self.embed(ids), use_cache=False, **where)
+            except (RuntimeError, ValueError):
+                return True, want
+            return not alike(got.last_hidden_state, want), want
+
+    def _given(self, embeds: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
+        """Choose what the decoder is given of a step's columns."""
+        if self.ids_matter:
+            return {"input_ids": token_ids_place.filled(ids, embeds, self.config)}
+        return {"inputs_embeds": embeds}
 
     def _noise(self, tokens: int) -> Tensor:
         """Draw embeddings `(1, tokens, D)` at the scale of the model's own."""
@@ -322,6 +338,7 @@ class Backbone:
         context: Any = None,
         recurrence: Recurrence | None = None,
         feed_forward: list[Tensor] | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor:
         """Run the decoder over embeddings. Several may run at once.
 
@@ -336,12 +353,10 @@ class Backbone:
             context: read and written by the layers (`LayerReader`, `AttentionReader`).
             recurrence: what recurrent layers remember of the rows, and will.
             feed_forward: takes up what the last feed-forward block is given, if it is attached.
+            ids: `(B, T)` the tokens' own, -1 elsewhere; for a backbone where they matter.
 
         Returns:
             The last hidden states `(B, T, D)`, after the final norm.
-
-        Raises:
-            ValueError: if the decoder does not hand keywords down to its layers.
         """
         mask = None
         if key_positions is not None and key_valid is not None:
@@ -349,14 +364,12 @@ class Backbone:
                 self.config, positions, key_positions, key_valid,
                 dtype=embeds.dtype, device=embeds.device,
             )  # fmt: skip
-        given: dict[str, Any] = {self.cache_name: cache}
-        if context is not None:
-            given["memory_context"] = context
         position_ids = positions if position_ids is None else position_ids
         noted = feed_forward_place.inputs_noted_in(feed_forward)
-        with recurrent_place.carried(recurrence), noted:
+        given: dict[str, Any] = {**self._given(embeds, ids), self.cache_name: cache}
+        own = token_ids_place.embeddings_given(embeds if self.ids_matter else None)
+        with reaching(context), recurrent_place.carried(recurrence), noted, own:
             return self.decoder(
-                inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=position_ids.to(embeds.device),
                 use_cache=cache is not None,
@@ -365,14 +378,7 @@ class Backbone:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Compute the logits `(B, T, V)` of last hidden states, through the model's own forward."""
-        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
-        given.router_logits = None  # mixtures of experts ask for it
-        stand_in = _Facade(self.decoder, given)
-        for depth in range(len(self._path) - 1, -1, -1):
-            owner = self.model.get_submodule(".".join(self._path[:depth]))
-            stand_in = _Facade(owner, **{self._path[depth]: stand_in})
-        out = type(self.model).forward(stand_in, inputs_embeds=hidden, use_cache=False)
-        return out.logits
+        return head_logits(self.model, self._path, hidden)
 
     def embedding_std(self) -> float:
         """Compute the standard deviation of the input embedding weights."""

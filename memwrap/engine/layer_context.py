@@ -19,7 +19,7 @@ from memwrap.state.trees import Tree, where_rows
 
 @dataclass
 class LayerContext:
-    """The keyword that layers and attention are handed: reads, and notes what changes.
+    """The context that layers and attention meet: reads, and notes what changes.
 
     Attributes:
         layered: the memories at the layers.

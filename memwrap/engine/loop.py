@@ -132,7 +132,7 @@ class Loop:
         device = self.reader.backbone.device
         embeds = self.reader.backbone.embed(nothing.to(device))
         new = state.clone()
-        ids = nothing.to(device) if "ids" in self.reader.looks_at else None
+        ids = nothing.to(device) if self.reader.needs_ids else None
         out = self.reader.run(embeds, step, state.memories, state.open, True, ids)
         new.memories, new.open = out.states, out.segment
         new.segments = state.segments + closes.long()
@@ -234,14 +234,19 @@ class Loop:
         return self.reader.backbone.embed(piece) if inputs.ids is not None else piece
 
     def _ids(self, inputs: Inputs, step: Step) -> Tensor | None:
-        """Return the ids `(B, N)` of the step's tokens, -1 where there is none; None if no memory
+        """Return the ids `(B, N)` of the step's tokens, -1 where there is none; None if nobody
         looks at them.
 
         Raises:
             ValueError: if embeddings were given instead.
         """
-        if "ids" not in self.reader.looks_at:
+        if not self.reader.needs_ids:
             return None
+        if inputs.ids is None and self.reader.backbone.ids_matter:
+            raise ValueError(
+                f"{type(self.reader.backbone.model).__name__} looks at the ids of what it reads; "
+                "give `input_ids` instead of `inputs_embeds`."
+            )
         if inputs.ids is None:
             names = [n for n, m in self.reader.seeing.items() if "ids" in m.looks_at]
             raise ValueError(

@@ -1,0 +1,78 @@
+"""Whether a decoder reads as memwrap lets it: a row of tokens as ids and as embeddings, in pieces
+on a cache, and behind padding, must give the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from memwrap.backbones.recurrence import Recurrence
+
+if TYPE_CHECKING:
+    from memwrap.backbones.backbone import Backbone
+
+TOKENS, FIRST, PADDING = 10, 6, 3
+
+
+def sample_ids(vocab_size: int, tokens: int = TOKENS) -> Tensor:
+    """Choose ids `(1, tokens)` from all over the vocabulary."""
+    return (torch.arange(1, tokens + 1) * 0.618 % 1 * vocab_size).long()[None]
+
+
+def alike(got: Tensor, want: Tensor) -> bool:
+    """Compare last hidden states `(1, T, D)`: whether those of most tokens agree. An expert chosen
+    by a hair changes a token or two; what is wrong in kind changes most of them."""
+    close = 0.01 if want.dtype.itemsize > 2 else 0.1  # float32 leaves some 1e-6, bf16 0.01
+    got, want = got.float(), want.float()
+    errors = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-12)
+    return bool(errors.median() <= close)
+
+
+def check_reading(backbone: Backbone, want: Tensor) -> None:
+    """Refuse a decoder that memwrap would read segments with wrongly.
+
+    Args:
+        backbone: its recurrent layers attached.
+        want: `(1, TOKENS, D)`, what the decoder itself gives for `sample_ids`.
+
+    Raises:
+        ValueError: says what it does otherwise.
+    """
+    name = type(backbone.model).__name__
+    ids = sample_ids(backbone.embedding_weight.shape[0]).to(backbone.device)
+    embeds, places = backbone.embed(ids), torch.arange(TOKENS)[None]
+    valid = torch.ones(1, TOKENS, dtype=torch.bool)
+
+    def run(start: int, stop: int, states: dict, cache: DynamicCache | None) -> tuple[Tensor, dict]:
+        recurrence = Recurrence(states, valid[:, start:stop]) if backbone.recurrent else None
+        hidden = backbone.run(
+            embeds[:, start:stop], places[:, start:stop], ids=ids[:, start:stop],
+            key_positions=places[:, :stop], key_valid=valid[:, :stop],
+            cache=cache, recurrence=recurrence,
+        )  # fmt: skip
+        return hidden, {} if recurrence is None else recurrence.after
+
+    if not alike(run(0, TOKENS, {}, None)[0], want):
+        raise ValueError(
+            f"{name} reads embeddings with masks and positions otherwise than a plain text; "
+            "memwrap cannot read segments with it."
+        )
+    cache = DynamicCache()
+    _, states = run(0, FIRST, {}, cache)
+    if not alike(run(FIRST, TOKENS, states, cache)[0], want[:, FIRST:]):
+        raise ValueError(
+            f"{name} reads a text in pieces otherwise than at once; memwrap cannot carry its "
+            "segments on."
+        )
+    embeds = torch.cat([embeds[:, :1].expand(-1, PADDING, -1), embeds], 1)
+    ids = torch.cat([ids[:, :1].expand(-1, PADDING), ids], 1)
+    valid = torch.cat([valid[:, :PADDING].logical_not(), valid], 1)
+    places = torch.cat([places[:, :1].expand(-1, PADDING), places], 1)
+    if not alike(run(0, PADDING + TOKENS, {}, None)[0][:, PADDING:], want):
+        raise ValueError(
+            f"{name} does not read a text behind padding as alone; memwrap cannot batch its "
+            "segments."
+        )
