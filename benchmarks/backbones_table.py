@@ -25,10 +25,20 @@ from memwrap.cli.trying import builder, try_memory
 MEMORIES = ("rmt", "armt", "window", "infini", "landmark", "knnlm")
 RESULTS = Path(__file__).parent / "results" / "backbones.json"
 _MIXED = ["linear_attention", "full_attention"] * 2
+
+
+def _axes(*section: int) -> dict[str, Any]:
+    rotary = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(section)}
+    return {"text_config": {"rope_parameters": rotary, "head_dim": 128}}
+
+
 # What default configs lack.
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": _MIXED, "num_hidden_layers": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8},
+    **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga"), _axes(16, 24, 24)),
+    "glm4v_moe": _axes(8, 12, 12),
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 4, "moe_topk": 2},

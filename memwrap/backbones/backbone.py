@@ -28,8 +28,14 @@ from memwrap.backbones.masks import (
     layers_without_attention,
     recurrent_layers,
 )
+from memwrap.backbones.position_limits import PositionLimit, angle_limit
 from memwrap.backbones.offloaded import hooks_of, loaded
-from memwrap.backbones.reading_probe import alike, check_reading, sample_ids
+from memwrap.backbones.reading_probe import (
+    alike,
+    check_reading,
+    explained,
+    sample_ids,
+)
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.state.trees import Tree, tree_map
@@ -84,7 +90,8 @@ class Backbone:
             )
         self.rotary = Rotary(decoder, self.config)
         self.ids_matter, self._plain = False, torch.zeros(0)
-        self.ids_matter, self._plain = self._as_ids_and_embeddings()
+        with explained(type(model).__name__):
+            self.ids_matter, self._plain = self._as_ids_and_embeddings()
         self.cache_name = find_cache_name(self._one_token, self.config, type(model).__name__)
         self._path = next(n for n, m in model.named_modules() if m is decoder).split(".")
 
@@ -135,6 +142,14 @@ class Backbone:
         return None if table is None else self.config.max_position_embeddings
 
     @property
+    def position_limit(self) -> PositionLimit | None:
+        """The most positions that a segment may take, and why; None for any number."""
+        limit = self.max_positions
+        if limit is not None:
+            return PositionLimit(limit, f"the backbone's table has {limit}")
+        return angle_limit(self.config)
+
+    @property
     def _position_table(self) -> nn.Embedding | None:
         # An adapter holds the table that it wraps.
         token_embeddings = set(self.embeddings.modules())
@@ -177,20 +192,39 @@ class Backbone:
         """
         if "feed_forward" in points:
             feed_forward_place.attach(self._feed_forward())
-        if "layer" in points:
-            layer_place.attach(self.layers)
         if "attention" in points:
             attention_place.attach(self.model, self.attention_modules.values())
         try:
+            if "layer" in points:
+                layer_place.attach(self.layers)
+                self._check_layers()
             if self.ids_matter:
                 token_ids_place.attach(self.embeddings)
             if self.recurrent:
                 self._remembered = self._carry_on()
-            with self._quiet():
+            with self._quiet(), explained(type(self.model).__name__):
                 check_reading(self, self._plain)
         except ValueError:
             self.detach()
             raise
+
+    def _check_layers(self) -> None:
+        """Refuse layers that are given something else than hidden states `(B, T, D)`."""
+        probe = layer_place.Probe()
+        with self._quiet():
+            self.run(self._noise(2), torch.arange(2)[None], context=probe)
+        name, width = type(self.model).__name__, self.config.hidden_size
+        if len(probe.shapes) != len(self.layers):
+            raise ValueError(
+                f"{name} calls {len(probe.shapes)} of its {len(self.layers)} decoder layers; "
+                "memories at the layer place need all. Use one at another place (rmt)."
+            )
+        other = next((shape for shape in probe.shapes.values() if shape != (1, 2, width)), None)
+        if other is not None:
+            raise ValueError(
+                f"{name} hands its layers hidden states of shape {other}, not (1, 2, {width}); use "
+                "a memory at another place than the layers (rmt, infini)."
+            )
 
     def _carry_on(self) -> Tree:
         """Let recurrent layers carry their states; what they remember of a row without tokens."""
@@ -279,11 +313,13 @@ class Backbone:
                 want = self.decoder(input_ids=ids, use_cache=False, **where).last_hidden_state
             except TypeError:  # it takes none
                 return False, self.decoder(inputs_embeds=self.embed(ids), **where)[0]
+            # Noise beside them: a decoder may look for the ids that embeddings belong to.
+            both = torch.cat([self.embed(ids), self._noise(ids.shape[1])])
             try:
-                got = self.decoder(inputs_embeds=self.embed(ids), use_cache=False, **where)
+                got = self.decoder(inputs_embeds=both, use_cache=False, **where)
             except (RuntimeError, ValueError):
                 return True, want
-            return not alike(got.last_hidden_state, want), want
+            return not alike(got.last_hidden_state[:1], want), want
 
     def _given(self, embeds: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
         """Choose what the decoder is given of a step's columns."""

@@ -40,6 +40,26 @@ def _memory_layer(parent: type[nn.Module], index: int) -> type[nn.Module]:
     return subclass(parent, KIND, forward=forward)
 
 
+class Probe:
+    """A context that notes the shapes that layers are given."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[int, ...]] = {}
+
+    def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        self.shapes[layer] = tuple(hidden.shape)
+        return hidden
+
+    def after_layer(self, layer: int, hidden: Tensor) -> None:
+        return None
+
+    def attention_step(self, device: Any) -> None:
+        return None
+
+    def attention(self, attention: Any) -> Tensor:
+        return attention.local()
+
+
 def attach(layers: nn.ModuleList) -> None:
     """Let every layer read and write."""
     for index, layer in enumerate(layers):

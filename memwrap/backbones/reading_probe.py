@@ -3,7 +3,9 @@ on a cache, and behind padding, must give the same."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,38 @@ def alike(got: Tensor, want: Tensor) -> bool:
     return bool(errors.median() <= close)
 
 
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what a foreign architecture raises in the block, of any kind, into a `ValueError` that
+    says whose it is."""
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"{name} cannot read text as memwrap lets a backbone read it: {type(error).__name__} "
+            f"({reason})."
+        ) from error
+
+
+def _check_head(backbone: Backbone, want: Tensor, ids: Tensor) -> None:
+    model: Any = backbone.model
+    name = type(model).__name__
+    try:
+        own = model(input_ids=ids, use_cache=False).logits
+    except Exception as error:  # of a foreign architecture, of every kind
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name} does not read text alone ({reason}).") from error
+    made = backbone.head(want)
+    if made is None or made.shape != own.shape or not alike(made, own):
+        raise ValueError(
+            f"{name} makes its logits of something else than its decoder's last hidden states; "
+            "memwrap cannot read with it."
+        )
+
+
 def check_reading(backbone: Backbone, want: Tensor) -> None:
     """Refuse a decoder that memwrap would read segments with wrongly.
 
@@ -43,6 +77,7 @@ def check_reading(backbone: Backbone, want: Tensor) -> None:
     """
     name = type(backbone.model).__name__
     ids = sample_ids(backbone.embedding_weight.shape[0]).to(backbone.device)
+    _check_head(backbone, want, ids)
     embeds, places = backbone.embed(ids), torch.arange(TOKENS)[None]
     valid = torch.ones(1, TOKENS, dtype=torch.bool)
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from memwrap.backbones.auto_classes import auto_class
 from memwrap.backbones.masks import ATTENDING
 
 VOCABULARY = 256
@@ -35,7 +36,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("moe_num_experts", "num_moe_experts", "index_n_heads"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
     **dict.fromkeys(("top_k_experts", "moe_top_k", "index_topk"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "mamba_n_groups", "n_groups", "mamba_ngroups"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "mamba_n_groups", "n_groups", "mamba_ngroups"), 1),
     **dict.fromkeys(("linear_num_key_heads", "o_groups"), 2),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_attention_heads"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
@@ -58,7 +59,7 @@ def small_model(config: PreTrainedConfig, seed: int = 0, auto: Any = None) -> Pr
     Args:
         config: of a model of any size.
         seed: of its weights.
-        auto: the class that builds it; default `AutoModelForCausalLM`.
+        auto: the class that builds it; default the one that knows the config.
 
     Raises:
         ValueError: if none can be built; says what the architecture complained of.
@@ -66,7 +67,7 @@ def small_model(config: PreTrainedConfig, seed: int = 0, auto: Any = None) -> Pr
     problem = ""
     for reduced in _reductions(config):
         try:
-            return _build(reduced, seed, auto or AutoModelForCausalLM)
+            return _build(reduced, seed, auto or auto_class(config))
         except Exception as error:  # whatever a foreign architecture raises is a "no"
             problem = problem or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     raise ValueError(f"No small {config.model_type!r} model can be built: {problem}")
@@ -90,28 +91,32 @@ def _build(config: PreTrainedConfig, seed: int, auto: Any) -> PreTrainedModel:
 
 def _reductions(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """Make ever less reduced copies of a config: not every architecture can be narrowed."""
-    for widths, deep in ((_SMALL, False), (_SMALL, True), ({}, False)):
+    wide = {key: 512 if value == 64 else value for key, value in _SMALL.items()} | {"head_dim": 128}
+    for widths, cut in (
+        (_SMALL, "all"), (_SMALL, "text"), (_SMALL, ""), (wide, "all"), (wide, "text"), ({}, "all"),
+    ):  # fmt: skip
         try:
-            yield reduced(config, widths, whole=deep)
+            yield reduced(config, widths, cut=cut)
         except Exception:  # noqa: S112 - a config may check its values as they are set
             continue
 
 
 def reduced(
-    config: PreTrainedConfig, widths: dict[str, Any] = _SMALL, *, whole: bool = False
+    config: PreTrainedConfig, widths: dict[str, Any] = _SMALL, *, cut: str = "all"
 ) -> PreTrainedConfig:
     """Reduce a config and those in it.
 
     Args:
         config: stays as it is.
         widths: what is set where it is there.
-        whole: keep the number of layers.
+        cut: whose layers are cut: of "all" configs, of the "text" alone, or of none ("").
     """
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     for part in {id(c): c for c in (config, text, *_parts(config))}.values():
-        _reduce(part, widths, cut=not whole, vocabulary=part is text or part is config)
-    return config
+        cutting = cut == "all" or (cut == "text" and part is text)
+        _reduce(part, widths, cut=cutting, vocabulary=part is text or part is config)
+    return type(config).from_dict(config.to_dict())  # may find something wrong
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -123,8 +128,9 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabulary: bool) -> None:
     values = vars(text)
-    if cut:
-        _cut(text)
+    heterogeneous = "_heterogeneity_spec" in values
+    own = text.to_dict().get("per_layer_config") if heterogeneous else None
+    kept = _cut(text) if cut else []
     before = dict(values)
     alike = values.get("num_key_value_heads") in (None, values.get("num_attention_heads"))
     for key, value in widths.items():
@@ -146,6 +152,8 @@ def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabular
             _set(text, key, 0 if key[:3] in ("pad", "bos", "eos") else VOCABULARY - 1)
         if key == "eos_token_id" and isinstance(value, list):
             _set(text, key, 0)
+    if own and kept:
+        _keep_own(text, own, kept)
 
 
 def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
@@ -158,6 +166,13 @@ def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
             if _is_number(before.get(key)):
                 alone = before[key] == before["qk_rope_head_dim"]
                 _set(text, key, rope if alone else rope + plain)
+    count, inner = values.get("mamba_n_heads"), values.get("mamba_d_ssm")
+    if _is_number(count) and _is_number(values.get("mamba_d_head")):
+        inner = inner or values.get("mamba_expand", 2) * values["hidden_size"]
+        _set(text, "mamba_d_head", inner // count)
+    if _is_number(values.get("num_heads")) and "state_size" in values and "expand" in values:
+        wide = values["expand"] * values["hidden_size"]
+        _set(text, "num_heads", wide // values.get("head_dim", wide))
     heads = before.get("num_attention_heads") or 1
     width = before.get("head_dim") or (before.get("hidden_size") or heads) // heads
     for rotary in (values.get("rope_parameters"), values.get("rope_scaling")):
@@ -166,6 +181,17 @@ def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
             total = sum(section) * 16 // width
             parts = [n * 16 // width for n in section[:-1]]
             rotary["mrope_section"] = [*parts, total - sum(parts)]
+
+
+def _keep_own(text: PreTrainedConfig, own: dict[Any, Any], chosen: list[int]) -> None:
+    """Leave the chosen layers of what a config says of single ones."""
+    given = {int(key): layer for key, layer in own.items()}
+    settings = {n: dict(given.get(old, {})) for n, old in enumerate(chosen)}
+    for layer in settings.values():
+        for key, value in layer.items():
+            if _is_number(value):
+                layer[key] = min(value, 2 * _SMALL.get(key, value))
+    text.per_layer_config = {n: layer for n, layer in settings.items() if layer}  # type: ignore[attr-defined]
 
 
 def _is_number(value: Any) -> bool:
@@ -178,13 +204,13 @@ def _set(config: PreTrainedConfig, key: str, value: Any) -> None:
         setattr(config, key, value)
 
 
-def _cut(text: PreTrainedConfig) -> None:
-    """Leave two layers of a config, and one of every kind that does not attend."""
+def _cut(text: PreTrainedConfig) -> list[int]:
+    """Leave two layers of a config, and one of every kind that does not attend: which."""
     values = vars(text)
     name = next((n for n in _LAYERS if _is_number(values.get(n))), None)
     if name is None:
-        return
-    before, kinds = values[name], values.get("layer_types")
+        return []
+    before, kinds = values[name], getattr(text, "layer_types", None)
     layers = min(2, before)
     if kinds:
         chosen = _one_of_each(kinds)
@@ -198,6 +224,7 @@ def _cut(text: PreTrainedConfig) -> None:
             kept = chosen if kinds else range(before - layers, before)
             _set(text, key, [value[n] for n in kept])
     _set(text, name, layers)
+    return chosen if kinds else list(range(before - layers, before))
 
 
 def _one_of_each(kinds: list[str]) -> list[int]:

@@ -93,9 +93,9 @@ def _against_the_base(model: Any, build: Any) -> str:
     vectors = [m.prefix(model.new_state(2).memories[n]) for n, m in _prompts(model)]
     logits = model(ids).logits
     if not vectors:
-        want = base_logits(base, ids)
-        if model.parts.max_positions is None and "landmark" in model.memories:
+        if "landmark" in model.memories:
             return ""  # its tokens stand among the text's
+        want = base_logits(base, ids)
     else:
         embeds = torch.cat([*vectors, base.get_input_embeddings()(ids)], 1)
         if model.parts.max_positions is not None:

@@ -155,13 +155,13 @@ class Loop:
         return plan_columns(inputs.real, self.config, state.hold_open)
 
     def _check_positions(self, steps: list[Step]) -> None:
-        """Refuse an open segment that has grown beyond the backbone's position table."""
-        limit, extra = self.reader.backbone.max_positions, self.reader.layout.prefix_positions
+        """Refuse an open segment that has grown beyond the backbone's positions."""
+        limit, extra = self.reader.backbone.position_limit, self.reader.layout.prefix_positions
         longest = max((int(step.ends.max()) for step in steps), default=0)
-        if limit is not None and longest + extra > limit:
+        if limit is not None and longest + extra > limit.positions:
             raise ValueError(
-                f"The open segment has grown to {longest} tokens; the backbone's table has {limit} "
-                f"positions ({extra} for memory). With remember=False generate fewer tokens."
+                f"The open segment has grown to {longest} tokens ({extra} more positions are for "
+                f"memory), but {limit.reason}. With remember=False generate fewer tokens."
             )
 
     def _step(
