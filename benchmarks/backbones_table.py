@@ -59,7 +59,10 @@ def names() -> dict[str, Any]:
 def tried(name: str, auto: Any) -> dict[str, Any]:
     """Try the memories on one architecture."""
     try:
-        build = builder(lambda: small_model(CONFIG_MAPPING[name](**OWN.get(name, {})), auto=auto))
+        config = CONFIG_MAPPING[name](**OWN.get(name, {}))
+        if auto is AutoModelForCausalLM and "is_decoder" in vars(config):
+            config.is_decoder = True  # encoders of text are read as causal LMs with this alone
+        build = builder(lambda: small_model(config, auto=auto))
         row: dict[str, Any] = {"class": type(build()).__name__}
     except Exception as error:
         return {"class": "", "problem": " ".join(str(error).split())[:300]}

@@ -89,9 +89,9 @@ class Backbone:
                 "load it with attn_implementation='sdpa' (or 'eager')."
             )
         self.rotary = Rotary(decoder, self.config)
-        self.ids_matter, self._plain = False, torch.zeros(0)
+        self.ids_matter = False
         with explained(type(model).__name__):
-            self.ids_matter, self._plain = self._as_ids_and_embeddings()
+            self.ids_matter = self._looks_at_ids()
         self.cache_name = find_cache_name(self._one_token, self.config, type(model).__name__)
         self._path = next(n for n, m in model.named_modules() if m is decoder).split(".")
 
@@ -203,7 +203,7 @@ class Backbone:
             if self.recurrent:
                 self._remembered = self._carry_on()
             with self._quiet(), explained(type(self.model).__name__):
-                check_reading(self, self._plain)
+                check_reading(self)
         except ValueError:
             self.detach()
             raise
@@ -286,8 +286,8 @@ class Backbone:
         def run(positions: Tensor, context: Any) -> None:
             self._probe(1, positions, context=context)
 
-        with self.attention_lent():
-            name = type(self.model).__name__
+        name = type(self.model).__name__
+        with self.attention_lent(), explained(name):
             return probe(run, len(self.attention_modules), self.rotary, name)
 
     def _probe(self, tokens: int, positions: Tensor | None = None, **passed: Any) -> None:
@@ -303,23 +303,22 @@ class Backbone:
         with self._quiet():
             self.decoder(**self._given(noise, None), position_ids=where, **passed)
 
-    def _as_ids_and_embeddings(self) -> tuple[bool, Tensor]:
-        """Tell whether the decoder looks at ids beside their embeddings; and what it gives for
-        `sample_ids` itself, `(1, T, D)`."""
+    def _looks_at_ids(self) -> bool:
+        """Tell whether the decoder looks at ids beside their embeddings."""
         ids = sample_ids(self.embedding_weight.shape[0]).to(self.device)
-        where: dict[str, Any] = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
+        where = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
         with self._quiet():
             try:
                 want = self.decoder(input_ids=ids, use_cache=False, **where).last_hidden_state
             except TypeError:  # it takes none
-                return False, self.decoder(inputs_embeds=self.embed(ids), **where)[0]
+                return False
             # Noise beside them: a decoder may look for the ids that embeddings belong to.
             both = torch.cat([self.embed(ids), self._noise(ids.shape[1])])
             try:
                 got = self.decoder(inputs_embeds=both, use_cache=False, **where)
             except (RuntimeError, ValueError):
-                return True, want
-            return not alike(got.last_hidden_state[:1], want), want
+                return True
+        return not alike(got.last_hidden_state[:1], want)
 
     def _given(self, embeds: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
         """Choose what the decoder is given of a step's columns."""

@@ -39,9 +39,11 @@ def explained(name: str) -> Iterator[None]:
     says whose it is."""
     try:
         yield
-    except (ValueError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and _is_own(error):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"{name} cannot read text as memwrap lets a backbone read it: {type(error).__name__} "
@@ -49,35 +51,34 @@ def explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def _check_head(backbone: Backbone, want: Tensor, ids: Tensor) -> None:
-    model: Any = backbone.model
-    name = type(model).__name__
+def _is_own(error: Exception) -> bool:
+    """Tell whether an error was raised by memwrap itself."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    name = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
+    return str(name).partition(".")[0] == __name__.partition(".")[0]
+
+
+def _own_logits(model: Any, ids: Tensor) -> Tensor:
     try:
-        own = model(input_ids=ids, use_cache=False).logits
+        return model(input_ids=ids, use_cache=False).logits
     except Exception as error:  # of a foreign architecture, of every kind
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name} does not read text alone ({reason}).") from error
-    made = backbone.head(want)
-    if made is None or made.shape != own.shape or not alike(made, own):
-        raise ValueError(
-            f"{name} makes its logits of something else than its decoder's last hidden states; "
-            "memwrap cannot read with it."
-        )
+        raise ValueError(f"{type(model).__name__} does not read text alone ({reason}).") from error
 
 
-def check_reading(backbone: Backbone, want: Tensor) -> None:
-    """Refuse a decoder that memwrap would read segments with wrongly.
+def check_reading(backbone: Backbone) -> None:
+    """Refuse a model that memwrap would read segments with wrongly.
 
     Args:
         backbone: its recurrent layers attached.
-        want: `(1, TOKENS, D)`, what the decoder itself gives for `sample_ids`.
 
     Raises:
         ValueError: says what it does otherwise.
     """
     name = type(backbone.model).__name__
     ids = sample_ids(backbone.embedding_weight.shape[0]).to(backbone.device)
-    _check_head(backbone, want, ids)
     embeds, places = backbone.embed(ids), torch.arange(TOKENS)[None]
     valid = torch.ones(1, TOKENS, dtype=torch.bool)
 
@@ -90,10 +91,12 @@ def check_reading(backbone: Backbone, want: Tensor) -> None:
         )  # fmt: skip
         return hidden, {} if recurrence is None else recurrence.after
 
-    if not alike(run(0, TOKENS, {}, None)[0], want):
+    want = run(0, TOKENS, {}, None)[0]
+    own, made = _own_logits(backbone.model, ids), backbone.head(want)
+    if made is None or made.shape != own.shape or not alike(made, own):
         raise ValueError(
-            f"{name} reads embeddings with masks and positions otherwise than a plain text; "
-            "memwrap cannot read segments with it."
+            f"{name} does not give for a text what its decoder, read from left to right, and its "
+            "head give; memwrap cannot read with it."
         )
     cache = DynamicCache()
     _, states = run(0, FIRST, {}, cache)

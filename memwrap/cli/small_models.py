@@ -45,6 +45,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_dt_rank"), 8),
     "mamba_d_ssm": 128, "hidden_size_per_layer_input": 8, "laurel_rank": 8, "lru_width": 64,
     "query_pre_attn_scalar": 16, "conv_L_cache": 3, "encoder_layers": 2, "depth": 2,
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "attention_chunk_size"), 8),
     "max_window_layers": 1, "max_position_embeddings": 128, "n_positions": 128,
     "rotary_dim": 8, "compress_ratio": 4, "num_nextn_predict_layers": 0, "adapter_len": 2,
 }  # fmt: skip
@@ -136,6 +137,8 @@ def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabular
     for key, value in widths.items():
         if _is_number(values.get(key)) and values[key] > value:
             _set(text, key, value)
+        elif isinstance(values.get(key), list) and all(map(_is_number, values[key])):
+            _set(text, key, [min(n, value) for n in values[key]])
     if widths:
         _keep_relations(text, before)
     for key in ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads"):

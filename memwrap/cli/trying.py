@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import memwrap
 from memwrap.cli.small_models import VOCABULARY
 
-RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
+RIGHT, LIMIT, REFUSED, WRONG = "right", "limit", "refused", "wrong"
 TOLERANCE = 1e-3  # of the logits' scale: float32 leaves some 1e-5, experts chosen by a hair more
 _SEGMENT, _LENGTH = 8, 29
 
@@ -27,8 +27,9 @@ class Trial:
 
     Attributes:
         memory: its name.
-        result: "right", "refused" (at wrap) or "wrong".
-        problem: what was refused, or is wrong; empty if it is right.
+        result: "right", "limit" (right, and something is to be known), "refused" (at wrap) or
+            "wrong".
+        problem: what is to be known, was refused, or is wrong; empty if it is right.
     """
 
     memory: str
@@ -59,6 +60,8 @@ def try_memory(memory: str, build: Callable[[], PreTrainedModel]) -> Trial:
             problem = f"{type(error).__name__}: {_sentence(error)}"
         if problem:
             return Trial(memory, WRONG, f"{name}: {problem}")
+    if "window" in model.memories and model.parts.max_positions is not None:
+        return Trial(memory, LIMIT, "positions are learned: they begin anew in every segment")
     return Trial(memory)
 
 
@@ -86,7 +89,7 @@ def _against_the_base(model: Any, build: Any) -> str:
     """Compare with the base: with a window that sees all; for others, what the first segment
     gives, in which there is nothing to remember, is compared with the base's."""
     ids, base = text(), build()
-    if "window" in model.memories:
+    if "window" in model.memories and model.parts.max_positions is None:
         wide = memwrap.WindowConfig(segment_size=_SEGMENT, window_size=128, num_sinks=0)
         return _differs(memwrap.wrap(base, wide)(ids).logits, base_logits(build(), ids))
     ids = ids[:, : _SEGMENT - 1]
