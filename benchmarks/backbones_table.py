@@ -53,7 +53,10 @@ def names() -> dict[str, Any]:
     from transformers.models.auto import modeling_auto as auto
 
     text = dict.fromkeys(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM)
-    return dict.fromkeys(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText) | text
+    return (
+        dict.fromkeys(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText)
+        | text
+    )
 
 
 def tried(name: str, auto: Any) -> dict[str, Any]:

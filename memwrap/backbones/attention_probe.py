@@ -60,8 +60,9 @@ def probe(
         name: of the model, for errors.
 
     Raises:
-        ValueError: if attention does not go through transformers' attention functions, if the rotation is not one
-            that can be taken back, or if attention is more than memwrap can join memories to.
+        ValueError: if attention does not go through transformers' attention functions, if the
+            rotation is not one that can be taken back, or if attention is more than memwrap can
+            join memories to.
     """
     positions = torch.arange(TOKENS)[None]
     with _position_calls(decoder, layers, TOKENS) as calls:

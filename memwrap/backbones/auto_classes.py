@@ -45,7 +45,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
             return auto
     for name in wanted:
         kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-            if kind.config_class is type(config) and kind.can_generate():
-                return _One(kind)
+        known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+        if known and kind.config_class is type(config) and kind.can_generate():
+            return _One(kind)
     return found[0][0] if found else AutoModelForCausalLM

@@ -28,12 +28,13 @@ from memwrap.backbones.masks import (
     layers_without_attention,
     recurrent_layers,
 )
-from memwrap.backbones.position_limits import PositionLimit, angle_limit
 from memwrap.backbones.offloaded import hooks_of, loaded
+from memwrap.backbones.position_limits import PositionLimit, angle_limit
 from memwrap.backbones.reading_probe import (
-    alike,
     check_reading,
+    evaluating,
     explained,
+    looks_at_ids,
     sample_ids,
 )
 from memwrap.backbones.recurrence import Recurrence
@@ -41,6 +42,7 @@ from memwrap.backbones.rotary import Rotary
 from memwrap.state.trees import Tree, tree_map
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+_SPARE_ROWS = 8
 _KINDS = (
     layer_place.KIND, recurrent_place.KIND, feed_forward_place.KIND, token_ids_place.KIND,
 )  # fmt: skip
@@ -158,7 +160,8 @@ class Backbone:
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is None:
             return None
-        return next((table for table in tables if table.num_embeddings >= limit), None)
+        # Some have a few rows more, for padding.
+        return next((t for t in tables if 0 <= t.num_embeddings - limit <= _SPARE_ROWS), None)
 
     def first_position(self) -> Tensor:
         """Return the vector `(D,)` that a learned position table adds at position 0.
@@ -195,18 +198,34 @@ class Backbone:
         if "attention" in points:
             attention_place.attach(self.model, self.attention_modules.values())
         try:
+            self._attach_own()
             if "layer" in points:
                 layer_place.attach(self.layers)
                 self._check_layers()
-            if self.ids_matter:
-                token_ids_place.attach(self.embeddings)
-            if self.recurrent:
-                self._remembered = self._carry_on()
-            with self._quiet(), explained(type(self.model).__name__):
-                check_reading(self)
         except ValueError:
             self.detach()
             raise
+
+    def _attach_own(self) -> None:
+        """Let the parts of which every memory model needs to know more than their inputs meet
+        it."""
+        if self.ids_matter:
+            token_ids_place.attach(self.embeddings)
+        if self.recurrent:
+            self._remembered = self._carry_on()
+
+    def check(self) -> None:
+        """Refuse a model that memwrap would read segments with wrongly, by reading a row of tokens.
+
+        Raises:
+            ValueError: says what it does otherwise.
+        """
+        try:
+            self._attach_own()
+            with self._quiet(), explained(type(self.model).__name__):
+                check_reading(self)
+        finally:
+            self.detach()
 
     def _check_layers(self) -> None:
         """Refuse layers that are given something else than hidden states `(B, T, D)`."""
@@ -304,21 +323,9 @@ class Backbone:
             self.decoder(**self._given(noise, None), position_ids=where, **passed)
 
     def _looks_at_ids(self) -> bool:
-        """Tell whether the decoder looks at ids beside their embeddings."""
         ids = sample_ids(self.embedding_weight.shape[0]).to(self.device)
-        where = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
         with self._quiet():
-            try:
-                want = self.decoder(input_ids=ids, use_cache=False, **where).last_hidden_state
-            except TypeError:  # it takes none
-                return False
-            # Noise beside them: a decoder may look for the ids that embeddings belong to.
-            both = torch.cat([self.embed(ids), self._noise(ids.shape[1])])
-            try:
-                got = self.decoder(inputs_embeds=both, use_cache=False, **where)
-            except (RuntimeError, ValueError):
-                return True
-        return not alike(got.last_hidden_state[:1], want)
+            return looks_at_ids(self.decoder, ids, self.embed(ids), self._noise(ids.shape[1]))
 
     def _given(self, embeds: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
         """Choose what the decoder is given of a step's columns."""
@@ -334,16 +341,17 @@ class Backbone:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Run the block without gradients and with the model in evaluation mode."""
-        training = [module for module in self.model.modules() if module.training]
-        for module in training:
-            module.training = False
+        """Run the block without gradients, with the model in evaluation mode and embeddings that
+        give way to a run's where ids matter."""
+        lent = self.ids_matter
+        if lent:
+            token_ids_place.attach(self.embeddings)
         try:
-            with torch.no_grad():
+            with evaluating(self.model), torch.no_grad():
                 yield
         finally:
-            for module in training:
-                module.training = True
+            if lent:
+                give_back(self.embeddings, token_ids_place.KIND)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Turn ids `(B, T)` into embeddings `(B, T, D)`."""

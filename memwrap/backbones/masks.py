@@ -90,7 +90,9 @@ def build_masks(
         if kind == KINDS[1]:
             mask = visible & (distance < config.sliding_window)
         elif kind == KINDS[2]:
-            query, key = (p // config.attention_chunk_size for p in (query_positions, key_positions))
+            query, key = (
+                p // config.attention_chunk_size for p in (query_positions, key_positions)
+            )
             mask = visible & (query[:, :, None] == key[:, None, :])
         mask = mask[:, None].to(device)
         if implementation(config) == "eager":

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from memwrap.backbones.recurrence import Recurrence
@@ -31,6 +31,37 @@ def alike(got: Tensor, want: Tensor) -> bool:
     got, want = got.float(), want.float()
     errors = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-12)
     return bool(errors.median() <= close)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block with a model in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def looks_at_ids(decoder: nn.Module, ids: Tensor, embeds: Tensor, noise: Tensor) -> bool:
+    """Tell whether a decoder looks at ids beside their embeddings.
+
+    Args:
+        ids: `(1, T)`; embeds: `(1, T, D)` theirs; noise: `(1, T, D)` no ids'.
+    """
+    where = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
+    try:
+        want = decoder(input_ids=ids, use_cache=False, **where).last_hidden_state
+    except TypeError:  # it takes none
+        return False
+    try:  # noise beside them: a decoder may look for the ids that embeddings belong to
+        got = decoder(inputs_embeds=torch.cat([embeds, noise]), use_cache=False, **where)
+    except (RuntimeError, ValueError):
+        return True
+    return not alike(got.last_hidden_state[:1], want)
 
 
 @contextmanager
@@ -93,6 +124,12 @@ def check_reading(backbone: Backbone) -> None:
 
     want = run(0, TOKENS, {}, None)[0]
     own, made = _own_logits(backbone.model, ids), backbone.head(want)
+    other = _own_logits(backbone.model, torch.cat([ids[:, :-1], ids[:, :1]], 1))
+    if not alike(other[:, :-1], own[:, :-1]):
+        raise ValueError(
+            f"{name} lets tokens of a text see those behind them; memwrap reads from left to right "
+            "and needs a causal LM."
+        )
     if made is None or made.shape != own.shape or not alike(made, own):
         raise ValueError(
             f"{name} does not give for a text what its decoder, read from left to right, and its "

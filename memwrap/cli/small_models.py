@@ -36,7 +36,8 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("moe_num_experts", "num_moe_experts", "index_n_heads"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
     **dict.fromkeys(("top_k_experts", "moe_top_k", "index_topk"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "mamba_n_groups", "n_groups", "mamba_ngroups"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_ngroups"), 1),
     **dict.fromkeys(("linear_num_key_heads", "o_groups"), 2),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_attention_heads"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
@@ -98,7 +99,7 @@ def _reductions(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     ):  # fmt: skip
         try:
             yield reduced(config, widths, cut=cut)
-        except Exception:  # noqa: S112 - a config may check its values as they are set
+        except Exception:
             continue
 
 

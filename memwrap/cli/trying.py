@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,28 @@ class Trial:
     result: str = RIGHT
     problem: str = ""
 
+    @property
+    def works(self) -> bool:
+        return self.result in (RIGHT, LIMIT)
 
-def try_memory(memory: str, build: Callable[[], PreTrainedModel]) -> Trial:
-    """Try one memory on small models that `build` makes, all the same.
+    @property
+    def verdict(self) -> str:
+        """The result in a line."""
+        said = {RIGHT: "works", LIMIT: "works; ", REFUSED: "is refused: ", WRONG: "is wrong: "}
+        return said[self.result] + self.problem
 
-    Logits against the base, whole against pieces, left-padded against alone, greedy tokens
-    against recomputed ones, gradients, saved against loaded.
+
+def try_memory(
+    memory: str, build: Callable[[], PreTrainedModel], checks: Sequence[str] | None = None
+) -> Trial:
+    """Try one memory on small models.
+
+    Args:
+        memory: its name.
+        build: makes models, all the same.
+        checks: which of `CHECKS`; None for all: logits against the base, whole against pieces,
+            left-padded against alone, greedy tokens against recomputed ones, gradients, saved
+            against loaded.
     """
     settings = memwrap.config_class(memory).tiny()
     try:
@@ -52,7 +68,8 @@ def try_memory(memory: str, build: Callable[[], PreTrainedModel]) -> Trial:
         return Trial(memory, REFUSED, _sentence(error))
     except Exception as error:  # whatever a foreign architecture raises
         return Trial(memory, WRONG, f"wrap: {type(error).__name__}: {_sentence(error)}")
-    for name, check in _CHECKS.items():
+    for name in checks or CHECKS:
+        check = CHECKS[name]
         try:
             with _silence():
                 problem = check(model, build)
@@ -60,9 +77,18 @@ def try_memory(memory: str, build: Callable[[], PreTrainedModel]) -> Trial:
             problem = f"{type(error).__name__}: {_sentence(error)}"
         if problem:
             return Trial(memory, WRONG, f"{name}: {problem}")
-    if "window" in model.memories and model.parts.max_positions is not None:
-        return Trial(memory, LIMIT, "positions are learned: they begin anew in every segment")
+    if "window" in model.memories and _begins_anew(model):
+        return Trial(memory, LIMIT, _begins_anew(model))
     return Trial(memory)
+
+
+def _begins_anew(model: Any) -> str:
+    """Tell why a window that sees all is not the base."""
+    if model.parts.max_positions is not None:
+        return "learned positions begin anew in every segment"
+    if "chunked_attention" in (getattr(model.parts.config, "layer_types", None) or ()):
+        return "layers that attend in chunks count these from the segment's start"
+    return ""
 
 
 def _sentence(error: Exception) -> str:
@@ -89,7 +115,7 @@ def _against_the_base(model: Any, build: Any) -> str:
     """Compare with the base: with a window that sees all; for others, what the first segment
     gives, in which there is nothing to remember, is compared with the base's."""
     ids, base = text(), build()
-    if "window" in model.memories and model.parts.max_positions is None:
+    if "window" in model.memories and not _begins_anew(model):
         wide = memwrap.WindowConfig(segment_size=_SEGMENT, window_size=128, num_sinks=0)
         return _differs(memwrap.wrap(base, wide)(ids).logits, base_logits(build(), ids))
     ids = ids[:, : _SEGMENT - 1]
@@ -100,6 +126,8 @@ def _against_the_base(model: Any, build: Any) -> str:
             return ""  # its tokens stand among the text's
         want = base_logits(base, ids)
     else:
+        if model.parts.ids_matter:
+            return ""  # its vectors are no embeddings of ids
         embeds = torch.cat([*vectors, base.get_input_embeddings()(ids)], 1)
         if model.parts.max_positions is not None:
             return ""  # its vectors stand at no position
@@ -109,9 +137,10 @@ def _against_the_base(model: Any, build: Any) -> str:
 
 def _prompts(model: Any) -> Iterator[tuple[str, Any]]:
     for name, memory in model.memories.items():
-        if getattr(memory, "num_prefix", 0) and memory.prefix_mask(
-            model.new_state(2).memories[name]
-        ) is None:
+        if (
+            getattr(memory, "num_prefix", 0)
+            and memory.prefix_mask(model.new_state(2).memories[name]) is None
+        ):
             yield name, memory
 
 
@@ -179,7 +208,7 @@ def _saved(model: Any, build: Any) -> str:
         return _differs(memwrap.load(folder)(ids).logits, want)
 
 
-_CHECKS: dict[str, Callable[[Any, Any], str]] = {
+CHECKS: dict[str, Callable[[Any, Any], str]] = {
     "logits against the base": _against_the_base,
     "whole against pieces": _pieces,
     "left-padded against alone": _padded,
@@ -187,6 +216,8 @@ _CHECKS: dict[str, Callable[[Any, Any], str]] = {
     "gradients": _gradients,
     "save and load": _saved,
 }
+
+QUICK = (*tuple(CHECKS)[:3], "gradients")
 
 
 def builder(make: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from memwrap.state.memory_state import MemoryState
 
-
 # Keywords of models that read more than text begin so.
 _NO_TEXT = ("pixel", "image", "video", "audio", "input_features", "speech", "vision")
 

@@ -65,6 +65,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             kind = auto_class(config.backbone)
             backbone = kind.from_config(copy.deepcopy(config.backbone))
         self.parts = Backbone(backbone)
+        self.parts.check()
         self.memory_configs = [
             config_class(values["name"]).from_dict(values) for values in config.memories or []
         ]

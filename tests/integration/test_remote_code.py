@@ -50,7 +50,9 @@ def base(tmp_path: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "own.py").write_text(CODE)
     text = (folder / "config.json").read_text()
-    own = '"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},'
+    own = (
+        '"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},'
+    )
     text = text.replace('"model_type": "llama"', f'{own}\n"model_type": "own_llama"')
     (folder / "config.json").write_text(text)
     return folder
