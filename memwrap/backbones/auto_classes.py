@@ -32,19 +32,19 @@ def auto_class(config: PreTrainedConfig) -> Any:
     """Find what builds a model of a config: the auto class that makes what `config.architectures`
     names, or else that class of transformers, or else the first auto class that knows the config.
     """
-    found = []
+    found: list[tuple[Any, set[str]]] = []
     for name, mapping_name in _AUTO.items():
         mapping = getattr(modeling_auto, mapping_name, {})
         if type(config) in mapping:
             made = mapping[type(config)]
-            classes = made if isinstance(made, tuple) else (made,)
-            found.append((getattr(modeling_auto, name), {kind.__name__ for kind in classes}))
+            kinds = made if isinstance(made, tuple) else (made,)
+            found.append((getattr(modeling_auto, name), {kind.__name__ for kind in kinds}))
     wanted = list(config.architectures or ())
     for auto, classes in found:
         if classes & set(wanted):
             return auto
     for name in wanted:
-        kind = getattr(transformers, name, None)
+        kind: Any = getattr(transformers, name, None)
         known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
         if known and kind.config_class is type(config) and kind.can_generate():
             return _One(kind)

@@ -64,4 +64,4 @@ def head_logits(model: PreTrainedModel, path: list[str], hidden: Tensor) -> Tens
     for depth in range(len(path) - 1, -1, -1):
         owner = model.get_submodule(".".join(path[:depth]))
         stand_in = _Facade(owner, given, **{path[depth]: stand_in})
-    return type(model).forward(stand_in, inputs_embeds=hidden, use_cache=False).logits  # type: ignore[arg-type]
+    return type(model).forward(stand_in, inputs_embeds=hidden, use_cache=False).logits

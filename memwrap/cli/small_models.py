@@ -163,13 +163,12 @@ def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabular
 def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
     """Let widths that depended on each other do so still: rotated and other dimensions of a head,
     and how the rotated ones are shared out between axes."""
-    values = vars(text)
-    rope, plain = (values.get(f"qk_{name}_head_dim") for name in ("rope", "nope"))
-    if _is_number(rope) and _is_number(plain):
-        for key in ("head_dim", "qk_head_dim"):
-            if _is_number(before.get(key)):
-                alone = before[key] == before["qk_rope_head_dim"]
-                _set(text, key, rope if alone else rope + plain)
+    values: dict[str, Any] = vars(text)
+    rope, plain = (values.get(f"qk_{name}_head_dim") or 0 for name in ("rope", "nope"))
+    for key in ("head_dim", "qk_head_dim") if rope and plain else ():
+        if _is_number(before.get(key)):
+            alone = before[key] == before["qk_rope_head_dim"]
+            _set(text, key, rope if alone else rope + plain)
     count, inner = values.get("mamba_n_heads"), values.get("mamba_d_ssm")
     if _is_number(count) and _is_number(values.get("mamba_d_head")):
         inner = inner or values.get("mamba_expand", 2) * values["hidden_size"]
@@ -195,7 +194,7 @@ def _keep_own(text: PreTrainedConfig, own: dict[Any, Any], chosen: list[int]) ->
         for key, value in layer.items():
             if _is_number(value):
                 layer[key] = min(value, 2 * _SMALL.get(key, value))
-    text.per_layer_config = {n: layer for n, layer in settings.items() if layer}  # type: ignore[attr-defined]
+    text.per_layer_config = {n: layer for n, layer in settings.items() if layer}
 
 
 def _is_number(value: Any) -> bool:
