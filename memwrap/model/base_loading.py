@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 
 from memwrap.assets import asset
 from memwrap.backbones.auto_classes import auto_class
@@ -115,14 +116,30 @@ def load_base(saved: SavedModel, base: Any, options: dict[str, Any]) -> PreTrain
             )
     place = base_place(config, folder) if base is None else asset(base) or base
     kind = AutoModelForCausalLM if trust else auto_class(config.backbone)
+    if base is None and "quantization_config" not in options:
+        options = options | _quantised_as_before(config.backbone, place, options)
     return kind.from_pretrained(place, dtype=dtype, **options)
+
+
+def _quantised_as_before(config: Any, place: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Choose the quantisation that a base was loaded with, where its folder holds it without."""
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        return {}
+    own = AutoConfig.from_pretrained(place, **_hub(options))
+    if getattr(own, "quantization_config", None) is not None:
+        return {}
+    return {"quantization_config": AutoQuantizationConfig.from_dict(dict(settings))}
+
+
+def _hub(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("trust_remote_code", "code_revision", *HUB_OPTIONS)
+    return {name: options[name] for name in names if name in options}
 
 
 def _own_config(config: Any, folder: Path, options: dict[str, Any]) -> Any:
     """Read a backbone's config again by its own class, which comes with the base."""
-    names = ("trust_remote_code", "code_revision", *HUB_OPTIONS)
-    chosen = {name: options[name] for name in names if name in options}
-    own = AutoConfig.from_pretrained(base_place(config, folder), **chosen)
+    own = AutoConfig.from_pretrained(base_place(config, folder), **_hub(options))
     return type(own).from_dict(config.backbone.to_dict())
 
 
