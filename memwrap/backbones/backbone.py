@@ -90,7 +90,7 @@ class Backbone:
                 f"The backbone's attention is {name!r}; segments need explicit masks: "
                 "load it with attn_implementation='sdpa' (or 'eager')."
             )
-        self.rotary = Rotary()
+        self.rotary = Rotary(limit=angle_limit(self.config))
         self.ids_matter = False
         with explained(type(model).__name__):
             self.ids_matter = self._looks_at_ids()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 _BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -16,6 +18,19 @@ class PositionLimit:
 
     positions: int
     reason: str
+
+    def check(self, positions: Tensor) -> None:
+        """Refuse positions, such as those of a memory that counts a text's tokens, beyond it.
+
+        Raises:
+            ValueError: says why.
+        """
+        last = int(positions.max())
+        if last >= self.positions:
+            raise ValueError(
+                f"A memory reads at position {last}, but {self.reason}; take one that stays near "
+                "its segment (window, infini), or shorter texts."
+            )
 
 
 def angle_limit(config: Any) -> PositionLimit | None:

@@ -128,6 +128,10 @@ def test_angles_that_depend_on_the_length_fed_limit_segments(kind: str) -> None:
     state = model.read(ids(1, 20))
     with refused("beyond 32"):
         model(ids(1, 12), cache=state, remember=False)
+    memwrap.unwrap(model)
+    counting = memwrap.wrap(base, tiny("ahn"))
+    with refused("reads at position", "beyond 32"):
+        counting(ids(1, 60))
 
 
 def test_refused_is_what_is_said_of_a_model_that_is_no_text_model() -> None:
