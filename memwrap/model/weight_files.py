@@ -152,13 +152,24 @@ def _values(folder: Path) -> dict[str, Any]:
 def _config(model_class: Any, values: dict[str, Any], path: Path) -> Any:
     _check_numbers(values, path)
     try:
-        config = model_class.config_class.from_dict(values)
+        config = model_class.config_class.from_dict(_with_floats(values))
     except Exception as error:  # transformers' and each family's own checks, of every kind
         raise ValueError(f"{path} does not describe a memwrap model: {error}") from error
     for name in ("memories", "backbone"):
         if not getattr(config, name):
             raise ValueError(f"{path} does not describe a memwrap model: it names no {name}.")
     return config
+
+
+def _with_floats(values: Any) -> Any:
+    """Read back the floats that JSON lacks, which transformers writes as `{"__float__": name}`."""
+    if isinstance(values, list):
+        return [_with_floats(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    if values.keys() == {"__float__"}:
+        return float(values["__float__"])
+    return {key: _with_floats(value) for key, value in values.items()}
 
 
 def _check_numbers(values: Any, path: Path) -> None:
