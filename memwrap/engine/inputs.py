@@ -80,6 +80,31 @@ def check_inputs(
     return Inputs(input_ids, inputs_embeds, real, starts.tolist(), lengths.tolist())
 
 
+def check_mask(mask: Tensor, new: int, state: MemoryState) -> None:
+    """Check that a mask is of the `new` columns alone, or agrees with what the state has read
+    before them.
+
+    Raises:
+        ValueError: for another length, or other columns of padding than were read.
+    """
+    length, read = mask.shape[1], state.columns
+    if length == new:
+        return
+    if length != read + new:
+        raise ValueError(
+            f"`attention_mask` covers {length} tokens; there are {new} new ones"
+            + (f" after {read} that the state has read." if read else ".")
+            + " Give the mask of the new ones, or of all."
+        )
+    wrong = state.mask_hash != state.mask_hash_of(mask[:, :read].bool().cpu())
+    if bool(wrong.any()):
+        row = int(wrong.int().argmax())
+        raise ValueError(
+            f"`attention_mask` of row {row} marks other padding than was read into the state. Give "
+            "the mask of the new tokens alone, or read the text again with this one."
+        )
+
+
 def check_fit(inputs: Inputs, vocab_size: int, width: int) -> None:
     """Check that ids are in the vocabulary, or that embeddings have the backbone's width.
 

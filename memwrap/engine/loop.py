@@ -266,6 +266,7 @@ class Loop:
         new.memories, new.open = states, segment
         new.tokens_seen = new.tokens_seen + torch.tensor(inputs.lengths)
         new.ids_hash = new.extend_hash(inputs.ids, inputs.shape[1])
+        new.mask_hash = new.mask_hash + new.mask_hash_of(inputs.real, new.columns)
         new.columns += inputs.shape[1]
 
 

@@ -20,6 +20,7 @@ from memwrap.engine.inputs import (
     check_control,
     check_fit,
     check_inputs,
+    check_mask,
     refuse_unknown,
 )
 from memwrap.engine.loop import Loop
@@ -218,8 +219,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
 
         Args:
             input_ids: `(B, T)` new tokens; they continue `cache`.
-            attention_mask: `(B, T)` or longer (its last T columns count); padding may stand
-                before and after a row's tokens.
+            attention_mask: `(B, T)`, or longer by the columns that `cache` has read, with which
+                it must agree; padding may stand before and after a row's tokens.
             position_ids: `(B, T)`. Where they do not go on by one a new document begins, which
                 is read as if it had a row alone; otherwise they are ignored, as positions restart
                 in every segment. Collators' `cu_seq_lens_q` do the same.
@@ -243,8 +244,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             `loss`, `logits` `(B, T, V)` (zeros at padding) or None, and `cache`, the state.
 
         Raises:
-            ValueError: for misshapen inputs, a mask with a hole, a state of another model, or
-                packed documents with a state.
+            ValueError: for misshapen inputs, a mask with a hole or one that contradicts the
+                state, a state of another model, or packed documents with a state.
         """
         shift_labels, ends = kwargs.pop("shift_labels", None), kwargs.pop("cu_seq_lens_q", None)
         teacher = kwargs.pop("teacher", None)
@@ -256,6 +257,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         if use_cache is None:
             use_cache = documents is None and (targets is None or not self.training)
         state = self._state_of(given, inputs)
+        if attention_mask is not None:
+            check_mask(attention_mask, inputs.shape[1], state)
         if state.hold_open != (not remember):
             state = state.clone()
             state.hold_open = not remember
@@ -364,6 +367,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         ids, mask = as_batch(text, attention_mask, tokenizer)
         inputs = self._inputs(ids.to(self.device), None, mask)
         old = self._state_of(state, inputs).clone()
+        if mask is not None:
+            check_mask(mask, inputs.shape[1], old)
         old.hold_open = False
 
         def bar(steps: Any) -> Any:

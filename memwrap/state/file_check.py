@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 COUNTERS = ("fill", "segments", "tokens_seen")
-_ROWS = {*COUNTERS, "open_positions", "open_valid", "ids_hash"}
+_ROWS = {*COUNTERS, "open_positions", "open_valid", "ids_hash", "mask_hash"}
 _KINDS = ("open", "memories", "rows")
 _MOST_DEPTH = 16
 _MOST = 2**53
@@ -62,7 +62,7 @@ def check_rows(state: Any, path: Path) -> None:
     """
     batch = state.batch_size
     positions, valid = state.open.positions, state.open.valid
-    wanted = {name: ((batch,), torch.long) for name in COUNTERS}
+    wanted = {name: ((batch,), torch.long) for name in (*COUNTERS, "mask_hash")}
     for name, (shape, dtype) in wanted.items():
         tensor = getattr(state, name)
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:

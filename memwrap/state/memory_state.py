@@ -28,7 +28,7 @@ from memwrap.state.trees import (
     tree_to,
 )
 
-FORMAT, VERSION = "memwrap-state", 2
+FORMAT, VERSION = "memwrap-state", 3
 
 
 BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers of its own remember
@@ -81,6 +81,7 @@ class MemoryState(Cache):
         self.columns = 0
         self.open = OpenSegment.empty(batch_size)
         self.ids_hash: Tensor | None = torch.zeros(batch_size, dtype=torch.long)
+        self.mask_hash = torch.zeros(batch_size, dtype=torch.long)
         self.hold_open = False
         self.signature = signature or {}
         self.weights: dict[str, str] | None = None
@@ -144,6 +145,7 @@ class MemoryState(Cache):
         for name in COUNTERS:
             setattr(new, name, rows(getattr(self, name)))
         new.ids_hash = None if self.ids_hash is None else rows(self.ids_hash)
+        new.mask_hash = rows(self.mask_hash)
         return new
 
     def clone(self) -> MemoryState:
@@ -195,7 +197,7 @@ class MemoryState(Cache):
             for name in first.memories
         }
         new.open = OpenSegment.cat([s.open for s in states])
-        for name in COUNTERS:
+        for name in (*COUNTERS, "mask_hash"):
             setattr(new, name, torch.cat([getattr(s, name) for s in states]))
         new.columns = max(s.columns for s in states)
         same = all(s.ids_hash is not None and s.columns == first.columns for s in states)
@@ -217,6 +219,12 @@ class MemoryState(Cache):
         mixed = (input_ids + 1) * 2654435761 + (input_ids + 1).square()
         return self.ids_hash.to(input_ids.device) + (mixed * powers).sum(1)
 
+    @staticmethod
+    def mask_hash_of(real: Tensor, before: int = 0) -> Tensor:
+        """Compute what tells which of the columns `(B, T)`, after `before` others, are text."""
+        place = torch.arange(before + 1, before + real.shape[1] + 1)
+        return (real.long() * (place * 2654435761 + place.square() * 40503)).sum(1)
+
     # Size and files
 
     @property
@@ -236,7 +244,7 @@ class MemoryState(Cache):
         leaves = {f"open.{n}": t for n, t in tree_leaves(self.open.tree)}
         for name, tree in self.memories.items():
             leaves |= {f"memories.{name}.{n}": t for n, t in tree_leaves(tree)}
-        rows = {name: getattr(self, name) for name in COUNTERS}
+        rows = {name: getattr(self, name) for name in (*COUNTERS, "mask_hash")}
         rows |= {"open_positions": self.open.positions, "open_valid": self.open.valid}
         leaves |= {f"rows.{name}": tensor for name, tensor in rows.items()}
         if self.ids_hash is not None:
@@ -304,7 +312,7 @@ class MemoryState(Cache):
             raise KeyError(f"the tensors of {wrong} are missing or foreign")
         state = cls(memories, rows["fill"].shape[0], about["signature"])
         state.open = OpenSegment(tree.get("open", {}), rows["open_positions"], rows["open_valid"])
-        for name in COUNTERS:
+        for name in (*COUNTERS, "mask_hash"):
             setattr(state, name, rows[name])
         state.ids_hash = rows.get("ids_hash")
         state.columns = int(about["columns"])
