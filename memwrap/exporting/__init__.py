@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from memwrap.exporting.card import card, foreign_packages
 from memwrap.exporting.flat import flat_files
 from memwrap.io.whole_folders import making
+from memwrap.model.adapters import adapter_keys
 from memwrap.model.memory_model import MemoryModelForCausalLM
-from memwrap.model.saving import VERSION, adapter_keys, plain_name
+from memwrap.model.saving import VERSION, plain_name
 from memwrap.model.weight_files import seal, write_model
 
 TOLERANCE = 1e-4  # of the logits' scale, in float32; half types round more

@@ -19,6 +19,7 @@ class MemoryModelConfig(PreTrainedConfig):
         base_fingerprint: which weights it had when it was wrapped.
         base_included: whether its weights are saved beside the memory's.
         adapters: PEFT configs of the adapters inside the backbone, by adapter name.
+        adapter_switches: which of them are active, switched off or merged.
         memwrap_version: who wrote this.
     """
 
@@ -33,6 +34,7 @@ class MemoryModelConfig(PreTrainedConfig):
     base_fingerprint: str = ""
     base_included: bool = False
     adapters: dict | None = None
+    adapter_switches: dict | None = None
     memwrap_version: str = ""
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -30,7 +30,7 @@ class RowEnds(StoppingCriteriaList):
         self._ended: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        ends: Tensor = super().__call__(input_ids, scores, **kwargs)  # type: ignore[assignment]
+        ends: Tensor = super().__call__(input_ids, scores, **kwargs)
         if self._ended is None:
             self._ended = torch.zeros_like(ends)
         self.reads = ~self._ended

@@ -33,6 +33,7 @@ from memwrap.memories.protocol import (
     Memory,
 )
 from memwrap.memories.registry import config_class
+from memwrap.model.adapters import adapter_keys, adapters_in_use
 from memwrap.model.building import build_memories
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.decoder import MemoryModules, SegmentDecoder
@@ -133,19 +134,23 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     # States
 
     def signature(self) -> dict[str, Any]:
-        """Tell which states this model can continue: its memories and its backbone's shape."""
+        """Tell which states this model can continue: its memories, its backbone's shape, and the
+        adapters in use."""
         config = self.parts.config
         names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
         return {
             "memories": [c.to_dict() for c in self.memory_configs],
             "backbone": {name: getattr(config, name) for name in names},
+            "adapters": adapters_in_use(self) if self.adapters() else [],
         }
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash the backbone's and the memories' weights."""
+        """Hash the backbone's and the memories' weights, adapters that are not in use left out."""
+        idle = adapter_keys(self.backbone, idle=True) if self.adapters() else set()
         memories = {n: m.named_parameters() for n, m in self.memories.items()}
         own = ((f"{n}.{k}", p) for n, ps in memories.items() for k, p in ps)
-        base = ((plain_name(k), p) for k, p in loaded_parameters(self.backbone))
+        kept = ((k, p) for k, p in loaded_parameters(self.backbone) if k not in idle)
+        base = ((plain_name(k), p) for k, p in kept)
         return {"backbone": fingerprint(base), "memories": fingerprint(own)}
 
     def new_state(self, batch_size: int) -> MemoryState:

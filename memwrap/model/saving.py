@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,6 +23,7 @@ from memwrap.io.own_paths import mark_of
 from memwrap.io.whole_folders import SAVED, rewriting
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_configs import adapter_of, plain_adapter, untouched_if_it_fails
+from memwrap.model.adapters import AdapterMixin, adapter_keys, check_comes_back, switch, switches_of
 from memwrap.model.base_loading import HUB_OPTIONS, find_folder, load_base, place_of
 from memwrap.model.limits import building
 from memwrap.model.weight_files import (
@@ -51,22 +49,6 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def adapter_keys(backbone: PreTrainedModel) -> set[str]:
-    """Name the tensors that PEFT put into the backbone."""
-    keys: set[str] = set()
-    for name, module in backbone.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            parts = (*module.adapter_layer_names, *module.other_param_names)
-        elif isinstance(module, ModulesToSaveWrapper):
-            parts = ("modules_to_save",)
-        else:
-            continue
-        prefix = f"{name}." if name else ""
-        heads = tuple(f"{prefix}{part}" for part in parts)
-        keys |= {k for k in backbone.state_dict() if k.startswith(heads)}
-    return keys
-
-
 def backbone_fingerprint(
     backbone: PreTrainedModel, gathered: dict[str, Tensor] | None = None
 ) -> str:
@@ -76,37 +58,13 @@ def backbone_fingerprint(
     return fingerprint((plain_name(k), v) for k, v in kept if k not in added)
 
 
-class SavingMixin:
+class SavingMixin(AdapterMixin):
     """`save_pretrained`, `from_pretrained` and adapters of a memwrap model."""
 
     # Provided by the model
     backbone: PreTrainedModel
     config: Any
     load_state_dict: Callable[..., Any]
-
-    @property
-    def memories(self) -> dict[str, Any]:
-        """The memory modules by name."""
-        raise NotImplementedError
-
-    def add_lora(self, lora: LoraConfig | None = None, adapter_name: str = "default") -> None:
-        """Put LoRA into the backbone: its other weights are frozen, the memories are trained.
-
-        Args:
-            lora: PEFT's config; default `LoraConfig()` with PEFT's targets for the family.
-            adapter_name: name of the adapter.
-        """
-        config = copy.deepcopy(lora) if lora is not None else LoraConfig()
-        inject_adapter_in_model(config, self.backbone, adapter_name)
-        adapters = {**getattr(self.backbone, "peft_config", {}), adapter_name: config}
-        self.backbone.peft_config = adapters
-        for memory in self.memories.values():
-            memory.requires_grad_(True)
-
-    def adapters(self) -> dict[str, PeftConfig]:
-        """Give the PEFT configs of the adapters in the backbone, by name."""
-        configs = getattr(self.backbone, "peft_config", None) or getattr(self, "peft_config", None)
-        return dict(configs or {})
 
     def weights_to_save(
         self, include_base: bool, gathered: dict[str, Tensor] | None = None
@@ -147,8 +105,9 @@ class SavingMixin:
 
         Args:
             save_directory: the folder. Files appear whole or not at all.
-            include_base: also save the backbone's weights. Default: only if training changed
-                them, since a base from the Hub would then no longer be the right one.
+            include_base: also save the backbone's weights. Default: only if training or a merged
+                adapter changed them, since a base from the Hub would then no longer be the right
+                one.
             is_main_process: False does nothing (other ranks).
             state_dict: the model's weights by name, where they are spread over processes (FSDP2):
                 gathered on all of them, with `get_model_state_dict(model,
@@ -158,7 +117,8 @@ class SavingMixin:
             kwargs: accepted for transformers' callers, without effect here.
 
         Raises:
-            ValueError: if weights are spread over processes and `state_dict` is not given.
+            ValueError: if weights are spread over processes and `state_dict` is not given, or
+                adapters are in a state that would not come back.
         """
         if not is_main_process:
             return
@@ -168,10 +128,19 @@ class SavingMixin:
                     f"{name} is spread over several processes; give the gathered weights as "
                     "`state_dict` (torch's get_model_state_dict with full_state_dict=True)."
                 )
+        for adapter in self.adapters().values():
+            check_comes_back(adapter)
+        switches = switches_of(self.backbone)
+        merged = "'merged': ['" in str(switches)
+        if merged and include_base is False:
+            raise ValueError(
+                "An adapter is merged into the backbone's weights, so these belong to the model: "
+                "leave include_base out, or unmerge it first (unmerge_adapter)."
+            )
         if include_base is None:
             now = backbone_fingerprint(self.backbone, state_dict)
             changed = now != self.config.base_fingerprint
-            include_base = changed or self.config.base_included
+            include_base = changed or merged or self.config.base_included
         folder = Path(save_directory)
         config = copy.deepcopy(self.config)
         config.base_included, config.memwrap_version = include_base, VERSION
@@ -182,6 +151,7 @@ class SavingMixin:
         config.adapters = {
             n: plain_adapter(n, c, self.backbone) for n, c in self.adapters().items()
         }
+        config.adapter_switches = switches
         tensors = self.weights_to_save(include_base, state_dict)
         marks: dict[str, str] = {}
         with rewriting(folder, replaces=[OWN_FILES]) as new:
@@ -285,6 +255,7 @@ class SavingMixin:
                 model = cls(own, backbone)  # type: ignore[call-arg]
                 for name, values in (own.adapters or {}).items():
                     model.add_lora(adapter_of(values), name)
+                switch(backbone, own.adapter_switches, merged=own.base_included)
             whole = base is None and own.base_included
             check_names(model, saved.tensors, set(model.weights_to_save(whole)), folder)
             put_weights(model, saved.tensors, folder)

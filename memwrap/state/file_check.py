@@ -34,6 +34,7 @@ def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
     memories = signature.get("memories", [])
     good = isinstance(memories, list) and isinstance(signature.get("backbone", {}), dict)
     good = good and all(isinstance(m, dict) and isinstance(m.get("name"), str) for m in memories)
+    good = good and isinstance(signature.get("adapters", []), list)
     if not good or not (weights is None or isinstance(weights, dict)):
         raise _damaged(path, "its signature or weights cannot be read")
     batch = len(tensors["rows.fill"]) if "rows.fill" in tensors else -1
