@@ -57,6 +57,10 @@ class NoInsertion:
         """Compute the positions `(B,)` behind the first `tokens` `(B,)` of a closed segment."""
         return tokens
 
+    def tokens(self, positions: Tensor) -> Tensor:
+        """Count a segment's tokens up to and with the given positions, the prefix not counted."""
+        return positions + 1
+
     def at(self, positions: Tensor) -> Tensor:
         """Tell which positions in a segment, the prefix not counted, are those of inserted
         tokens."""
@@ -88,6 +92,9 @@ class TokenInsertion(NoInsertion):
 
     def end(self, tokens: Tensor) -> Tensor:
         return tokens + (tokens + self.every - 1) // self.every
+
+    def tokens(self, positions: Tensor) -> Tensor:
+        return positions + 1 - (positions + 1) // (self.every + 1)
 
     def at(self, positions: Tensor) -> Tensor:
         return positions % (self.every + 1) == self.every

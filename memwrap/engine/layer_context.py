@@ -113,6 +113,15 @@ class LayerContext:
                 new = memory.write_attention(layer, attention, state)
                 self.written.setdefault(name, {})[str(layer)] = new
 
+    @property
+    def noting(self) -> bool:
+        """Whether trees changed without a segment's close."""
+        return self.recurrence is not None or any(
+            new is not self._state(name, int(layer))
+            for name, layers in self.noted.items()
+            for layer, new in layers.items()
+        )
+
     def changed(self, closes: Tensor) -> dict[str, Tree]:
         """Collect the memories' trees after the step; `closes` `(B,)` says whose segments
         closed."""

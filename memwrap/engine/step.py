@@ -124,10 +124,10 @@ class SegmentReader:
         if keep and cache is not None:
             noted = {"hidden": context.hidden, "tokens": looked}
             tree = keys_and_values(cache) | {name: part for name, part in noted.items() if part}
-            positions = given.positions
-            after = OpenSegment(tree, positions.key_positions, positions.key_valid).after(
-                step.closes
-            )
+            where, valid = given.positions.key_positions, given.positions.key_valid
+            tokens = self.layout.insertion.tokens(where - given.base)
+            changed = segment.noted or context.noting
+            after = OpenSegment(tree, where, valid, tokens, changed).after(step.closes)
         auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
         in_loss, ends = self.layout.insertion.in_loss, given.columns.ends
         inserted = (given.of_tokens(hidden), ends) if in_loss and ends is not None else None

@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from memwrap.backbones.cache_names import CACHE
-from memwrap.engine.inputs import check_mask
+from memwrap.engine.inputs import check_inputs, check_mask
 from memwrap.model.outputs import one_cache
 from memwrap.state.memory_state import MemoryState
 
@@ -40,9 +40,6 @@ class RowEnds(StoppingCriteriaList):
 
 class MemoryGenerationMixin(GenerationMixin):
     """`generate` of transformers over a `MemoryState`."""
-
-    # Memory written by rejected tokens could not be undone: transformers refuses assisted decoding.
-    _is_stateful = True
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,
@@ -89,6 +86,11 @@ class MemoryGenerationMixin(GenerationMixin):
         # Embeddings cannot be compared with what the state has read: all of them are new.
         embeds = inputs_embeds if is_first_iteration else None
         new = input_ids if embeds is None else embeds
+        state: Any = kwargs.get(CACHE)
+        if embeds is None and next_sequence_length is None and isinstance(state, MemoryState):
+            # Assisted decoding begins with all ids, also with those that the state has read.
+            seen = state.columns if _holds(state, input_ids) else 0
+            next_sequence_length = input_ids.shape[1] - seen
         if embeds is None and next_sequence_length is not None:
             new = new[:, -next_sequence_length:]
         if attention_mask is not None:
@@ -193,8 +195,7 @@ class MemoryGenerationMixin(GenerationMixin):
                 however long it grows, as the published code does.
 
         Raises:
-            ValueError: for right-padded prompts, and for what a memory cannot do
-                (assisted decoding, other caches).
+            ValueError: for right-padded prompts and other caches.
         """
         given = one_cache(cache, past_key_values)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -216,13 +217,17 @@ class MemoryGenerationMixin(GenerationMixin):
         if not remember:
             kwargs["remember"] = False
         out = super().generate(inputs, *args, **kwargs)
+        final = getattr(out, CACHE, None)
+        if isinstance(final, MemoryState) and not self._setting(kwargs, "is_assistant"):
+            final._become(self._settled(final))
+            final.record_past, final.recorded = False, None
         if CACHE != "cache" and hasattr(out, CACHE):
             out.cache = getattr(out, CACHE)
         return out
 
     def _whole_mask(
         self, state: MemoryState, ids: Tensor | None, fed: Tensor, kwargs: dict
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Make the mask `(B, columns read and new)` by which transformers tells new columns from
         those that were read.
 
@@ -241,6 +246,8 @@ class MemoryGenerationMixin(GenerationMixin):
                     "The state was read from rows with padding; give `attention_mask` with their "
                     "whole ids, or the new ids alone."
                 )
+        if not held and self._drafts(kwargs):
+            return mask  # assisted decoding cuts it to the ids it knows, from the end
         if mask is None:
             mask = fed.new_ones(len(fed), new, dtype=torch.long)
         check_mask(mask, new, state)
@@ -248,14 +255,44 @@ class MemoryGenerationMixin(GenerationMixin):
         return torch.cat([seen, mask], 1)
 
     def _pad(self, kwargs: dict) -> int:
-        config = kwargs.get("generation_config") or self.generation_config
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        pad = self._setting(kwargs, "pad_token_id")
         return -1 if pad is None else pad
+
+    def _setting(self, kwargs: dict, name: str) -> Any:
+        """Look a setting of generation up where transformers does."""
+        config = kwargs.get("generation_config") or self.generation_config
+        given = kwargs.get(name)
+        return getattr(config, name, None) if given is None else given
+
+    def _drafts(self, kwargs: dict) -> bool:
+        """Tell whether decoding is assisted: tokens are drafted, and some taken back."""
+        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        return any(self._setting(kwargs, name) for name in names)
+
+    def _settled(self, state: MemoryState) -> MemoryState:
+        """Read what a cropped state owes; other states are given back as they are."""
+        if state.owed is None:
+            return state
+        before = state.clone()
+        before.owed = None
+        inputs = check_inputs(state.owed.to(self.device), None, None)  # type: ignore[attr-defined]
+        return self.loop()(inputs, before).state  # type: ignore[attr-defined]
+
+    def _read_ahead(self, state: MemoryState, ids: Tensor, mask: Any, keep: Any) -> Tensor:
+        """Read the columns of `ids` `(B, T)` before those whose logits are wanted, so that these
+        alone are recorded; give the rest."""
+        early = ids.shape[1] - keep if isinstance(keep, int) and keep > 0 else 0
+        if early <= 0:
+            return ids
+        mask = None if mask is None else mask[:, : mask.shape[1] - keep]
+        self(ids[:, :early], attention_mask=mask, **{CACHE: state}, logits_to_keep=1)  # type: ignore[operator]
+        state.crop(0)
+        return ids[:, early:]
 
     def _state_for(self, given: MemoryState, batch: int) -> MemoryState:
         """Copy the given state, with a row for every prompt."""
         self.check_state(given)  # type: ignore[attr-defined]
-        state = given.to(self.device)  # type: ignore[attr-defined]
+        state = self._settled(given.to(self.device))  # type: ignore[attr-defined]
         if state.batch_size == 1 and batch > 1:
             state = state.repeat(batch)
         if state.batch_size != batch:

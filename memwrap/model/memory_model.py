@@ -43,6 +43,7 @@ from memwrap.model.saving import SavingMixin, plain_name
 from memwrap.model.state_files import check_file_state
 from memwrap.state.check import signature_difference
 from memwrap.state.memory_state import MemoryState
+from memwrap.state.past import Recorded
 
 MEMORY_CHILD = "memory_modules"
 
@@ -256,6 +257,11 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         teacher = kwargs.pop("teacher", None)
         refuse_unknown(kwargs, type(self).forward)
         given = one_cache(cache, past_key_values)
+        if getattr(given, "record_past", False) and input_ids is not None:
+            input_ids = self._read_ahead(given, input_ids, attention_mask, logits_to_keep)
+            position_ids = None  # they and the mask cover what was just read, too
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, -input_ids.shape[1] :]
         inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
         documents = documents_in(inputs.real, seq_idx, position_ids, ends)
         targets = targets_of(inputs, labels, shift_labels, documents)
@@ -292,6 +298,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
         result = None
         if given is not None or use_cache:
+            if state.record_past:
+                reading.state.recorded = Recorded.after(state, inputs.ids)
             result = self._advanced(given or state, reading.state)
         own: dict[str, Any] = {CACHE: result}
         out = MemoryModelOutput(loss=loss, logits=logits, **own)
@@ -322,7 +330,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 f"The state has {given.batch_size} rows, the input {inputs.shape[0]}; they must "
                 "agree (state.repeat, state.select)."
             )
-        return given
+        return self._settled(given)
 
     @property
     def _collected(self) -> Collect:
@@ -397,7 +405,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             The state with nothing open; the given one stays as it is.
         """
         self.check_state(state)
-        new = self.loop().close(state)
+        new = self.loop().close(self._settled(state))
         return self._advanced(state.clone(), new)
 
 

@@ -163,8 +163,6 @@ def test_what_reads_the_prompt_again_is_refused_with_a_state() -> None:
         {"cache_implementation": "dynamic"},
         {"cache_implementation": "paged"},
         {"return_legacy_cache": True},
-        {"prompt_lookup_num_tokens": 2},
-        {"assistant_model": model},
         {"use_cache": False, "num_beams": 2},
     ):
         with pytest.raises(ValueError):
@@ -206,3 +204,15 @@ def test_the_models_own_settings_count_too(name: str) -> None:
     torch.manual_seed(0)
     got = model.generate(question, cache=state)
     assert torch.equal(got, want)
+
+
+def test_the_mask_is_known_after_crop() -> None:
+    model = wrapped("rmt")
+    rows = [ids(1, n, seed=n)[0] for n in (SEGMENT + 5, SEGMENT + 2)]
+    text, mask = padded(rows, "left")
+    state = model.read(text, mask)
+    state.crop(-2)
+    want = model.read(text[:, :-2], mask[:, :-2])
+    assert torch.equal(state.mask_hash, want.mask_hash)
+    whole = torch.cat([mask[:, :-2], torch.ones(2, 3, dtype=torch.long)], 1)
+    model(ids(2, 3), cache=state, attention_mask=whole)
