@@ -32,6 +32,10 @@ class Inputs:
     def device(self) -> torch.device:
         return (self.ids if self.ids is not None else self.embeds).device  # type: ignore[union-attr]
 
+    def first_column(self, keep: int | Tensor) -> int:
+        """Find the first column that is wanted: of the last `keep`, or of all."""
+        return max(0, self.shape[1] - keep) if isinstance(keep, int) and keep > 0 else 0
+
 
 def check_inputs(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None

@@ -48,6 +48,22 @@ class MemoryModelConfig(PreTrainedConfig):
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
         return self if self.backbone is None else self.backbone.get_text_config(decoder=True)
 
+    def _token(name: str) -> Any:  # type: ignore[misc]
+        """Make a property of a special token, which is the backbone's."""
+
+        def get(self: Any) -> Any:
+            return getattr(self.get_text_config(), name, None)
+
+        def put(self: Any, value: Any) -> None:
+            if self.backbone is not None:
+                setattr(self.get_text_config(), name, value)
+
+        return property(get, put)
+
+    pad_token_id, eos_token_id, bos_token_id = map(
+        _token, ("pad_token_id", "eos_token_id", "bos_token_id")
+    )
+
     @property
     def vocab_size(self) -> int:
         return self.get_text_config().vocab_size

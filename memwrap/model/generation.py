@@ -162,6 +162,21 @@ class MemoryGenerationMixin(GenerationMixin):
         }  # fmt: skip
         return self(**given)[CACHE]  # type: ignore[operator]
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching: its paged cache has no place for a memory.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "Continuous batching keeps a paged cache of its own, in which a memwrap model cannot "
+            "remember; use generate, with as many rows as fit and one state."
+        )
+
+    generate_batch = init_continuous_batching
+    continuous_batching_context_manager = init_continuous_batching
+    destroy_cached_continuous_batching_manager = init_continuous_batching
+
     @torch.no_grad()
     def generate(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memwrap.backbones import Backbone
+from memwrap.backbones.backbone import ATTENTION_IMPLEMENTATIONS
 from memwrap.backbones.cache_names import CACHE
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.engine.inputs import (
@@ -37,8 +39,9 @@ from memwrap.model.adapters import adapter_keys, adapters_in_use
 from memwrap.model.building import build_memories
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.decoder import MemoryModules, SegmentDecoder
+from memwrap.model.following import follow_casts, take_over_checkpointing, warn_if_frozen
 from memwrap.model.generation import MemoryGenerationMixin
-from memwrap.model.outputs import MemoryModelOutput, one_cache
+from memwrap.model.outputs import LaterLogits, MemoryModelOutput, one_cache
 from memwrap.model.saving import SavingMixin, plain_name
 from memwrap.model.state_files import check_file_state
 from memwrap.state.check import signature_difference
@@ -74,10 +77,28 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         self.memory_modules = MemoryModules(memories)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
-        self.parts.attach(SegmentReader(self.parts, memories).attachment_points)
-        self.gradient_checkpointing = _take_over_checkpointing(backbone)
+        self._attach()
+        self.gradient_checkpointing = take_over_checkpointing(backbone)
         self.generation_config = copy.deepcopy(backbone.generation_config)
         self.post_init()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, or of a pickle in a process that was spawned
+        self._attach()
+
+    def _attach(self) -> None:
+        self.parts.attach(SegmentReader(self.parts, self.memories).attachment_points)
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Choose how the backbone computes attention, memories included: "sdpa" or "eager"."""
+        if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"`attn_implementation` is {attn_implementation!r}; segments need explicit masks: "
+                f"allowed: {', '.join(ATTENTION_IMPLEMENTATIONS)}."
+            )
+        self.parts.detach()
+        self.backbone.set_attn_implementation(attn_implementation, *args, **kwargs)
+        self._attach()
 
     # Parts
 
@@ -141,7 +162,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
         return {
             "memories": [c.to_dict() for c in self.memory_configs],
-            "backbone": {name: getattr(config, name) for name in names},
+            "backbone": {name: getattr(config, name) for name in names}
+            | {"dtype": str(self.parts.embedding_weight.dtype).removeprefix("torch.")},
             "adapters": adapters_in_use(self) if self.adapters() else [],
         }
 
@@ -156,6 +178,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
 
     def new_state(self, batch_size: int) -> MemoryState:
         """Make the state of `batch_size` rows that have read nothing."""
+        follow_casts(self)
         reader = SegmentReader(self.parts, self.memories)
         return MemoryState(
             reader.init_states(batch_size, self.device), batch_size, self.signature()
@@ -189,6 +212,12 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
 
     def loop(self) -> Loop:
         """Make the segment loop over this model's backbone and memories."""
+        follow_casts(self)
+        training = self.training or self.backbone.training
+        if training and take_over_checkpointing(self.backbone):  # turned on after wrapping
+            self.gradient_checkpointing = True
+        if self.training:
+            warn_if_frozen(self)
         checkpointing = self.gradient_checkpointing and self.training
         reader = SegmentReader(self.parts, self.memories)
         return Loop(reader, self.memory_configs[0], checkpointing, self.training)
@@ -239,7 +268,9 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             num_items_in_batch: divides the summed loss instead of the number of targets.
             memory_control: for evaluation, what is read instead of the memory: `"off"` (an empty
                 one), `"shuffled"` (the next row's), or a state. Needs closed segments.
-            return_logits: with labels, logits are made only if this or `logits_to_keep` is given.
+            return_logits: with labels, logits take another reading. True (or `logits_to_keep`)
+                makes them; False makes none; by default they are made in evaluation, when they are
+                first looked at.
             remember: False leaves the last segment open however long it grows.
             seq_idx: `(B, T)`, a number for each document of a packed row.
             shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
@@ -276,7 +307,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         if isinstance(memory_control, MemoryState):
             self.check_state(memory_control)
         check_control(memory_control, state, inputs)
-        first = _first_column(logits_to_keep, inputs)
+        first = inputs.first_column(logits_to_keep)
         loop = self.loop_over(inputs, documents)
         reading = loop(
             inputs,
@@ -288,12 +319,16 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             keep_open=use_cache or given is not None,
             control=memory_control,
         )
-        loss, logits = None, None
+        loss, logits, later = None, None, None
         if targets is not None:
             count = num_items_in_batch if num_items_in_batch is not None else reading.targets
             loss = reading.loss_sum / _at_least_one(count, inputs.device)
-            if return_logits or not isinstance(logits_to_keep, int) or logits_to_keep:
-                logits = self._logits_again(loop, inputs, state, logits_to_keep, memory_control)
+            asked = return_logits or not isinstance(logits_to_keep, int) or bool(logits_to_keep)
+            if asked or (return_logits is None and not self.training):
+                before = (inputs, state.clone(), logits_to_keep, memory_control)
+                later = partial(self._logits_again, loop, *before)
+            if asked and later is not None:
+                logits, later = later(), None
         else:
             logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
         result = None
@@ -303,6 +338,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             result = self._advanced(given or state, reading.state)
         own: dict[str, Any] = {CACHE: result}
         out = MemoryModelOutput(loss=loss, logits=logits, **own)
+        if later is not None:
+            out = LaterLogits(later, loss=loss, **own)
         return out.to_tuple() if return_dict is False else out
 
     @torch.no_grad()
@@ -311,7 +348,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     ) -> Tensor:
         """Compute logits beside a loss: the text is read once more, without a graph."""
         again = loop(
-            inputs, state, hidden_from=_first_column(keep, inputs), collect=self._collected,
+            inputs, state, hidden_from=inputs.first_column(keep), collect=self._collected,
             keep_open=False, control=control,
         )  # fmt: skip
         return self._logits(again.hidden, keep)
@@ -409,18 +446,5 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         return self._advanced(state.clone(), new)
 
 
-def _first_column(keep: int | Tensor, inputs: Inputs) -> int:
-    return max(0, inputs.shape[1] - keep) if isinstance(keep, int) and keep > 0 else 0
-
-
 def _at_least_one(count: Tensor | int, device: torch.device) -> Tensor:
     return torch.as_tensor(count, device=device).clamp(min=1)
-
-
-def _take_over_checkpointing(backbone: PreTrainedModel) -> bool:
-    """Turn the layers' checkpointing off; say whether it was on."""
-    found = False
-    for module in backbone.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing, found = False, True  # type: ignore[assignment]
-    return found

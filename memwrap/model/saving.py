@@ -24,7 +24,7 @@ from memwrap.io.whole_folders import SAVED, rewriting
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_configs import adapter_of, plain_adapter, untouched_if_it_fails
 from memwrap.model.adapters import AdapterMixin, adapter_keys, check_comes_back, switch, switches_of
-from memwrap.model.base_loading import HUB_OPTIONS, find_folder, load_base, place_of
+from memwrap.model.base_loading import HUB_OPTIONS, find_folder, load_base, options_in, place_of
 from memwrap.model.limits import building
 from memwrap.model.weight_files import (
     CONFIG,
@@ -56,6 +56,13 @@ def backbone_fingerprint(
     added, found = adapter_keys(backbone), gathered or {}
     kept = ((k, found.get(f"backbone.{k}", v)) for k, v in loaded_parameters(backbone))
     return fingerprint((plain_name(k), v) for k, v in kept if k not in added)
+
+
+# What transformers' callers may say of how a model is saved.
+_SAVED_AS: dict[str, tuple[Any, ...]] = {
+    "safe_serialization": (True,), "variant": (None,), "save_peft_format": (True,),
+    "save_original_format": (True, False), "distributed_checkpoint": (False,),
+}  # fmt: skip
 
 
 class SavingMixin(AdapterMixin):
@@ -99,6 +106,7 @@ class SavingMixin(AdapterMixin):
         push_to_hub: bool = False,
         repo_id: str | None = None,
         token: str | None = None,
+        max_shard_size: int | str = "5GB",
         **kwargs: Any,
     ) -> None:
         """Save memories, adapters and configs (safetensors and JSON).
@@ -114,12 +122,19 @@ class SavingMixin(AdapterMixin):
                 options=StateDictOptions(full_state_dict=True))` of
                 `torch.distributed.checkpoint.state_dict`.
             push_to_hub, repo_id, token: upload the folder afterwards.
-            kwargs: accepted for transformers' callers, without effect here.
+            max_shard_size: largest file of weights; more of them are made.
+            kwargs: what else transformers' callers give, as long as it says what is so anyway.
 
         Raises:
-            ValueError: if weights are spread over processes and `state_dict` is not given, or
-                adapters are in a state that would not come back.
+            ValueError: for other keywords, if weights are spread over processes and `state_dict`
+                is not given, or adapters are in a state that would not come back.
         """
+        for name, value in kwargs.items():
+            if name != "save_function" and value not in _SAVED_AS.get(name, ()):
+                raise ValueError(
+                    f"save_pretrained got {name}={value!r}; a memwrap model is saved in one way, "
+                    "as safetensors and JSON. Leave it out."
+                )
         if not is_main_process:
             return
         for name, value in self.named_parameters():  # type: ignore[attr-defined]
@@ -155,7 +170,8 @@ class SavingMixin(AdapterMixin):
         tensors = self.weights_to_save(include_base, state_dict)
         marks: dict[str, str] = {}
         with rewriting(folder, replaces=[OWN_FILES]) as new:
-            write_model(new, tensors, config, self.generation_config)  # type: ignore[attr-defined]
+            settings = self.generation_config  # type: ignore[attr-defined]
+            write_model(new, tensors, config, settings, max_shard_size)
             for memory in self.memories.values():
                 marks |= memory.save_files(new, folder)
             seal(new, marks)
@@ -234,14 +250,19 @@ class SavingMixin(AdapterMixin):
         *,
         config: Any = None,
         revision: str | None = None,
+        subfolder: str | None = None,
         store: Any = None,
+        output_loading_info: bool = False,
         **kwargs: Any,
     ):
-        """Load a saved model. See `memwrap.load`."""
+        """Load a saved model. See `memwrap.load`; with `output_loading_info` a pair of it and of
+        what transformers reports, which is nothing: files that do not fit are errors."""
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        folder = find_folder(pretrained_model_name_or_path, revision=revision, **hub)
+        folder = find_folder(pretrained_model_name_or_path, subfolder, revision=revision, **hub)
         saved = SavedModel(cls, folder)
         own = saved.config
+        if base is None or isinstance(base, (str, Path)):
+            kwargs = {**options_in(config, own, folder), **kwargs}
         _check_memories(own, folder)
         place = place_of(kwargs) if base is None and own.base_included else None
         backbone = load_base(saved, base, kwargs)
@@ -264,9 +285,11 @@ class SavingMixin(AdapterMixin):
             _load_files(model, saved, store)
         if place is not None:
             model.to(place)  # type: ignore[attr-defined]
-        return model.eval()  # type: ignore[attr-defined]
+        model.eval()  # type: ignore[attr-defined]
+        return (model, {name: set() for name in _REPORTED}) if output_loading_info else model
 
 
+_REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 # A token for each of so many things that a model learns to write is added before it is wrapped.
 _MOST_NEW_TOKENS = 4096
 
