@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -26,6 +26,8 @@ class MemoryModelConfig(PreTrainedConfig):
     model_type = "memwrap"
     sub_configs = {"backbone": AutoConfig}  # noqa: RUF012
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
+
+    auto_map: ClassVar[dict] = {}  # trainers ask for it; no code is loaded with a model of memwrap
 
     memories: list | None = None
     backbone: Any = None

@@ -283,6 +283,7 @@ class SavingMixin(AdapterMixin):
             if saved.generation_config is not None:
                 model.generation_config = saved.generation_config  # type: ignore[attr-defined]
             _load_files(model, saved, store)
+        own._name_or_path = str(pretrained_model_name_or_path)  # trainers load references by it
         if place is not None:
             model.to(place)  # type: ignore[attr-defined]
         model.eval()  # type: ignore[attr-defined]
