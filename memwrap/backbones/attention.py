@@ -78,6 +78,7 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
             eager=through(_eager_of(kind)),
             window=kwargs.get("sliding_window"),
             softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
         )
         return context.attention(attention), None
 

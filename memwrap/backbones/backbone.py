@@ -95,7 +95,7 @@ class Backbone:
                 f"The backbone's attention is {name!r}; segments need explicit masks: "
                 "load it with attn_implementation='sdpa' (or 'eager')."
             )
-        self.rotary = Rotary(decoder, self.config)
+        self.rotary = Rotary()
         self.cache_name = find_cache_name(self._one_token, self.config, type(model).__name__)
         self._path = next(n for n, m in model.named_modules() if m is decoder).split(".")
 
@@ -250,18 +250,19 @@ class Backbone:
             attention_place.detach(self.model, modules)
 
     def attention_sizes(self) -> dict[int, AttentionSizes]:
-        """Find heads and widths of every layer's attention by running one token through it.
+        """Find heads and widths of every layer's attention by running a few tokens through it.
 
         Raises:
             ValueError: if the model does not offer what the attention place needs.
         """
 
         def run(positions: Tensor, context: Any) -> None:
-            self._probe(1, positions, context=context)
+            self._probe(positions.shape[1], positions, context=context)
 
         with self.attention_lent():
             name = type(self.model).__name__
-            return probe(run, len(self.attention_modules), self.rotary, name)
+            number = len(self.attention_modules)
+            return probe(run, self.decoder, self.layers, number, self.rotary, name)
 
     def _probe(self, tokens: int, positions: Tensor | None = None, **passed: Any) -> None:
         """Run one row of noise through the decoder, in evaluation mode."""

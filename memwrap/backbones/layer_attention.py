@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import copy
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -85,6 +86,7 @@ class LayerAttention:
         window: tokens that the layer's own sliding window lets a query see (itself among them), or
             None.
         softcap: scores s become `softcap * tanh(s / softcap)`, if the model does so.
+        sinks: `(H,)`, a score more in each head's softmax, of nothing, if the model has it.
         hidden: `(B, K, D)`, the attention's input at the K columns, for a memory whose
             `needs_hidden` is set.
     """
@@ -101,6 +103,7 @@ class LayerAttention:
     eager: AttentionFunction
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
     hidden: Tensor | None = None
     # No cached_property: in Python 3.11 all instances share its lock.
     _query: Tensor | None = field(default=None, init=False, repr=False)
@@ -175,7 +178,7 @@ class LayerAttention:
     def query(self) -> Tensor:
         """The queries `(B, H, T, Dk)` without rotation and without scaling."""
         if self._query is None:
-            plain, ratio = self._unrotated_query(), self.rotated_scaling / self.scaling
+            plain, ratio = self.unrotated_query(), self.rotated_scaling / self.scaling
             self._query = plain if ratio == 1 else plain * ratio
         return self._query
 
@@ -226,7 +229,7 @@ class LayerAttention:
             step=replace(
                 step,
                 positions=step.positions.of_queries(start, stop),
-                cached={("angles", "keys", kind): keys} if kind else {},
+                cached={} if kind is None else {("angles", "keys", kind): keys},
             ),
         )
 
@@ -295,19 +298,34 @@ class LayerAttention:
     def project(self, inputs: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
         """Project stored attention inputs `(B, M, D)` by the layer's own matrices: to keys
         (un-rotated) and values; `frozen` keeps gradients away from the matrices."""
-        capture = _Capture(self.step)
+        with _FrozenParameters() if frozen else nullcontext():
+            capture = self.called_with(inputs)
+        return capture.key, capture.value
+
+    def called_with(self, inputs: Tensor, embeddings: Any = None) -> Capture:
+        """Call the attention module again with other inputs `(B, M, D)`, without a cache and a
+        mask.
+
+        Args:
+            inputs: hidden states in front of the attention.
+            embeddings: of their positions, as the model hands them on; None: they are not moved.
+        """
+        capture, shape = Capture(self.step), inputs.shape[:2]
         keywords = {**self.call.keywords, "memory_context": capture, "attention_mask": None}
         for name, value in keywords.items():
-            if isinstance(value, Cache) or name == "position_ids":
+            if isinstance(value, Cache):
                 keywords[name] = None
-        angles = keywords.get("position_embeddings")
-        if angles is not None:
-            shape = (inputs.shape[0], inputs.shape[1], angles[0].shape[-1])
-            unmoved = (angles[0].new_ones(shape), angles[0].new_zeros(shape))
-            keywords["position_embeddings"] = unmoved
-        with _FrozenParameters() if frozen else nullcontext():
-            self.module(inputs, **keywords)
-        return capture.key, capture.value
+            elif isinstance(value, Tensor) and value.dtype == torch.long and value.dim() > 1:
+                keywords[name] = value.new_zeros(*value.shape[:-2], *shape)  # positions
+            elif isinstance(value, MutableMapping):  # keys that other layers take up
+                keywords[name] = copy.copy(value)
+        known = self.step.rotary[self.layer].embeddings
+        if known is not None:
+            given = keywords[known.keyword]
+            unmoved = embeddings is None
+            keywords[known.keyword] = known.unmoved(shape, given) if unmoved else embeddings
+        self.module(inputs, **keywords)
+        return capture
 
     def visible(self) -> Tensor:
         """Tell who sees whom inside the segment, `(B, 1, T, K)` bool."""
@@ -333,22 +351,24 @@ class LayerAttention:
         """Rotate a memory's keys; with `kept`, static ones are kept for later steps."""
         dtype = self.rotated_key.dtype
         if kept and memory.static:
-            return rotate_static(memory.keys, dtype, lambda: self._angles(memory.positions, name))
-        return rotate(memory.keys.to(dtype), self._angles(memory.positions, name))
+            return rotate_static(
+                memory.keys, dtype, lambda x: self.rotate(x, memory.positions, name)
+            )
+        return self.rotate(memory.keys.to(dtype), memory.positions, name)
 
     def _query_seen_by(self, memory: MemoryKeyValues) -> Tensor:
         """Rotate the queries to where `memory` sees them (scaled as the model scales them)."""
-        return rotate(self._unrotated_query(), self._angles(memory.query_positions))  # type: ignore[arg-type]
+        return self.rotate(self.unrotated_query(), memory.query_positions)  # type: ignore[arg-type]
 
-    def _unrotated_query(self) -> Tensor:
-        angles = self._angles(self.query_positions, "queries")
-        return unrotate(self.rotated_query, angles)
+    def unrotated_query(self) -> Tensor:
+        """Compute the queries `(B, H, T, Dk)` without rotation, scaled as the model scales them."""
+        return unrotate(self.rotated_query, self._angles(self.query_positions, "queries"))
 
     def _angles(self, positions: Tensor, name: Hashable | None = None) -> Angles | None:
         """Compute the angles at positions; with a `name`, once for all layers of the step."""
         rotary = self.step.rotary
         kind = rotary.kind(self.layer)
-        if not kind:
+        if kind is None:
             return None
 
         def angles() -> Angles | None:
@@ -371,9 +391,10 @@ def _constant(parameter: nn.Parameter) -> Tensor:
     return parameter.detach() if parameter.requires_grad else parameter
 
 
-class _Capture:
-    """A context that takes keys and values out of an attention module."""
+class Capture:
+    """A context that takes queries, keys and values out of an attention module."""
 
+    query: Tensor
     key: Tensor
     value: Tensor
 
@@ -384,7 +405,8 @@ class _Capture:
         return self._step
 
     def attention(self, attention: LayerAttention) -> Tensor:
-        self.key, self.value = attention.rotated_key, attention.value
+        self.query, self.key = attention.rotated_query, attention.rotated_key
+        self.value = attention.value
         batch, heads, length, _ = attention.rotated_query.shape
         return self.value.new_zeros(batch, length, heads, self.value.shape[-1])
 

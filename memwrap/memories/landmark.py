@@ -90,6 +90,12 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         super().__init__(config, sizes)
         self.insertion = Insertion(config.block_size, config.landmark_id, config.landmark_in_loss)
         self.chosen = attending_layers(config, sizes)
+        other = [n for n in self.chosen if not sizes.attention[n].plain_softmax]
+        if other:
+            raise ValueError(
+                "The landmark memory computes the softmax itself, and the backbone does more than "
+                f"scale and cap its scores in layers {other}; use another memory (window, infini)."
+            )
         if config.landmark_id is None:
             mean = torch.zeros(sizes.embedding_size) if sizes.embedding_mean is None else (
                 sizes.embedding_mean
@@ -144,12 +150,14 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
             scaling=attention.rotated_scaling, places=where, landmark=marks, valid=valid,
             softcap=attention.softcap, window=attention.window,
         )  # fmt: skip
+        parts = [local]
         if self.retrieves(layer) and self._any(attention, state):
             ids, state = self._chosen(layer, attention, state)
-            past = self._past(attention, state, ids)
-            out = ops.merge(local, past)
-        else:
-            out = local[0]
+            parts.append(self._past(attention, state, ids))
+        if attention.sinks is not None:
+            log = attention.sinks.to(local[1]).view(1, -1, 1).expand_as(local[1])
+            parts.append((torch.zeros_like(local[0][..., :1]), log))
+        out = ops.merge(*parts) if len(parts) > 1 else local[0]
         return out.transpose(1, 2).to(attention.value.dtype).contiguous(), state
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
@@ -313,7 +321,9 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
 
         outputs: list[list[Tensor]] = [[] for _ in pieces]
         logs: list[list[Tensor]] = [[] for _ in pieces]
-        fetched = prefetch([partial(fetch, *what) for what in work], attention.value.device)
+        fetched = prefetch(
+            [partial(fetch, *arguments) for arguments in work], attention.value.device
+        )
         for (n, first), blocks in zip(work, fetched, strict=True):
             chosen, valid, landmarks, keys, values = blocks
             if not first:

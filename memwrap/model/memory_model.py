@@ -24,10 +24,11 @@ from memwrap.engine.inputs import (
     check_inputs,
     check_mask,
     refuse_unknown,
+    with_targets,
 )
 from memwrap.engine.loop import Loop
-from memwrap.engine.loss import Collect, check_teacher
-from memwrap.engine.packed_documents import Documents, PackedLoop, documents_in, targets_of
+from memwrap.engine.loss import Collect
+from memwrap.engine.packed_documents import packed
 from memwrap.engine.step import SegmentReader
 from memwrap.io.fingerprints import fingerprint
 from memwrap.memories.protocol import (
@@ -203,13 +204,6 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             check_file_state(self, state)
             state.unverified = False
 
-    def loop_over(self, inputs: Inputs, documents: Documents | None) -> Loop | PackedLoop:
-        """Make the loop for `inputs`: where documents are packed in its rows, one that reads each
-        as if it had a row alone."""
-        if documents is None:
-            return self.loop()
-        return PackedLoop(self.loop, self.new_state, inputs, documents)
-
     def loop(self) -> Loop:
         """Make the segment loop over this model's backbone and memories."""
         follow_casts(self)
@@ -284,8 +278,8 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             ValueError: for misshapen inputs, a mask with a hole or one that contradicts the
                 state, a state of another model, or packed documents with a state.
         """
-        shift_labels, ends = kwargs.pop("shift_labels", None), kwargs.pop("cu_seq_lens_q", None)
-        teacher = kwargs.pop("teacher", None)
+        shift_labels, teacher = kwargs.pop("shift_labels", None), kwargs.pop("teacher", None)
+        ends = kwargs.pop("cu_seq_lens_q", None)
         refuse_unknown(kwargs, type(self).forward)
         given = one_cache(cache, past_key_values)
         if getattr(given, "record_past", False) and input_ids is not None:
@@ -294,33 +288,25 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             if attention_mask is not None:
                 attention_mask = attention_mask[:, -input_ids.shape[1] :]
         inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
-        documents = documents_in(inputs.real, seq_idx, position_ids, ends)
-        targets = targets_of(inputs, labels, shift_labels, documents)
+        inputs = packed(inputs, seq_idx, position_ids, ends)
+        inputs = with_targets(inputs, labels, shift_labels, teacher)
+        learning = inputs.targets is not None
         if use_cache is None:
-            use_cache = documents is None and (targets is None or not self.training)
-        state = self._state_of(given, inputs)
-        if attention_mask is not None:
-            check_mask(attention_mask, inputs.shape[1], state)
-        if state.hold_open != (not remember):
-            state = state.clone()
-            state.hold_open = not remember
+            use_cache = inputs.rows is None and not (learning and self.training)
+        state = self._state_of(given, inputs, attention_mask, hold_open=not remember)
         if isinstance(memory_control, MemoryState):
             self.check_state(memory_control)
         check_control(memory_control, state, inputs)
-        first = inputs.first_column(logits_to_keep)
-        loop = self.loop_over(inputs, documents)
+        loop = self.loop()
         reading = loop(
-            inputs,
-            state,
-            targets=targets,
-            teacher=None if targets is None else check_teacher(teacher, inputs.shape),
-            hidden_from=None if targets is not None else first,
-            collect=self._collected,
-            keep_open=use_cache or given is not None,
+            inputs, state, hidden_from=None if learning else inputs.first_column(logits_to_keep),
+            collect=self._collected, keep_open=use_cache or given is not None,
             control=memory_control,
-        )
+        )  # fmt: skip
         loss, logits, later = None, None, None
-        if targets is not None:
+        if not learning:
+            logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
+        else:
             count = num_items_in_batch if num_items_in_batch is not None else reading.targets
             loss = reading.loss_sum / _at_least_one(count, inputs.device)
             asked = return_logits or not isinstance(logits_to_keep, int) or bool(logits_to_keep)
@@ -329,12 +315,11 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
                 later = partial(self._logits_again, loop, *before)
             if asked and later is not None:
                 logits, later = later(), None
-        else:
-            logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
         result = None
         if given is not None or use_cache:
-            if state.record_past:
-                reading.state.recorded = Recorded.after(state, inputs.ids)
+            reading.state.recorded = (
+                Recorded.after(state, inputs.ids) if state.record_past else None
+            )
             result = self._advanced(given or state, reading.state)
         own: dict[str, Any] = {CACHE: result}
         out = MemoryModelOutput(loss=loss, logits=logits, **own)
@@ -344,30 +329,43 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
 
     @torch.no_grad()
     def _logits_again(
-        self, loop: Any, inputs: Inputs, state: MemoryState, keep: int | Tensor, control: Any
+        self, loop: Loop, inputs: Inputs, state: MemoryState, keep: int | Tensor, control: Any
     ) -> Tensor:
         """Compute logits beside a loss: the text is read once more, without a graph."""
         again = loop(
             inputs, state, hidden_from=inputs.first_column(keep), collect=self._collected,
             keep_open=False, control=control,
         )  # fmt: skip
-        return self._logits(again.hidden, keep)
+        return self._logits(again.hidden, keep)  # type: ignore[arg-type]
 
     def _inputs(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> Inputs:
         inputs = check_inputs(ids, embeds, mask)
         check_fit(inputs, *self.parts.embedding_weight.shape)
         return inputs
 
-    def _state_of(self, given: MemoryState | None, inputs: Inputs) -> MemoryState:
+    def _state_of(
+        self, given: MemoryState | None, inputs: Inputs, mask: Tensor | None, hold_open: bool
+    ) -> MemoryState:
+        """Check the state to continue, or make a fresh one; and the mask against it."""
         if given is None:
-            return self.new_state(inputs.shape[0])
+            state = self.new_state(inputs.shape[0])
+            state.hold_open = hold_open
+            if mask is not None:
+                check_mask(mask, inputs.shape[1], state)
+            return state
         self.check_state(given)
         if given.batch_size != inputs.shape[0]:
             raise ValueError(
                 f"The state has {given.batch_size} rows, the input {inputs.shape[0]}; they must "
                 "agree (state.repeat, state.select)."
             )
-        return self._settled(given)
+        state = self._settled(given)
+        if mask is not None:
+            check_mask(mask, inputs.shape[1], state)
+        if state.hold_open != hold_open:
+            state = state.clone()
+            state.hold_open = hold_open
+        return state
 
     @property
     def _collected(self) -> Collect:
@@ -416,10 +414,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         """
         ids, mask = as_batch(text, attention_mask, tokenizer)
         inputs = self._inputs(ids.to(self.device), None, mask)
-        old = self._state_of(state, inputs).clone()
-        if mask is not None:
-            check_mask(mask, inputs.shape[1], old)
-        old.hold_open = False
+        old = self._state_of(state, inputs, mask, hold_open=False).clone()
 
         def bar(steps: Any) -> Any:
             return tqdm(steps, desc="reading", unit="segment", disable=not progress)

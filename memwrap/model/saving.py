@@ -20,6 +20,7 @@ from memwrap.backbones.vocabulary import extend
 from memwrap.io.atomic_files import SCRATCH
 from memwrap.io.fingerprints import fingerprint
 from memwrap.io.own_paths import mark_of
+from memwrap.io.version import VERSION
 from memwrap.io.whole_folders import SAVED, rewriting
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_configs import adapter_of, plain_adapter, untouched_if_it_fails
@@ -37,7 +38,6 @@ from memwrap.model.weight_files import (
     write_model,
 )
 
-VERSION = "0.1.0"
 # What a writer that was killed may have left.
 NOT_UPLOADED = [f"{SCRATCH}/*", f"{SAVED}/*", ".lock"]
 # What PEFT puts into names; adapters of several tensors of one module stand in each other.

@@ -12,12 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from memwrap.assets import asset_name
 from memwrap.backbones import Backbone
+from memwrap.io.version import VERSION
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import config_class, memory_class
 from memwrap.model.adapters import changes_base, check_comes_back
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.memory_model import MemoryModelForCausalLM
-from memwrap.model.saving import VERSION, backbone_fingerprint
+from memwrap.model.saving import backbone_fingerprint
 
 
 def wrap(

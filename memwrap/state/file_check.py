@@ -38,6 +38,8 @@ def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
     good = good and isinstance(signature.get("adapters", []), list)
     if not good or not (weights is None or isinstance(weights, dict)):
         raise _damaged(path, "its signature or weights cannot be read")
+    if not (about["chat"] is None or isinstance(about["chat"], dict)):
+        raise _damaged(path, "its chat cannot be read")
     batch = len(tensors["rows.fill"]) if "rows.fill" in tensors else -1
     for name, tensor in tensors.items():
         kind, *inner = name.split(".")

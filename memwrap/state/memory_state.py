@@ -68,6 +68,7 @@ class MemoryState(Cache):
         hold_open: while true no segment closes (`generate(..., remember=False)`).
         signature: which memories on which backbone the state belongs to.
         weights: fingerprint of the weights that wrote it, or None while training.
+        chat: the open chat turn that the state stands in (`memwrap.chat`), or None.
         recorded: what was read since `activate_past_recording` or the last `crop`.
         owed: `(B, N)` ids that a model reads first at its next call, after a `crop`; or None.
     """
@@ -89,6 +90,7 @@ class MemoryState(Cache):
         self.signature = signature or {}
         self.weights: dict[str, str] | None = None
         self.unverified = False
+        self.chat: dict | None = None
         self.record_past = False
         self.recorded: Recorded | None = None
         self.owed: Tensor | None = None
@@ -237,6 +239,7 @@ class MemoryState(Cache):
             for name in first.memories
         }
         new.open = OpenSegment.cat([s.open for s in states])
+        new.chat = first.chat if len(states) == 1 else None
         for name in (*COUNTERS, "mask_hash"):
             setattr(new, name, torch.cat([getattr(s, name) for s in states]))
         new.columns = max(s.columns for s in states)
@@ -313,7 +316,7 @@ class MemoryState(Cache):
         about = {
             "columns": self.columns, "noted": self.open.noted, "hold_open": self.hold_open,
             "signature": self.signature, "weights": self.weights,
-            "memories": _count_tensors(self.memories),
+            "memories": _count_tensors(self.memories), "chat": self.chat,
         }  # fmt: skip
         metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
         metadata |= checksums(tensors, about=metadata["about"])
@@ -380,7 +383,7 @@ class MemoryState(Cache):
         state.columns = int(about["columns"])
         state.hold_open = bool(about["hold_open"])
         state.weights = about["weights"]
-        state.unverified = True
+        state.chat, state.unverified = about["chat"], True
         return state
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from memwrap.memories.settings import (
+    Fraction,
     Kind,
     NonNegativeFloat,
     NonNegativeInt,
@@ -217,6 +218,8 @@ class TrainerSection(Section):
         distillation_weight, distillation_temperature: follow the backbone as it was, with its
             own attention over whole rows; see `MemoryTrainingArguments`.
         label_weight: of the cross entropy with the text beside a distillation.
+        window_dropout, window_dropout_end: share of rows that read a memory's recurrence without
+            its window, at the start and at the end (`null`: it stays).
         streaming: run the backward pass every `memory.bptt_segments` segments.
         gradient_checkpointing: recompute segments in the backward pass.
         precision: `fp32`, `bf16` or `fp16` arithmetic; `auto`: bf16 where the GPU has it.
@@ -226,6 +229,8 @@ class TrainerSection(Section):
         save_every: steps between checkpoints (`null`: none; needed to resume).
         eval_every: steps between evaluations (`null`: at the end only).
         workers: processes that prepare batches.
+        report_to: also send losses to `tensorboard`, `wandb`, `trackio` or another that
+            transformers knows, several with commas; `none`: only the run's own files.
     """
 
     prefix = "trainer."
@@ -248,6 +253,8 @@ class TrainerSection(Section):
     distillation_weight: NonNegativeFloat = 0.0
     distillation_temperature: Annotated[float, Range(above=0)] = 1.0
     label_weight: NonNegativeFloat = 1.0
+    window_dropout: Fraction = 0.0
+    window_dropout_end: Fraction | None = None
     streaming: bool = True
     gradient_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -257,6 +264,7 @@ class TrainerSection(Section):
     save_every: PositiveInt | None = None
     eval_every: PositiveInt | None = None
     workers: NonNegativeInt = 0
+    report_to: Text = "none"
 
     def validate_distillation(self) -> None:
         if self.label_weight != 1 and not self.distillation_weight:
@@ -267,6 +275,19 @@ class TrainerSection(Section):
             raise ValueError(
                 "`trainer.vary_segments` needs `trainer.segment_curriculum`, for example '0:8'."
             )
+
+    def validate_report_to(self) -> None:
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        known = sorted(INTEGRATION_TO_CALLBACK)
+        if self.report_to != "none" and not {*self.trackers} <= set(known):
+            self.refuse("report_to", f"'none' or among {', '.join(known)}")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [] if names == ["none"] else names
 
 
 __all__ = [
