@@ -41,14 +41,21 @@ def check_shape(config: Any, base: PreTrainedModel, folder: Path) -> None:
 
 
 def write_model(
-    folder: Path, tensors: dict[str, Tensor], config: Any, generation_config: Any
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: Any,
+    generation_config: Any,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write weights and configs of a model into a new folder; `seal` it when all is there."""
     names = {id(v): k for k, v in reversed(tensors.items())}
     unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
     if unique:
         plain = untied(unique)
-        huggingface_hub.save_torch_state_dict(plain, folder, metadata=checksums(plain))
+        sums = checksums(plain)
+        huggingface_hub.save_torch_state_dict(
+            plain, folder, metadata=sums, max_shard_size=max_shard_size
+        )
     else:  # a memory without parameters
         save_file({}, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(folder)
