@@ -15,6 +15,7 @@ from memwrap.backbones.layer_attention import AttentionStep, cached_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.memories.protocol import AttentionMemory, LayerMemory
+from memwrap.ops import narrowed
 from memwrap.state.memory_state import BACKBONE
 from memwrap.state.open_segment import OpenSegment
 from memwrap.state.trees import Tree, where_rows
@@ -65,7 +66,7 @@ class LayerContext:
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         self.seen.add(layer)
         for _, memory, state in self._at(layer, self.layered):
-            hidden = memory.read_layer(layer, hidden, state)
+            hidden = narrowed(memory.read_layer(layer, hidden, state), hidden.dtype)
         return hidden
 
     def after_layer(self, layer: int, hidden: Tensor) -> None:
@@ -93,7 +94,7 @@ class LayerContext:
             self.noted[name][str(layer)] = state
             if self.closing:
                 self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
-            return out.to(attention.value.dtype)
+            return narrowed(out, attention.value.dtype)
         return attention.local()
 
     def close_attention(self, layer: int, module: object, keys: Tensor, values: Tensor) -> None:
