@@ -1,5 +1,5 @@
-"""The command line: `memwrap list | fetch | train | eval | read | chat | serve | store | bench | doctor |
-demo` and more; `memwrap --help` lists all.
+"""The command line: `memwrap list | fetch | train | eval | read | chat | serve | store | bench |
+doctor | demo` and more; `memwrap --help` lists all.
 
 Commands import what they need when they run, so that help and lists come at once.
 """

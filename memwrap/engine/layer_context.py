@@ -157,11 +157,11 @@ class PastReader:
 
     Attributes:
         step: what attention is told of the columns.
-        taken: keys and values by layer.
+        past: keys and values by layer.
     """
 
     step: AttentionStep
-    taken: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    past: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         return hidden
@@ -174,5 +174,5 @@ class PastReader:
 
     def attention(self, attention: LayerAttention) -> Tensor:
         past = attention.rotated_key[:, :, :-1], attention.value[:, :, :-1]
-        self.taken[attention.layer] = past
+        self.past[attention.layer] = past
         return attention.local()

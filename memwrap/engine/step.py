@@ -216,7 +216,7 @@ class SegmentReader:
             context=reader,
             recurrence=Recurrence(states, ~real) if self.backbone.recurrent else None,
         )
-        return reader.taken
+        return reader.past
 
     def _check_met(self, context: LayerContext) -> None:
         """Refuse a model that drops keywords: every layer must have met its memories."""
