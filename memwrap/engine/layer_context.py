@@ -24,7 +24,7 @@ Kind = TypeVar("Kind", LayerMemory, AttentionMemory)
 
 @dataclass
 class LayerContext:
-    """The keyword that layers and attention are handed: reads, and notes what changes.
+    """The context that layers and attention meet: reads, and notes what changes.
 
     Attributes:
         layered: the memories at the layers.
