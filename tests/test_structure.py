@@ -277,7 +277,6 @@ SHARED_MODULES = {
     "compressive": "a memory, and its mathematics",
     "knnlm": "a memory, and how it is tuned",
     "recall": "the recall task, trained and measured",
-    "app": "the commands of the command line, the paths of the server",
 }
 SHARED_CLASSES = {"SavingMixin": "an exported model's own, instead of memwrap's"}
 
