@@ -25,7 +25,7 @@ Kind = TypeVar("Kind", LayerMemory, AttentionMemory)
 
 @dataclass
 class LayerContext:
-    """The keyword that layers and attention are handed: reads, and notes what changes.
+    """The context that layers and attention meet: reads, and notes what changes.
 
     Attributes:
         layered: the memories at the layers.
@@ -158,11 +158,11 @@ class PastReader:
 
     Attributes:
         step: what attention is told of the columns.
-        found: keys and values by layer.
+        past: keys and values by layer.
     """
 
     step: AttentionStep
-    found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    past: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         return hidden
@@ -175,5 +175,5 @@ class PastReader:
 
     def attention(self, attention: LayerAttention) -> Tensor:
         past = attention.rotated_key[:, :, :-1], attention.value[:, :, :-1]
-        self.found[attention.layer] = past
+        self.past[attention.layer] = past
         return attention.local()

@@ -105,8 +105,12 @@ class ExtendedMindMemory(AttentionMemory):
     def __init__(self, config: ExtendedMindConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.chosen = attending_layers(config, sizes)
-        dims = {layer: sizes.attention[layer] for layer in self.chosen}
-        self.rings = KeyValueRings(config.cache_size, dims, sizes.backbone_dtype)
+
+    @property
+    def rings(self) -> KeyValueRings:
+        """The rings of the chosen layers, in the backbone's dtype."""
+        dims = {layer: self.sizes.attention[layer] for layer in self.chosen}
+        return KeyValueRings(self.config.cache_size, dims, self.sizes.backbone_dtype)
 
     @property
     def bytes_per_token(self) -> float:  # type: ignore[override]

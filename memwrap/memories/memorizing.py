@@ -79,8 +79,6 @@ class MemorizingMemory(AttentionMemory):
         super().__init__(config, sizes)
         one = config.layers is None
         self.chosen = [three_quarters(sizes)] if one else attending_layers(config, sizes)
-        dims = {layer: sizes.attention[layer] for layer in self.chosen}
-        self.rings = KeyValueRings(config.cache_size, dims, sizes.backbone_dtype)
         self.gates, self.scales = nn.ParameterDict(), nn.ParameterDict()
         make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
         for layer in self.chosen:
@@ -90,6 +88,12 @@ class MemorizingMemory(AttentionMemory):
                 self.gates[str(layer)] = nn.Parameter(gate)
             if config.qk_norm:
                 self.scales[str(layer)] = nn.Parameter(torch.full((heads,), SCALE, **make).log())
+
+    @property
+    def rings(self) -> KeyValueRings:
+        """The rings of the chosen layers, in the backbone's dtype."""
+        dims = {layer: self.sizes.attention[layer] for layer in self.chosen}
+        return KeyValueRings(self.config.cache_size, dims, self.sizes.backbone_dtype)
 
     @property
     def bytes_per_token(self) -> float:  # type: ignore[override]

@@ -44,7 +44,11 @@ def check_shape(config: Any, base: PreTrainedModel, folder: Path) -> None:
 
 
 def write_model(
-    folder: Path, tensors: dict[str, Tensor], config: Any, generation_config: Any
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: Any,
+    generation_config: Any,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write weights and configs of a model into a new folder; `seal` it when all is there.
 
@@ -56,7 +60,10 @@ def write_model(
     unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
     if unique:
         plain = untied(unique)
-        huggingface_hub.save_torch_state_dict(plain, folder, metadata=checksums(plain))
+        sums = checksums(plain)
+        huggingface_hub.save_torch_state_dict(
+            plain, folder, metadata=sums, max_shard_size=max_shard_size
+        )
     else:  # a memory without parameters
         save_file({}, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(folder)
@@ -160,13 +167,24 @@ def _values(folder: Path) -> dict[str, Any]:
 def _config(model_class: Any, values: dict[str, Any], path: Path) -> Any:
     _check_numbers(values, path)
     try:
-        config = model_class.config_class.from_dict(values)
+        config = model_class.config_class.from_dict(_with_floats(values))
     except Exception as error:  # transformers' and each family's own checks, of every kind
         raise ValueError(f"{path} does not describe a memwrap model: {error}") from error
     for name in ("memories", "backbone"):
         if not getattr(config, name):
             raise ValueError(f"{path} does not describe a memwrap model: it names no {name}.")
     return config
+
+
+def _with_floats(values: Any) -> Any:
+    """Read back the floats that JSON lacks, which transformers writes as `{"__float__": name}`."""
+    if isinstance(values, list):
+        return [_with_floats(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    if values.keys() == {"__float__"}:
+        return float(values["__float__"])
+    return {key: _with_floats(value) for key, value in values.items()}
 
 
 def _check_numbers(values: Any, path: Path) -> None:

@@ -161,6 +161,9 @@ def signature_difference(theirs: dict[str, Any], own: dict[str, Any]) -> str:
     names = [m["name"] for m in theirs["memories"]]
     if names != [m["name"] for m in own["memories"]]:
         return f"its memories are {names}, here {[m['name'] for m in own['memories']]}"
+    used, now = theirs.get("adapters"), own["adapters"]
+    if used != now:
+        return f"it was read with the adapters {used or 'off'} in use, here they are {now or 'off'}"
     for left, right in zip(theirs["memories"], own["memories"], strict=True):
         for key in right:
             if left.get(key) != right[key]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 COUNTERS = ("fill", "segments", "tokens_seen")
 COLUMNS = ("positions", "valid", "tokens")  # of an open segment
-_ROWS = {*COUNTERS, *(f"open_{name}" for name in COLUMNS), "ids_hash"}
+_ROWS = {*COUNTERS, *(f"open_{name}" for name in COLUMNS), "ids_hash", "mask_hash"}
 _KINDS = ("open", "memories", "rows")
 _MOST_DEPTH = 16
 _MOST = 2**53
@@ -35,6 +35,7 @@ def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
     memories = signature.get("memories", [])
     good = isinstance(memories, list) and isinstance(signature.get("backbone", {}), dict)
     good = good and all(isinstance(m, dict) and isinstance(m.get("name"), str) for m in memories)
+    good = good and isinstance(signature.get("adapters", []), list)
     if not good or not (weights is None or isinstance(weights, dict)):
         raise _damaged(path, "its signature or weights cannot be read")
     if not (about["chat"] is None or isinstance(about["chat"], dict)):
@@ -66,7 +67,7 @@ def check_rows(state: Any, path: Path) -> None:
     """
     batch = state.batch_size
     positions, valid, tokens = (getattr(state.open, name) for name in COLUMNS)
-    wanted = {name: ((batch,), torch.long) for name in COUNTERS}
+    wanted = {name: ((batch,), torch.long) for name in (*COUNTERS, "mask_hash")}
     for name, (shape, dtype) in wanted.items():
         tensor = getattr(state, name)
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:

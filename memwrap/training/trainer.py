@@ -337,8 +337,7 @@ class MemoryTrainer(Trainer):
         """
         if has_labels(inputs):
             inputs = {**self.prepare_batch(inputs, trim=False), "use_cache": False}
-            if not prediction_loss_only:
-                inputs["return_logits"] = True
+            inputs["return_logits"] = not prediction_loss_only
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # Optimizer
