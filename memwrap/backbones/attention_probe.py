@@ -60,8 +60,9 @@ def probe(
         name: of the model, for errors.
 
     Raises:
-        ValueError: if keywords do not reach the attention function, if the rotation is not one
-            that can be taken back, or if attention is more than memwrap can join memories to.
+        ValueError: if attention does not go through transformers' attention functions, if the
+            rotation is not one that can be taken back, or if attention is more than memwrap can
+            join memories to.
     """
     positions = torch.arange(TOKENS)[None]
     with _position_calls(decoder, layers, TOKENS) as calls:
@@ -69,8 +70,8 @@ def probe(
         run(positions, context)
     if len(context.sizes) != num_layers:
         raise ValueError(
-            f"{name} does not hand keyword arguments down to its attention function, which "
-            "memories at the attention place need; use a token-level one (rmt)."
+            f"{name}'s attention does not go through transformers' attention functions, where "
+            "memories at the attention place meet it; use one at another place (rmt, armt, knnlm)."
         )
     return dict(sorted(context.sizes.items()))
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache
 
+from memwrap.backbones.contexts import reaching
 from memwrap.backbones.positions import MemoryKeyValues, Positions
 from memwrap.backbones.rotary import Angles, Rotary, rotate, rotate_static, unrotate
 from memwrap.ops.buffers import take
@@ -25,7 +26,7 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tens
 
 
 class AttentionReader(Protocol):
-    """The protocol of the keyword `memory_context`, as attention modules see it."""
+    """The protocol of a run's context, as attention modules see it."""
 
     def attention_step(self, device: torch.device) -> AttentionStep: ...
 
@@ -53,16 +54,18 @@ class AttentionStep:
 
 @dataclass
 class AttentionCall:
-    """One call of an attention module: its keyword `memory_context` on the way to the attention
-    function, so that nothing of the call is kept on the module.
+    """One call of an attention module on the way to the attention function, so that nothing of the
+    call is kept on the module.
 
     Attributes:
+        module: the module.
         context: what is read there.
         inputs: `(B, T, D)`, the hidden states that the module was called with.
-        keywords: the other arguments, but for the context.
+        keywords: the other arguments.
         added: `(B, T, D)`, is added to the module's output.
     """
 
+    module: Any
     context: AttentionReader
     inputs: Tensor
     keywords: dict[str, Any] = field(default_factory=dict)
@@ -311,7 +314,7 @@ class LayerAttention:
             embeddings: of their positions, as the model hands them on; None: they are not moved.
         """
         capture, shape = Capture(self.step), inputs.shape[:2]
-        keywords = {**self.call.keywords, "memory_context": capture, "attention_mask": None}
+        keywords = {**self.call.keywords, "attention_mask": None}
         for name, value in keywords.items():
             if isinstance(value, Cache):
                 keywords[name] = None
@@ -324,7 +327,8 @@ class LayerAttention:
             given = keywords[known.keyword]
             unmoved = embeddings is None
             keywords[known.keyword] = known.unmoved(shape, given) if unmoved else embeddings
-        self.module(inputs, **keywords)
+        with reaching(capture):
+            self.module(inputs, **keywords)
         return capture
 
     def visible(self) -> Tensor:
@@ -424,6 +428,6 @@ def cached_attention(
     def refuse(*args: Any) -> tuple[Tensor, Tensor | None]:
         raise RuntimeError("A segment that closes without queries has no attention output.")
 
-    call = AttentionCall(context, value.new_zeros(value.shape[0], 0, 0))
+    call = AttentionCall(module, context, value.new_zeros(value.shape[0], 0, 0))
     step = context.attention_step(key.device)
     return LayerAttention(module, call, step, key[:, :, :0], key, value, None, 1.0, refuse, refuse)

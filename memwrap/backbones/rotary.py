@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memwrap.backbones.position_limits import PositionLimit
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -217,8 +219,13 @@ class LayerRotation:
 class Rotary:
     """The backbone's own rotation, layer by layer, as far as it is known."""
 
-    def __init__(self, layers: dict[int, LayerRotation] | None = None) -> None:
+    def __init__(
+        self,
+        layers: dict[int, LayerRotation] | None = None,
+        limit: PositionLimit | None = None,
+    ) -> None:
         self.layers = {} if layers is None else layers
+        self.limit = limit
 
     def __getitem__(self, layer: int) -> LayerRotation:
         return self.layers.get(layer, LayerRotation())
@@ -237,10 +244,16 @@ class Rotary:
 
     def angles(self, positions: Tensor, layer: int, like: Tensor) -> Angles | None:
         """Compute the angles at `positions` `(B, T)` (negative and fractional ones too) for a
-        layer; None where it does not rotate. `like` gives dtype and device."""
+        layer; None where it does not rotate. `like` gives dtype and device.
+
+        Raises:
+            ValueError: for positions where angles depend on how much is fed at once.
+        """
         one = self[layer]
         if one.rotation is None or one.embeddings is None:
             return None
+        if self.limit is not None and positions.numel():
+            self.limit.check(positions)
         given = one.embeddings.compute(like, positions.to(like.device))
         angles = one.rotation.angles(*one.embeddings.cos_sin(given))
         return angles.unit() if one.unit else angles

@@ -1,5 +1,5 @@
-"""The command line: `memwrap list | fetch | train | eval | read | chat | serve | store | bench | doctor |
-demo` and more; `memwrap --help` lists all.
+"""The command line: `memwrap list | fetch | train | eval | read | chat | serve | store | bench |
+doctor | demo` and more; `memwrap --help` lists all.
 
 Commands import what they need when they run, so that help and lists come at once.
 """
@@ -139,9 +139,8 @@ def doctor(
     about, trials = room.try_model(model)
     typer.echo(f"{'model':<16}{model}: {about}")
     for trial in trials:
-        verdict = f"does not work: {trial.problem}" if trial.problem else "works"
-        typer.echo(f"{trial.memory:<16}{verdict}")
-    if all(trial.problem for trial in trials):
+        typer.echo(f"{trial.memory:<16}{trial.verdict}")
+    if not any(trial.works for trial in trials):
         raise ValueError(f"No memory works with {model}.")
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from memwrap.state.memory_state import MemoryState
 
 IGNORED = -100
+# Keywords of models that read more than text begin so.
+_NO_TEXT = ("pixel", "image", "video", "audio", "input_features", "speech", "vision")
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,12 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
             raise ValueError(
                 f"`{name}` is not collected across segments; model.base_model(...) gives the last "
                 "hidden states, model.backbone(...) everything of one window."
+            )
+    for name, value in kwargs.items():
+        if name.startswith(_NO_TEXT) and value is not None:
+            raise ValueError(
+                f"`{name}` was given, but memwrap reads text alone, also on models that see and "
+                "hear; leave pictures and sound out (model.backbone takes them without memory)."
             )
     names = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
     for name in kwargs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -94,7 +94,8 @@ def untouched_if_it_fails(base: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        Backbone(base).detach()
+        with suppress(Exception):  # a base that cannot be looked at holds nothing of ours
+            Backbone(base).detach()
         take_out(base, before)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(trained.get(name, parameter.requires_grad))

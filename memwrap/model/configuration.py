@@ -8,6 +8,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
+def _foreign(kind: str) -> type[PreTrainedConfig]:
+    """Make the class of a config whose own comes with the base (`trust_remote_code`)."""
+    return type("ForeignConfig", (PreTrainedConfig,), {"model_type": str(kind)})
+
+
+def is_foreign(config: PreTrainedConfig) -> bool:
+    """Tell whether a backbone's config is only held until its own class is loaded."""
+    return config.model_type not in CONFIG_MAPPING
+
+
 class MemoryModelConfig(PreTrainedConfig):
     """The configs of the memories and of the backbone.
 
@@ -42,7 +52,9 @@ class MemoryModelConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.backbone, dict):
             values = dict(self.backbone)
-            self.backbone = CONFIG_MAPPING[values.pop("model_type")](**values)
+            kind = values.pop("model_type")
+            known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else _foreign(kind)
+            self.backbone = known(**values)
         kwargs.pop("sealed", None)  # of a file (`weight_files.seal`), no setting
         self.tie_word_embeddings = False  # what the backbone ties it ties itself
         super().__post_init__(**kwargs)

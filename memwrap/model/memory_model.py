@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from memwrap.backbones import Backbone
+from memwrap.backbones.auto_classes import auto_class
 from memwrap.backbones.backbone import ATTENTION_IMPLEMENTATIONS
 from memwrap.backbones.cache_names import CACHE
 from memwrap.backbones.offloaded import loaded_parameters
@@ -67,8 +68,10 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
     def __init__(self, config: MemoryModelConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if backbone is None:
-            backbone = AutoModelForCausalLM.from_config(copy.deepcopy(config.backbone))
+            kind = auto_class(config.backbone)
+            backbone = kind.from_config(copy.deepcopy(config.backbone))
         self.parts = Backbone(backbone)
+        self.parts.check()
         self.memory_configs = [
             config_class(values["name"]).from_dict(values) for values in config.memories or []
         ]

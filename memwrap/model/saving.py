@@ -162,6 +162,7 @@ class SavingMixin(AdapterMixin):
         here = bool(config.base_model) and os.path.isdir(config.base_model)
         config.base_mark = mark_of(config.base_model) if here else ""
         config.backbone.dtype = self.backbone.dtype  # as it is now, not as it was loaded
+        config.backbone.architectures = [type(self.backbone).__name__.removeprefix("FSDP")]
         config.architectures = [type(self).__name__.removeprefix("FSDP")]  # as sharding names it
         config.adapters = {
             n: plain_adapter(n, c, self.backbone) for n, c in self.adapters().items()

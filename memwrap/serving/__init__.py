@@ -1,6 +1,6 @@
 """An HTTP server with OpenAI's endpoints, and named states on top."""
 
-from memwrap.serving.app import create_app
+from memwrap.serving.application import create_app
 from memwrap.serving.engine import Engine, Limits
 from memwrap.serving.named_states import NamedStates
 

@@ -17,7 +17,7 @@ from memwrap.state.memory_state import MemoryState
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn, and when that ends.
+    """The settings of an answer's draws, and of its end.
 
     Attributes:
         max_tokens: at most so many.
@@ -132,6 +132,10 @@ class Answer:
         cached: ids of the prompt that had been read before.
         drawn: ids so far.
         reason: why it ended: "stop", "length" or "cancelled".
+        cancelled: whether nobody waits for it any more.
+        state: what has been read of it, `read` ids; given away once it is written with others.
+        pieces: its text as it grows, None at the end.
+        text, sampler: its `TextPieces` and `Sampler`.
     """
 
     ids: list[int]
@@ -147,12 +151,11 @@ class Answer:
     state: MemoryState | None = None
     read: int = 0
     pieces: queue.Queue[str | None] = field(default_factory=queue.Queue)
-    text: TextPieces | None = None
-    sampler: Sampler | None = None
+    text: Any = None
+    sampler: Any = None
 
     def take(self, token: int) -> None:
         """Take a drawn token and give its text on; sets `reason` where the answer ends."""
-        assert self.text is not None
         self.drawn.append(token)
         if token in self.sampling.ends:
             self.reason = "stop"

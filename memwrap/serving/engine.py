@@ -190,12 +190,11 @@ class Engine:
 
     def _write_one(self) -> None:
         """Draw the next token of every answer in the batch."""
-        if not self._writing:
+        if self._batch is None:
             return
         ids = [a.drawn[-1] if a.drawn else a.ids[-1] for a in self._writing]
         given = torch.tensor(ids, device=self.model.device)[:, None]
         try:
-            assert self._batch is not None
             batch = self._batch.clone()
             logits = self.model(given, **{CACHE: batch}, logits_to_keep=1).logits[:, -1]
         except Exception as error:
@@ -205,7 +204,6 @@ class Engine:
             return
         self._batch = batch
         for answer, row in zip(self._writing, logits, strict=True):
-            assert answer.sampler is not None
             answer.take(answer.sampler(row))
         self._leave()
 
