@@ -176,6 +176,7 @@ class AHNMemory(AttentionMemory):
     """
 
     claims = Claims(neutral_start=True)
+    counts_positions = True
 
     config: AHNConfig
     branches = ("window", "recurrent")

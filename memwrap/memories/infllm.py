@@ -105,6 +105,7 @@ class InfLLMMemory(AttentionMemory):
     """
 
     claims = Claims(neutral_start=True, bounded=False)
+    counts_positions = True
 
     config: InfLLMConfig
 

@@ -85,6 +85,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
     before its segment (section 3.2, stingy position mapping)."""
 
     claims = Claims(lengthens=True)
+    counts_positions = True
 
     config: LandmarkConfig
 

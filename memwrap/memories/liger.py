@@ -153,6 +153,11 @@ class LigerMemory(AttentionMemory):
                 f"layer {layer}."
             )
 
+    @property
+    def counts_positions(self) -> bool:  # type: ignore[override]
+        """Whether the recurrence rotates by where a token stands in the text."""
+        return bool(self.config.rotate)
+
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         layers: Tree = {}
         for layer, dims in self.sizes.attention.items():

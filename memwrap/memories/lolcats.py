@@ -93,6 +93,7 @@ class LoLCATsMemory(AttentionMemory):
     """
 
     claims = Claims(linearizes=True)
+    counts_positions = True
 
     config: LoLCATsConfig
     branches = ("window", "recurrent")

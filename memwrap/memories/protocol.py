@@ -280,10 +280,13 @@ class AttentionMemory(Memory):
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
         within_window: what is kept is seen through a layer's own sliding window, where it has
             one: nothing older than that reaches the layer.
+        counts_positions: it rotates by places beyond a segment's, in the text or among what it
+            stored.
     """
 
     needs_hidden: bool = False
     within_window: bool = False
+    counts_positions: bool = False
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Compute the attention's output `(B, T, H, Dv)` and the layer's state after the T tokens.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from memwrap.backbones import Backbone
 from memwrap.backbones.backbone import memory_dtype
 from memwrap.memories.config import MemoryConfig
@@ -73,3 +75,11 @@ def _check_positions(parts: Backbone, config: MemoryConfig, memories: dict[str, 
             f"{config.segment_size + extra} positions; {limit.reason}. Use segments of at most "
             f"{limit.positions - extra}."
         )
+    for name, memory in memories.items():
+        counting = isinstance(memory, AttentionMemory) and memory.counts_positions
+        if limit is not None and parts.max_positions is None and counting:
+            warnings.warn(
+                f"The memory {name!r} counts positions beyond a segment's, and {limit.reason} "
+                "(rotary angles): it refuses texts that reach so far.",
+                stacklevel=4,
+            )

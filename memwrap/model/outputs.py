@@ -39,7 +39,7 @@ class LaterLogits(MemoryModelOutput):
 
     @property
     def logits(self) -> Any:
-        """`(B, T, V)`."""
+        """The logits `(B, T, V)`, computed when they are first asked for."""
         later = self.__dict__["_later"]
         if later is not None:
             self.__dict__["_later"] = None

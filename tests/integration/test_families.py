@@ -127,7 +127,8 @@ def test_angles_that_depend_on_the_length_fed_limit_segments(kind: str) -> None:
     with refused("beyond 32"):
         model(ids(1, 12), cache=state, remember=False)
     memwrap.unwrap(model)
-    counting = memwrap.wrap(base, tiny("ahn"))
+    with pytest.warns(UserWarning, match=f"'ahn' counts positions.*{kind}"):
+        counting = memwrap.wrap(base, tiny("ahn"))
     with refused("reads at position", "beyond 32"):
         counting(ids(1, 60))
 
