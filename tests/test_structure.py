@@ -47,6 +47,7 @@ FLOORS = (
     "evaluation",
     "comparison",
     "exporting",
+    "serving",
     "cli",
     "testing",
 )

@@ -1,5 +1,5 @@
-"""The command line: `memwrap list | fetch | train | eval | read | chat | store | bench | doctor |
-demo` and more; `memwrap --help` lists all.
+"""The command line: `memwrap list | fetch | train | eval | read | chat | serve | store | bench |
+doctor | demo` and more; `memwrap --help` lists all.
 
 Commands import what they need when they run, so that help and lists come at once.
 """
@@ -14,6 +14,7 @@ import typer
 
 from memwrap.cli.chat_commands import chat, read
 from memwrap.cli.model_commands import compare, evaluate, export_model, run_harness
+from memwrap.cli.serve_command import serve
 from memwrap.cli.shared import MemoryName, plain_errors, quiet
 from memwrap.cli.store_commands import bench_commands, store_commands
 from memwrap.io.version import VERSION
@@ -138,9 +139,8 @@ def doctor(
     about, trials = room.try_model(model)
     typer.echo(f"{'model':<16}{model}: {about}")
     for trial in trials:
-        verdict = f"does not work: {trial.problem}" if trial.problem else "works"
-        typer.echo(f"{trial.memory:<16}{verdict}")
-    if all(trial.problem for trial in trials):
+        typer.echo(f"{trial.memory:<16}{trial.verdict}")
+    if not any(trial.works for trial in trials):
         raise ValueError(f"No memory works with {model}.")
 
 
@@ -163,6 +163,7 @@ def demo(
 
 app.command()(read)
 app.command()(chat)
+app.command()(serve)
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command("export")(export_model)

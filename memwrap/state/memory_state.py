@@ -29,7 +29,7 @@ from memwrap.state.trees import (
     tree_to,
 )
 
-FORMAT, VERSION = "memwrap-state", 3
+FORMAT, VERSION = "memwrap-state", 4
 
 
 BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers of its own remember
@@ -85,6 +85,7 @@ class MemoryState(Cache):
         self.columns = 0
         self.open = OpenSegment.empty(batch_size)
         self.ids_hash: Tensor | None = torch.zeros(batch_size, dtype=torch.long)
+        self.mask_hash = torch.zeros(batch_size, dtype=torch.long)
         self.hold_open = False
         self.signature = signature or {}
         self.weights: dict[str, str] | None = None
@@ -180,6 +181,7 @@ class MemoryState(Cache):
         new.open = self.open.map(tensors, rows)
         for name in COUNTERS:
             setattr(new, name, rows(getattr(self, name)))
+        new.mask_hash = rows(self.mask_hash)
         for name in ("ids_hash", "owed"):
             value = getattr(self, name)
             setattr(new, name, None if value is None else rows(value))
@@ -238,7 +240,7 @@ class MemoryState(Cache):
         }
         new.open = OpenSegment.cat([s.open for s in states])
         new.chat = first.chat if len(states) == 1 else None
-        for name in COUNTERS:
+        for name in (*COUNTERS, "mask_hash"):
             setattr(new, name, torch.cat([getattr(s, name) for s in states]))
         new.columns = max(s.columns for s in states)
         same = all(s.ids_hash is not None and s.columns == first.columns for s in states)
@@ -259,6 +261,12 @@ class MemoryState(Cache):
         powers = torch.cumprod(factors, 0)
         mixed = (input_ids + 1) * 2654435761 + (input_ids + 1).square()
         return self.ids_hash.to(input_ids.device) + (mixed * powers).sum(1)
+
+    @staticmethod
+    def mask_hash_of(real: Tensor, before: int = 0) -> Tensor:
+        """Compute what tells which of the columns `(B, T)`, after `before` others, are text."""
+        place = torch.arange(before + 1, before + real.shape[1] + 1)
+        return (real.long() * (place * 2654435761 + place.square() * 40503)).sum(1)
 
     def hash_after(self, input_ids: Tensor | None) -> Tensor | None:
         """Compute the rolling hash after `input_ids` `(B, T)`; the present one for None."""
@@ -298,7 +306,7 @@ class MemoryState(Cache):
         leaves = {f"open.{n}": t for n, t in tree_leaves(self.open.tree)}
         for name, tree in self.memories.items():
             leaves |= {f"memories.{name}.{n}": t for n, t in tree_leaves(tree)}
-        rows = {name: getattr(self, name) for name in COUNTERS}
+        rows = {name: getattr(self, name) for name in (*COUNTERS, "mask_hash")}
         rows |= {f"open_{name}": getattr(self.open, name) for name in COLUMNS}
         leaves |= {f"rows.{name}": tensor for name, tensor in rows.items()}
         if self.ids_hash is not None:
@@ -369,7 +377,7 @@ class MemoryState(Cache):
         positions, valid, read = (rows[f"open_{name}"] for name in COLUMNS)
         noted = bool(about["noted"])
         state.open = OpenSegment(tree.get("open", {}), positions, valid, read, noted)
-        for name in COUNTERS:
+        for name in (*COUNTERS, "mask_hash"):
             setattr(state, name, rows[name])
         state.ids_hash = rows.get("ids_hash")
         state.columns = int(about["columns"])

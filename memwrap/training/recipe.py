@@ -228,7 +228,7 @@ def _read(path: Path) -> dict[str, Any]:
     text = read_yaml_text(path)
     try:
         values = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text else None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(values, dict):
