@@ -9,7 +9,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from memwrap.io.version import VERSION as __version__
-from memwrap.model.auto_classes import announce
+from memwrap.model.announcement import announce
 
 if TYPE_CHECKING:
     from memwrap.chat.pipeline import pipeline

@@ -46,8 +46,7 @@ def read_document(
         ValueError: for an empty text, a template that changes what is said, or a state in which a
             question was asked already.
     """
-    text = text.strip()
-    if not text:
+    if not text.strip():
         raise ValueError("The document is empty; give some text.")
     turns = Turns(tokenizer)
     if not turns.present:
@@ -57,7 +56,7 @@ def read_document(
     held = Held.of(state, turns)
     if held is not None and held.turns:
         raise ValueError("A question was asked of this state; read documents before questions.")
-    content = under(held.document if held is not None else "", text)
+    content = under(held.document if held is not None else "", text.strip())
     ids, new = cut_document(turns, content, held.read if held is not None else 0)
     new.behind = held.behind if held is not None else bool(state is not None and state.columns)
     if new.behind:

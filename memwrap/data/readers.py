@@ -99,7 +99,7 @@ def _html(text: str) -> str:
     from bs4 import BeautifulSoup
 
     page = BeautifulSoup(text, "html.parser")
-    for hidden in page(["script", "style", "template", "noscript", "head"]):
+    for hidden in page(["script", "style", "template", "noscript", "head", "title"]):
         hidden.decompose()
     for block in page(["p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "h5", "h6", "pre"]):
         block.append("\n")

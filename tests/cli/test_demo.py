@@ -45,11 +45,11 @@ def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("facts.png", "nats.png"):
         assert (small / name).stat().st_size > 1000
     page = small.parent / "README.md"
-    page.write_text("# A\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nZ\n")
+    page.write_text("# A\n<!-- demo:begin -->\nBEFORE\n<!-- demo:end -->\nZ\n")
     (small.parent / "docs" / "figures").mkdir(parents=True)
     demo.publish(small, page)
     text = page.read_text()
-    assert "old" not in text and text.startswith("# A\n") and text.endswith("-->\nZ\n")
+    assert "BEFORE" not in text and text.startswith("# A\n") and text.endswith("-->\nZ\n")
     assert "| base, whole | 0 | 0 | - |" in text and demo.conclusions(results)[2] in text
     sizes = [m["bytes"] for m in results["nats"]["memories"].values()]
     assert max(sizes) < 2 * min(sizes)
