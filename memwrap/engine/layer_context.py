@@ -96,9 +96,10 @@ class LayerContext:
             return out.to(attention.value.dtype)
         return attention.local()
 
-    def close_attention(self, layer: int, module: object) -> None:
-        """Close a layer's open segment without new tokens, from its cached keys and values."""
-        keys, values = (self.segment.tree[n][str(layer)] for n in ("keys", "values"))
+    def close_attention(self, layer: int, module: object, source: int) -> None:
+        """Close a layer's open segment without new tokens, from the cached keys and values of the
+        layer `source`: its own, or what it shares."""
+        keys, values = (self.segment.tree[n][str(source)] for n in ("keys", "values"))
         for name, memory, state in self._at(layer, self.attending):
             attention = cached_attention(module, self, keys, values)
             self._keep_hidden(memory, attention)

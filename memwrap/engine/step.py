@@ -170,8 +170,10 @@ class SegmentReader:
         nothing = x.new_zeros(len(x), 0, self.backbone.config.hidden_size)
         if x.shape[1] == 0:  # a segment that closes without tokens or suffix
             if self.attending and context.closing and len(context.segment):
+                cached = [int(name) for name in context.segment.tree["keys"]]
                 for layer, module in self.backbone.attention_modules.items():
-                    context.close_attention(layer, module)
+                    source = self.backbone.key_source(layer, cached)
+                    context.close_attention(layer, module, source)
             return x, nothing
         hidden = self.backbone.run(
             x,
