@@ -108,7 +108,9 @@ def page(rows: dict[str, Any]) -> str:
         for memory in PLACES:
             trial = row.get("trials", {}).get(memory)
             result = "not tried" if trial is None else trial["result"]
-            reason = row["problem"] if trial is None else trial["problem"].replace(kind, "The model")
+            reason = (
+                row["problem"] if trial is None else trial["problem"].replace(kind, "The model")
+            )
             counts[result] += 1
             note = f" [{notes.setdefault(reason, len(notes) + 1)}]" if reason else ""
             cells.append(f"{result}{note}")

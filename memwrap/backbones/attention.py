@@ -29,6 +29,7 @@ from memwrap.backbones.layer_attention import (
     LayerAttention,
     implementation,
 )
+from memwrap.ops import narrowed
 
 KIND = "attention"
 # No keyword of an attention module needs to reach its attention function.
@@ -112,8 +113,8 @@ def _memory_attention(parent: type[nn.Module]) -> type[nn.Module]:
         if call.added is None:
             return out
         if isinstance(out, tuple):
-            return (out[0] + call.added.to(out[0].dtype), *out[1:])
-        return out + call.added.to(out.dtype)
+            return (out[0] + narrowed(call.added, out[0].dtype), *out[1:])
+        return out + narrowed(call.added, out.dtype)
 
     return subclass(parent, KIND, forward=forward)
 

@@ -130,6 +130,11 @@ class _Probe:
             attention.rotated_query.shape,
             attention.rotated_key.shape,
         )
+        if layer in self.sizes:
+            raise ValueError(
+                f"{self.name} attends several times in layer {layer}; memories at the attention "
+                "place need layers that attend once. Use one at another place (rmt, armt)."
+            )
         if not self._learn_rotation(attention):
             raise ValueError(
                 f"{self.name} rotates the keys of layer {layer} in a way that memwrap cannot take "

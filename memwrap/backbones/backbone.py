@@ -276,14 +276,6 @@ class Backbone:
         without = layers_without_attention(self.config)
         return attention_place.attention_modules(self.layers, without)
 
-    def key_source(self, layer: int, cached: Collection[int]) -> int:
-        """Find the layer whose cached keys a layer attends to: its own, or the last one of its kind
-        before it, which it shares them with."""
-        if layer in cached:
-            return layer
-        kinds = getattr(self.config, "layer_types", None) or [""] * (layer + 1)
-        return max(n for n in cached if n < layer and kinds[n] == kinds[layer])
-
     def remembered(self, batch_size: int) -> Tree:
         """Make what the recurrent layers remember of `batch_size` rows that have read nothing: a
         tree for each layer by its number; empty for a backbone without such layers."""

@@ -20,7 +20,7 @@ from memwrap.backbones.position_limits import PositionLimit
 
 @dataclass(frozen=True)
 class Rotation:
-    """How attention turns a head: channel i becomes `cos x_i + sign sin x_partner`, for the
+    """A way of turning a head: channel i becomes `cos x_i + sign sin x_partner`, for the
     channels from `start` on; the lists have a number for each of these.
 
     Attributes:
@@ -203,7 +203,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class LayerRotation:
-    """How one layer rotates.
+    """One layer's rotation.
 
     Attributes:
         embeddings: of positions, where it is given some; `rotation`: what they do. None: the layer

@@ -148,6 +148,9 @@ def _rotation(sides: Sequence[Tensor], digits: int) -> Rotation | None:
     of = range(start, stop)
     pairs = {i: partner[i] if i in moved and start <= partner[i] < stop else i for i in of}
     return Rotation(
-        start, tuple(pairs[i] - start for i in of), tuple(cosine[i] for i in of),
-        tuple(sine[i] for i in of), tuple(int(sign[i]) or 1 for i in of),
-    )  # fmt: skip
+        start,
+        tuple(pairs[i] - start for i in of),
+        tuple(cosine[i] if pairs[i] != i else 0 for i in of),
+        tuple(sine[i] if pairs[i] != i else 0 for i in of),
+        tuple(int(sign[i]) or 1 for i in of),
+    )

@@ -20,7 +20,7 @@ from memwrap.ops import fla
 
 _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "triton", "datasets",
-    "pypdf", "bitsandbytes",
+    "pypdf", "beautifulsoup4", "bitsandbytes",
 )  # fmt: skip
 _MISSING = "not installed"
 # The versions that the tests run with: beside the shipped models, or in a checkout.

@@ -69,6 +69,10 @@ class Inputs:
     def device(self) -> torch.device:
         return (self.ids if self.ids is not None else self.embeds).device  # type: ignore[union-attr]
 
+    def first_column(self, keep: int | Tensor) -> int:
+        """Find the first column that is wanted: of the last `keep`, or of all."""
+        return max(0, self.shape[1] - keep) if isinstance(keep, int) and keep > 0 else 0
+
 
 def check_inputs(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
@@ -116,6 +120,31 @@ def check_inputs(
             "tokens, not between them."
         )
     return Inputs(input_ids, inputs_embeds, real, starts, lengths)
+
+
+def check_mask(mask: Tensor, new: int, state: MemoryState) -> None:
+    """Check that a mask is of the `new` columns alone, or agrees with what the state has read
+    before them.
+
+    Raises:
+        ValueError: for another length, or other columns of padding than were read.
+    """
+    length, read = mask.shape[1], state.columns
+    if length == new:
+        return
+    if length != read + new:
+        raise ValueError(
+            f"`attention_mask` covers {length} tokens; there are {new} new ones"
+            + (f" after {read} that the state has read." if read else ".")
+            + " Give the mask of the new ones, or of all."
+        )
+    wrong = state.mask_hash != state.mask_hash_of(mask[:, :read].bool().cpu())
+    if bool(wrong.any()):
+        row = int(wrong.int().argmax())
+        raise ValueError(
+            f"`attention_mask` of row {row} marks other padding than was read into the state. Give "
+            "the mask of the new tokens alone, or read the text again with this one."
+        )
 
 
 def check_fit(inputs: Inputs, vocab_size: int, width: int) -> None:

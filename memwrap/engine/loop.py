@@ -107,6 +107,7 @@ class Loop:
         if not packed:
             after.tokens_seen = after.tokens_seen + inputs.lengths
             after.ids_hash = after.extend_hash(inputs.ids, inputs.shape[1])
+            after.mask_hash = after.mask_hash + after.mask_hash_of(inputs.real, after.columns)
             after.columns += inputs.shape[1]
         reading = Reading(None, None, 0, state if packed else after)
         if targets is not None:

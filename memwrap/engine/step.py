@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memwrap.backbones import Backbone
+from memwrap.backbones import Backbone, Positions
+from memwrap.backbones.layer_attention import AttentionStep
 from memwrap.backbones.masks import layers_without_attention
 from memwrap.backbones.recurrence import Recurrence
-from memwrap.engine.layer_context import LayerContext
+from memwrap.engine.layer_context import LayerContext, PastReader
 from memwrap.engine.plan import Step
 from memwrap.engine.step_input import InputLayout, StepInput
 from memwrap.memories.protocol import (
@@ -170,10 +171,9 @@ class SegmentReader:
         nothing = x.new_zeros(len(x), 0, self.backbone.config.hidden_size)
         if x.shape[1] == 0:  # a segment that closes without tokens or suffix
             if self.attending and context.closing and len(context.segment):
-                cached = [int(name) for name in context.segment.tree["keys"]]
+                past = self._past(x, context)
                 for layer, module in self.backbone.attention_modules.items():
-                    source = self.backbone.key_source(layer, cached)
-                    context.close_attention(layer, module, source)
+                    context.close_attention(layer, module, *past[layer])
             return x, nothing
         hidden = self.backbone.run(
             x,
@@ -191,6 +191,37 @@ class SegmentReader:
         if context.feed_forward is None:
             return hidden, nothing
         return hidden, context.feed_forward[0].view(*hidden.shape[:2], -1)
+
+    def _past(self, embeds: Tensor, context: LayerContext) -> dict[int, tuple[Tensor, Tensor]]:
+        """Find the open segments' keys and values by layer: those that are cached or, where the
+        model caches something else (latents), what it makes of them for one token more, which
+        leaves no trace; `embeds` is `(B, 0, D)`."""
+        segment = context.segment
+        keys, values = segment.tree["keys"], segment.tree["values"]
+        sizes = next(iter(self.attending.values())).sizes.attention
+        cached = {n: (keys[str(n)], values[str(n)]) for n in sizes if str(n) in keys}
+        if all(
+            n in cached and cached[n][0].shape[1::2] == (size.num_kv_heads, size.key_dim)
+            for n, size in sizes.items()
+        ):
+            return cached
+        last = segment.positions.amax(1, keepdim=True) + 1
+        real = torch.ones_like(last, dtype=torch.bool)
+        places = (segment.positions, segment.valid), (last, real)
+        inserted = torch.zeros_like(torch.cat([segment.valid, real], 1))
+        positions = Positions.of(*places, inserted)
+        reader = PastReader(AttentionStep(positions, self.backbone.rotary))
+        states = context.states.get(BACKBONE, {})
+        self.backbone.run(
+            embeds.new_zeros(len(embeds), 1, embeds.shape[2]),
+            last,
+            key_positions=positions.key_positions,
+            key_valid=positions.key_valid,
+            cache=segment.cache(),
+            context=reader,
+            recurrence=Recurrence(states, ~real) if self.backbone.recurrent else None,
+        )
+        return reader.past
 
     def _check_met(self, context: LayerContext) -> None:
         """Refuse a model whose classes were changed: every layer must have met its memories."""

@@ -28,17 +28,25 @@ _INNER = ("_from_auto", "adapter_kwargs", "_commit_hash")
 # Of a base: what is true wherever memwrap reads the files itself.
 _TRUE_HERE: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True), "weights_only": (None, True),
-    "trust_remote_code": (None, False), "code_revision": (None,), "subfolder": (None, ""),
+    "trust_remote_code": (None, False), "code_revision": (None,),
 }  # fmt: skip
 _OF_A_WHOLE = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
 
 
-def find_folder(name: str | Path, **hub: Any) -> Path:
-    """Find the folder of a saved model: the name's own, a shipped one, or one from the Hub.
+def find_folder(name: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
+    """Find the folder of a saved model: the name's own, a shipped one, or one from the Hub; of it
+    the subfolder, if one is named.
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if the subfolder lies outside.
     """
+    if subfolder:
+        whole = find_folder(name, **hub)
+        found = inside(whole, subfolder)
+        if not found.is_dir():
+            raise FileNotFoundError(f"There is no folder {subfolder} in {whole}.")
+        return found
     folder = asset(name) or Path(name)
     if folder.is_dir():
         return folder
@@ -141,6 +149,42 @@ def _own_config(config: Any, folder: Path, options: dict[str, Any]) -> Any:
     """Read a backbone's config again by its own class, which comes with the base."""
     own = AutoConfig.from_pretrained(base_place(config, folder), **_hub(options))
     return type(own).from_dict(config.backbone.to_dict())
+
+
+def options_in(config: Any, saved: Any, folder: Path) -> dict[str, Any]:
+    """Collect the options of loading that a config, made of the saved one, carries: what
+    transformers' Auto classes know of is put there.
+
+    Raises:
+        ValueError: for a setting that would change what was saved.
+    """
+    if config is None:
+        return {}
+    if type(config) is not type(saved):
+        raise ValueError(
+            f"`config` is a {type(config).__name__}; {folder} holds a model of memwrap. Leave it "
+            "out, or give its base's config to the base's loading."
+        )
+    theirs, own = ({**c.to_dict(), **_without(c)} for c in (config, saved))
+    changed = sorted(k for k in theirs.keys() | own.keys() if theirs.get(k) != own.get(k))
+    if changed:
+        raise ValueError(
+            f"`{changed[0]}` cannot be changed as a saved memwrap model is loaded; load it, then "
+            "set it at the model or its config."
+        )
+    names = {
+        "attn_implementation": "_attn_implementation",
+        "experts_implementation": "_experts_implementation",
+    }
+    found = {option: getattr(config, name, None) for option, name in names.items()}
+    return {option: value for option, value in found.items() if value is not None}
+
+
+def _without(config: Any) -> dict[str, Any]:
+    """Return what does not count in a comparison of configs, each as None."""
+    backbone = {**config.backbone.to_dict(), "_name_or_path": None, "dtype": None}
+    names = ("_name_or_path", "dtype", "torch_dtype", "_commit_hash", "transformers_version")
+    return {**dict.fromkeys(names), "backbone": backbone}
 
 
 def place_of(options: dict[str, Any]) -> Any:

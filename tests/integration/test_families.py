@@ -14,8 +14,8 @@ from transformers import (
     Gemma3Config,
     Gemma3nTextConfig,
     Gemma4TextConfig,
-    LlamaConfig,
     Llama4TextConfig,
+    LlamaConfig,
     LlavaConfig,
     MambaConfig,
     PaliGemmaConfig,
@@ -118,9 +118,7 @@ def test_angles_that_depend_on_the_length_fed_limit_segments(kind: str) -> None:
     if kind == "longrope":
         rope["original_max_position_embeddings"] = 32
     config = Phi3Config if kind == "longrope" else LlamaConfig
-    base = small_model(
-        config(rope_parameters=rope, max_position_embeddings=128 if factors else 32)
-    )
+    base = small_model(config(rope_parameters=rope, max_position_embeddings=128 if factors else 32))
     assert Backbone(base).position_limit.positions == 32  # type: ignore[union-attr]
     with refused("beyond 32", kind, "at most 26"):
         memwrap.wrap(base, memwrap.RMTConfig(segment_size=27, num_memory_tokens=3))

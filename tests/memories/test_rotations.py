@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama
 
 import memwrap
 from memwrap.backbones.backbone import Backbone
+from memwrap.state.trees import tree_leaves
 from memwrap.testing import families
 from memwrap.testing.families import build
 from memwrap.testing.helpers import assert_close, ids, tiny, wrapped
@@ -187,3 +188,15 @@ def test_layers_of_one_kind_share_their_angles() -> None:
         parts = Backbone(build(family))
         parts.attention_sizes()
         assert len({parts.rotary.kind(layer) for layer in range(2)} - {None}) == number, family
+
+
+@pytest.mark.parametrize("memory", ["infini", "ahn"])
+def test_a_segment_closes_without_tokens(memory: str) -> None:
+    """A model that caches latents closes an open segment as one that a token fills."""
+    trees = []
+    for length in (8, 5):
+        model, text = wrapped(memory, "deepseek_v2", segment_size=length), ids(2, 5)
+        state = model.read(text)
+        trees.append((model.close_segment(state) if length == 8 else state).memories[memory])
+    for (name, got), (_, want) in zip(*map(tree_leaves, trees), strict=True):
+        assert_close(got.float(), want.float(), 1e-6, name)
