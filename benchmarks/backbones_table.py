@@ -119,8 +119,8 @@ def page(rows: dict[str, Any]) -> str:
     total = ", ".join(f"{n} {result}" for result, n in counts.most_common())
     head = " | ".join(f"`{memory}` ({place})" for memory, place in PLACES.items())
     described = (
-        f"{len(lines)} model types of transformers {transformers.__version__}, {len(PLACES)} memories "
-        f"each: {total}."
+        f"{len(lines)} model types of transformers {transformers.__version__}, {len(PLACES)} "
+        f"memories each: {total}."
     )
     listed = [f"{number}. {_plain(reason)}" for reason, number in notes.items()]
     return "\n".join(
