@@ -56,7 +56,7 @@ def probe(
         run: runs the decoder on tokens at positions `(1, T)`, with a context.
         decoder: watched for what computes embeddings of positions, outside its `layers`.
         num_layers: decoder layers with attention.
-        rotary: is filled.
+        rotary: is filled, all at once, if nothing is known of it.
         name: of the model, for errors.
 
     Raises:
@@ -66,13 +66,15 @@ def probe(
     """
     positions = torch.arange(TOKENS)[None]
     with _position_calls(decoder, layers, TOKENS) as calls:
-        context = _Probe(positions, rotary, calls, name)
+        context = _Probe(positions, Rotary(), calls, name)
         run(positions, context)
     if len(context.sizes) != num_layers:
         raise ValueError(
             f"{name}'s attention does not go through transformers' attention functions, where "
             "memories at the attention place meet it; use one at another place (rmt, armt, knnlm)."
         )
+    if not rotary.layers:  # other threads may be reading with what is known
+        rotary.layers = context.rotary.layers
     return dict(sorted(context.sizes.items()))
 
 
