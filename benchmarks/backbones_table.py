@@ -108,7 +108,8 @@ def page(rows: dict[str, Any]) -> str:
         for memory in PLACES:
             trial = row.get("trials", {}).get(memory)
             result = "not tried" if trial is None else trial["result"]
-            reason = row["problem"] if trial is None else trial["problem"].replace(kind, "The model")
+            reason = row["problem"] if trial is None else trial["problem"]
+            reason = reason.replace(kind, "The model")
             counts[result] += 1
             note = f" [{notes.setdefault(reason, len(notes) + 1)}]" if reason else ""
             cells.append(f"{result}{note}")
@@ -118,8 +119,8 @@ def page(rows: dict[str, Any]) -> str:
     total = ", ".join(f"{n} {result}" for result, n in counts.most_common())
     head = " | ".join(f"`{memory}` ({place})" for memory, place in PLACES.items())
     described = (
-        f"{len(lines)} model types of transformers {transformers.__version__}, {len(PLACES)} memories "
-        f"each: {total}."
+        f"{len(lines)} model types of transformers {transformers.__version__}, {len(PLACES)} "
+        f"memories each: {total}."
     )
     listed = [f"{number}. {_plain(reason)}" for reason, number in notes.items()]
     return "\n".join(
@@ -146,11 +147,11 @@ and `window` generation, and saving and loading. Written by `python benchmarks/b
 - **limit**: right, and what the note says is to be known.
 - **refused**: `wrap` says so, as in the note.
 - **wrong**: what the note says goes wrong.
-- **not tried**: no tiny model of the default config reads text, or the class is newer than the table.
+- **not tried**: no tiny model of the default config reads text, or the class was not built yet.
 
-Of models that see and hear, text is read; pictures and sound are refused. Where a model looks at the
-ids of what it reads beside their embeddings (Gemma 3n and 4: embeddings of every layer), memory tokens
-count as padding there, as pictures do.
+Of models that see and hear, text is read; pictures and sound are refused. Where a model looks at
+the ids of what it reads beside their embeddings (Gemma 3n and 4: embeddings of every layer), memory
+tokens count as padding there, as pictures do. What differs in float32 is tried in float64, too.
 """.splitlines()
 
 

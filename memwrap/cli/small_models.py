@@ -179,7 +179,12 @@ def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
     heads = before.get("num_attention_heads") or 1
     width = before.get("head_dim") or (before.get("hidden_size") or heads) // heads
     for rotary in (values.get("rope_parameters"), values.get("rope_scaling")):
-        section = rotary.get("mrope_section") if isinstance(rotary, dict) else None
+        if not isinstance(rotary, dict):
+            continue
+        for key in ("short_factor", "long_factor"):
+            if isinstance(rotary.get(key), list):
+                rotary[key] = rotary[key][: len(rotary[key]) * 16 // width]
+        section = rotary.get("mrope_section")
         if section:
             total = sum(section) * 16 // width
             parts = [n * 16 // width for n in section[:-1]]

@@ -19,6 +19,7 @@ from memwrap.cli.small_models import VOCABULARY
 RIGHT, LIMIT, REFUSED, WRONG = "right", "limit", "refused", "wrong"
 TOLERANCE = 1e-3  # of the logits' scale: float32 leaves some 1e-5, experts chosen by a hair more
 _SEGMENT, _LENGTH = 8, 29
+_SAVED = "save and load"
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ def try_memory(
     trial = _tried(memory, build, checks)
     if trial.result == WRONG:
         # What differs by rounding alone, blown up by a choice that hangs on a hair, does not here.
-        exact = _tried(memory, lambda: build().double(), checks)
-        trial = exact if exact.works else trial
+        names = tuple(checks or CHECKS)
+        numbers = [name for name in names if name != _SAVED]
+        exact = _tried(memory, lambda: build().double(), numbers)
+        kept = _tried(memory, build, [_SAVED]) if _SAVED in names else exact
+        trial = exact if exact.works and kept.works else trial
     return trial
 
 
@@ -225,7 +229,7 @@ CHECKS: dict[str, Callable[[Any, Any], str]] = {
     "left-padded against alone": _padded,
     "generate": _greedy,
     "gradients": _gradients,
-    "save and load": _saved,
+    _SAVED: _saved,
 }
 
 QUICK = (*tuple(CHECKS)[:3], "gradients")

@@ -202,6 +202,16 @@ def with_targets(
     return replace(inputs, targets=targets.masked_fill(~real, IGNORED), teacher=teacher)
 
 
+def refuse_pictures(kwargs: dict[str, Any]) -> None:
+    """Refuse what models that see and hear take beside text."""
+    for name, value in kwargs.items():
+        if name.startswith(_NO_TEXT) and value is not None:
+            raise ValueError(
+                f"`{name}` was given, but memwrap reads text alone, also on models that see and "
+                "hear; leave pictures and sound out (model.backbone takes them without memory)."
+            )
+
+
 def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
     """Refuse keywords that cannot be given or look like a misspelt one of `forward`; other ones
     of transformers' callers have no effect here."""
@@ -211,12 +221,7 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
                 f"`{name}` is not collected across segments; model.base_model(...) gives the last "
                 "hidden states, model.backbone(...) everything of one window."
             )
-    for name, value in kwargs.items():
-        if name.startswith(_NO_TEXT) and value is not None:
-            raise ValueError(
-                f"`{name}` was given, but memwrap reads text alone, also on models that see and "
-                "hear; leave pictures and sound out (model.backbone takes them without memory)."
-            )
+    refuse_pictures(kwargs)
     names = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
     for name in kwargs:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)

@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from memwrap.backbones.cache_names import CACHE
-from memwrap.engine.inputs import check_inputs, check_mask
+from memwrap.engine.inputs import check_inputs, check_mask, refuse_pictures
 from memwrap.model.outputs import one_cache
 from memwrap.state.memory_state import MemoryState
 
@@ -210,8 +210,9 @@ class MemoryGenerationMixin(GenerationMixin):
                 however long it grows, as the published code does.
 
         Raises:
-            ValueError: for right-padded prompts and other caches.
+            ValueError: for right-padded prompts, other caches, and pictures or sound.
         """
+        refuse_pictures(kwargs)
         given = one_cache(cache, past_key_values)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")

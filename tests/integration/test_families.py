@@ -95,7 +95,11 @@ def test_layers_in_chunks() -> None:
     model = memwrap.wrap(base, tiny("infini"))
     assert_close(model(text).logits, base(text).logits, 1e-5)
     assert_pieces_and_padding(model)
-    assert try_memory("window", builder(lambda: base)).result == LIMIT
+
+
+def test_a_window_over_layers_in_chunks_is_said_to_be_limited() -> None:
+    trial = try_memory("window", builder(lambda: small_model(Llama4TextConfig())))
+    assert trial.result == LIMIT and "in chunks" in trial.problem, trial
 
 
 def test_what_cannot_be_read_is_refused_when_it_is_wrapped() -> None:
@@ -112,20 +116,20 @@ def test_what_cannot_be_read_is_refused_when_it_is_wrapped() -> None:
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_angles_that_depend_on_the_length_fed_limit_segments(kind: str) -> None:
-    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if kind == "longrope" else {}
-    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **factors}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
     if kind == "longrope":
-        rope["original_max_position_embeddings"] = 32
-    config = Phi3Config if kind == "longrope" else LlamaConfig
-    base = small_model(config(rope_parameters=rope, max_position_embeddings=128 if factors else 32))
+        rope |= {"short_factor": [1.0] * 48, "long_factor": [4.0] * 48}
+        config: PreTrainedConfig = Phi3Config(
+            rope_parameters=rope, max_position_embeddings=128, original_max_position_embeddings=32
+        )
+    else:
+        config = LlamaConfig(rope_parameters=rope, max_position_embeddings=32)
+    base = small_model(config)
     assert Backbone(base).position_limit.positions == 32  # type: ignore[union-attr]
     with refused("beyond 32", kind, "at most 26"):
         memwrap.wrap(base, memwrap.RMTConfig(segment_size=27, num_memory_tokens=3))
     model = memwrap.wrap(base, memwrap.RMTConfig(segment_size=26, num_memory_tokens=3))
     assert_pieces_and_padding(model)
-    state = model.read(ids(1, 20))
-    with refused("beyond 32"):
-        model(ids(1, 12), cache=state, remember=False)
     memwrap.unwrap(model)
     with pytest.warns(UserWarning, match=f"'ahn' counts positions.*{kind}"):
         counting = memwrap.wrap(base, tiny("ahn"))
