@@ -229,7 +229,7 @@ class Backbone:
 
     def _check_layers(self) -> None:
         """Refuse layers that are given something else than hidden states `(B, T, D)`."""
-        probe = layer_place.Probe()
+        probe = layer_place.LayerProbe()
         with self._quiet():
             self.run(self._noise(2), torch.arange(2)[None], context=probe)
         name, width = type(self.model).__name__, self.config.hidden_size

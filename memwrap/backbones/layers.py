@@ -40,7 +40,7 @@ def _memory_layer(parent: type[nn.Module], index: int) -> type[nn.Module]:
     return subclass(parent, KIND, forward=forward)
 
 
-class Probe:
+class LayerProbe:
     """A context that notes the shapes that layers are given."""
 
     def __init__(self) -> None:

@@ -198,7 +198,7 @@ def _keep_own(text: PreTrainedConfig, own: dict[Any, Any], chosen: list[int]) ->
     for layer in settings.values():
         for key, value in layer.items():
             if _is_number(value):
-                layer[key] = min(value, 2 * _SMALL.get(key, value))
+                layer[key] = min(value, 2 * (_SMALL.get(key) or value))
     text.per_layer_config = {n: layer for n, layer in settings.items() if layer}
 
 

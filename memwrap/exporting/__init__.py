@@ -26,7 +26,7 @@ from memwrap.exporting.card import card, foreign_packages
 from memwrap.exporting.flat import flat_files
 from memwrap.io.version import VERSION
 from memwrap.io.whole_folders import making
-from memwrap.model.adapters import adapter_keys
+from memwrap.model.adapter_switches import adapter_keys
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.model.saving import plain_name
 from memwrap.model.weight_files import seal, write_model

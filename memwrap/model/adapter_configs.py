@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from memwrap.backbones import Backbone
-from memwrap.model.adapters import adapters_in, take_out
+from memwrap.model.adapter_switches import adapters_in, take_out
 
 # PEFT matches names against these as regular expressions.
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")

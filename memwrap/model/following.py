@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from memwrap.backbones.backbone import memory_dtype
-from memwrap.model.adapters import adapter_layers
+from memwrap.model.adapter_switches import adapter_layers
 
 
 def follow_casts(model: Any) -> None:

@@ -37,7 +37,7 @@ from memwrap.memories.protocol import (
     Memory,
 )
 from memwrap.memories.registry import config_class
-from memwrap.model.adapters import adapter_keys, adapters_in_use
+from memwrap.model.adapter_switches import adapter_keys, adapters_in_use
 from memwrap.model.building import build_memories
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.decoder import MemoryModules, SegmentDecoder
@@ -306,28 +306,24 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             collect=self._collected, keep_open=use_cache or given is not None,
             control=memory_control,
         )  # fmt: skip
-        loss, logits, later = None, None, None
+        before = (inputs, state.clone() if learning else state, logits_to_keep, memory_control)
+        own: dict[str, Any] = {CACHE: None}
+        if given is not None or use_cache:
+            if state.record_past:
+                reading.state.recorded = Recorded.after(state, inputs.ids)
+            own[CACHE] = self._advanced(given or state, reading.state)
         if not learning:
             logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
+            out = MemoryModelOutput(logits=logits, **own)
         else:
             count = num_items_in_batch if num_items_in_batch is not None else reading.targets
-            loss = reading.loss_sum / _at_least_one(count, inputs.device)
+            own["loss"] = reading.loss_sum / _at_least_one(count, inputs.device)
+            again = partial(self._logits_again, loop, *before)
             asked = return_logits or not isinstance(logits_to_keep, int) or bool(logits_to_keep)
-            if asked or (return_logits is None and not self.training):
-                before = (inputs, state.clone(), logits_to_keep, memory_control)
-                later = partial(self._logits_again, loop, *before)
-            if asked and later is not None:
-                logits, later = later(), None
-        result = None
-        if given is not None or use_cache:
-            reading.state.recorded = (
-                Recorded.after(state, inputs.ids) if state.record_past else None
-            )
-            result = self._advanced(given or state, reading.state)
-        own: dict[str, Any] = {CACHE: result}
-        out = MemoryModelOutput(loss=loss, logits=logits, **own)
-        if later is not None:
-            out = LaterLogits(later, loss=loss, **own)
+            if not asked and return_logits is None and not self.training:
+                out = LaterLogits(again, **own)
+            else:
+                out = MemoryModelOutput(logits=again() if asked else None, **own)
         return out.to_tuple() if return_dict is False else out
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from memwrap.io.version import VERSION
 from memwrap.io.whole_folders import SAVED, rewriting
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_configs import adapter_of, plain_adapter, untouched_if_it_fails
-from memwrap.model.adapters import AdapterMixin, adapter_keys, check_comes_back, switch, switches_of
+from memwrap.model.adapter_switches import AdapterMixin, adapter_keys, check_comes_back, switch, switches_of
 from memwrap.model.base_loading import HUB_OPTIONS, find_folder, load_base, options_in, place_of
 from memwrap.model.limits import building
 from memwrap.model.weight_files import (
@@ -63,6 +63,20 @@ _SAVED_AS: dict[str, tuple[Any, ...]] = {
     "safe_serialization": (True,), "variant": (None,), "save_peft_format": (True,),
     "save_original_format": (True, False), "distributed_checkpoint": (False,),
 }  # fmt: skip
+
+
+def _refuse_other_ways(options: dict[str, Any]) -> None:
+    """Refuse keywords of `save_pretrained` that ask for another way to save.
+
+    Raises:
+        ValueError: names the keyword.
+    """
+    for name, value in options.items():
+        if name != "save_function" and value not in _SAVED_AS.get(name, ()):
+            raise ValueError(
+                f"save_pretrained got {name}={value!r}; a memwrap model is saved in one way, "
+                "as safetensors and JSON. Leave it out."
+            )
 
 
 class SavingMixin(AdapterMixin):
@@ -129,12 +143,7 @@ class SavingMixin(AdapterMixin):
             ValueError: for other keywords, if weights are spread over processes and `state_dict`
                 is not given, or adapters are in a state that would not come back.
         """
-        for name, value in kwargs.items():
-            if name != "save_function" and value not in _SAVED_AS.get(name, ()):
-                raise ValueError(
-                    f"save_pretrained got {name}={value!r}; a memwrap model is saved in one way, "
-                    "as safetensors and JSON. Leave it out."
-                )
+        _refuse_other_ways(kwargs)
         if not is_main_process:
             return
         for name, value in self.named_parameters():  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from memwrap.backbones import Backbone
 from memwrap.io.version import VERSION
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import config_class, memory_class
-from memwrap.model.adapters import changes_base, check_comes_back
+from memwrap.model.adapter_switches import changes_base, check_comes_back
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.model.saving import backbone_fingerprint

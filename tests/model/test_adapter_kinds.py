@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import AutoModelForCausalLM
 
 import memwrap
-from memwrap.model.adapters import COME_BACK
+from memwrap.model.adapter_switches import COME_BACK
 from memwrap.testing.families import build
 from memwrap.testing.helpers import error_of, ids, tiny, wrapped
 
