@@ -1,4 +1,4 @@
-"""Stands in for `memwrap.model.adapter_switches` in exported code, which has none inside its backbone."""
+"""Stands in for `memwrap.model.adapter_switches` in exported code, whose backbone has none."""
 
 from __future__ import annotations
 

@@ -294,16 +294,16 @@ class MemoryGenerationMixin(GenerationMixin):
         inputs = check_inputs(state.owed.to(self.device), None, None)  # type: ignore[attr-defined]
         return self.loop()(inputs, before).state  # type: ignore[attr-defined]
 
-    def _read_ahead(self, state: MemoryState, ids: Tensor, mask: Any, keep: Any) -> Tensor:
+    def _ahead(self, state: MemoryState, ids: Tensor, mask: Any, keep: Any) -> tuple[Tensor, Any]:
         """Read the columns of `ids` `(B, T)` before those whose logits are wanted, so that these
-        alone are recorded; give the rest."""
+        alone are recorded; give the rest, and the mask of it."""
         early = ids.shape[1] - keep if isinstance(keep, int) and keep > 0 else 0
-        if early <= 0:
-            return ids
-        mask = None if mask is None else mask[:, : mask.shape[1] - keep]
-        self(ids[:, :early], attention_mask=mask, **{CACHE: state}, logits_to_keep=1)  # type: ignore[operator]
-        state.crop(0)
-        return ids[:, early:]
+        if early > 0:
+            before = None if mask is None else mask[:, : mask.shape[1] - keep]
+            self(ids[:, :early], attention_mask=before, **{CACHE: state}, logits_to_keep=1)  # type: ignore[operator]
+            state.crop(0)
+            ids = ids[:, early:]
+        return ids, mask if mask is None else mask[:, -ids.shape[1] :]
 
     def _state_for(self, given: MemoryState, batch: int) -> MemoryState:
         """Copy the given state, with a row for every prompt."""

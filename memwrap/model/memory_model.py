@@ -281,15 +281,15 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             ValueError: for misshapen inputs, a mask with a hole or one that contradicts the
                 state, a state of another model, or packed documents with a state.
         """
-        shift_labels, teacher = kwargs.pop("shift_labels", None), kwargs.pop("teacher", None)
-        ends = kwargs.pop("cu_seq_lens_q", None)
+        names = ("shift_labels", "teacher", "cu_seq_lens_q")
+        shift_labels, teacher, ends = (kwargs.pop(name, None) for name in names)
         refuse_unknown(kwargs, type(self).forward)
         given = one_cache(cache, past_key_values)
         if getattr(given, "record_past", False) and input_ids is not None:
-            input_ids = self._read_ahead(given, input_ids, attention_mask, logits_to_keep)
-            position_ids = None  # they and the mask cover what was just read, too
-            if attention_mask is not None:
-                attention_mask = attention_mask[:, -input_ids.shape[1] :]
+            input_ids, attention_mask = self._ahead(
+                given, input_ids, attention_mask, logits_to_keep
+            )
+            position_ids = None  # they cover what was just read, too
         inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
         inputs = packed(inputs, seq_idx, position_ids, ends)
         inputs = with_targets(inputs, labels, shift_labels, teacher)
@@ -300,11 +300,10 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         if isinstance(memory_control, MemoryState):
             self.check_state(memory_control)
         check_control(memory_control, state, inputs)
-        loop = self.loop()
+        loop, first = self.loop(), None if learning else inputs.first_column(logits_to_keep)
         reading = loop(
-            inputs, state, hidden_from=None if learning else inputs.first_column(logits_to_keep),
-            collect=self._collected, keep_open=use_cache or given is not None,
-            control=memory_control,
+            inputs, state, hidden_from=first, collect=self._collected,
+            keep_open=use_cache or given is not None, control=memory_control,
         )  # fmt: skip
         before = (inputs, state.clone() if learning else state, logits_to_keep, memory_control)
         own: dict[str, Any] = {CACHE: None}
@@ -319,11 +318,11 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             count = num_items_in_batch if num_items_in_batch is not None else reading.targets
             own["loss"] = reading.loss_sum / _at_least_one(count, inputs.device)
             again = partial(self._logits_again, loop, *before)
-            asked = return_logits or not isinstance(logits_to_keep, int) or bool(logits_to_keep)
-            if not asked and return_logits is None and not self.training:
-                out = LaterLogits(again, **own)
+            if return_logits or not isinstance(logits_to_keep, int) or logits_to_keep:
+                out = MemoryModelOutput(logits=again(), **own)
             else:
-                out = MemoryModelOutput(logits=again() if asked else None, **own)
+                later = return_logits is None and not self.training
+                out = LaterLogits(again, **own) if later else MemoryModelOutput(**own)
         return out.to_tuple() if return_dict is False else out
 
     @torch.no_grad()

@@ -24,7 +24,13 @@ from memwrap.io.version import VERSION
 from memwrap.io.whole_folders import SAVED, rewriting
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_configs import adapter_of, plain_adapter, untouched_if_it_fails
-from memwrap.model.adapter_switches import AdapterMixin, adapter_keys, check_comes_back, switch, switches_of
+from memwrap.model.adapter_switches import (
+    AdapterMixin,
+    adapter_keys,
+    check_comes_back,
+    switch,
+    switches_of,
+)
 from memwrap.model.base_loading import HUB_OPTIONS, find_folder, load_base, options_in, place_of
 from memwrap.model.limits import building
 from memwrap.model.weight_files import (

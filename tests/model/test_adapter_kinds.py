@@ -28,9 +28,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 8, "topk": 2}, "VERA": {"r": 4},
     "POLY": {"r": 4, "n_tasks": 2, "n_skills": 2},
 }  # fmt: skip
-# Tensors shared by all layers and kept outside of them, or regenerated from the weights.
+# Tensors shared by all layers and kept outside of them, or regenerated from the weights, or (LILY)
+# what a token is given depends on the other tokens of the call.
 REFUSED = {
-    "ADAMSS", "FROD", "OSF", "POLY", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA",
+    "ADAMSS", "FROD", "LILY", "OSF", "POLY", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA",
 }  # fmt: skip
 # Outside the backbone: virtual tokens, experts that call the model again, a second model.
 OUTSIDE = {
