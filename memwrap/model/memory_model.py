@@ -297,9 +297,7 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
         if use_cache is None:
             use_cache = inputs.rows is None and not (learning and self.training)
         state = self._state_of(given, inputs, attention_mask, hold_open=not remember)
-        if isinstance(memory_control, MemoryState):
-            self.check_state(memory_control)
-        check_control(memory_control, state, inputs)
+        self._check_control(memory_control, state, inputs)
         loop, first = self.loop(), None if learning else inputs.first_column(logits_to_keep)
         reading = loop(
             inputs, state, hidden_from=first, collect=self._collected,
@@ -335,6 +333,11 @@ class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel
             keep_open=False, control=control,
         )  # fmt: skip
         return self._logits(again.hidden, keep)  # type: ignore[arg-type]
+
+    def _check_control(self, control: Any, state: MemoryState, inputs: Inputs) -> None:
+        if isinstance(control, MemoryState):
+            self.check_state(control)
+        check_control(control, state, inputs)
 
     def _inputs(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> Inputs:
         inputs = check_inputs(ids, embeds, mask)
