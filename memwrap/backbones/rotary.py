@@ -14,10 +14,11 @@ Angles = tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, angles: Angles | None) -> Tensor:
-    """Rotate the rotary part of `x` `(B, H, T, D)` by `(cos, sin)`, each `(B, T, R)`, R <= D."""
+    """Rotate the rotary part of `x` `(B, H, T, D)` by `(cos, sin)`, each `(B, T, R)` or, with
+    angles of its own for each head, `(B, H, T, R)`; R <= D."""
     if angles is None:
         return x
-    cos, sin = (a[:, None].to(x.dtype) for a in angles)
+    cos, sin = ((a[:, None] if a.dim() == 3 else a).to(x.dtype) for a in angles)
     part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     return torch.cat([part * cos + _half(part) * sin, rest], -1)
 

@@ -268,9 +268,13 @@ def _pursued(
         lengths = own.diagonal().sqrt() + 1e-12 if matching.normalized else 1.0
 
         def correlate(
-            chosen: list[int], x: Tensor, own: Tensor = own, target: Tensor = target
+            chosen: list[int],
+            x: Tensor,
+            own: Tensor = own,
+            target: Tensor = target,
+            lengths: Tensor | float = lengths,
         ) -> Tensor:
-            return target - own[:, chosen] @ x.to(own)
+            return (target - own[:, chosen] @ x.to(own)) / lengths
 
         def solve(
             chosen: list[int], row: int = row, own: Tensor = own, target: Tensor = target
@@ -285,10 +289,8 @@ def _pursued(
             alone, of = _one(flat, row), _found_of(found, row)
             return _weights(alone, of, keys, all_filled, matching, begin)[0]
 
-        chosen, x = pursue(
-            matching, min(int(slots[row]), int(valid.sum())), valid,
-            lambda c, x, f=correlate, n=lengths: f(c, x) / n, solve,
-        )  # fmt: skip
+        wanted = min(int(slots[row]), int(valid.sum()))
+        chosen, x = pursue(matching, wanted, valid, correlate, solve)
         count = len(chosen)
         index[row, :count] = torch.tensor(chosen, dtype=torch.long, device=slots.device)
         filled[row, :count], weights[row, :count] = True, x
@@ -304,5 +306,5 @@ def _one(flat: Block, row: int) -> Block:
 
 
 def _found_of(found: Survey, row: int) -> Survey:
-    parts = (found.score, found.high, found.mass, found.output)
-    return Survey(*(x[row : row + 1] for x in parts), None)
+    score, high, mass = (x[row : row + 1] for x in (found.score, found.high, found.mass))
+    return Survey(score, high, mass, found.output[row : row + 1], None)

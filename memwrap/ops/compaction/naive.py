@@ -95,10 +95,10 @@ def weights_naive(rows: Tensor, target: Tensor, matching: Matching, start: Tenso
 
 def ridge_naive(gram: Tensor, matching: Matching) -> float:
     """Compute the ridge of a Gram matrix."""
-    unit = {"mean": gram.trace() / len(gram), "one": 1.0}
+    unit = {"mean": float(gram.trace()) / len(gram), "one": 1.0}
     if matching.ridge_of == "largest":
         return matching.ridge * float(torch.linalg.eigvalsh(gram)[-1])
-    return matching.ridge * float(unit[matching.ridge_of])
+    return matching.ridge * unit[matching.ridge_of]
 
 
 def fit_naive(
