@@ -3,6 +3,7 @@
 from memwrap.memories.ahn import AHNConfig
 from memwrap.memories.armt import ARMTConfig
 from memwrap.memories.autocompressor import AutoCompressorConfig
+from memwrap.memories.compact import CompactConfig
 from memwrap.memories.compressive import CompressiveConfig
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.extended_mind import ExtendedMindConfig
@@ -30,6 +31,7 @@ __all__ = [
     "AHNConfig",
     "ARMTConfig",
     "AutoCompressorConfig",
+    "CompactConfig",
     "CompressiveConfig",
     "ExtendedMindConfig",
     "HMTConfig",

@@ -16,13 +16,15 @@ from memwrap.backbones.rotary import Rotary
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """Heads and widths of one layer's attention, and its own sliding window if it has one."""
+    """Heads and widths of one layer's attention, and its own sliding window and soft cap if it has
+    them."""
 
     num_heads: int
     num_kv_heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
+    softcap: float | None = None
 
 
 class _Probe:
@@ -82,7 +84,9 @@ def probe(
             attention.rotated_key.shape,
         )
         value_width = attention.value.shape[-1]
-        sizes[layer] = AttentionSizes(heads, kv_heads, width, value_width, attention.window)
+        sizes[layer] = AttentionSizes(
+            heads, kv_heads, width, value_width, attention.window, attention.softcap
+        )
     if not rotary.present:
         return sizes
     run(second.position, second)
