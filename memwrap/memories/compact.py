@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.compacting import Compacts
 from memwrap.memories.parts.reference_queries import ReferenceQueries
 from memwrap.memories.parts.slots import (
     References,
@@ -114,24 +113,8 @@ class CompactConfig(MemoryConfig):
         )  # fmt: skip
 
 
-@dataclass
-class Request:
-    """A wish that layers compact all that they hold with the step's queries.
-
-    Attributes:
-        limit: slots.
-        trees: the layers' new trees, by number.
-    """
-
-    limit: int
-    trees: dict[int, Tree] = field(default_factory=dict)
-
-
-_request: ContextVar[Request | None] = ContextVar("memwrap_compact_request", default=None)
-
-
 @register(CompactConfig)
-class CompactMemory(AttentionMemory):
+class CompactMemory(AttentionMemory, Compacts):
     """Per layer: sinks, slots, recent rows, and the open segment's reference queries.
 
     A segment attends to `[sinks; slots; recent; segment]` in one softmax. When it closes, rows of
@@ -219,11 +202,13 @@ class CompactMemory(AttentionMemory):
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         window = self.sizes.attention[layer].window
-        request = _request.get()
+        request = self.request
         if request is not None:
-            given = self.references.of_step(attention)
-            state = self.compact_layer(layer, attention, state, request.limit, given)
-            request.trees[layer] = state
+            given = (
+                self.references.kept(state) if request.own else self.references.of_step(attention)
+            )
+            state = self._compact_layer(layer, attention, state, request.limit, given)
+            request.trees[str(layer)] = state
         elif window is None:
             state = self.references.noted(attention, state)
         name = ("compact", window) if self.config.budgets is None else None
@@ -285,6 +270,8 @@ class CompactMemory(AttentionMemory):
     ) -> Tree:
         """Take those of the leaving rows that are the document's first."""
         size = self.config.num_sinks
+        if not rows[0].shape[2]:
+            return state
         index = torch.arange(size, device=first.device) - first[:, None]
         new = (index >= 0) & (index < leaving[:, None])
         index = index.clamp(0, rows[0].shape[2] - 1)
@@ -335,17 +322,16 @@ class CompactMemory(AttentionMemory):
 
     # Compacting as a whole
 
-    def compact_layer(
-        self, layer: int, attention: LayerAttention, state: Tree, limit: int,
-        references: References | None = None,
-    ) -> Tree:  # fmt: skip
-        """Make slots of all that a layer's tree holds but for the sinks; nothing may be open.
+    def has_queries(self, tree: Tree) -> bool:
+        free = [n for n in self.chosen if self.sizes.attention[n].window is None]
+        counts = [tree["layers"][str(n)].get("past_count") for n in free]
+        return all(count is not None and bool((count > 0).all()) for count in counts)
 
-        Args:
-            layer, attention, state: as in `attend`.
-            limit: slots of a KV head on average.
-            references: queries to fit to; None: those that were kept.
-        """
+    def _compact_layer(
+        self, layer: int, attention: LayerAttention, state: Tree, limit: int,
+        references: References,
+    ) -> Tree:  # fmt: skip
+        """Make at most `limit` slots of all that a layer's tree holds but for the sinks."""
         wanted = torch.full_like(state["limit"], limit)
         state = {**state, "limit": wanted}
         dims = self.sizes.attention[layer]
@@ -357,9 +343,8 @@ class CompactMemory(AttentionMemory):
         number = torch.arange(rows.key.shape[2], device=count.device)
         behind = number + first[:, None] >= self.config.num_sinks
         rows = Rows(rows.key, rows.value, rows.bias, rows.place, rows.valid & behind[:, None])
-        given = self.references.kept(state) if references is None else references
         slots = compacted(
-            attention, slots_of(state).beside(rows), self._budget(layer, wanted), given,
+            attention, slots_of(state).beside(rows), self._budget(layer, wanted), references,
             self.config.matching, self.config.max_distance, dims.softcap,
         )  # fmt: skip
         return {**with_slots(state, slots, torch.zeros_like(count)), **self._nothing_recent(state)}
@@ -379,13 +364,27 @@ class CompactMemory(AttentionMemory):
         return {**new, "recent_count": torch.zeros_like(state["recent_count"]),
                 **self.references.without_kept(state)}  # fmt: skip
 
-    @contextmanager
-    def compacting(self, limit: int) -> Iterator[Request]:
-        """Let a step inside the block compact every layer with its own queries before it attends
-        (in this thread): later layers see what is already compacted."""
-        request = Request(limit)
-        token = _request.set(request)
-        try:
-            yield request
-        finally:
-            _request.reset(token)
+    def joined(self, trees: Sequence[Tree]) -> Tree:
+        layers = {
+            name: self._joined_layer(int(name), [tree["layers"][name] for tree in trees])
+            for name in trees[0]["layers"]
+        }
+        return {"layers": layers}
+
+    def _joined_layer(self, layer: int, trees: list[Tree]) -> Tree:
+        """Put the rows of all trees, but for the first one's sinks, into slots of the first."""
+        first = trees[0]
+        if self.sizes.attention[layer].window is not None:
+            return first
+        parts = [slots_of(first), self._recent_rows(first)]
+        for tree in trees[1:]:
+            sinks = self._sinks(tree)
+            rows = Rows.plain(sinks.keys, sinks.values, sinks.positions, sinks.visible)
+            parts += [rows, slots_of(tree), self._recent_rows(tree)]
+        rows = parts[0].beside(*parts[1:])
+        rows = rows.packed(int(rows.valid.sum(-1).max()))
+        new = with_slots(first, rows, torch.zeros_like(first["tokens"]))
+        limits = sum(tree["limit"] for tree in trees)
+        new["limit"] = torch.maximum(limits, rows.valid.sum(-1).amax(1))
+        kept = self.references.joined(trees)
+        return {**new, **self._nothing_recent(first), **kept}

@@ -132,3 +132,18 @@ class ReferenceQueries:
             "past_place": state["past_place"][:, :, :0],
             "past_count": torch.zeros_like(state["past_count"]),
         }
+
+    def joined(self, trees: list[Tree]) -> Tree:
+        """Join the queries that several trees keep."""
+        if not self.keeps:
+            return {}
+        query, place = (torch.cat([t[f"past_{n}"] for t in trees], 2) for n in ("query", "place"))
+        there = torch.cat([filled(t["past_count"], t["past_query"].shape[2]) for t in trees], 1)
+        count = there.sum(1)
+        order = earliest(there, int(count.max()))
+        valid = filled(count, order.shape[1])
+        return {
+            "past_query": take(query, order, valid),
+            "past_place": place.gather(2, order[:, None]) * valid[:, None],
+            "past_count": count,
+        }

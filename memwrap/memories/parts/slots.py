@@ -43,11 +43,11 @@ class Rows:
     def beside(self, *others: Rows) -> Rows:
         """Put rows behind these."""
         parts = (self, *others)
-        tensors = (
-            torch.cat([getattr(p, name).to(getattr(self, name)) for p in parts], 2)
+        tensors = {
+            name: torch.cat([getattr(p, name).to(getattr(self, name)) for p in parts], 2)
             for name in (*NAMES, "valid")
-        )
-        return Rows(*tensors)
+        }
+        return Rows(**tensors)
 
     def gathered(self, index: Tensor, there: Tensor) -> Rows:
         """Take the rows `index` `(B, Hkv, M)`; zeros where they are not `there`."""
@@ -71,7 +71,8 @@ class Rows:
             return self
         pad = torch.nn.functional.pad
         key, value = (pad(x, (0, 0, 0, more)) for x in (self.key, self.value))
-        return Rows(key, value, *(pad(x, (0, more)) for x in (self.bias, self.place, self.valid)))
+        bias, place, valid = (pad(x, (0, more)) for x in (self.bias, self.place, self.valid))
+        return Rows(key, value, bias, place, valid)
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ def empty_slots(
 
 def slots_of(state: Tree) -> Rows:
     """Take the slots of a layer's tree as rows."""
-    parts = (state[f"slot_{name}"] for name in NAMES)
+    key, value, bias, place = (state[f"slot_{name}"] for name in NAMES)
     width = state["slot_key"].shape[2]
     valid = filled(state["slot_count"].flatten(), width).view(*state["slot_count"].shape, width)
-    return Rows(*parts, valid=valid)
+    return Rows(key, value, bias, place, valid)
 
 
 def with_slots(state: Tree, rows: Rows, moved: Tensor) -> Tree:
