@@ -15,11 +15,11 @@ import argparse
 import random
 import statistics
 import time
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from common import save
-from pydoc_data.topics import topics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -107,7 +107,10 @@ def main() -> None:
         found |= {n: dict(entry) for n, entry in shared.items()}
         summary(found, "window" if "window" in found else "full")
         results[str(keys)] = found
-        print({n: (e["mean"], e["difference"], e["standard_error"]) for n, e in found.items()}, flush=True)
+        print(
+            {n: (e["mean"], e["difference"], e["standard_error"]) for n, e in found.items()},
+            flush=True,
+        )
     save(given.name, {"seed": given.seed, "texts": len(texts), "tokens": given.tokens,
                       "next": given.next, "keys": results})  # fmt: skip
 

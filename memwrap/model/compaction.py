@@ -17,7 +17,7 @@ from memwrap.state.memory_state import MemoryState
 
 
 class CompactionMixin:
-    """What a model does with whole states of a memory that `Compacts`."""
+    """The methods of a model for whole states of a memory that `Compacts`."""
 
     @torch.no_grad()
     def compact(

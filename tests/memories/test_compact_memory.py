@@ -12,7 +12,14 @@ from support import assert_pieces_and_padding, refused
 
 import memwrap
 from memwrap.testing.families import build
-from memwrap.testing.helpers import SEGMENT, assert_close, assert_same_states, error_of, ids, wrapped
+from memwrap.testing.helpers import (
+    SEGMENT,
+    assert_close,
+    assert_same_states,
+    error_of,
+    ids,
+    wrapped,
+)
 
 WHOLE: dict[str, Any] = {
     "segment_size": 8, "memory_size": None, "num_sinks": 2, "reference_every": 2, "slots": 5,
@@ -43,9 +50,7 @@ def test_slots_that_suffice_are_full_attention(family: str) -> None:
     base, text, tail = build(family), ids(2, 45), ids(2, 9, seed=5)
     with torch.no_grad():
         want = base(torch.cat([text, tail], 1)).logits
-        model = memwrap.wrap(
-            base, "compact", segment_size=8, slots=64, memory_size=6, num_sinks=2
-        )
+        model = memwrap.wrap(base, "compact", segment_size=8, slots=64, memory_size=6, num_sinks=2)
         assert_close(model(torch.cat([text, tail], 1)).logits, want, 1e-5)
         memwrap.unwrap(model)
         model = memwrap.wrap(base, memwrap.CompactConfig(**WHOLE))

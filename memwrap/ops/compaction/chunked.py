@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from memwrap.ops.buffers import filled as first_slots
+from memwrap.ops.compaction.matching import Block, Matching
 from memwrap.ops.compaction.pursuit import pursue
-from memwrap.ops.compaction.settings import Block, Matching
 from memwrap.ops.compaction.solvers import (
     SMALLEST,
     bounded_least_squares,
@@ -26,7 +26,7 @@ CHUNK = 2**22  # scores that are alive at one time
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first pass over the queries finds.
+    """The findings of a first pass over the queries.
 
     Attributes:
         score: `(R, T)` of the keys, -1 for one that is not there.

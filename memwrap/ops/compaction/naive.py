@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memwrap.ops.compaction.matching import Block, Matching
 from memwrap.ops.compaction.pursuit import pursue
-from memwrap.ops.compaction.settings import Block, Matching
 from memwrap.ops.compaction.solvers import SMALLEST, clamped_least_squares, shortest
 
 Slots = tuple[list[int], Tensor, Tensor]  # keys, biases `(S,)`, values `(S, Dv)`

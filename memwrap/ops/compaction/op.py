@@ -7,8 +7,8 @@ from torch import Tensor
 
 from memwrap.ops import accumulation_dtype, current_backend
 from memwrap.ops.compaction.chunked import compact_chunked, fit_chunked, survey
+from memwrap.ops.compaction.matching import Block, Compacted, Matching
 from memwrap.ops.compaction.naive import compact_naive, fit_naive, head_of, scores_naive
-from memwrap.ops.compaction.settings import Block, Compacted, Matching
 
 
 def stack_groups(query: Tensor, heads: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from memwrap.ops.compaction.settings import Matching
+from memwrap.ops.compaction.matching import Matching
 from memwrap.ops.compaction.solvers import SMALLEST
 
 ROUNDS = 3  # in which weak keys are replaced

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memwrap.ops.compaction.settings import Matching
+from memwrap.ops.compaction.matching import Matching
 
 SHRINK = [0.5**power for power in range(8)]  # lengths of a Newton step that are tried
 SMALLEST = 1e-12  # a weight is at least that: its logarithm is the bias

@@ -1,4 +1,4 @@
-"""What a compaction is given, how it is done, and what it gives."""
+"""Input, settings and result of a compaction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Matching:
-    """How keys are chosen, and biases and values fitted.
+    """The way in which keys are chosen, and biases and values fitted.
 
     Attributes:
         selection: `"attention"`: the keys of the largest scores; `"omp"`: orthogonal matching
