@@ -267,8 +267,9 @@ def test_states_that_do_not_fit(model: Any) -> None:
         memwrap.MemoryState.cat([])
     with refused("different models"):
         memwrap.MemoryState.cat([state, wrapped(memory, segment_size=9).new_state(1)])
-    with refused("forget", "clone"):
-        state.crop(-1)
+    for count in (-4, 1, -20):
+        with refused("taken back" if count == -4 else "take back"):
+            state.crop(count)
 
 
 def test_counted_padding_cannot_continue_an_open_segment(model: Any) -> None:

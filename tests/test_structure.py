@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import re
 import runpy
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -23,6 +25,7 @@ ROOMS = {
     "memwrap_kernels": ROOT / "kernels" / "torch-ext" / "memwrap_kernels",
 }
 MAX_LINES = 450
+MAX_CODE = 60  # lines of a function, signature included; docstring, comments, blank lines are free
 
 # Bottom up. A file imports from its own folder or from those below it, for types too.
 FLOORS = (
@@ -222,6 +225,38 @@ def test_files_are_short(module: str) -> None:
     assert lines <= MAX_LINES, f"{module} has {lines} lines; the limit is {MAX_LINES}"
 
 
+_NO_CODE = {
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}  # fmt: skip
+
+
+def _code_lines(text: str) -> Iterator[tuple[str, int]]:
+    """Iterate over functions and methods: name, and lines of code without the docstring."""
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    lines = {n for t in tokens if t.type not in _NO_CODE for n in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            inside = set(range(node.lineno, (node.end_lineno or 0) + 1)) & lines
+            if ast.get_docstring(node) is not None:
+                inside -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+            yield node.name, len(inside)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_functions_are_short(module: str) -> None:
+    text = FILES[module].read_text(encoding="utf-8")
+    long = {name: lines for name, lines in _code_lines(text) if lines > MAX_CODE}
+    assert not long, f"{module}: at most {MAX_CODE} lines of code a function: {long}"
+
+
+def test_lines_of_code_are_counted() -> None:
+    """A guard on the test above."""
+    head = 'def f(\n    x,\n):\n    """Say.\n\n    More.\n    """\n\n'
+    text = head + "    # why\n    return (\n        x\n    )\n"
+    assert list(_code_lines(text)) == [("f", 6)]
+
+
 @pytest.mark.parametrize("module", [m for m in FILES if FILES[m].stat().st_size])
 def test_modules_begin_with_a_docstring(module: str) -> None:
     tree = _tree(module)
@@ -239,7 +274,7 @@ SHARED_MODULES = {
     "check": "the check of what a folder writes",
     "compressive": "a memory, and its mathematics",
     "knnlm": "a memory, and how it is tuned",
-    "recall": "what HMT recalls with; the recall task, trained and measured",
+    "recall": "the recall task, trained and measured",
 }
 SHARED_CLASSES = {"SavingMixin": "an exported model's own, instead of memwrap's"}
 
@@ -260,6 +295,29 @@ def test_classes_have_names_of_their_own() -> None:
                 names.setdefault(node.name, []).append(module)
     twice = {name: modules for name, modules in names.items() if len(modules) > 1}
     assert twice.keys() == SHARED_CLASSES.keys(), twice
+
+
+def test_recall_is_a_task() -> None:
+    """The word names the task of associative recall, and the parts that make and measure it."""
+    for module in LIBRARY:
+        if _room(module) in {"ops", "state", "backbones", "stores", "memories", "engine", "model"}:
+            names = [n.name for n in ast.walk(_tree(module)) if hasattr(n, "name") and n.name]
+            named = [n for n in [module, *names] if "recall" in n.lower()]
+            assert not named, f"{module} calls something else recall: {named}"
+
+
+# Words that point at something without saying what it is; here, no variable has such a name.
+PRONOUNS = {"own", "found", "there", "that", "which", "what", "these", "those", "here"}
+WITH_NOUNS = {"data", "engine", "memories", "retrieval", "tasks"}
+
+
+@pytest.mark.parametrize("module", [m for m in LIBRARY if _room(m) in WITH_NOUNS])
+def test_variables_are_nouns(module: str) -> None:
+    for node in ast.walk(_tree(module)):
+        name = node.arg if isinstance(node, ast.arg) else ""
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        assert name not in PRONOUNS, f"{module}: {name!r} in line {getattr(node, 'lineno', 0)}"
 
 
 # Words that open a description of what is returned, not of what is done.

@@ -148,13 +148,13 @@ def _from_folder(folder: Path, split: str | None) -> list[Document]:
     documents = []
     for path in paths:
         name = path.relative_to(root).as_posix()
-        own = split if split is not None and divided else split_of(name)
-        own = "train" if own in own_folder else own
-        if split is not None and own != split:
+        part = split if split is not None and divided else split_of(name)
+        part = "train" if part in own_folder else part
+        if split is not None and part != split:
             continue
         text = _read(path)
         if text.strip():
-            documents.append(Document(name, own, text))
+            documents.append(Document(name, part, text))
         else:
             warnings.warn(f"{path} holds no text and is left out.", stacklevel=3)
     if not documents:

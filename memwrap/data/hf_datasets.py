@@ -46,8 +46,8 @@ def from_datasets(
         if limit is not None and len(documents) == limit:
             break
     if not documents:
-        what = "template" if template else f"column {column or 'text'!r}"
-        raise ValueError(f"The {what} of {name!r} ({split}) holds no text.")
+        label = "template" if template else f"column {column or 'text'!r}"
+        raise ValueError(f"The {label} of {name!r} ({split}) holds no text.")
     return documents
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,16 +13,51 @@ from torch import Tensor
 
 from memwrap.state.memory_state import MemoryState
 
+IGNORED = -100
 
-@dataclass
+
+@dataclass(frozen=True)
+class Teacher:
+    """Last hidden states of a model with the same head, whose distribution is to be followed.
+
+    The loss of a target gets `weight * temperature^2 * KL(teacher || student)` beside the cross
+    entropy, both distributions at that temperature (Hinton et al. 2015, arXiv 1503.02531).
+
+    Attributes:
+        hidden: `(B, T, D)` for every column.
+        weight: of the divergence.
+        temperature: by which both models' logits are divided.
+        labels: weight of the cross entropy with the targets beside it.
+    """
+
+    hidden: Tensor
+    weight: float = 1.0
+    temperature: float = 1.0
+    labels: float = 1.0
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """Checked inputs of one call: ids or embeddings, and where each row's text lies."""
+    """Checked inputs of one call: ids or embeddings, where N texts lie in them, and what is to be
+    predicted.
+
+    Attributes:
+        ids, embeds: `(B, T)` or `(B, T, D)`; the other one is None.
+        real: `(B, T)` bool, on the CPU; False is padding.
+        starts, lengths: `(N,)` first column and tokens of each text.
+        rows: `(N,)` the row of each text, where documents are packed in rows; None: one a row.
+        targets: `(B, T)` the id that each column predicts, -100 for none; None for no loss.
+        teacher: whose distribution is followed beside the targets.
+    """
 
     ids: Tensor | None
     embeds: Tensor | None
     real: Tensor
-    starts: list[int]
-    lengths: list[int]
+    starts: Tensor
+    lengths: Tensor
+    rows: Tensor | None = None
+    targets: Tensor | None = None
+    teacher: Teacher | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,7 +92,8 @@ def check_inputs(
         )
     if attention_mask is None:
         real = torch.ones(batch, total, dtype=torch.bool)
-        return Inputs(input_ids, inputs_embeds, real, [0] * batch, [total] * batch)
+        starts = torch.zeros(batch, dtype=torch.long)
+        return Inputs(input_ids, inputs_embeds, real, starts, torch.full_like(starts, total))
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, not ({batch}, {total})."
@@ -77,7 +113,7 @@ def check_inputs(
             f"`attention_mask` of row {row} has a hole: padding may stand before and after a row's "
             "tokens, not between them."
         )
-    return Inputs(input_ids, inputs_embeds, real, starts.tolist(), lengths.tolist())
+    return Inputs(input_ids, inputs_embeds, real, starts, lengths)
 
 
 def check_fit(inputs: Inputs, vocab_size: int, width: int) -> None:
@@ -103,6 +139,38 @@ def check_fit(inputs: Inputs, vocab_size: int, width: int) -> None:
         )
 
 
+def with_targets(
+    inputs: Inputs, labels: Tensor | None, shift_labels: Tensor | None, teacher: Any
+) -> Inputs:
+    """Add what is to be predicted: `shift_labels` as they are, or `labels` shifted inside each
+    text, both `(B, T)`; and a teacher to follow beside them. Nothing without either.
+
+    Raises:
+        ValueError: for another shape than the input's.
+    """
+    given = shift_labels if shift_labels is not None else labels
+    if given is None:
+        return inputs
+    if given.shape != inputs.real.shape:
+        raise ValueError(
+            f"The labels have shape {tuple(given.shape)}, the input {tuple(inputs.shape)}; "
+            "they must agree."
+        )
+    real = inputs.real.to(given.device)
+    targets = given
+    if shift_labels is None:
+        labels = given.masked_fill(~real, IGNORED)
+        if inputs.rows is not None:
+            labels[inputs.rows.to(given.device), inputs.starts.to(given.device)] = IGNORED
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if teacher is not None:
+        known = isinstance(teacher, Teacher)
+        got: Any = tuple(teacher.hidden.shape) if known else type(teacher).__name__
+        if got[:2] != inputs.shape:
+            raise ValueError(f"`teacher` is {got}; it must be a Teacher of {inputs.shape} tokens.")
+    return replace(inputs, targets=targets.masked_fill(~real, IGNORED), teacher=teacher)
+
+
 def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
     """Refuse keywords that cannot be given or look like a misspelt one of `forward`; other ones
     of transformers' callers have no effect here."""
@@ -112,9 +180,9 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
                 f"`{name}` is not collected across segments; model.base_model(...) gives the last "
                 "hidden states, model.backbone(...) everything of one window."
             )
-    own = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
+    names = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
     for name in kwargs:
-        near = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
         if near:
             raise ValueError(f"`{name}` is no argument of the model; did you mean `{near[0]}`?")
 

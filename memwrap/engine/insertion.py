@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +16,27 @@ from memwrap.memories.protocol import InsertsTokens
 from memwrap.state.trees import Tree
 
 
-@dataclass(frozen=True)
-class TokenColumns:
-    """The N tokens of a step and those inserted among them: C columns of its input.
+class Block(NamedTuple):
+    """Columns of a step's input: a prefix, tokens and those inserted among them, a suffix.
 
     Attributes:
         embeds: `(B, C, D)`.
         valid: `(B, C)` bool.
-        positions: `(B, C)` the order in the segment, the prefix not counted.
-        offsets: `(B, C)` the same, inserted tokens not counted.
+        positions: `(B, C)` the order in the segment.
+        table: `(B, C)` the same without inserted tokens, as a table of positions is asked.
         inserted: `(B, C)` bool.
-        tokens: `(B, N)` the column of each token; None: token n stands in column n.
-        ends: `(B, N)` bool, tokens that fill a block; following: `(B, N)` the column of the token
-            inserted behind it there, the token's own elsewhere.
     """
 
     embeds: Tensor
     valid: Tensor
     positions: Tensor
-    offsets: Tensor
+    table: Tensor
     inserted: Tensor
-    tokens: Tensor | None = None
-    ends: Tensor | None = None
-    following: Tensor | None = None
+
+
+# Of tokens with others among them, each `(B, N)`: their columns, which of them fill a block, and
+# the column of the token inserted behind it there, the token's own elsewhere.
+Places = tuple[Tensor, Tensor, Tensor]
 
 
 class NoInsertion:
@@ -48,14 +46,21 @@ class NoInsertion:
     in_loss = False
     id: int | None = None
 
-    def columns(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> TokenColumns:
-        """Lay out the step's tokens, `embeds` `(B, N, D)`, as columns."""
+    def columns(
+        self, embeds: Tensor, step: Step, states: dict[str, Tree]
+    ) -> tuple[Block, Places | None]:
+        """Lay out the step's tokens, `embeds` `(B, N, D)`, as columns, with positions behind the
+        prefix; None for places says that token n stands in column n."""
         valid = step.columns >= 0
-        return TokenColumns(embeds, valid, step.offsets, step.offsets, torch.zeros_like(valid))
+        return Block(embeds, valid, step.offsets, step.offsets, torch.zeros_like(valid)), None
 
     def end(self, tokens: Tensor) -> Tensor:
         """Compute the positions `(B,)` behind the first `tokens` `(B,)` of a closed segment."""
         return tokens
+
+    def tokens(self, positions: Tensor) -> Tensor:
+        """Count a segment's tokens up to and with the given positions, the prefix not counted."""
+        return positions + 1
 
     def at(self, positions: Tensor) -> Tensor:
         """Tell which positions in a segment, the prefix not counted, are those of inserted
@@ -89,20 +94,25 @@ class TokenInsertion(NoInsertion):
     def end(self, tokens: Tensor) -> Tensor:
         return tokens + (tokens + self.every - 1) // self.every
 
+    def tokens(self, positions: Tensor) -> Tensor:
+        return positions + 1 - (positions + 1) // (self.every + 1)
+
     def at(self, positions: Tensor) -> Tensor:
         return positions % (self.every + 1) == self.every
 
     def count(self, step: Step, chosen: Tensor) -> int:
         return int((self._full(step) & chosen.cpu()).sum()) if self.in_loss else 0
 
-    def columns(self, embeds: Tensor, step: Step, states: dict[str, Tree]) -> TokenColumns:
+    def columns(
+        self, embeds: Tensor, step: Step, states: dict[str, Tree]
+    ) -> tuple[Block, Places | None]:
         """Lay out tokens and inserted ones by position."""
         real, full = step.columns >= 0, self._full(step)
         positions = step.offsets + step.offsets // self.every
         rest = step.closes & (step.ends % self.every != 0)
         count = int(full.sum(1).max()) if full.numel() else 0
         if not count and not bool(rest.any()):
-            return TokenColumns(embeds, real, positions, step.offsets, torch.zeros_like(real))
+            return Block(embeds, real, positions, step.offsets, torch.zeros_like(real)), None
         index = (~full).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
         followed, valid = step.offsets.gather(1, index), full.gather(1, index)
         if bool(rest.any()):
@@ -115,21 +125,19 @@ class TokenInsertion(NoInsertion):
         tokens = column[:, : full.shape[1]]
         rank = full.shape[1] + (full.long().cumsum(1) - 1).clamp_min(0)
         x = torch.cat([embeds, self._embeds(embeds, states, followed.shape[1])], 1)
-        return TokenColumns(
+        block = Block(
             x.gather(1, wide(order, x)),
             valid.gather(1, order),
             both.gather(1, order),
             torch.cat([step.offsets, followed], 1).gather(1, order),
             order >= real.shape[1],
-            tokens,
-            full,
-            torch.where(full, column.gather(1, rank), tokens),
         )
+        return block, (tokens, full, torch.where(full, column.gather(1, rank), tokens))
 
     def _full(self, step: Step) -> Tensor:
         """Tell which tokens fill a block, counted from the segment's start: `(B, N)` bool."""
-        there = self.count_padding | (step.columns >= 0)
-        return there & ((step.offsets + 1) % self.every == 0)
+        counted = self.count_padding | (step.columns >= 0)
+        return counted & ((step.offsets + 1) % self.every == 0)
 
     def _embeds(self, embeds: Tensor, states: dict[str, Tree], count: int) -> Tensor:
         if self.id is None:

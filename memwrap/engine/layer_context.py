@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ from memwrap.state.memory_state import BACKBONE
 from memwrap.state.open_segment import OpenSegment
 from memwrap.state.trees import Tree, where_rows
 
+Kind = TypeVar("Kind", LayerMemory, AttentionMemory)
+
 
 @dataclass
 class LayerContext:
@@ -25,8 +30,7 @@ class LayerContext:
         layered: the memories at the layers.
         attending: the memory at the attention, by name; at most one.
         states: the memories' trees before the step; a layer's part is `tree["layers"]["7"]`.
-        num_suffix: suffix tokens of all memories, at the end of the step's columns.
-        suffixes: where among them those of each memory stand.
+        suffixes: where each memory's suffix stands among the step's columns, from their end.
         closing: whether any row's segment closes.
         positions: where queries and keys stand.
         segment: the open segments before the step.
@@ -42,7 +46,6 @@ class LayerContext:
     layered: dict[str, LayerMemory]
     attending: dict[str, AttentionMemory]
     states: dict[str, Tree]
-    num_suffix: int
     suffixes: dict[str, slice]
     closing: bool
     positions: Positions
@@ -50,8 +53,8 @@ class LayerContext:
     rotary: Rotary
     seen: set[int] = field(default_factory=set)
     attended: set[int] = field(default_factory=set)
-    noted: dict[str, Tree] = field(default_factory=dict)
-    written: dict[str, Tree] = field(default_factory=dict)
+    noted: dict[str, Tree] = field(default_factory=lambda: defaultdict(dict))
+    written: dict[str, Tree] = field(default_factory=lambda: defaultdict(dict))
     hidden: Tree = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
     recurrence: Recurrence | None = None
@@ -61,21 +64,16 @@ class LayerContext:
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         self.seen.add(layer)
-        for name, memory in self.layered.items():
-            state = self._state(name, layer)
-            if state is not None:
-                hidden = memory.read_layer(layer, hidden, state)
+        for _, memory, state in self._at(layer, self.layered):
+            hidden = memory.read_layer(layer, hidden, state)
         return hidden
 
     def after_layer(self, layer: int, hidden: Tensor) -> None:
         if not self.closing:
             return
-        suffix = hidden[:, hidden.shape[1] - self.num_suffix :]
-        for name, memory in self.layered.items():
-            state = self._state(name, layer)
-            if state is not None:
-                new = memory.write_layer(layer, suffix[:, self.suffixes.get(name, slice(0))], state)
-                self.written.setdefault(name, {})[str(layer)] = new
+        for name, memory, state in self._at(layer, self.layered):
+            suffix = hidden[:, self.suffixes.get(name, slice(0))]
+            self.written[name][str(layer)] = memory.write_layer(layer, suffix, state)
 
     def attention_step(self, device: torch.device) -> AttentionStep:
         """Give what the attention of all layers shares, on one device."""
@@ -89,29 +87,31 @@ class LayerContext:
         """Give the attention's output for one layer."""
         layer = attention.layer
         self.attended.add(layer)
-        for name, memory in self.attending.items():
-            state = self._state(name, layer)
-            if state is None:
-                break
+        for name, memory, state in self._at(layer, self.attending):
             self._keep_hidden(memory, attention)
             out, state = memory.attend(layer, attention, state)
-            self.noted.setdefault(name, {})[str(layer)] = state
+            self.noted[name][str(layer)] = state
             if self.closing:
-                new = memory.write_attention(layer, attention, state)
-                self.written.setdefault(name, {})[str(layer)] = new
+                self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
             return out.to(attention.value.dtype)
         return attention.local()
 
     def close_attention(self, layer: int, module: object) -> None:
         """Close a layer's open segment without new tokens, from its cached keys and values."""
         keys, values = (self.segment.tree[n][str(layer)] for n in ("keys", "values"))
-        for name, memory in self.attending.items():
-            state = self._state(name, layer)
-            if state is not None:
-                attention = cached_attention(module, self, keys, values)
-                self._keep_hidden(memory, attention)
-                new = memory.write_attention(layer, attention, state)
-                self.written.setdefault(name, {})[str(layer)] = new
+        for name, memory, state in self._at(layer, self.attending):
+            attention = cached_attention(module, self, keys, values)
+            self._keep_hidden(memory, attention)
+            self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
+
+    @property
+    def noting(self) -> bool:
+        """Whether trees changed without a segment's close."""
+        return self.recurrence is not None or any(
+            new is not self.states[name]["layers"][layer]
+            for name, layers in self.noted.items()
+            for layer, new in layers.items()
+        )
 
     def changed(self, closes: Tensor) -> dict[str, Tree]:
         """Collect the memories' trees after the step; `closes` `(B,)` says whose segments
@@ -127,8 +127,12 @@ class LayerContext:
             result[BACKBONE] = {**self.states[BACKBONE], **self.recurrence.after}
         return result
 
-    def _state(self, name: str, layer: int) -> Tree | None:
-        return self.states[name].get("layers", {}).get(str(layer))
+    def _at(self, layer: int, memories: dict[str, Kind]) -> Iterator[tuple[str, Kind, Tree]]:
+        """Iterate over those of the memories that keep a state at a layer."""
+        for name, memory in memories.items():
+            state = self.states[name].get("layers", {}).get(str(layer))
+            if state is not None:
+                yield name, memory, state
 
     def _keep_hidden(self, memory: AttentionMemory, attention: LayerAttention) -> None:
         """Give the attention its inputs at all columns of the segment, and note them."""

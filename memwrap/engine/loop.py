@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memwrap.backbones import Backbone
 from memwrap.engine.inputs import Inputs
-from memwrap.engine.loss import IGNORED, Collect, Head, StepRequest, Teacher
-from memwrap.engine.plan import Step, plan, plan_columns
+from memwrap.engine.loss import IGNORED, Collect, Head
+from memwrap.engine.packed_documents import alike
+from memwrap.engine.plan import Step, plan
 from memwrap.engine.recomputation import recomputed
 from memwrap.engine.step import SegmentReader, StepOutput
 from memwrap.memories.config import MemoryConfig
@@ -31,6 +32,12 @@ class Reading:
     state: MemoryState
 
 
+Trees = dict[str, Tree]
+# Makes what is asked of a step, of its output, the step and the trees before it; None: nothing.
+Ask = Callable[[StepOutput, Step, Trees], Any] | None
+
+
+@dataclass
 class Loop:
     """The loop over the steps of one call.
 
@@ -42,117 +49,115 @@ class Loop:
             logits beside a loss) is cut as the first.
     """
 
-    def __init__(
-        self,
-        reader: SegmentReader,
-        config: MemoryConfig,
-        checkpointing: bool,
-        training: bool = False,
-    ) -> None:
-        self.reader = reader
-        self.head = Head(reader)
-        self.config = config
-        self.checkpointing = checkpointing
-        self.training = training
-        self._planned: tuple[Inputs, list[Step]] | None = None
+    reader: SegmentReader
+    config: MemoryConfig
+    checkpointing: bool = False
+    training: bool = False
+    _planned: tuple[Inputs, list[tuple[Inputs, list[Step]]]] | None = None
 
     def __call__(
         self,
         inputs: Inputs,
         state: MemoryState,
         *,
-        targets: Tensor | None = None,
-        teacher: Teacher | None = None,
         hidden_from: int | None = None,
         collect: Collect = Collect.HIDDEN,
         keep_open: bool = True,
         control: str | MemoryState | None = None,
         progress: Callable[[Iterable[Step]], Iterable[Step]] = iter,
     ) -> Reading:
-        """Read the inputs.
+        """Read the inputs, and give the loss of their targets or what is collected.
 
         Args:
-            inputs: checked inputs of B rows and T columns.
-            state: what the rows remember; it is left as it is.
-            targets: `(B, T)` the id that each column predicts, -100 for none.
-            teacher: whose distribution is followed beside the targets.
-            hidden_from: first column whose last hidden state is wanted; None for none.
+            inputs: checked inputs of T columns. Packed documents are read in groups, each with a
+                fresh state.
+            state: what the rows remember; it is left as it is. Packed documents leave nothing to
+                continue: it comes back.
+            hidden_from: first column whose last hidden state is wanted, instead of the loss; None
+                for none.
             collect: what is wanted of these columns.
             keep_open: keep the open segments' keys and values.
             control: "off" (without `keep_open` nothing is written, either), "shuffled" or a state
                 whose memories are read instead.
             progress: wraps the steps, for a progress bar.
+
+        Raises:
+            ValueError: where packed documents were to leave a state or to read another memory.
         """
-        steps = self._steps(inputs, state)
-        self._check_positions(steps)
+        groups, packed = self._plan(inputs, state), inputs.rows is not None
+        if packed and (keep_open or control is not None):
+            raise ValueError(
+                "Documents packed in one row begin anew and leave no state: they do not go with "
+                "`cache`, `use_cache=True` or `memory_control`. Give each a row."
+            )
+        targets = inputs.targets if hidden_from is None else None
         if targets is not None and self.config.loss_on == "last":
-            targets = _only_last(targets, steps)
-        states = state.memories
-        segment = state.open
-        pieces: list[tuple[Tensor, Tensor]] = []
-        loss_sum: Tensor | None = None
-        new, inserted = state.clone(), 0
-        apart: dict[str, Tree] = {}
-        for index, step in enumerate(progress(steps)):
-            if index and torch.is_grad_enabled() and self.config.detach_before(index):
-                states = {name: tree_map(Tensor.detach, tree) for name, tree in states.items()}
-                segment = segment.detach()
-            keep = keep_open and bool(((step.ends > 0) & ~step.closes).any())
-            wanted = None if targets is None else _gather(targets, step, IGNORED)
-            taught = None if teacher is None else teacher.at(step)
-            request = StepRequest(wanted, collect, hidden_from, control != "off", taught)
-            before = states
-            if control != "off" or keep_open:  # an empty memory needs no state to go on with
-                result, states, segment = self._step(inputs, step, states, segment, keep, request)
-            if control is not None:
-                result, apart = self._controlled(inputs, step, before | apart, control, request)
-            if wanted is not None:
-                inserted += self.reader.layout.insertion.count(step, wanted != IGNORED)
-                loss_sum = result if loss_sum is None else loss_sum + result
-            elif hidden_from is not None:
-                pieces += _wanted_pieces(result, request.columns(step), hidden_from)
-            new.segments = new.segments + step.closes.long()
-            new.fill = step.ends.masked_fill(step.closes, 0)
-        self._finish(new, inputs, states if keep_open else states | apart, segment)
-        if targets is not None and loss_sum is None:  # nothing but padding
-            loss_sum = torch.zeros((), device=inputs.device)
-        hidden = None
-        if hidden_from is not None:
-            hidden = assemble(pieces, inputs, hidden_from, self.reader.backbone, collect)
-        count = 0 if targets is None else int((targets != IGNORED).sum()) + inserted
-        return Reading(hidden, loss_sum, count, new)
+            targets = _only_last(targets, [step for _, steps in groups for step in steps])
+        head = Head(self.reader, mixing=control != "off")
+        ask: Ask = None
+        if targets is not None:
+            ask = partial(head.loss, targets, inputs.teacher)
+        elif hidden_from is not None:
+            ask = partial(head.collect, hidden_from, collect)
+        results: list[Any] = []
+        for texts, steps in groups:
+            before = self._fresh(texts, state) if packed else state
+            made, after = self._read(texts, progress(steps), before, ask, keep_open, control)
+            results += made
+        if not packed:
+            after.tokens_seen = after.tokens_seen + inputs.lengths
+            after.ids_hash = after.extend_hash(inputs.ids, inputs.shape[1])
+            after.columns += inputs.shape[1]
+        reading = Reading(None, None, 0, state if packed else after)
+        if targets is not None:
+            losses = [loss for loss, _ in results] or [torch.zeros((), device=inputs.device)]
+            reading.loss_sum = sum(losses)
+            reading.targets = int((targets != IGNORED).sum()) + sum(more for _, more in results)
+        elif hidden_from is not None:
+            reading.hidden = self._assemble(results, inputs, hidden_from, collect)
+        return reading
 
     def close(self, state: MemoryState) -> MemoryState:
         """Close the rows' open segments: the suffix alone runs against their keys and values."""
         closes = state.fill > 0
         if not bool(closes.any()):
             return state.clone()
+        zero, rows = torch.zeros_like(state.fill), torch.arange(state.batch_size)
         nothing = torch.zeros(state.batch_size, 0, dtype=torch.long)
-        step = Step(nothing, nothing, state.fill, torch.zeros_like(closes), closes, closes)
-        device = self.reader.backbone.device
-        embeds = self.reader.backbone.embed(nothing.to(device))
-        new = state.clone()
-        ids = nothing.to(device) if "ids" in self.reader.looks_at else None
-        out = self.reader.run(embeds, step, state.memories, state.open, True, ids)
-        new.memories, new.open = out.states, out.segment
-        new.segments = state.segments + closes.long()
-        new.fill = torch.zeros_like(state.fill)
-        return new
+        ids = nothing.to(self.reader.backbone.device)
+        inputs = Inputs(ids, None, nothing.bool(), zero, zero)
+        step = Step(nothing, nothing, state.fill, zero.bool(), closes, closes, rows)
+        return self._read(inputs, [step], state, None, False, None)[1]
 
-    def _steps(self, inputs: Inputs, state: MemoryState) -> list[Step]:
-        if not self.config.count_padding:
-            if self._planned is None or self._planned[0] is not inputs:
-                starts, lengths, config = inputs.starts, inputs.lengths, self.config
-                drawing = self.training and torch.is_grad_enabled()  # reading never draws
-                steps = plan(starts, lengths, state.fill, config, state.hold_open, drawing)
-                self._planned = inputs, steps
+    def _plan(self, inputs: Inputs, state: MemoryState) -> list[tuple[Inputs, list[Step]]]:
+        """Cut the call into steps, for each group of texts that is read together."""
+        if self._planned is not None and self._planned[0] is inputs:
             return self._planned[1]
-        if bool(state.fill.any()):
+        packed, config = inputs.rows is not None, self.config
+        if config.count_padding and packed:
+            raise ValueError(
+                "`count_padding` cuts rows by columns, padding included, and documents packed in "
+                "one row begin anew; turn it off, or give every document a row."
+            )
+        if config.count_padding and bool(state.fill.any()):
             raise ValueError(
                 "`count_padding` cuts whole documents by columns; it cannot continue an open "
                 "segment. Close it (model.close_segment) or turn `count_padding` off."
             )
-        return plan_columns(inputs.real, self.config, state.hold_open)
+        if inputs.ids is None and "ids" in self.reader.looks_at:
+            names = [n for n, m in self.reader.seeing.items() if "ids" in m.looks_at]
+            raise ValueError(
+                f"The memory {names[0]!r} keeps the ids of what is read; give `input_ids` instead "
+                "of `inputs_embeds`."
+            )
+        drawing = self.training and torch.is_grad_enabled()  # reading never draws
+        groups = []
+        for texts in alike(inputs):
+            fill = torch.zeros_like(texts.lengths) if packed else state.fill
+            groups.append((texts, plan(texts, fill, config, state.hold_open, drawing)))
+            self._check_positions(groups[-1][1])
+        self._planned = inputs, groups
+        return groups
 
     def _check_positions(self, steps: list[Step]) -> None:
         """Refuse an open segment that has grown beyond the backbone's position table."""
@@ -164,153 +169,98 @@ class Loop:
                 f"positions ({extra} for memory). With remember=False generate fewer tokens."
             )
 
-    def _step(
+    def _fresh(self, texts: Inputs, like: MemoryState) -> MemoryState:
+        """Make the state of texts that begin anew."""
+        count, device = len(texts.lengths), self.reader.backbone.device
+        state = MemoryState(self.reader.init_states(count, device), count)
+        state.hold_open = like.hold_open
+        return state
+
+    def _read(
         self,
         inputs: Inputs,
-        step: Step,
-        states: dict[str, Tree],
-        segment: OpenSegment,
-        keep: bool,
-        request: StepRequest,
-    ) -> tuple[Tensor, dict[str, Tree], OpenSegment]:
-        """Run one step: give its loss sum (with targets) or what is collected, and what follows."""
+        steps: Iterable[Step],
+        state: MemoryState,
+        ask: Ask,
+        keep_open: bool,
+        control: str | MemoryState | None,
+    ) -> tuple[list[Any], MemoryState]:
+        """Run the steps: give what is asked of each, and the state after them."""
+        states, segment = state.memories, state.open
+        results, new = [], state.clone()
+        apart: Trees = {}
+        for index, step in enumerate(steps):
+            if index and torch.is_grad_enabled() and self.config.detach_before(index):
+                states = {name: tree_map(Tensor.detach, tree) for name, tree in states.items()}
+                segment = segment.detach()
+            keep = keep_open and bool(((step.ends > 0) & ~step.closes).any())
+            run, before = partial(self._step, inputs, ask, step), states
+            if control != "off" or keep_open:  # an empty memory needs no state to go on with
+                result, states, segment = run(states, segment, keep)
+            if control is not None:
+                result, apart = self._controlled(run, before | apart, control, len(step.rows))
+            results.append(result)
+            new.segments = new.segments + step.closes.long()
+            new.fill = step.ends.masked_fill(step.closes, 0)
+        new.memories, new.open = states if keep_open else states | apart, segment
+        return results, new
 
-        def function(
-            states: dict[str, Tree], tree: Tree
-        ) -> tuple[Tensor, dict[str, Tree], OpenSegment]:
-            embeds = self._embeds(inputs, step)
+    def _step(
+        self, inputs: Inputs, ask: Ask, step: Step, states: Trees, segment: OpenSegment, keep: bool
+    ) -> tuple[Any, Trees, OpenSegment]:
+        """Run one step: give what is asked of it, and what follows."""
+
+        def function(states: Trees, tree: Tree) -> tuple[Any, Trees, OpenSegment]:
+            if inputs.ids is None:
+                embeds = step.take(inputs.embeds)  # type: ignore[arg-type]
+            else:
+                embeds = self.reader.backbone.embed(step.take(inputs.ids))
             before = replace(segment, tree=tree)
-            out = self.reader.run(embeds, step, states, before, keep, self._ids(inputs, step))
-            return self._result(out, step, states, request), out.states, out.segment
+            ids = step.take(inputs.ids, -1) if "ids" in self.reader.looks_at else None  # type: ignore[arg-type]
+            out = self.reader.run(embeds, step, states, before, keep, ids)
+            return ask(out, step, states) if ask else None, out.states, out.segment
 
         if self.checkpointing and torch.is_grad_enabled():
             return recomputed(function, states, segment.tree)
         return function(states, segment.tree)
 
-    def _result(
-        self, out: StepOutput, step: Step, states: dict[str, Tree], request: StepRequest
-    ) -> Tensor:
-        """Compute what is asked of a step; `states` are those before it."""
-        if request.targets is not None:
-            return self._loss(out, request, states)
-        if request.collect is Collect.KEYS and out.key is not None:
-            return out.key
-        if request.collect is Collect.LOGITS:
-            tokens = request.tokens(step)
-            return self.head.logits(out, tokens, states, mixing=request.mixing)
-        return out.hidden
-
     def _controlled(
-        self,
-        inputs: Inputs,
-        step: Step,
-        states: dict[str, Tree],
-        control: str | MemoryState,
-        request: StepRequest,
-    ) -> tuple[Tensor, dict[str, Tree]]:
-        """Run the step once more, reading other memories; "off" also gives what the backbone
+        self, run: Callable[..., Any], states: Trees, control: str | MemoryState, rows: int
+    ) -> tuple[Any, Trees]:
+        """Run a step once more, reading other memories; "off" also gives what the backbone
         remembers."""
-        rows = step.columns.shape[0]
         if isinstance(control, MemoryState):
             read = control.memories
         elif control == "shuffled":
             read = {n: tree_map(lambda t: t.roll(-1, 0), tree) for n, tree in states.items()}
         else:
-            read = self.reader.init_states(rows, inputs.device)
-        own = {BACKBONE: states[BACKBONE]} if BACKBONE in states else {}
-        nothing = OpenSegment.empty(rows)
-        result, after, _ = self._step(inputs, step, read | own, nothing, False, request)
-        return result, {n: after[n] for n in own if control == "off"}
+            read = self.reader.init_states(rows, self.reader.backbone.device)
+        kept = {BACKBONE: states[BACKBONE]} if BACKBONE in states else {}
+        result, after, _ = run(read | kept, OpenSegment.empty(rows), False)
+        return result, {n: after[n] for n in kept if control == "off"}
 
-    def _embeds(self, inputs: Inputs, step: Step) -> Tensor:
-        source = inputs.ids if inputs.ids is not None else inputs.embeds
-        if step.uniform:
-            first = int(step.columns[0, 0])
-            piece = source[:, first : first + step.columns.shape[1]]  # type: ignore[index]
-        else:
-            index = step.columns.clamp_min(0).to(source.device)  # type: ignore[union-attr]
-            rows = torch.arange(index.shape[0], device=index.device)[:, None]
-            piece = source[rows, index]  # type: ignore[index]
-        return self.reader.backbone.embed(piece) if inputs.ids is not None else piece
-
-    def _ids(self, inputs: Inputs, step: Step) -> Tensor | None:
-        """Return the ids `(B, N)` of the step's tokens, -1 where there is none; None if no memory
-        looks at them.
-
-        Raises:
-            ValueError: if embeddings were given instead.
-        """
-        if "ids" not in self.reader.looks_at:
-            return None
-        if inputs.ids is None:
-            names = [n for n, m in self.reader.seeing.items() if "ids" in m.looks_at]
-            raise ValueError(
-                f"The memory {names[0]!r} keeps the ids of what is read; give `input_ids` instead "
-                "of `inputs_embeds`."
-            )
-        return _gather(inputs.ids, step, -1)
-
-    def _loss(self, out: StepOutput, request: StepRequest, states: dict[str, Tree]) -> Tensor:
-        """Sum the cross entropy, and the memories' own losses once for each target."""
-        targets: Tensor = request.targets  # type: ignore[assignment]
-        loss = self.head.loss(out, request, states)
-        if out.auxiliary is None:
-            return loss
-        count = (targets != IGNORED).sum(1).to(out.auxiliary)
-        return loss + (out.auxiliary * count).sum()
-
-    @staticmethod
-    def _finish(
-        new: MemoryState, inputs: Inputs, states: dict[str, Tree], segment: OpenSegment
-    ) -> None:
-        new.memories, new.open = states, segment
-        new.tokens_seen = new.tokens_seen + torch.tensor(inputs.lengths)
-        new.ids_hash = new.extend_hash(inputs.ids, inputs.shape[1])
-        new.columns += inputs.shape[1]
-
-
-def _gather(values: Tensor, step: Step, empty: int) -> Tensor:
-    """Gather `values` `(B, T)` at the step's columns, `empty` where a row reads nothing."""
-    columns = step.columns.to(values.device)
-    return values.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, empty)
+    def _assemble(
+        self, pieces: list[tuple[Tensor, Tensor]], inputs: Inputs, first: int, collect: Collect
+    ) -> Tensor:
+        """Put the pieces in their columns, `(B, T - first, D)`, with zeros at padding."""
+        (batch, total), backbone = inputs.shape, self.reader.backbone
+        width = total - first
+        pieces = [piece for piece in pieces if len(piece[1])]
+        if not pieces:
+            logits, dtype = collect is Collect.LOGITS, next(backbone.model.parameters()).dtype
+            size = backbone.config.vocab_size if logits else backbone.embedding_size
+            return torch.zeros(batch, width, size, dtype=dtype, device=inputs.device)
+        values = torch.cat([made for made, _ in pieces])
+        index = torch.cat([place for _, place in pieces]).to(values.device)
+        flat = index[:, 0] * width + index[:, 1] - first
+        empty = values.new_zeros(batch * width, values.shape[-1])
+        return empty.index_copy(0, flat, values).view(batch, width, -1)
 
 
 def _only_last(targets: Tensor, steps: list[Step]) -> Tensor:
-    """Keep the targets of each row's last segment."""
+    """Keep the targets of each text's last segment."""
     keep = torch.zeros(targets.shape, dtype=torch.bool)
     for step in steps:
-        rows, places = ((step.columns >= 0) & step.last[:, None]).nonzero(as_tuple=True)
-        keep[rows, step.columns[rows, places]] = True
+        read = (step.columns >= 0) & step.last[:, None]
+        keep[step.rows[:, None].expand_as(read)[read], step.columns[read]] = True
     return targets.masked_fill(~keep.to(targets.device), IGNORED)
-
-
-def _wanted_pieces(hidden: Tensor, columns: Tensor, first: int) -> list[tuple[Tensor, Tensor]]:
-    """Pick the hidden states from column `first` on, of `hidden` `(B, N, D)` at `columns` `(B, N)`:
-    pairs of `(n, D)` and their (row, column) index `(n, 2)`."""
-    wanted = columns >= first
-    if not bool(wanted.any()):
-        return []
-    rows, places = wanted.nonzero(as_tuple=True)
-    index = torch.stack([rows, columns[rows, places]], 1)
-    return [(hidden[rows.to(hidden.device), places.to(hidden.device)], index)]
-
-
-def assemble(
-    pieces: list[tuple[Tensor, Tensor]],
-    inputs: Inputs,
-    first: int,
-    backbone: Backbone,
-    collect: Collect,
-) -> Tensor:
-    """Put the pieces in their columns, `(B, T - first, D)`, with zeros at padding."""
-    batch, total = inputs.shape
-    width = total - first
-    if not pieces:
-        size = backbone.config.vocab_size if collect is Collect.LOGITS else backbone.embedding_size
-        dtype = next(backbone.model.parameters()).dtype
-        return torch.zeros(batch, width, size, dtype=dtype, device=inputs.device)
-    values = torch.cat([hidden for hidden, _ in pieces])
-    index = torch.cat([place for _, place in pieces]).to(values.device)
-    flat = index[:, 0] * width + index[:, 1] - first
-    empty = values.new_zeros(batch * width, values.shape[-1])
-    return empty.index_copy(0, flat, values).view(batch, width, -1)

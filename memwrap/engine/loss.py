@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
-from itertools import repeat
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memwrap.engine.inputs import IGNORED, Teacher
 from memwrap.engine.plan import Step
 from memwrap.engine.recomputation import recomputed
 from memwrap.engine.step import SegmentReader, StepOutput
 from memwrap.state.trees import Tree
 
-IGNORED = -100
 # Logits of at most so many numbers (float32) exist at once while a loss is computed.
 _LOGITS_AT_ONCE = 2**26
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Last hidden states of a model with the same head, whose distribution is to be followed.
-
-    The loss of a target gets `weight * temperature^2 * KL(teacher || student)` beside the cross
-    entropy, both distributions at that temperature (Hinton et al. 2015, arXiv 1503.02531).
-
-    Attributes:
-        hidden: `(B, T, D)` for every column.
-        weight: of the divergence.
-        temperature: by which both models' logits are divided.
-        labels: weight of the cross entropy with the targets beside it.
-    """
-
-    hidden: Tensor
-    weight: float = 1.0
-    temperature: float = 1.0
-    labels: float = 1.0
-
-    def at(self, step: Step) -> Teacher:
-        """Take the columns of a step."""
-        columns = step.columns.clamp_min(0).to(self.hidden.device)
-        rows = torch.arange(len(columns), device=columns.device)[:, None]
-        return replace(self, hidden=self.hidden[rows, columns])
-
-
-def check_teacher(teacher: Any, shape: tuple[int, ...]) -> Teacher | None:
-    """Check the teacher of a call over `shape` `(B, T)` tokens; None is none.
-
-    Raises:
-        ValueError: if it is none, or of other tokens.
-    """
-    if teacher is None or (isinstance(teacher, Teacher) and teacher.hidden.shape[:2] == shape[:2]):
-        return teacher
-    got = tuple(teacher.hidden.shape) if isinstance(teacher, Teacher) else type(teacher).__name__
-    raise ValueError(f"`teacher` is {got}; it must be a Teacher of {tuple(shape[:2])} tokens.")
 
 
 class Collect(Enum):
@@ -68,56 +29,85 @@ class Collect(Enum):
     KEYS = "keys"
 
 
-@dataclass(frozen=True)
-class StepRequest:
-    """A request to a step: for a loss, or for what is collected.
+class Head:
+    """The backbone's head, and the memory at the logits where there is one: what is asked of a
+    step's output.
 
-    Attributes:
-        targets: `(B, N)` the id that each token predicts; None for no loss.
-        collect: what is wanted of the call's columns from `first` on (None: of none).
-        mixing: the memory at the logits takes part.
-        teacher: of the step's columns.
+    Args:
+        reader: runs the steps.
+        mixing: whether the memory at the logits takes part.
     """
 
-    targets: Tensor | None
-    collect: Collect
-    first: int | None
-    mixing: bool
-    teacher: Teacher | None = None
+    def __init__(self, reader: SegmentReader, mixing: bool) -> None:
+        self.backbone, self.insertion = reader.backbone, reader.layout.insertion
+        self.mixer = reader.mixer if mixing else None
 
-    def tokens(self, step: Step) -> Tensor:
-        """List the numbers `(n,)` of the step's tokens whose logits are needed."""
-        first = self.first if self.first is not None else int(step.columns.max()) + 1
-        return ((step.columns >= 0) & (step.columns >= first)).any(0).nonzero().squeeze(1)
-
-    def columns(self, step: Step) -> Tensor:
-        """Give the input's columns `(B, n)` that the step's result stands for."""
-        logits = self.collect is Collect.LOGITS
-        return step.columns[:, self.tokens(step)] if logits else step.columns
-
-
-class Head:
-    """The backbone's head, and the memory at the logits where there is one."""
-
-    def __init__(self, reader: SegmentReader) -> None:
-        self.backbone = reader.backbone
-        self.mixer, self.insertion = reader.mixer, reader.layout.insertion
-
-    def logits(
-        self, out: StepOutput, tokens: Tensor, states: dict[str, Tree], *, mixing: bool = True
-    ) -> Tensor:
-        """Compute the mixed logits `(B, n, V)` of the step's tokens numbered `tokens` `(n,)`.
+    def collect(
+        self, first: int, collect: Collect, out: StepOutput, step: Step, states: dict[str, Tree]
+    ) -> tuple[Tensor, Tensor]:
+        """Collect what is wanted of a step from the call's column `first` on.
 
         Args:
-            out: what the step gave.
-            states: the memories' trees before the step.
-            mixing: whether the memory at the logits takes part.
+            first, collect: what is wanted.
+            out, step: the step's output, and the step.
+            states: the memories' trees before it.
+
+        Returns:
+            `(n, ...)`, and the row and column of each, `(n, 2)`.
         """
+        wanted = step.columns >= first
+        index = torch.stack([step.rows[:, None].expand_as(wanted)[wanted], step.columns[wanted]], 1)
+        values = out.key if collect is Collect.KEYS and out.key is not None else out.hidden
+        if collect is Collect.LOGITS:
+            tokens = wanted.any(0).nonzero().squeeze(1)
+            values, wanted = self._logits(out, tokens, states), wanted[:, tokens]
+        rows, places = (i.to(values.device) for i in wanted.nonzero(as_tuple=True))
+        return values[rows, places], index
+
+    def loss(
+        self,
+        targets: Tensor,
+        teacher: Teacher | None,
+        out: StepOutput,
+        step: Step,
+        states: dict[str, Tree],
+    ) -> tuple[Tensor, int]:
+        """Sum the loss of a step: cross entropy, the divergence from the teacher where there is
+        one, and the memories' own losses once for each target. An inserted token that is a target
+        of the token before it counts too. Logits exist for a part of the positions at a time.
+
+        Args:
+            targets: `(B, T)` the id that each column of the call predicts.
+            teacher: of the call's columns.
+            out, step, states: as in `collect`.
+
+        Returns:
+            The sum, and how many inserted tokens are targets.
+        """
+        targets = step.take(targets, IGNORED)
+        if teacher is not None:
+            teacher = replace(teacher, hidden=step.take(teacher.hidden))
+        wanted = targets.to(out.hidden.device)
+        if self.mixer is None:
+            loss = self._plain(out.hidden, wanted, teacher)
+        else:
+            loss = self._mixing(out, wanted, states, teacher)
+        if out.inserted is not None:
+            hidden, ends = out.inserted
+            absent = ~ends.to(wanted.device) | (wanted == IGNORED)
+            ids = torch.full_like(wanted, self.insertion.id)  # type: ignore[arg-type]
+            loss = loss + self._plain(hidden, ids.masked_fill(absent, IGNORED))
+        if out.auxiliary is not None:
+            loss = loss + (out.auxiliary * (targets != IGNORED).sum(1).to(out.auxiliary)).sum()
+        return loss, self.insertion.count(step, targets != IGNORED)
+
+    def _logits(self, out: StepOutput, tokens: Tensor, states: dict[str, Tree]) -> Tensor:
+        """Compute the mixed logits `(B, n, V)` of the step's tokens numbered `tokens` `(n,)`."""
         hidden, key = self._chosen(out, tokens)
         if not len(tokens):
             return hidden.new_zeros(hidden.shape[0], 0, self.backbone.config.vocab_size)
         logits = self.backbone.head(hidden)
-        return self._mixed(logits, key, states).to(logits.dtype) if mixing else logits
+        return self._mixed(logits, key, states).to(logits.dtype)
 
     def _chosen(self, out: StepOutput, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens = tokens.to(out.hidden.device)
@@ -125,50 +115,26 @@ class Head:
         return out.hidden.index_select(1, tokens), key.index_select(1, tokens)
 
     def _mixed(self, logits: Tensor, key: Tensor, states: dict[str, Tree]) -> Tensor:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.mixer is None:
             return logits
         name, memory = self.mixer
-        return memory.mix(logits, key, states[name])
-
-    def loss(self, out: StepOutput, want: StepRequest, states: dict[str, Tree]) -> Tensor:
-        """Sum the cross entropy, and the divergence from the teacher where there is one; logits
-        exist for a part of the positions at a time. An inserted token that is a target of the token
-        before it counts too.
-
-        Args:
-            out: what the step gave.
-            want: targets, teacher, and whether the memory at the logits takes part.
-            states: the memories' trees before the step.
-        """
-        wanted: Tensor = want.targets.to(out.hidden.device)  # type: ignore[union-attr]
-        inserted = self._inserted(out, wanted)
-        if self.mixer is None or not want.mixing:
-            return self._plain(out.hidden, wanted, want.teacher) + inserted
-        return self._mixing(out, wanted, states, want.teacher) + inserted
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return memory.mix(wide, key, states[name])
 
     def _of_tokens(
-        self, logits: Tensor, targets: Tensor, taught: Tensor | None, teacher: Teacher | None
+        self, logits: Tensor, targets: Tensor, taught: Tensor, teacher: Teacher | None
     ) -> Tensor:
         """Sum over tokens with a target: logits `(n, V)`, targets `(n,)`, and the teacher's hidden
         states `(n, D)`."""
         loss = F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)
-        if teacher is None or taught is None:
+        if teacher is None:
             return loss
         loss, t = loss * teacher.labels, teacher.temperature
         with torch.no_grad():
             follow = F.log_softmax(self.backbone.head(taught[None])[0].float() / t, -1)
-        own = F.log_softmax(logits.float() / t, -1)
-        apart = F.kl_div(own, follow, reduction="none", log_target=True).sum(-1)
+        student = F.log_softmax(logits.float() / t, -1)
+        apart = F.kl_div(student, follow, reduction="none", log_target=True).sum(-1)
         return loss + teacher.weight * t * t * apart.masked_fill(targets == IGNORED, 0.0).sum()
-
-    def _inserted(self, out: StepOutput, wanted: Tensor) -> Tensor | float:
-        if out.inserted is None:
-            return 0.0
-        hidden, ends = out.inserted
-        absent = ~ends.to(wanted.device) | (wanted == IGNORED)
-        targets = torch.full_like(wanted, self.insertion.id)  # type: ignore[arg-type]
-        return self._plain(hidden, targets.masked_fill(absent, IGNORED))
 
     def _mixing(
         self, out: StepOutput, wanted: Tensor, states: dict[str, Tree], teacher: Teacher | None
@@ -185,39 +151,29 @@ class Head:
             return self._of_tokens(logits.flatten(0, 1), t.flatten(), follow.flatten(0, 1), teacher)
 
         # Mixing holds some four tensors of the logits' size.
-        size = max(1, _LOGITS_AT_ONCE // (4 * self.backbone.config.vocab_size * len(wanted)))
-        pieces = list(zip(*[x.split(size, 1) for x in (hidden, key, wanted, taught)], strict=True))
-        if not len(tokens):
-            return hidden.float().sum()
-        if len(pieces) > 1 and torch.is_grad_enabled():
-            return sum(recomputed(part, *piece) for piece in pieces)
-        return sum(part(*piece) for piece in pieces)  # type: ignore[return-value]
+        return self._in_parts(part, 4 * len(wanted), 1, hidden, key, wanted, taught)
 
     def _plain(self, hidden: Tensor, wanted: Tensor, teacher: Teacher | None = None) -> Tensor:
         chosen = wanted != IGNORED
-        taught = None if teacher is None else teacher.hidden.to(hidden)[chosen]
-        hidden, wanted = hidden[chosen], wanted[chosen]
-        head = self.backbone.head
+        hidden, wanted, taught = (
+            hidden[chosen], wanted[chosen],
+            hidden[chosen] if teacher is None else teacher.hidden.to(hidden)[chosen],
+        )  # fmt: skip
 
-        def part(h: Tensor, t: Tensor, follow: Tensor | None) -> Tensor:
-            return self._of_tokens(head(h[None])[0], t, follow, teacher)
+        def part(h: Tensor, t: Tensor, follow: Tensor) -> Tensor:
+            return self._of_tokens(self.backbone.head(h[None])[0], t, follow, teacher)
 
-        size = max(1, _LOGITS_AT_ONCE // self.backbone.config.vocab_size)
-        if hidden.shape[0] <= size:
-            # Without targets the sum is a zero that still belongs to the graph.
-            return part(hidden, wanted, taught) if len(wanted) else hidden.float().sum()
-        follows = repeat(None) if taught is None else taught.split(size)
-        parts = list(zip(hidden.split(size), wanted.split(size), follows, strict=False))
-        if torch.is_grad_enabled():
-            return sum(recomputed(part, *args) for args in parts)
-        return sum(part(*args) for args in parts)  # type: ignore[return-value]
+        return self._in_parts(part, 1, 0, hidden, wanted, taught)
 
-
-def shift_targets(labels: Tensor, real: Tensor) -> Tensor:
-    """Make targets `(B, T)` of `labels` `(B, T)`: each real column predicts the next one's
-    label."""
-    real = real.to(labels.device)
-    labels = labels.masked_fill(~real, IGNORED)
-    targets = torch.full_like(labels, IGNORED)
-    targets[:, :-1] = labels[:, 1:]
-    return targets.masked_fill(~real, IGNORED)
+    def _in_parts(
+        self, part: Callable[..., Tensor], rows: int, dim: int, hidden: Tensor, *others: Tensor
+    ) -> Tensor:
+        """Sum `part` over pieces of the tensors' dimension `dim`, each so long that `rows` of them
+        make no more logits than may exist at once."""
+        if not hidden.shape[dim]:  # a zero that still belongs to the graph
+            return hidden.float().sum()
+        size = max(1, _LOGITS_AT_ONCE // (rows * self.backbone.config.vocab_size))
+        pieces = list(zip(*[x.split(size, dim) for x in (hidden, *others)], strict=True))
+        if len(pieces) > 1 and torch.is_grad_enabled():
+            return sum(recomputed(part, *piece) for piece in pieces)
+        return sum(part(*piece) for piece in pieces)  # type: ignore[return-value]

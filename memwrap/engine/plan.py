@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from memwrap.engine.inputs import Inputs
 from memwrap.memories.config import MemoryConfig
 
 
@@ -68,12 +69,12 @@ class Step:
     """One pass of the backbone: which columns each row reads, and what opens and closes.
 
     Attributes:
-        columns: `(B, N)` columns of the call, -1 where a row reads nothing.
+        columns: `(B, N)` columns of the call, -1 where a text reads nothing.
         offsets: `(B, N)` places inside the segment.
         ends: `(B,)` length of the segment so far, after the step.
         opens, closes: `(B,)` bool.
-        last: `(B,)` bool, the row reads nothing after this step.
-        uniform: every row reads the same contiguous columns.
+        last: `(B,)` bool, the text has nothing to read after this step.
+        rows: `(B,)` rows of the call that the texts stand in.
     """
 
     columns: Tensor
@@ -82,11 +83,19 @@ class Step:
     opens: Tensor
     closes: Tensor
     last: Tensor
+    rows: Tensor
 
-    @property
-    def uniform(self) -> bool:
-        same = (self.columns >= 0).all() and (self.columns == self.columns[:1]).all()
-        return self.columns.shape[1] > 0 and bool(same)
+    def take(self, values: Tensor, empty: int | None = None) -> Tensor:
+        """Take `values` `(rows, T, ...)` of the call at the columns, `(B, N, ...)`, with `empty`
+        (None: anything) where a text reads nothing."""
+        columns = self.columns
+        same = columns.numel() and (columns >= 0).all() and (columns == columns[:1]).all()
+        if same and torch.equal(self.rows, torch.arange(len(values))):
+            first = int(columns[0, 0])
+            return values[:, first : first + columns.shape[1]]
+        rows, index = self.rows.to(values.device), columns.to(values.device)
+        taken = values[rows[:, None], index.clamp_min(0)]
+        return taken if empty is None else taken.masked_fill(index < 0, empty)
 
 
 def _row_pieces(
@@ -112,49 +121,48 @@ def _row_pieces(
         start, length = start + taken, length - taken
         closes = fill + taken >= size and not (hold_open and length == 0)
         yield start - taken, taken, fill, closes
-    own = None
+    chosen = None
     if drawn is not None:
-        own = drawn[length] = drawn.get(length) or draw_lengths(config, length)
-    lengths = own or segment_lengths(length, size, config.alignment)
+        chosen = drawn[length] = drawn.get(length) or draw_lengths(config, length)
+    lengths = chosen or segment_lengths(length, size, config.alignment)
     for index, taken in enumerate(lengths):
-        full = taken == size or (own is not None and length % size == 0)
+        full = taken == size or (chosen is not None and length % size == 0)
         closes = index < len(lengths) - 1 or (full and not hold_open)
         yield start, taken, 0, closes
         start += taken
 
 
 def plan(
-    starts: list[int],
-    lengths: list[int],
-    fill: Tensor,
-    config: MemoryConfig,
-    hold_open: bool,
-    training: bool = False,
+    inputs: Inputs, fill: Tensor, config: MemoryConfig, hold_open: bool, training: bool = False
 ) -> list[Step]:
     """Cut a call into steps.
 
     Args:
-        starts: first real column of each row.
-        lengths: real tokens of each row.
-        fill: `(B,)` tokens in the rows' open segments.
+        inputs: of B texts. With `count_padding` they are cut by columns, every row alike, and
+            padding takes up positions.
+        fill: `(B,)` tokens in the texts' open segments.
         config: gives segment size and alignment.
         hold_open: the last segment of the call stays open, however long it grows.
         training: segment lengths may be drawn (`draw_lengths`).
     """
+    starts, lengths = inputs.starts, inputs.lengths
+    if config.count_padding:
+        starts, lengths = torch.zeros_like(starts), torch.full_like(starts, inputs.shape[1])
     drawn: dict[int, list[int] | None] | None = {} if training else None
-    rows = [
-        list(_row_pieces(s, n, int(f), config, hold_open, drawn))
-        for s, n, f in zip(starts, lengths, fill.tolist(), strict=True)
+    texts = [
+        list(_row_pieces(s, n, f, config, hold_open, drawn))
+        for s, n, f in zip(starts.tolist(), lengths.tolist(), fill.tolist(), strict=True)
     ]
+    rows = torch.arange(len(texts)) if inputs.rows is None else inputs.rows
     steps = []
     ends = fill.clone()
-    for index in range(max((len(r) for r in rows), default=0)):
-        pieces = [r[index] if index < len(r) else None for r in rows]
+    for index in range(max(map(len, texts), default=0)):
+        pieces = [text[index] if index < len(text) else None for text in texts]
         width = max(p[1] for p in pieces if p)
-        columns = torch.full((len(rows), width), -1)
-        offsets = torch.zeros(len(rows), width, dtype=torch.long)
-        opens = torch.zeros(len(rows), dtype=torch.bool)
-        closes = torch.zeros(len(rows), dtype=torch.bool)
+        columns = torch.full((len(texts), width), -1)
+        offsets = torch.zeros_like(columns)
+        opens = torch.zeros(len(texts), dtype=torch.bool)
+        closes = torch.zeros_like(opens)
         for row, piece in enumerate(pieces):
             if piece is None:
                 continue
@@ -163,16 +171,9 @@ def plan(
             offsets[row, :taken] = torch.arange(offset, offset + taken)
             ends[row] = offset + taken
             opens[row], closes[row] = offset == 0, closing
-        last = torch.tensor([len(r) == index + 1 for r in rows])
-        steps.append(Step(columns, offsets, ends.clone(), opens, closes, last))
+        if config.count_padding:
+            columns = columns.masked_fill(~inputs.real.gather(1, columns), -1)
+        last = torch.tensor([len(text) == index + 1 for text in texts])
+        steps.append(Step(columns, offsets, ends.clone(), opens, closes, last, rows))
         ends = ends.masked_fill(closes, 0)
     return steps
-
-
-def plan_columns(real: Tensor, config: MemoryConfig, hold_open: bool) -> list[Step]:
-    """Cut by columns, every row alike; padding takes up positions (`count_padding`)."""
-    batch, total = real.shape
-    steps = plan([0] * batch, [total] * batch, torch.zeros(batch).long(), config, hold_open)
-    return [
-        replace(s, columns=s.columns.masked_fill(~real.gather(1, s.columns), -1)) for s in steps
-    ]

@@ -74,12 +74,9 @@ class SegmentReader:
     @property
     def attachment_points(self) -> set[str]:
         """What of the backbone meets the memories."""
-        points = {
-            "layer": self.layered,
-            "attention": self.attending,
-            "feed_forward": self.notes_ffn,
-        }
-        return {name for name, wanted in points.items() if wanted}
+        names = ("layer", "attention", "feed_forward")
+        wanted = (self.layered, self.attending, self.notes_ffn)
+        return {name for name, any_ in zip(names, wanted, strict=True) if any_}
 
     def init_states(self, batch_size: int, device: torch.device) -> dict[str, Tree]:
         """Make the trees of rows that have read nothing, of the memories and of the backbone
@@ -110,30 +107,40 @@ class SegmentReader:
                 at them.
         """
         given = self.layout(embeds, step, states, segment)
-        context = self._context(step, states, given, segment)
+        recurrent, valid = self.backbone.recurrent, given.positions.query_valid
+        context = LayerContext(
+            layered=self.layered,
+            attending=self.attending,
+            states=states,
+            suffixes=self.layout.suffixes,
+            closing=bool(step.closes.any()),
+            positions=given.positions,
+            segment=segment,
+            rotary=self.backbone.rotary,
+            recurrence=Recurrence(states[BACKBONE], valid) if recurrent else None,
+            feed_forward=[] if self.notes_ffn else None,
+        )
         cache = segment.cache() if keep or len(segment) else None
-        hidden, ffn = self._hidden(given, segment, cache, context)
+        hidden, ffn = self._hidden(given, cache, context)
         states = context.changed(step.closes)
         now = {"embeds": given.embeds, "hidden": hidden, "ffn": ffn}
         if ids is not None:
             now["ids"] = given.spread(ids)
         looked = self._looked_at(now, segment)
-        if bool(step.closes.any()):
+        if context.closing:
             states = self._write(step, states, hidden, looked, given)
         after = OpenSegment.empty(len(embeds))
         if keep and cache is not None:
             noted = {"hidden": context.hidden, "tokens": looked}
             tree = keys_and_values(cache) | {name: part for name, part in noted.items() if part}
-            positions = given.positions
-            after = OpenSegment(tree, positions.key_positions, positions.key_valid).after(
-                step.closes
-            )
+            where, valid = given.positions.key_positions, given.positions.key_valid
+            tokens = self.layout.insertion.tokens(where - given.base)
+            changed = segment.noted or context.noting
+            after = OpenSegment(tree, where, valid, tokens, changed).after(step.closes)
         auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
-        in_loss, ends = self.layout.insertion.in_loss, given.columns.ends
+        in_loss, ends = self.layout.insertion.in_loss, given.ends
         inserted = (given.of_tokens(hidden), ends) if in_loss and ends is not None else None
-        key = None
-        if self.mixer is not None:
-            key = given.of_tokens(now[self.mixer[1].key], in_loss)
+        key = given.of_tokens(now[self.mixer[1].key], in_loss) if self.mixer else None
         tokens = given.of_tokens(hidden, in_loss)
         return StepOutput(tokens, states, after, auxiliary, inserted, key)
 
@@ -152,27 +159,18 @@ class SegmentReader:
             recurrence=recurrence,
         )
 
-    def _hidden(
-        self, given: StepInput, segment: OpenSegment, cache: Any, context: LayerContext
-    ) -> tuple[Tensor, Tensor]:
+    def _hidden(self, given: StepInput, cache: Any, context: LayerContext) -> tuple[Tensor, Tensor]:
         """Compute the last hidden states `(B, N', D)` of a step's input, and what the last layer's
         feed-forward block was given (nothing, where no memory asks for it)."""
-        x = given.embeds
+        x, positions = given.embeds, given.positions
         nothing = x.new_zeros(len(x), 0, self.backbone.config.hidden_size)
         if x.shape[1] == 0:  # a segment that closes without tokens or suffix
-            if self.attending and context.closing and len(segment):
+            if self.attending and context.closing and len(context.segment):
                 for layer, module in self.backbone.attention_modules.items():
                     context.close_attention(layer, module)
             return x, nothing
-        hidden = self._run(given, cache, context)
-        if context.feed_forward is None:
-            return hidden, nothing
-        return hidden, context.feed_forward[0].view(*hidden.shape[:2], -1)
-
-    def _run(self, given: StepInput, cache: Any, context: LayerContext) -> Tensor:
-        positions = given.positions
         hidden = self.backbone.run(
-            given.embeds,
+            x,
             positions.query_positions,
             key_positions=None if given.plain else positions.key_positions,
             key_valid=None if given.plain else positions.key_valid,
@@ -183,25 +181,9 @@ class SegmentReader:
             feed_forward=context.feed_forward,
         )
         self._check_met(context)
-        return hidden
-
-    def _context(
-        self, step: Step, states: dict[str, Tree], given: StepInput, segment: OpenSegment
-    ) -> LayerContext:
-        recurrent, valid = self.backbone.recurrent, given.positions.query_valid
-        return LayerContext(
-            layered=self.layered,
-            attending=self.attending,
-            states=states,
-            num_suffix=self.layout.num_suffix,
-            suffixes=self.layout.suffixes,
-            closing=bool(step.closes.any()),
-            positions=given.positions,
-            segment=segment,
-            rotary=self.backbone.rotary,
-            recurrence=Recurrence(states[BACKBONE], valid) if recurrent else None,
-            feed_forward=[] if self.notes_ffn else None,
-        )
+        if context.feed_forward is None:
+            return hidden, nothing
+        return hidden, context.feed_forward[0].view(*hidden.shape[:2], -1)
 
     def _check_met(self, context: LayerContext) -> None:
         """Refuse a model that drops keywords: every layer must have met its memories."""
@@ -247,24 +229,22 @@ class SegmentReader:
             looked: what memories look at, of the columns before the step and of the step.
             given: the step's input.
         """
-        result, count = dict(states), self.layout.num_suffix
-        suffix = hidden[:, hidden.shape[1] - count :]
-        end = given.positions.key_positions.shape[1] - count
-        tokens = self._segment_tokens(looked, given, end) if self.seeing else None
+        result = dict(states)
         for name in self.memories:
             new = states[name]
             if name in self.layout.prompts:
-                prompt = self.layout.prompts[name]
-                new = prompt.write_suffix(new, suffix[:, self.layout.suffixes[name]])
-            if name in self.seeing and tokens is not None:
-                new = self.seeing[name].write_segment(new, tokens)
+                suffix = hidden[:, self.layout.suffixes[name]]
+                new = self.layout.prompts[name].write_suffix(new, suffix)
+            if name in self.seeing:
+                new = self.seeing[name].write_segment(new, self._segment_tokens(looked, given))
             if new is not states[name]:
                 every = bool(step.closes.all())
                 result[name] = new if every else where_rows(step.closes, new, states[name])
         return result
 
-    def _segment_tokens(self, looked: Tree, given: StepInput, end: int) -> SegmentTokens:
-        """Take the closing segments' tokens, of the first `end` columns."""
+    def _segment_tokens(self, looked: Tree, given: StepInput) -> SegmentTokens:
+        """Take the closing segments' tokens, which stand in front of all suffixes."""
+        end = given.positions.key_positions.shape[1] - self.layout.num_suffix
         inside = given.inside[:, :end]
         valid = given.positions.key_valid[:, :end] & inside
         counted = inside if self.count_padding else valid

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from memwrap.backbones import Backbone, Positions
-from memwrap.engine.insertion import NoInsertion, TokenColumns, TokenInsertion, wide
+from memwrap.engine.insertion import Block, NoInsertion, TokenInsertion, wide
 from memwrap.engine.plan import Step
 from memwrap.memories.protocol import InsertsTokens, Memory, SoftPrompt
 from memwrap.state.open_segment import OpenSegment
@@ -24,41 +23,34 @@ class StepInput:
         embeds: `(B, N', D)`.
         positions: where they and the columns of the open segment stand, and which are real.
         position_ids: `(B, N')` where the backbone is told other positions, else None.
-        first: columns of the prefix.
         base: `(B, 1)` positions of the prefix in front of each row's tokens.
-        columns: the tokens, and those inserted among them, behind the prefix.
+        tokens: the columns of the N tokens, or `(B, N)` where others are inserted among them.
+        following: the same, but of the inserted token behind one that fills a block.
+        ends: `(B, N)` bool, tokens that fill a block; None: nothing is inserted.
     """
 
     embeds: Tensor
     positions: Positions
     position_ids: Tensor | None
-    first: int
     base: Tensor
-    columns: TokenColumns
-
-    @property
-    def tokens(self) -> int:
-        """N, tokens of the step."""
-        ends = self.columns.tokens
-        return self.columns.embeds.shape[1] if ends is None else ends.shape[1]
+    tokens: slice | Tensor
+    following: slice | Tensor
+    ends: Tensor | None
 
     def of_tokens(self, hidden: Tensor, following: bool = False) -> Tensor:
         """Take `hidden` `(B, N', D)` at the tokens, `(B, N, D)`; `following`: at the token inserted
         behind one that fills a block instead."""
-        index = self.columns.following if following else self.columns.tokens
-        if index is None:
-            return hidden[:, self.first : self.first + self.tokens]
-        return hidden.gather(1, wide(self.first + index, hidden))
+        at = self.following if following else self.tokens
+        return hidden[:, at] if isinstance(at, slice) else hidden.gather(1, wide(at, hidden))
 
     def spread(self, ids: Tensor) -> Tensor:
         """Put the tokens' ids `(B, N)` at their columns, -1 elsewhere: `(B, N', 1)`."""
-        index = self.columns.tokens
-        if index is None:
-            index = torch.arange(ids.shape[1]).expand_as(ids)
+        at = self.tokens
+        if isinstance(at, slice):
+            at = torch.arange(at.start, at.stop).expand_as(ids)
         empty = ids.new_full(self.embeds.shape[:2], -1)
         # Where there is no token stands -1, which takes no place from another.
-        index = self.first + index.to(ids.device)
-        return empty.scatter_reduce(1, index, ids, "amax").unsqueeze(-1)
+        return empty.scatter_reduce(1, at.to(ids.device), ids, "amax").unsqueeze(-1)
 
     @property
     def plain(self) -> bool:
@@ -76,19 +68,13 @@ class StepInput:
         return (self.positions.key_positions >= self.base) & ~self.positions.inserted
 
 
-class _Block(NamedTuple):
-    embeds: Tensor
-    valid: Tensor
-    positions: Tensor
-    table: Tensor  # what a table of learned positions is asked for
-
-
 class InputLayout:
     """The layout of steps: the prefix and suffix of all memories, and what one inserts.
 
     Attributes:
         prompts: the memories with a prefix or suffix.
-        suffixes: where each one's suffix stands among the last `num_suffix` columns.
+        num_suffix: columns of all suffixes.
+        suffixes: where each one's stands among a closing step's columns, counted from their end.
         insertion: of the memory that inserts tokens, or of none.
         zero_positions: prefix and suffix take no position of the backbone's table.
     """
@@ -97,11 +83,11 @@ class InputLayout:
         self.backbone = backbone
         self.prompts = {n: m for n, m in memories.items() if isinstance(m, SoftPrompt)}
         self.suffixes: dict[str, slice] = {}
-        self.num_suffix = 0
+        self.num_suffix = sum(m.num_suffix for m in self.prompts.values())
+        end = -self.num_suffix
         for name, memory in self.prompts.items():
-            end = self.num_suffix + memory.num_suffix
-            self.suffixes[name] = slice(self.num_suffix, end)
-            self.num_suffix = end
+            start, end = end, end + memory.num_suffix
+            self.suffixes[name] = slice(start, end or None) if start < end else slice(0)
         self.insertion = NoInsertion()
         for name, other in memories.items():
             if isinstance(other, InsertsTokens):
@@ -128,24 +114,23 @@ class InputLayout:
         """
         mask = self._prefix_mask(states, len(embeds))
         base = mask.sum(1)[:, None]
-        columns = self.insertion.columns(embeds, step, states)
-        tokens = _Block(
-            columns.embeds, columns.valid, columns.positions + base, columns.offsets + base
-        )
-        if self.zero_positions:
-            tokens = tokens._replace(table=columns.offsets)
+        tokens, places = self.insertion.columns(embeds, step, states)
+        table = tokens.table if self.zero_positions else tokens.table + base
+        tokens = tokens._replace(positions=tokens.positions + base, table=table)
         prefix = self._prefix(states, step, mask, embeds.dtype)
         blocks = [*prefix, tokens, *self._suffix(states, step, base, embeds.dtype)]
-        x, valid, positions, table = (
+        x, valid, order, table, inserted = (
             torch.cat(part, 1) if len(part) > 1 else part[0] for part in zip(*blocks, strict=True)
         )
-        first = prefix[0].valid.shape[1] if prefix else 0
-        pad = (first, x.shape[1] - first - columns.valid.shape[1])
-        inserted = torch.nn.functional.pad(columns.inserted, pad)
         inserted = torch.cat([self.insertion.at(segment.positions - base), inserted], 1)
-        positions = Positions.of((segment.positions, segment.valid), (positions, valid), inserted)
+        positions = Positions.of((segment.positions, segment.valid), (order, valid), inserted)
         ids = table if self._asks_table else None
-        return StepInput(x, positions, ids, first, base, columns)
+        first = prefix[0].valid.shape[1] if prefix else 0
+        if places is None:
+            at = slice(first, first + embeds.shape[1])
+            return StepInput(x, positions, ids, base, at, at, None)
+        columns, ends, following = places
+        return StepInput(x, positions, ids, base, first + columns, first + following, ends)
 
     def _prefix_mask(self, states: dict[str, Tree], batch: int) -> Tensor:
         """Tell which vectors of the prefix exist, `(B, P)` bool."""
@@ -159,7 +144,7 @@ class InputLayout:
 
     def _prefix(
         self, states: dict[str, Tree], step: Step, mask: Tensor, dtype: torch.dtype
-    ) -> list[_Block]:
+    ) -> list[Block]:
         valid = mask & step.opens[:, None]
         used = valid.any(0)
         if not bool(used.any()):
@@ -169,11 +154,11 @@ class InputLayout:
         if not bool(used.all()):  # columns that no row needs
             x = x[:, used.nonzero().squeeze(1).to(x.device)]
         order = (mask.long().cumsum(1) - 1).clamp(min=0)[:, used]
-        return [self._without_positions(_Block(x, valid[:, used], order, order))]
+        return [self._outside(x, valid[:, used], order, order)]
 
     def _suffix(
         self, states: dict[str, Tree], step: Step, base: Tensor, dtype: torch.dtype
-    ) -> list[_Block]:
+    ) -> list[Block]:
         if not self.num_suffix or not bool(step.closes.any()):
             return []
         prompts = [(n, m) for n, m in self.prompts.items() if m.num_suffix]
@@ -181,11 +166,11 @@ class InputLayout:
         count = torch.arange(self.num_suffix) + base
         order, table = (end[:, None] + count for end in (self.insertion.end(step.ends), step.ends))
         valid = step.closes[:, None].expand(-1, self.num_suffix)
-        return [self._without_positions(_Block(x, valid, order, table))]
+        return [self._outside(x, valid, order, table)]
 
-    def _without_positions(self, block: _Block) -> _Block:
-        """Hide a block from a table of positions that shall not change it."""
-        if not self.zero_positions:
-            return block
-        vector = self.backbone.first_position().to(block.embeds.dtype)
-        return block._replace(embeds=block.embeds - vector, table=torch.zeros_like(block.table))
+    def _outside(self, x: Tensor, valid: Tensor, order: Tensor, table: Tensor) -> Block:
+        """Make a block that is none of tokens, and hide it from a table of positions that shall not
+        change it."""
+        if self.zero_positions:
+            x, table = x - self.backbone.first_position().to(x.dtype), torch.zeros_like(table)
+        return Block(x, valid, order, table, torch.zeros_like(valid))

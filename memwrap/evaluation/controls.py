@@ -52,7 +52,7 @@ def windowed(
     with lora_disabled(model.backbone), model.parts.attention_lent():
         memory = WindowMemory(config, sizes_of(model.parts, attention=True)).to(model.device)
         reader = SegmentReader(model.parts, {config.name: memory})
-        loop = Loop(reader, config, False)
+        loop = Loop(reader, config)
         state = MemoryState(reader.init_states(batch, model.device), batch)
 
         def feed(ids: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -159,9 +159,9 @@ class ARMTMemory(SoftPrompt, LayerMemory):
         return self.tokens.expand(first["written"].shape[0], -1, -1)
 
     def read_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
-        own: Any = self.layers[str(layer)]
-        return hidden + own.read(hidden, state["A"], state.get("z"))
+        memory: Any = self.layers[str(layer)]
+        return hidden + memory.read(hidden, state["A"], state.get("z"))
 
     def write_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
-        own: Any = self.layers[str(layer)]
-        return own.write(hidden, state)
+        memory: Any = self.layers[str(layer)]
+        return memory.write(hidden, state)

@@ -15,7 +15,7 @@ from memwrap.memories.settings import NonNegativeInt, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import accumulation_dtype
 from memwrap.ops.buffers import filled, left_aligned
-from memwrap.ops.recall import recall
+from memwrap.ops.cache_search import search_cache
 from memwrap.state.trees import Tree
 
 
@@ -126,8 +126,8 @@ class HMTMemory(SoftPrompt, SeesSegment):
         lengths = tokens.valid.sum(1)
         part = torch.round(lengths.double() * config.summary_fraction).long().clamp(min=1)
         end, count = left_aligned.take_last(embeds, tokens.valid, part, int(part.max()))
-        there = filled(count, end.shape[1])
-        return self._recalled(state, self.topic(end, there, there, tokens))
+        real = filled(count, end.shape[1])
+        return self._searched(state, self.topic(end, real, real, tokens))
 
     def topic(
         self, embeds: Tensor, visible: Tensor, counted: Tensor, tokens: SegmentTokens
@@ -149,16 +149,17 @@ class HMTMemory(SoftPrompt, SeesSegment):
         counted = torch.cat([edge, counted, edge], 1)
         return tokens.run(torch.cat([summary, embeds, end], 1), visible, counted)[:, -1]
 
-    def _recalled(self, state: Tree, topic: Tensor) -> Tree:
-        """Make the state whose next segment opens with what the topic recalls."""
+    def _searched(self, state: Tree, topic: Tensor) -> Tree:
+        """Make the state whose next segment opens with what the topic finds in the cache."""
         count = state["count"]
-        found, weights = recall(topic, state["cache"], count, self.query.weight, self.key.weight)
-        prompt = torch.where((count > 0)[:, None], found, self.tokens.to(found.dtype))
+        matrices = self.query.weight, self.key.weight
+        vector, weights = search_cache(topic, state["cache"], count, *matrices)
+        prompt = torch.where((count > 0)[:, None], vector, self.tokens.to(vector.dtype))
         weights = weights.detach().to(state["weights"].dtype)
         return {**state, "prompt": prompt[:, None].to(self.tokens.dtype), "weights": weights}
 
-    def recall_weights(self, state: Tree) -> list[Tensor]:
+    def cache_weights(self, state: Tree) -> list[Tensor]:
         """Give for each row the weights `(n,)` with which its n cached memory embeddings, oldest
-        first, make up the vector that opens its next segment; zeros without recall."""
+        first, make up the vector that opens its next segment; zeros without a search."""
         pairs = zip(state["weights"], state["count"].tolist(), strict=True)
         return [weights[:count] for weights, count in pairs]

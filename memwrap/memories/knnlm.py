@@ -201,12 +201,12 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
 
     def mix(self, logits: Tensor, key: Tensor, state: Tree) -> Tensor:
         store = self.store  # which may be exchanged while it is searched
-        found = [f for f in (self._in_store(store, key), self._in_state(key, state)) if f]
-        if not found:
+        answers = [f for f in (self._in_store(store, key), self._in_state(key, state)) if f]
+        if not answers:
             return logits
-        costs = torch.cat([c.to(logits.dtype) for c, _ in found], -1)
-        tokens = torch.cat([t for _, t in found], -1)
-        if len(found) > 1:
+        costs = torch.cat([c.to(logits.dtype) for c, _ in answers], -1)
+        tokens = torch.cat([t for _, t in answers], -1)
+        if len(answers) > 1:
             costs, order = costs.sort(-1)
             costs = costs[..., : self.config.top_k]
             tokens = tokens.gather(-1, order)[..., : self.config.top_k]
@@ -236,9 +236,9 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
         """Search the store: costs and next tokens `(B, T, k)` of the neighbours."""
         if store is None or not len(store):
             return None
-        found = store.search(hidden.detach().flatten(0, 1), self.config.top_k)
-        values = torch.from_numpy(store.entries(found.ids).values.astype("int64"))
-        costs = found.scores if self.config.metric == "l2" else -found.scores
+        answer = store.search(hidden.detach().flatten(0, 1), self.config.top_k)
+        values = torch.from_numpy(store.entries(answer.ids).values.astype("int64"))
+        costs = answer.scores if self.config.metric == "l2" else -answer.scores
         shape = (*hidden.shape[:2], -1)
         return costs.view(shape), values.to(hidden.device).view(shape)
 
@@ -247,10 +247,10 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
         if not state or not state["keys"].shape[2]:
             return None
         keys, tokens = state["keys"][:, 0], state["tokens"][:, 0, :, 0]
-        there = filled(state["count"], keys.shape[1])
+        full = filled(state["count"], keys.shape[1])
         k = min(self.config.top_k, keys.shape[1])
         scores, places = neighbours.nearest(
-            hidden.to(keys.dtype), keys, k, self.config.metric, there
+            hidden.to(keys.dtype), keys, k, self.config.metric, full
         )
         tokens = tokens.gather(1, places.clamp_min(0).flatten(1)).view_as(places)
         return (scores if self.config.metric == "l2" else -scores), tokens
@@ -279,8 +279,10 @@ def adapt(
     """Compute lambda and temperature that follow the distances `(..., K)`; see
     `KnnLMConfig.adaptive`."""
     known = costs.detach()
-    there = known.isfinite()
-    mean = known.masked_fill(~there, 0).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(1)
+    finite = known.isfinite()
+    mean = known.masked_fill(~finite, 0).sum(-1, keepdim=True) / finite.sum(-1, keepdim=True).clamp(
+        1
+    )
     heat = temperature * mean.clamp_min(1e-9)
     if scale is None:
         return weight, heat

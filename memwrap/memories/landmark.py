@@ -313,7 +313,9 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
 
         outputs: list[list[Tensor]] = [[] for _ in pieces]
         logs: list[list[Tensor]] = [[] for _ in pieces]
-        fetched = prefetch([partial(fetch, *what) for what in work], attention.value.device)
+        fetched = prefetch(
+            [partial(fetch, *arguments) for arguments in work], attention.value.device
+        )
         for (n, first), blocks in zip(work, fetched, strict=True):
             chosen, valid, landmarks, keys, values = blocks
             if not first:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TrainerCallback
 
 from memwrap.backbones import AttentionSizes, LayerAttention
 from memwrap.memories.config import MemoryConfig
@@ -19,7 +18,6 @@ from memwrap.memories.parts.sliding_window import SlidingWindow
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import (
-    Fraction,
     LayerList,
     NonNegativeFloat,
     NonNegativeInt,
@@ -66,10 +64,6 @@ class LigerConfig(MemoryConfig):
             `"linear"` only.
         gate_divisor: the log of the gate is divided by it; by default 16, and 1 for `"hgrn2"`.
         num_slots: slots a head of `"gsa"`, a divisor of the head's width (`None`: the width).
-        window_dropout: share of training rows that read the recurrence alone, so that it learns
-            to carry weight.
-        window_dropout_end: that share at the end of a run of `MemoryTrainer`, with a straight line
-            between the two (`None`: it stays).
         layers: decoder layers that are converted (`None`: all).
         other_window_size: in the layers that are not: tokens that their own softmax sees, with
             the sinks. A text up to this length has full attention there.
@@ -87,8 +81,6 @@ class LigerConfig(MemoryConfig):
     normaliser: bool | None = None
     gate_divisor: Annotated[float, Range(1e-3)] | None = None
     num_slots: PositiveInt | None = None
-    window_dropout: Fraction = 0.0
-    window_dropout_end: Fraction | None = None
     layers: LayerList | None = None
     other_window_size: PositiveInt = 1024
 
@@ -129,39 +121,23 @@ class LigerConfig(MemoryConfig):
         return cls(segment_size=8, window_size=5, num_sinks=2)
 
 
-class _WindowDropout(TrainerCallback):
-    """A callback that moves a memory's share of rows without window from its start to its end
-    during a run."""
-
-    def __init__(self, memory: LigerMemory) -> None:
-        self.memory = memory
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        config, done = self.memory.config, state.global_step / max(1, state.max_steps)
-        start, end = config.window_dropout, config.window_dropout_end
-        self.memory.window_dropout = start if end is None else start + (end - start) * done
-
-
 @register(LigerConfig)
 class LigerMemory(AttentionMemory):
     """Per layer and KV head the recurrence's matrix, in float32, and the window's keys and values.
 
     The matrix takes in every token as it is read, so that nothing depends on where segments end;
     the window reaches back over their ends. All heads that share keys and values share the matrix.
-
-    Attributes:
-        window_dropout: the share of rows in use; it changes during a run.
     """
 
     claims = Claims(linearizes=True)
 
     config: LigerConfig
     branches = BRANCHES
+    draws_branches = True
 
     def __init__(self, config: LigerConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.chosen = frozenset(attending_layers(config, sizes))
-        self.window_dropout = config.window_dropout
         self.window = SlidingWindow(config.window_size, config.num_sinks)
         self.other = SlidingWindow(config.other_window_size, config.num_sinks)
         for layer in self.chosen:
@@ -227,19 +203,23 @@ class LigerMemory(AttentionMemory):
             return state
         return {**state, "window": window.closed(attention, state["window"])}
 
-    def training_callbacks(self) -> list[TrainerCallback]:
-        return [_WindowDropout(self)]
-
     def _weights(self, read: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Weigh the window and the recurrence: numbers, or `(B, 1, 1, 1)`."""
-        window, recurrence = self.config.window_weight, self.config.recurrent_weight
-        if self.branch != "both":
-            both = window + recurrence
-            return (both, 0.0) if self.branch == "window" else (0.0, both)
-        if not (self.training and self.window_dropout):
-            return window, recurrence
-        alone = torch.rand(len(read), 1, 1, 1, device=read.device) < self.window_dropout
-        return window * ~alone, torch.where(alone, window + recurrence, recurrence).to(read.dtype)
+        weights = self.config.window_weight, self.config.recurrent_weight
+        branch, share = self.drawn_branch
+        if branch == "both" or not share:
+            return weights
+        alone = (sum(weights), 0.0) if branch == "window" else (0.0, sum(weights))
+        if share == 1:
+            return alone
+        if not self.training:
+            return weights
+        drawn = torch.rand(len(read), 1, 1, 1, device=read.device) < share
+        window, recurrence = (
+            torch.where(drawn, one, both).to(read.dtype)
+            for one, both in zip(alone, weights, strict=True)
+        )
+        return window, recurrence
 
     def _recurrent(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Read the recurrence for the step's tokens, `(B, T, H, Dv)`; also gives the state

@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ from memwrap.backbones.layer_attention import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.sizes import Sizes
 from memwrap.state.trees import Tree
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,11 @@ class Insertion:
     in_loss: bool = False
 
 
-# The branch that is read alone, of the memory with the identity.
-_NONE: Mapping[int, str] = MappingProxyType({})
-_branches: ContextVar[Mapping[int, str]] = ContextVar("memwrap_branches", default=_NONE)
+# The branch that is read alone, and in what share of the rows, of the memory with the identity.
+_NONE: Mapping[int, tuple[str, float]] = MappingProxyType({})
+_branches: ContextVar[Mapping[int, tuple[str, float]]] = ContextVar(
+    "memwrap_branches", default=_NONE
+)
 
 
 @dataclass
@@ -117,12 +116,14 @@ class Memory(nn.Module):
         takes_store: it searches a store of vectors, which a caller of `load` may name.
         branches: parts of what is read that can be read alone (`only`); an evaluation measures
             what each is worth.
+        draws_branches: in training it can read a branch alone in a share of the rows.
     """
 
     claims: ClassVar[Claims] = Claims()
     bytes_per_token: float = 0.0
     takes_store: ClassVar[bool] = False
     branches: ClassVar[tuple[str, ...]] = ()
+    draws_branches: ClassVar[bool] = False
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -136,21 +137,35 @@ class Memory(nn.Module):
 
     @property
     def branch(self) -> str:
-        """The branch that is read alone, or "both"."""
-        return _branches.get().get(id(self), "both")
+        """The branch that all rows read alone, or "both"."""
+        branch, share = self.drawn_branch
+        return branch if share == 1 else "both"
+
+    @property
+    def drawn_branch(self) -> tuple[str, float]:
+        """The branch that some rows read alone, or "both", and the share of the rows."""
+        return _branches.get().get(id(self), ("both", 1.0))
 
     @contextmanager
-    def only(self, branch: str) -> Iterator[None]:
+    def only(self, branch: str, share: float = 1.0) -> Iterator[None]:
         """Read one of the `branches` alone inside the block (or "both"), in this thread.
 
+        Args:
+            branch: its name.
+            share: of the rows, drawn anew at each read; less than all of them in training alone.
+
         Raises:
-            ValueError: for a branch that the memory does not have.
+            ValueError: for a branch that the memory does not have, or a share that it cannot draw.
         """
         if branch not in (*self.branches, "both"):
             raise ValueError(
                 f"`branch` is {branch!r}; {type(self).__name__} has {(*self.branches, 'both')}."
             )
-        token = _branches.set({**_branches.get(), id(self): branch})
+        if share != 1 and not self.draws_branches:
+            raise ValueError(
+                f"{type(self).__name__} reads a branch alone in every row; `share` must be 1."
+            )
+        token = _branches.set({**_branches.get(), id(self): (branch, share)})
         try:
             yield
         finally:
@@ -192,10 +207,6 @@ class Memory(nn.Module):
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Return parameter groups with settings of their own; parameters not named get the
         default."""
-        return []
-
-    def training_callbacks(self) -> list[TrainerCallback]:
-        """Return callbacks that the trainer adds to its own."""
         return []
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from memwrap.engine.inputs import check_inputs
-from memwrap.engine.packed_documents import documents_in
+from memwrap.engine.packed_documents import packed
 from memwrap.memories.protocol import Memory
 
 if TYPE_CHECKING:
@@ -47,9 +47,8 @@ class SegmentDecoder:
         inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
         model = self._model
         state = model.new_state(inputs.shape[0])
-        packed = documents_in(inputs.real, seq_idx, position_ids, cu_seq_lens_q)
-        loop = model.loop_over(inputs, packed)
-        reading = loop(inputs, state, hidden_from=0, keep_open=False)
+        inputs = packed(inputs, seq_idx, position_ids, cu_seq_lens_q)
+        reading = model.loop()(inputs, state, hidden_from=0, keep_open=False)
         return BaseModelOutputWithPast(last_hidden_state=reading.hidden)
 
     def __getattr__(self, name: str) -> Any:

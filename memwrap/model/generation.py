@@ -9,15 +9,13 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from memwrap.backbones.cache_names import CACHE
+from memwrap.engine.inputs import check_inputs
 from memwrap.model.outputs import one_cache
 from memwrap.state.memory_state import MemoryState
 
 
 class MemoryGenerationMixin(GenerationMixin):
     """`generate` of transformers over a `MemoryState`."""
-
-    # Memory written by rejected tokens could not be undone: transformers refuses assisted decoding.
-    _is_stateful = True
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,
@@ -75,8 +73,7 @@ class MemoryGenerationMixin(GenerationMixin):
                 however long it grows, as the published code does.
 
         Raises:
-            ValueError: for right-padded prompts, and for what a memory cannot do
-                (assisted decoding, other caches).
+            ValueError: for right-padded prompts and other caches.
         """
         given = one_cache(cache, past_key_values)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -93,16 +90,63 @@ class MemoryGenerationMixin(GenerationMixin):
             state = self._state_for(given, fed.shape[0], kwargs)
             if not _holds(state, ids):
                 new = mask if mask is not None else fed.new_ones(fed.shape[:2], dtype=torch.long)
-                if new.shape[1] == fed.shape[1]:
-                    seen = new.new_ones(new.shape[0], state.columns)
+                # Assisted decoding cuts a mask to the ids it knows, from the end.
+                if new.shape[1] == fed.shape[1] and not self._drafts(kwargs):
+                    seen = new.new_ones(new.shape[0], state.get_seq_length())
                     kwargs["attention_mask"] = torch.cat([seen, new], 1)
             kwargs[CACHE] = state
         if not remember:
             kwargs["remember"] = False
         out = super().generate(inputs, *args, **kwargs)
+        final = getattr(out, CACHE, None)
+        if isinstance(final, MemoryState) and not self._setting(kwargs, "is_assistant"):
+            final._become(self._settled(final))
+            final.record_past, final.recorded = False, None
         if CACHE != "cache" and hasattr(out, CACHE):
             out.cache = getattr(out, CACHE)
         return out
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        state: Any = kwargs.get(CACHE)
+        begins = next_sequence_length is None and isinstance(state, MemoryState)
+        if begins and _holds(state, input_ids):
+            # Assisted decoding begins with all ids, also with those that the state has read.
+            next_sequence_length = input_ids.shape[1] - state.get_seq_length()
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **kwargs
+        )
+
+    def _setting(self, kwargs: dict, name: str) -> Any:
+        """Look a setting of generation up where transformers does."""
+        config = kwargs.get("generation_config") or self.generation_config
+        return kwargs.get(name) or getattr(config, name, None)
+
+    def _drafts(self, kwargs: dict) -> bool:
+        """Tell whether decoding is assisted: tokens are drafted, and some taken back."""
+        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        return any(self._setting(kwargs, name) for name in names)
+
+    def _settled(self, state: MemoryState) -> MemoryState:
+        """Read what a cropped state owes; other states are given back as they are."""
+        if state.owed is None:
+            return state
+        before = state.clone()
+        before.owed = None
+        inputs = check_inputs(state.owed.to(self.device), None, None)  # type: ignore[attr-defined]
+        return self.loop()(inputs, before).state  # type: ignore[attr-defined]
+
+    def _read_ahead(self, state: MemoryState, ids: Tensor, mask: Any, keep: Any) -> Tensor:
+        """Read the columns of `ids` `(B, T)` before those whose logits are wanted, so that these
+        alone are recorded; give the rest."""
+        early = ids.shape[1] - keep if isinstance(keep, int) and keep > 0 else 0
+        if early <= 0:
+            return ids
+        mask = None if mask is None else mask[:, : mask.shape[1] - keep]
+        self(ids[:, :early], attention_mask=mask, **{CACHE: state}, logits_to_keep=1)  # type: ignore[operator]
+        state.crop(0)
+        return ids[:, early:]
 
     def _state_for(self, given: MemoryState, batch: int, kwargs: dict) -> MemoryState:
         """Copy the given state, with a row for every sequence that will be generated."""
@@ -115,9 +159,7 @@ class MemoryGenerationMixin(GenerationMixin):
                 f"The state has {state.batch_size} rows, the prompt {batch}; they must agree, or "
                 "the state have one row."
             )
-        config = kwargs.get("generation_config") or self.generation_config
-        names = ("num_beams", "num_return_sequences")
-        rows = max(kwargs.get(n) or getattr(config, n, None) or 1 for n in names)
+        rows = max(self._setting(kwargs, n) or 1 for n in ("num_beams", "num_return_sequences"))
         return state.repeat(rows) if rows > 1 else state
 
 

@@ -21,10 +21,11 @@ from memwrap.engine.inputs import (
     check_fit,
     check_inputs,
     refuse_unknown,
+    with_targets,
 )
 from memwrap.engine.loop import Loop
-from memwrap.engine.loss import Collect, check_teacher
-from memwrap.engine.packed_documents import Documents, PackedLoop, documents_in, targets_of
+from memwrap.engine.loss import Collect
+from memwrap.engine.packed_documents import packed
 from memwrap.engine.step import SegmentReader
 from memwrap.io.fingerprints import fingerprint
 from memwrap.memories.protocol import (
@@ -42,6 +43,7 @@ from memwrap.model.saving import SavingMixin, plain_name
 from memwrap.model.state_files import check_file_state
 from memwrap.state.check import signature_difference
 from memwrap.state.memory_state import MemoryState
+from memwrap.state.past import Recorded
 
 MEMORY_CHILD = "memory_modules"
 
@@ -176,13 +178,6 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             check_file_state(self, state)
             state.unverified = False
 
-    def loop_over(self, inputs: Inputs, documents: Documents | None) -> Loop | PackedLoop:
-        """Make the loop for `inputs`: where documents are packed in its rows, one that reads each
-        as if it had a row alone."""
-        if documents is None:
-            return self.loop()
-        return PackedLoop(self.loop, self.new_state, inputs, documents)
-
     def loop(self) -> Loop:
         """Make the segment loop over this model's backbone and memories."""
         checkpointing = self.gradient_checkpointing and self.training
@@ -249,44 +244,42 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             ValueError: for misshapen inputs, a mask with a hole, a state of another model, or
                 packed documents with a state.
         """
-        shift_labels, ends = kwargs.pop("shift_labels", None), kwargs.pop("cu_seq_lens_q", None)
-        teacher = kwargs.pop("teacher", None)
+        shift_labels, teacher = kwargs.pop("shift_labels", None), kwargs.pop("teacher", None)
+        ends = kwargs.pop("cu_seq_lens_q", None)
         refuse_unknown(kwargs, type(self).forward)
         given = one_cache(cache, past_key_values)
+        if getattr(given, "record_past", False) and input_ids is not None:
+            input_ids = self._read_ahead(given, input_ids, attention_mask, logits_to_keep)
+            position_ids = None  # they cover what was just read, too
         inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
-        documents = documents_in(inputs.real, seq_idx, position_ids, ends)
-        targets = targets_of(inputs, labels, shift_labels, documents)
+        inputs = packed(inputs, seq_idx, position_ids, ends)
+        inputs = with_targets(inputs, labels, shift_labels, teacher)
+        learning = inputs.targets is not None
         if use_cache is None:
-            use_cache = documents is None and (targets is None or not self.training)
-        state = self._state_of(given, inputs)
-        if state.hold_open != (not remember):
-            state = state.clone()
-            state.hold_open = not remember
+            use_cache = inputs.rows is None and not (learning and self.training)
+        state = self._state_of(given, inputs, hold_open=not remember)
         if isinstance(memory_control, MemoryState):
             self.check_state(memory_control)
         check_control(memory_control, state, inputs)
-        first = _first_column(logits_to_keep, inputs)
-        loop = self.loop_over(inputs, documents)
+        loop = self.loop()
         reading = loop(
-            inputs,
-            state,
-            targets=targets,
-            teacher=None if targets is None else check_teacher(teacher, inputs.shape),
-            hidden_from=None if targets is not None else first,
-            collect=self._collected,
-            keep_open=use_cache or given is not None,
+            inputs, state, hidden_from=None if learning else _first_column(logits_to_keep, inputs),
+            collect=self._collected, keep_open=use_cache or given is not None,
             control=memory_control,
-        )
+        )  # fmt: skip
         loss, logits = None, None
-        if targets is not None:
+        if not learning:
+            logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
+        else:
             count = num_items_in_batch if num_items_in_batch is not None else reading.targets
             loss = reading.loss_sum / _at_least_one(count, inputs.device)
             if return_logits or not isinstance(logits_to_keep, int) or logits_to_keep:
                 logits = self._logits_again(loop, inputs, state, logits_to_keep, memory_control)
-        else:
-            logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
         result = None
         if given is not None or use_cache:
+            reading.state.recorded = (
+                Recorded.after(state, inputs.ids) if state.record_past else None
+            )
             result = self._advanced(given or state, reading.state)
         own: dict[str, Any] = {CACHE: result}
         out = MemoryModelOutput(loss=loss, logits=logits, **own)
@@ -294,30 +287,37 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
 
     @torch.no_grad()
     def _logits_again(
-        self, loop: Any, inputs: Inputs, state: MemoryState, keep: int | Tensor, control: Any
+        self, loop: Loop, inputs: Inputs, state: MemoryState, keep: int | Tensor, control: Any
     ) -> Tensor:
         """Compute logits beside a loss: the text is read once more, without a graph."""
         again = loop(
             inputs, state, hidden_from=_first_column(keep, inputs), collect=self._collected,
             keep_open=False, control=control,
         )  # fmt: skip
-        return self._logits(again.hidden, keep)
+        return self._logits(again.hidden, keep)  # type: ignore[arg-type]
 
     def _inputs(self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> Inputs:
         inputs = check_inputs(ids, embeds, mask)
         check_fit(inputs, *self.parts.embedding_weight.shape)
         return inputs
 
-    def _state_of(self, given: MemoryState | None, inputs: Inputs) -> MemoryState:
+    def _state_of(self, given: MemoryState | None, inputs: Inputs, hold_open: bool) -> MemoryState:
+        """Check the state to continue, or make a fresh one."""
         if given is None:
-            return self.new_state(inputs.shape[0])
+            state = self.new_state(inputs.shape[0])
+            state.hold_open = hold_open
+            return state
         self.check_state(given)
         if given.batch_size != inputs.shape[0]:
             raise ValueError(
                 f"The state has {given.batch_size} rows, the input {inputs.shape[0]}; they must "
                 "agree (state.repeat, state.select)."
             )
-        return given
+        state = self._settled(given)
+        if state.hold_open != hold_open:
+            state = state.clone()
+            state.hold_open = hold_open
+        return state
 
     @property
     def _collected(self) -> Collect:
@@ -366,8 +366,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         """
         ids, mask = as_batch(text, attention_mask, tokenizer)
         inputs = self._inputs(ids.to(self.device), None, mask)
-        old = self._state_of(state, inputs).clone()
-        old.hold_open = False
+        old = self._state_of(state, inputs, hold_open=False).clone()
 
         def bar(steps: Any) -> Any:
             return tqdm(steps, desc="reading", unit="segment", disable=not progress)
@@ -390,7 +389,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             The state with nothing open; the given one stays as it is.
         """
         self.check_state(state)
-        new = self.loop().close(state)
+        new = self.loop().close(self._settled(state))
         return self._advanced(state.clone(), new)
 
 

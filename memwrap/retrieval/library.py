@@ -146,8 +146,8 @@ class Library:
             read = model.close_segment(model.read([ids for _, _, ids, _ in batch]))
             for row, (number, start, ids, new) in enumerate(batch):
                 keep = ~torch.isin(ids[-new:], special)
-                found = read.memories["extended_mind"]["layers"]
-                for layer, tree in found.items():
+                encoded = read.memories["extended_mind"]["layers"]
+                for layer, tree in encoded.items():
                     layers[layer] = _added(memory, layers[layer], tree, row, len(ids), keep)
                 token = start + len(ids) - new + keep.nonzero().squeeze(1)
                 entries.append(torch.stack([torch.full_like(token, number), token], 1))
@@ -268,18 +268,18 @@ class Library:
     def _spans(self, entry: Tensor, weight: Tensor, least: float) -> list[Span]:
         """Join entries that stand side by side; spans come by falling weight."""
         names, known = list(self.documents), len(self.entries)
-        found: list[list[Any]] = []
+        result: list[list[Any]] = []
         order = entry.argsort()
         for number, w in zip(entry[order].tolist(), weight[order].tolist(), strict=True):
             document, token = self.entries[number].tolist() if number < known else (-1, number)
-            last = found[-1] if found else None
+            last = result[-1] if result else None
             if last is not None and last[0] == document and last[2] == token:
                 last[2], last[3] = token + 1, last[3] + w
             else:
-                found.append([document, token, token + 1, w])
+                result.append([document, token, token + 1, w])
         spans = [
             Span(names[d], a, b, w) if d >= 0 else Span(CONVERSATION, a - known, b - known, w)
-            for d, a, b, w in found
+            for d, a, b, w in result
         ]
         return sorted((s for s in spans if s.weight >= least), key=lambda s: -s.weight)
 
@@ -345,11 +345,11 @@ def _special(model: Any, tokenizer: Any, given: Iterable[int] | None) -> set[int
         return set(given)
     if tokenizer is not None:
         return set(tokenizer.all_special_ids)
-    found: list[int] = []
+    special: list[int] = []
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(model.parts.config, name, None)
-        found += value if isinstance(value, list) else [value] if value is not None else []
-    return set(found)
+        special += value if isinstance(value, list) else [value] if value is not None else []
+    return set(special)
 
 
 def _windows(
@@ -366,7 +366,7 @@ def _windows(
 
 
 def _added(
-    memory: ExtendedMindMemory, own: Tree, read: Tree, row: int, length: int, keep: Tensor
+    memory: ExtendedMindMemory, entries: Tree, read: Tree, row: int, length: int, keep: Tensor
 ) -> Tree:
     """Return a layer's tree with those of a window's last entries that are kept. The window was
     read into row `row` of `read` and has `length` tokens."""
@@ -375,9 +375,9 @@ def _added(
     number = number[number >= length - size].to(read["key"].device)
     key, value = (read[n][row : row + 1].index_select(2, number % size) for n in ("key", "value"))
     lost = int(keep.sum()) - len(number)  # a window longer than the cache
-    own = {**own, "count": own["count"] + lost}
+    entries = {**entries, "count": entries["count"] + lost}
     valid = torch.ones(1, len(number), dtype=torch.bool, device=key.device)
-    return memory.rings.add(own, key, value, valid)
+    return memory.rings.add(entries, key, value, valid)
 
 
 def _weights(notes: list[Retrieved], first: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -387,16 +387,16 @@ def _weights(notes: list[Retrieved], first: int) -> tuple[Tensor, Tensor, Tensor
     for note in notes:
         layers.setdefault(note.layer, []).append(note)
     tokens, entries, weights = [], [], []
-    for own in layers.values():
+    for layer in layers.values():
         place = 0
-        for note in own:
+        for note in layer:
             heads, length = note.entries.shape[1:3]
             query = torch.arange(place, place + length, device=note.entries.device) - first
             place += length
-            there = (note.entries[0] >= 0) & (query >= 0)[:, None]
-            tokens.append(query[:, None].expand_as(note.entries[0])[there])
-            entries.append(note.entries[0][there])
-            weights.append(note.weights[0][there].float() / (heads * len(layers)))
+            known = (note.entries[0] >= 0) & (query >= 0)[:, None]
+            tokens.append(query[:, None].expand_as(note.entries[0])[known])
+            entries.append(note.entries[0][known])
+            weights.append(note.weights[0][known].float() / (heads * len(layers)))
     token, entry, weight = (torch.cat(x).cpu() for x in (tokens, entries, weights))
     pairs, place = torch.stack([token, entry], 1).unique(dim=0, return_inverse=True)
     total = weight.new_zeros(len(pairs)).index_add(0, place, weight)

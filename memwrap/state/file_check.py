@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 COUNTERS = ("fill", "segments", "tokens_seen")
-_ROWS = {*COUNTERS, "open_positions", "open_valid", "ids_hash"}
+COLUMNS = ("positions", "valid", "tokens")  # of an open segment
+_ROWS = {*COUNTERS, *(f"open_{name}" for name in COLUMNS), "ids_hash"}
 _KINDS = ("open", "memories", "rows")
 _MOST_DEPTH = 16
 _MOST = 2**53
@@ -26,7 +27,7 @@ def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
     Raises:
         ValueError: names what is wrong.
     """
-    types = {"columns": int, "hold_open": bool, "signature": dict, "memories": dict}
+    types = {"columns": int, "noted": bool, "hold_open": bool, "signature": dict, "memories": dict}
     for name, wanted in types.items():
         if not isinstance(about, dict) or type(about.get(name)) is not wanted:
             raise _damaged(path, f"its `{name}` is no {wanted.__name__}")
@@ -61,7 +62,7 @@ def check_rows(state: Any, path: Path) -> None:
         ValueError: names what is wrong.
     """
     batch = state.batch_size
-    positions, valid = state.open.positions, state.open.valid
+    positions, valid, tokens = (getattr(state.open, name) for name in COLUMNS)
     wanted = {name: ((batch,), torch.long) for name in COUNTERS}
     for name, (shape, dtype) in wanted.items():
         tensor = getattr(state, name)
@@ -71,7 +72,7 @@ def check_rows(state: Any, path: Path) -> None:
         raise _damaged(path, "its ids_hash is none")
     if positions.dtype != torch.long or valid.dtype != torch.bool or valid.dim() != 2:
         raise _damaged(path, "its open segment has no positions")
-    if positions.shape != valid.shape:
+    if not positions.shape == valid.shape == tokens.shape or tokens.dtype != torch.long:
         raise _damaged(path, "its open segment has positions of another length")
     fill, segments, seen = (getattr(state, name) for name in COUNTERS)
     counts = torch.stack([fill, segments, seen])
@@ -82,6 +83,8 @@ def check_rows(state: Any, path: Path) -> None:
         raise _damaged(path, "its counters contradict each other")
     here = valid.sum(1)
     if bool(((here > 0) != (fill > 0)).any()) or bool((here < fill).any()):
+        raise _damaged(path, "its open segment has not the tokens that it counts")
+    if valid.numel() and not torch.equal((tokens * valid).amax(1).clamp_min(0), fill):
         raise _damaged(path, "its open segment has not the tokens that it counts")
     if valid.numel() and not 0 <= int(positions.min()) <= int(positions.max()) <= _MOST:
         raise _damaged(path, "its open segment has positions out of range")

@@ -16,8 +16,9 @@ from transformers.cache_utils import Cache
 from memwrap.io.atomic_files import replacing
 from memwrap.io.checksums import check_sums, checksums
 from memwrap.io.reading import parse_json
-from memwrap.state.file_check import COUNTERS, check_finite, check_layout, check_rows
+from memwrap.state.file_check import COLUMNS, COUNTERS, check_finite, check_layout, check_rows
 from memwrap.state.open_segment import OpenSegment
+from memwrap.state.past import Recorded, cropped
 from memwrap.state.trees import (
     Tree,
     aligned,
@@ -28,7 +29,7 @@ from memwrap.state.trees import (
     tree_to,
 )
 
-FORMAT, VERSION = "memwrap-state", 2
+FORMAT, VERSION = "memwrap-state", 3
 
 
 BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers of its own remember
@@ -67,10 +68,12 @@ class MemoryState(Cache):
         hold_open: while true no segment closes (`generate(..., remember=False)`).
         signature: which memories on which backbone the state belongs to.
         weights: fingerprint of the weights that wrote it, or None while training.
+        recorded: what was read since `activate_past_recording` or the last `crop`.
+        owed: `(B, N)` ids that a model reads first at its next call, after a `crop`; or None.
     """
 
     is_compileable = False
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self, memories: dict[str, Tree], batch_size: int, signature: dict | None = None):
         super().__init__(layers=[])
@@ -85,6 +88,9 @@ class MemoryState(Cache):
         self.signature = signature or {}
         self.weights: dict[str, str] | None = None
         self.unverified = False
+        self.record_past = False
+        self.recorded: Recorded | None = None
+        self.owed: Tensor | None = None
 
     # What a transformers cache is asked
 
@@ -108,7 +114,7 @@ class MemoryState(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Count the columns consumed, padding included: `generate` slices its input by it."""
-        return self.columns
+        return self.columns + (0 if self.owed is None else self.owed.shape[1])
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
@@ -122,10 +128,39 @@ class MemoryState(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._become(self.repeat(repeats))
 
+    def activate_past_recording(self) -> None:
+        """Keep what is read from now on, until the next `crop`, so that all of it can be taken
+        back: assisted decoding does this."""
+        self.record_past = True
+
+    @property
+    def droppable(self) -> int:
+        """Tokens that `crop` can take back without a record: those of the open segments, if nothing
+        but their keys and values was kept."""
+        return 0 if self.open.noted else int(self.fill.min())
+
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(
-            "A memory cannot forget its last tokens: keep a clone() and go back to it."
-        )
+        """Take back the last tokens of every row, in place.
+
+        Tokens of a segment that is still open are dropped. Others can be taken back if they were
+        recorded: the state goes back to the one before, and the model reads what stays again at
+        its next call.
+
+        Examples:
+            >>> import memwrap
+            >>> model = memwrap.load("armt-lm")
+            >>> state = model.read([list(range(300))])  # 44 tokens are open
+            >>> state.crop(-40)
+            >>> state.tokens_seen, state.fill
+            (tensor([260]), tensor([4]))
+
+        Args:
+            tokens_to_remove: minus their number, as for every cache of transformers.
+
+        Raises:
+            ValueError: if they cannot be taken back.
+        """
+        self._become(cropped(self, tokens_to_remove))
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("A MemoryState is read by a memwrap model, not by a backbone alone.")
@@ -143,7 +178,10 @@ class MemoryState(Cache):
         new.open = self.open.map(tensors, rows)
         for name in COUNTERS:
             setattr(new, name, rows(getattr(self, name)))
-        new.ids_hash = None if self.ids_hash is None else rows(self.ids_hash)
+        for name in ("ids_hash", "owed"):
+            value = getattr(self, name)
+            setattr(new, name, None if value is None else rows(value))
+        new.recorded = None
         return new
 
     def clone(self) -> MemoryState:
@@ -187,6 +225,8 @@ class MemoryState(Cache):
         first = states[0]
         if any(s.signature != first.signature for s in states):
             raise ValueError("MemoryState.cat got states of different models.")
+        for state in states:
+            state.refuse_owed("joined")
         new = first.clone()
         new.memories = {
             name: tree_map(
@@ -217,6 +257,24 @@ class MemoryState(Cache):
         mixed = (input_ids + 1) * 2654435761 + (input_ids + 1).square()
         return self.ids_hash.to(input_ids.device) + (mixed * powers).sum(1)
 
+    def hash_after(self, input_ids: Tensor | None) -> Tensor | None:
+        """Compute the rolling hash after `input_ids` `(B, T)`; the present one for None."""
+        return (
+            self.ids_hash if input_ids is None else self.extend_hash(input_ids, input_ids.shape[1])
+        )
+
+    def refuse_owed(self, what: str) -> None:
+        """Refuse a state that was cropped and not read on.
+
+        Raises:
+            ValueError: says how many ids it owes.
+        """
+        if self.owed is not None:
+            raise ValueError(
+                f"The state was cropped and owes {self.owed.shape[1]} tokens: it can be {what} "
+                "after the next call, which reads them."
+            )
+
     # Size and files
 
     @property
@@ -231,21 +289,23 @@ class MemoryState(Cache):
         """Write the state to one safetensors file (through a temporary name).
 
         Raises:
-            ValueError: if it holds numbers that are not finite.
+            ValueError: if it holds numbers that are not finite, or owes tokens after a `crop`.
         """
+        self.refuse_owed("saved")
         leaves = {f"open.{n}": t for n, t in tree_leaves(self.open.tree)}
         for name, tree in self.memories.items():
             leaves |= {f"memories.{name}.{n}": t for n, t in tree_leaves(tree)}
         rows = {name: getattr(self, name) for name in COUNTERS}
-        rows |= {"open_positions": self.open.positions, "open_valid": self.open.valid}
+        rows |= {f"open_{name}": getattr(self.open, name) for name in COLUMNS}
         leaves |= {f"rows.{name}": tensor for name, tensor in rows.items()}
         if self.ids_hash is not None:
             leaves["rows.ids_hash"] = self.ids_hash
         tensors = {n: t.detach().cpu().contiguous().clone() for n, t in leaves.items()}
         check_finite(tensors, "The state", "it is not saved. Go back to an earlier one.")
         about = {
-            "columns": self.columns, "hold_open": self.hold_open, "signature": self.signature,
-            "weights": self.weights, "memories": _count_tensors(self.memories),
+            "columns": self.columns, "noted": self.open.noted, "hold_open": self.hold_open,
+            "signature": self.signature, "weights": self.weights,
+            "memories": _count_tensors(self.memories),
         }  # fmt: skip
         metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
         metadata |= checksums(tensors, about=metadata["about"])
@@ -303,7 +363,9 @@ class MemoryState(Cache):
             wrong = [name for name in found if found[name] != about["memories"].get(name)]
             raise KeyError(f"the tensors of {wrong} are missing or foreign")
         state = cls(memories, rows["fill"].shape[0], about["signature"])
-        state.open = OpenSegment(tree.get("open", {}), rows["open_positions"], rows["open_valid"])
+        positions, valid, read = (rows[f"open_{name}"] for name in COLUMNS)
+        noted = bool(about["noted"])
+        state.open = OpenSegment(tree.get("open", {}), positions, valid, read, noted)
         for name in COUNTERS:
             setattr(state, name, rows[name])
         state.ids_hash = rows.get("ids_hash")

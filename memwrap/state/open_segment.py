@@ -22,17 +22,23 @@ class OpenSegment:
             `(B, 1, K, D)`; empty where nothing is kept.
         positions: `(B, K)` the order in the segment.
         valid: `(B, K)` bool; False is padding.
+        tokens: `(B, K)` how many tokens the segment has up to a column and with it; none at a
+            prefix, one number at a token and at what is inserted behind it.
+        noted: a memory, or a recurrent layer of the backbone, wrote down something while these
+            columns were read: they cannot be dropped as if they had not been.
     """
 
     tree: Tree
     positions: Tensor
     valid: Tensor
+    tokens: Tensor
+    noted: bool = False
 
     @classmethod
     def empty(cls, batch_size: int) -> OpenSegment:
         """Make rows with nothing open."""
         nothing = torch.zeros(batch_size, 0, dtype=torch.long)
-        return cls({}, nothing, nothing.bool())
+        return cls({}, nothing, nothing.bool(), nothing)
 
     def __len__(self) -> int:
         return self.valid.shape[1]
@@ -40,8 +46,9 @@ class OpenSegment:
     def map(
         self, tensors: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]
     ) -> OpenSegment:
-        """Apply `tensors` to the tree and `rows` to positions and validity."""
-        return OpenSegment(tree_map(tensors, self.tree), rows(self.positions), rows(self.valid))
+        """Apply `tensors` to the tree and `rows` to what says where its columns stand."""
+        positions, valid, tokens = map(rows, (self.positions, self.valid, self.tokens))
+        return OpenSegment(tree_map(tensors, self.tree), positions, valid, tokens, self.noted)
 
     def detach(self) -> OpenSegment:
         """Copy it without its graph."""
@@ -53,15 +60,21 @@ class OpenSegment:
 
     def after(self, closes: Tensor) -> OpenSegment:
         """Drop the rows that `closes` `(B,)` names, and columns that no other row needs."""
-        valid = self.valid & ~closes[:, None]
+        return self._only(self.valid & ~closes[:, None])
+
+    def cropped(self, fill: Tensor) -> OpenSegment:
+        """Keep the first `fill` `(B,)` tokens of each row, and a prefix with any of them."""
+        return self._only(self.valid & (self.tokens <= fill[:, None]) & (fill > 0)[:, None])
+
+    def _only(self, valid: Tensor) -> OpenSegment:
         used = valid.any(0)
         if not bool(used.any()):
             return OpenSegment.empty(len(valid))
+        kept = replace(self, valid=valid)
         if bool(used.all()):
-            return replace(self, valid=valid)
+            return kept
         columns = used.nonzero().squeeze(1)
-        tree = tree_map(lambda t: t.index_select(2, columns.to(t.device)), self.tree)
-        return OpenSegment(tree, self.positions[:, used], valid[:, used])
+        return kept.map(lambda t: t.index_select(2, columns.to(t.device)), lambda t: t[:, columns])
 
     @staticmethod
     def cat(segments: list[OpenSegment]) -> OpenSegment:
@@ -74,6 +87,8 @@ class OpenSegment:
             tree_map(lambda *t: torch.cat(t), *trees) if like else {},
             torch.cat([segment.positions for segment in padded]),
             torch.cat([segment.valid for segment in padded]),
+            torch.cat([segment.tokens for segment in padded]),
+            any(segment.noted for segment in padded),
         )
 
     def _padded(self, length: int) -> OpenSegment:

@@ -177,14 +177,14 @@ def _encode(
 
         ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
         return ids, measured
-    found = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    starts = [a for a, _ in found["offset_mapping"]]
-    ends = [b for _, b in found["offset_mapping"]]
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    starts = [a for a, _ in encoded["offset_mapping"]]
+    ends = [b for _, b in encoded["offset_mapping"]]
 
     def looked_up(span: Span) -> Span:
         return bisect_right(ends, span[0]), bisect_left(starts, span[1])
 
-    return found["input_ids"], looked_up
+    return encoded["input_ids"], looked_up
 
 
 def _following(
@@ -223,15 +223,15 @@ def fit(make: Callable[[int], Sample], length: int, reserve: int, name: str) -> 
             f"got length {length}."
         )
     low, high = 1, 2
-    while (found := fits(high)) is not None:
-        best, low, high = found, high, high * 2
+    while (fitting := fits(high)) is not None:
+        best, low, high = fitting, high, high * 2
     while high - low > max(1, low // 256):  # as near as half a percent
         middle = (low + high) // 2
-        found = fits(middle)
-        if found is None:
+        fitting = fits(middle)
+        if fitting is None:
             high = middle
         else:
-            best, low = found, middle
+            best, low = fitting, middle
     return best
 
 

@@ -134,9 +134,9 @@ class BabiLike(Task):
     def _ask(self, draw: random.Random) -> tuple[str, str, World, list[int]]:
         while True:  # until the world has what the question is about
             world = simulate(draw, 6 + 4 * self.facts, things=self.facts in (2, 3, 5))
-            found = self._question(draw, world)
-            if found is not None:
-                question, answer, needed = found
+            asked = self._question(draw, world)
+            if asked is not None:
+                question, answer, needed = asked
                 return question, answer, world, needed
 
     def _question(self, draw: random.Random, world: World) -> tuple[str, str, list[int]] | None:
@@ -145,8 +145,8 @@ class BabiLike(Task):
             return f"Where is {person}?", world.room[person], world.why[person]
         if self.facts == 4:
             room = draw.choice(sorted(set(world.room.values())))
-            there = [p for p, r in world.room.items() if r == room]
-            last = max(there, key=lambda p: world.why[p])
+            people = [p for p, r in world.room.items() if r == room]
+            last = max(people, key=lambda p: world.why[p])
             return f"Who came last to the {room}?", last, world.why[last]
         if self.facts == 5:
             held = [t for t, h in world.holder.items() if h == person]

@@ -102,9 +102,9 @@ class CommonWords(Task):
             example = self._one(Text(), chosen[: shown[0]], shown[1], shown[2])
             text.add(example.text + _listed(chosen[:10]) + "\n\n")
             rest = chosen[shown[0] :]
-            own = [rest[i % len(rest)] for i in range(count + 10)]
-            self._one(text, own, often, seldom)
-            return text.encode(tokenizer, tuple(own[:10]), " " + _listed(own[:10]))
+            words = [rest[i % len(rest)] for i in range(count + 10)]
+            self._one(text, words, often, seldom)
+            return text.encode(tokenizer, tuple(words[:10]), " " + _listed(words[:10]))
 
         return fit(make, length, self.max_new_tokens, self.name)
 
@@ -145,10 +145,10 @@ class FrequentWords(Task):
 
         def make(count: int) -> Sample:
             draw = random.Random(seed)
-            found: set[str] = set()
-            while len(found) < size:
-                found.add(_letters(draw, 6, string.ascii_lowercase))
-            vocabulary = sorted(found)
+            drawn: set[str] = set()
+            while len(drawn) < size:
+                drawn.add(_letters(draw, 6, string.ascii_lowercase))
+            vocabulary = sorted(drawn)
             random.Random(42).shuffle(vocabulary)
             vocabulary[0] = "..."
             # zeta(2) = pi^2 / 6; one more occurrence of the first four keeps their order apart.

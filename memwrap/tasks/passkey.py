@@ -46,5 +46,5 @@ class Passkey(Task):
 
     def score(self, text: str, references: tuple[str, ...]) -> float:
         """Score an answer: 1 if its first number is the key."""
-        found = re.search(r"\d+", text)
-        return float(found is not None and int(found.group()) == int(references[0]))
+        digits = re.search(r"\d+", text)
+        return float(digits is not None and int(digits.group()) == int(references[0]))

@@ -251,12 +251,49 @@ def test_rows_that_end_early_do_not_disturb_others(memory: str, family: str) -> 
     assert got[0, text.shape[1] :].tolist() == first[: end + 1] + [0] * (NEW - 1 - end)
 
 
+@pairs()
+def test_assisted_decoding_equals_greedy(memory: str, family: str) -> None:
+    """Drafts that are refused, in the middle of a segment and over its end, leave no trace."""
+    model, book, question = wrapped(memory, family), ids(1, SEGMENT + 3), ids(1, 6, seed=1)
+    options = {**GREEDY, "return_dict_in_generate": True}
+    want = model.generate(question, cache=(state := model.read(book)), **options)
+    drafts = {"prompt_lookup_num_tokens": 3}, {"assistant_model": build("llama")}
+    for drafted in drafts:
+        for prompt in (question, torch.cat([book, question], 1)):
+            got = model.generate(prompt, cache=state, **drafted, **options)
+            assert torch.equal(got.sequences[:, -NEW:], want.sequences[:, -NEW:]), drafted
+            assert_same_states(got.cache, want.cache, 1e-5)
+
+
+@pairs()
+def test_crop_takes_tokens_back(memory: str, family: str) -> None:
+    model, book, more = wrapped(memory, family), ids(1, SEGMENT + 5), ids(1, 6, seed=1)
+    state = model.read(book)
+    state.activate_past_recording()
+    with torch.no_grad():
+        for piece in more.split([2, 4], 1):  # the segment closes in the second
+            model(piece, cache=state)
+        state.crop(-5)
+        assert state.get_seq_length() == book.shape[1] + 1
+        want = model(torch.cat([more[:, :1], book], 1), cache=model.read(book)).logits[:, 1:]
+        assert_close(model(book, cache=state).logits, want, 1e-5)
+
+
+def test_what_was_not_recorded_is_taken_back_within_the_open_segment(memory: str) -> None:
+    model = wrapped(memory)
+    state = model.read(ids(2, SEGMENT + 5))
+    keeps = state.droppable
+    assert keeps in (0, 5)
+    for count in (-6, 1, -2 * SEGMENT):
+        with pytest.raises(ValueError, match=r"taken back|take back"):
+            state.crop(count)
+    state.crop(-keeps)
+    assert_same_states(state, model.read(ids(2, SEGMENT + 5)[:, : SEGMENT + 5 - keeps]), 1e-5)
+    assert state.get_seq_length() == SEGMENT + 5 - keeps
+
+
 def test_what_cannot_work_says_why(memory: str) -> None:
     model, prompt = wrapped(memory), ids(1, SEGMENT)
-    with pytest.raises(ValueError, match="assist"):
-        model.generate(prompt, assistant_model=build("llama"), **GREEDY)
-    with pytest.raises(ValueError, match=r"assist|stateful"):
-        model.generate(prompt, prompt_lookup_num_tokens=2, **GREEDY)
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(prompt, cache_implementation="static", **GREEDY)
     with pytest.raises(ValueError, match="MemoryState"):

@@ -74,10 +74,14 @@ class MemoryTrainingArguments(TrainingArguments):
         distillation_temperature: by which the logits of both are divided there.
         label_weight: of the cross entropy with the labels beside a distillation; 0: the backbone
             as it was is the only teacher. Evaluation is cross entropy in any case.
+        window_dropout: for a memory with a window beside a recurrence (liger): share of the rows
+            that read the recurrence alone, so that it learns to carry weight.
+        window_dropout_end: that share at the end of the run, with a straight line between the two
+            (default: it stays).
 
     Raises:
         ValueError: for a curriculum that cannot be read, `vary_segments` without one, a
-            negative rate or weight, or a temperature that is not positive.
+            negative rate or weight, a temperature that is not positive, or a share that is none.
     """
 
     prediction_loss_only: bool = field(
@@ -117,8 +121,20 @@ class MemoryTrainingArguments(TrainingArguments):
         default=1.0,
         metadata={"help": "Weight of the labels' cross entropy beside a distillation."},
     )
+    window_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Share of rows that read a memory's recurrence without its window."},
+    )
+    window_dropout_end: float | None = field(
+        default=None,
+        metadata={"help": "That share at the end of the run (default: it stays)."},
+    )
 
     def __post_init__(self) -> None:
+        for name in ("window_dropout", "window_dropout_end"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"`{name}` is {share}; it must be from 0 to 1.")
         weights = ("memory_weight_decay", "distillation_weight", "label_weight")
         for name in ("memory_learning_rate", *weights):
             value = getattr(self, name)
@@ -139,6 +155,11 @@ class MemoryTrainingArguments(TrainingArguments):
                 "`vary_segments` needs `segment_curriculum` to draw below, for example '0:8'."
             )
         super().__post_init__()
+
+    def window_dropout_at(self, done: float) -> float:
+        """Return the share of rows that read without a window after a part `done` of the run."""
+        start, end = self.window_dropout, self.window_dropout_end
+        return start if end is None else start + (end - start) * done
 
     def segments_at(self, step: int) -> int | None:
         """Return the number of segments of each document that global step `step` trains on.

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memwrap.engine.inputs import IGNORED
+from memwrap.engine.packed_documents import documents_in
 from memwrap.engine.plan import segment_lengths
 
 Batch = dict[str, Any]
-IGNORED = -100
-"""The label of a position without a target."""
 
 
 def shape_of(batch: Batch) -> torch.Size:
@@ -133,6 +133,40 @@ def last_segment_only(
     return batch
 
 
+def unpacked(batch: Batch) -> Batch:
+    """Turn a trainer's batch into one with a row for every document, padded on the right, and the
+    mask; one without packed documents comes back as it is.
+
+    Args:
+        batch: what a packing collator returned: `input_ids` or `inputs_embeds`, labels, and
+            `seq_idx`, `cu_seq_lens_q` or `position_ids` that begin anew.
+    """
+    names = ("seq_idx", "position_ids", "cu_seq_lens_q")
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if tokens is None or all(batch.get(name) is None for name in names):
+        return batch
+    shape, mask = tokens.shape[:2], batch.get("attention_mask")
+    real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+    found = documents_in(real, *(batch.get(name) for name in names))
+    if found is None:
+        return batch
+    rows, starts, lengths = (t[:, None] for t in found)
+    inside = torch.arange(int(lengths.max()))
+    there = inside < lengths
+    columns = starts + inside * there
+    rows = rows.expand_as(columns)
+    result: Batch = {"attention_mask": there.long().to(tokens.device)}
+    for name, value in batch.items():
+        if name in (*names, "attention_mask", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            continue
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == shape:
+            value = value[rows.to(value.device), columns.to(value.device)]
+            if name in ("labels", "shift_labels"):
+                value = value.masked_fill(~there.to(value.device), IGNORED)
+        result[name] = value
+    return result
+
+
 def shifted_labels(batch: Batch) -> Tensor:
     """Make the target of every position, `(B, T)`: the labels, shifted once over whole rows."""
     given = batch.get("shift_labels")
@@ -170,4 +204,5 @@ __all__ = [
     "pieces",
     "shape_of",
     "shifted_labels",
+    "unpacked",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memwrap.backbones.adapters import lora_disabled
-from memwrap.engine.loss import Teacher
+from memwrap.engine.inputs import Teacher
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.training.batches import Batch, shape_of
 

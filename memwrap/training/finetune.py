@@ -290,6 +290,8 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArgumen
         distillation_weight=section.distillation_weight,
         distillation_temperature=section.distillation_temperature,
         label_weight=section.label_weight,
+        window_dropout=section.window_dropout,
+        window_dropout_end=section.window_dropout_end,
         streaming=section.streaming,
         bf16=precision == "bf16",
         fp16=precision == "fp16",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from memwrap.memories.settings import (
+    Fraction,
     Kind,
     NonNegativeFloat,
     NonNegativeInt,
@@ -217,6 +218,8 @@ class TrainerSection(Section):
         distillation_weight, distillation_temperature: follow the backbone as it was, with its
             own attention over whole rows; see `MemoryTrainingArguments`.
         label_weight: of the cross entropy with the text beside a distillation.
+        window_dropout, window_dropout_end: share of rows that read a memory's recurrence without
+            its window, at the start and at the end (`null`: it stays).
         streaming: run the backward pass every `memory.bptt_segments` segments.
         gradient_checkpointing: recompute segments in the backward pass.
         precision: `fp32`, `bf16` or `fp16` arithmetic; `auto`: bf16 where the GPU has it.
@@ -248,6 +251,8 @@ class TrainerSection(Section):
     distillation_weight: NonNegativeFloat = 0.0
     distillation_temperature: Annotated[float, Range(above=0)] = 1.0
     label_weight: NonNegativeFloat = 1.0
+    window_dropout: Fraction = 0.0
+    window_dropout_end: Fraction | None = None
     streaming: bool = True
     gradient_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

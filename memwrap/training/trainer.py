@@ -16,7 +16,6 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from memwrap.engine.packed_documents import unpacked
 from memwrap.memories.config import MemoryConfig
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.training.arguments import MemoryTrainingArguments
@@ -29,10 +28,12 @@ from memwrap.training.batches import (
     left_aligned,
     pieces,
     shifted_labels,
+    unpacked,
 )
 from memwrap.training.collating import DocumentCollator
 from memwrap.training.distillation import teacher_of
 from memwrap.training.resuming import last_checkpoint
+from memwrap.training.window_dropout import check_window_dropout, windows_dropped
 
 logger = logging.get_logger(__name__)
 
@@ -89,9 +90,7 @@ class MemoryTrainer(Trainer):
                 f"`model` is a {type(model).__name__} without a memory; "
                 "wrap it first: memwrap.wrap(model, ...)."
             )
-        for memory in self.memory_model.memories.values():
-            for callback in memory.training_callbacks():
-                self.add_callback(callback)
+        check_window_dropout(self.memory_model, args)
         if args.label_names is None:
             # transformers takes every argument with "label" in its name, and then evaluates
             # only batches that have them all.
@@ -152,6 +151,12 @@ class MemoryTrainer(Trainer):
                 raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint, *given, **named)
+
+    def compute_loss(self, *given: Any, **named: Any) -> Any:
+        """Compute the loss as `Trainer` does, in training with `window_dropout`."""
+        done = self.state.global_step / max(1, self.state.max_steps)
+        with windows_dropped(self.memory_model, self.args, done):
+            return super().compute_loss(*given, **named)
 
     # What a step trains on
 

@@ -16,7 +16,7 @@ import memwrap
 from memwrap.engine.plan import segment_lengths
 from memwrap.engine.step import SegmentReader
 from memwrap.memories.protocol import SegmentTokens
-from memwrap.ops.recall import recall
+from memwrap.ops.cache_search import search_cache
 from memwrap.state.trees import Tree
 
 # The loss of a case is a sum that nearly cancels.
@@ -37,7 +37,7 @@ def run_recall(case: Case) -> Got:
     # What stands at empty places must not matter.
     empty = torch.full((batch, size - rows, width), 7.0, dtype=case.dtype)
     cache = torch.cat([leaves["memory_cache"], empty], 1)
-    found, weights = recall(
+    found, weights = search_cache(
         leaves["query_summary"][:, 0], cache, torch.full((batch,), rows), leaves["W_q"],
         leaves["W_k"],
     )  # fmt: skip
@@ -110,7 +110,7 @@ class PublishedReader:
         if not self.memory.config.recall or not bool(tree["count"].any()):
             return state
         state = state.clone()
-        state.memories["hmt"] = self.memory._recalled(tree, self.topic(columns))
+        state.memories["hmt"] = self.memory._searched(tree, self.topic(columns))
         return state
 
     def __call__(self, cuts: list[slice], **keywords: Any) -> Iterator[tuple[Tree, Any]]:

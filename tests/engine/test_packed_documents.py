@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from memwrap.engine.packed_documents import documents_in, unpacked
+from memwrap.engine.inputs import check_inputs
+from memwrap.engine.packed_documents import alike, documents_in, packed
 from memwrap.testing.helpers import assert_close, needs_ids, wrapped
 from memwrap.testing.test_packing import DOCUMENTS, flattened
+from memwrap.training.batches import unpacked
 
 
 def two_rows() -> tuple[Tensor, Tensor, Tensor]:
@@ -66,16 +68,15 @@ def test_one_document_is_no_packed_row() -> None:
     assert documents_in(real, torch.tensor([[4, 7, 7, 7], [2, 2, 3, 3]])) is None
     found = documents_in(real, None, torch.tensor([[0, 0, 1, 0], [5, 6, 0, 0]]))
     assert found is not None
-    assert [t.tolist() for t in vars(found).values()] == [[0, 0, 1], [1, 3, 0], [2, 1, 2]]
+    assert [t.tolist() for t in found] == [[0, 0, 1], [1, 3, 0], [2, 1, 2]]
 
 
 def test_documents_read_together_are_alike() -> None:
     lengths = [500, 3, 490, 4, 100, 400, 99, 1]
     columns = sum(lengths)
     number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
-    found = documents_in(torch.ones(1, columns, dtype=torch.bool), number)
-    assert found is not None
-    groups = [found.lengths[which].tolist() for which in found.alike()]
+    inputs = packed(check_inputs(torch.zeros_like(number), None, None), number)
+    groups = [group.lengths.tolist() for group in alike(inputs)]
     assert groups == [[500, 490, 400], [100, 99], [3, 4], [1]]
     read = sum(len(g) * max(g) for g in groups)
     assert read < columns / 0.75

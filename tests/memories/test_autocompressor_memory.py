@@ -31,15 +31,15 @@ def lengths_of(model: Any, text: torch.Tensor = TEXT, **kwargs: Any) -> list[lis
     """Tokens of each row in each step of a call in training, as the backbone is given them."""
     loop = model.train().loop()
     planned: list[list[int]] = []
-    loop_call = type(loop)._steps
+    loop_call = type(loop)._plan
 
     def watched(self: Any, inputs: Any, state: Any) -> Any:
-        steps = loop_call(self, inputs, state)
-        planned[:] = [(s.columns >= 0).sum(1).tolist() for s in steps]
-        return steps
+        groups = loop_call(self, inputs, state)
+        planned[:] = [(s.columns >= 0).sum(1).tolist() for _, steps in groups for s in steps]
+        return groups
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(loop), "_steps", watched)
+        patch.setattr(type(loop), "_plan", watched)
         model(text, labels=text, **kwargs)
     return planned
 

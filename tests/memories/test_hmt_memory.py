@@ -46,7 +46,7 @@ def test_the_default_by_hand() -> None:
             sensory = segment[:, -3:]
         assert_close(model(TEXT).logits, torch.cat(logits, 1))
         state = model.read(TEXT)
-        assert_close(memory.recall_weights(state.memories["hmt"])[0], weights[0])
+        assert_close(memory.cache_weights(state.memories["hmt"])[0], weights[0])
 
 
 def test_the_cache_keeps_the_newest_and_its_weights_sum_to_one() -> None:
@@ -58,7 +58,7 @@ def test_the_cache_keeps_the_newest_and_its_weights_sum_to_one() -> None:
         tree = state.memories["hmt"]
         seen.append(tree["cache"][0, int(tree["count"][0]) - 1])
         for weights, count in zip(
-            model.memories["hmt"].recall_weights(tree), tree["count"].tolist(), strict=True
+            model.memories["hmt"].cache_weights(tree), tree["count"].tolist(), strict=True
         ):
             assert weights.shape == (count,)
             assert float(weights.sum()) == pytest.approx(1.0, abs=1e-6)

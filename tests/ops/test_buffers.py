@@ -1,4 +1,4 @@
-"""Ragged rows in fixed buffers and recall, against plain Python."""
+"""Ragged rows in fixed buffers and the search of a cache, against plain Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memwrap.ops.buffers import left_aligned
-from memwrap.ops.recall import recall
+from memwrap.ops.cache_search import search_cache
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -60,15 +60,15 @@ def test_gradients() -> None:
     w_query, w_key = (drawn(5, 4, seed=s).requires_grad_() for s in (4, 5))
     arguments = (query, cache, w_query, w_key)
     assert torch.autograd.gradcheck(
-        lambda q, c, a, b: recall(q, c, torch.tensor([0, 2]), a, b)[0], arguments
+        lambda q, c, a, b: search_cache(q, c, torch.tensor([0, 2]), a, b)[0], arguments
     )
 
 
-def test_recall_leaves_empty_places_alone() -> None:
+def test_a_search_leaves_empty_places_alone() -> None:
     query, cache = drawn(3, 4), drawn(3, 5, 4, seed=1)
     w_query, w_key = drawn(6, 4, seed=2), drawn(6, 4, seed=3)
     count = torch.tensor([0, 2, 5])
-    found, weights = recall(query, cache, count, w_query, w_key)
+    found, weights = search_cache(query, cache, count, w_query, w_key)
     for row, filled in enumerate(count.tolist()):
         keys = cache[row, :filled] @ w_key.T
         want = (keys @ (w_query @ query[row]) / 6**0.5).softmax(0)
@@ -76,5 +76,7 @@ def test_recall_leaves_empty_places_alone() -> None:
         torch.testing.assert_close(found[row], want @ cache[row, :filled])
         assert not weights[row, filled:].any()
     assert not found[0].any()
-    low = recall(query.bfloat16(), cache.bfloat16(), count, w_query.bfloat16(), w_key.bfloat16())
+    low = search_cache(
+        query.bfloat16(), cache.bfloat16(), count, w_query.bfloat16(), w_key.bfloat16()
+    )
     assert low[0].dtype == torch.float32 and bool(low[0].isfinite().all())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor
 
-from memwrap.engine.loss import Teacher
+from memwrap.engine.inputs import Teacher
 from memwrap.testing.families import build
 from memwrap.testing.helpers import SEGMENT, gradients, ids, wrapped
 from memwrap.testing.helpers import assert_same_gradients as assert_same

@@ -551,19 +551,23 @@ def test_average_gradients_of_one_process(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_memories_are_told_how_far_a_run_is(tmp_path: Path) -> None:
-    """Liger leaves its window out less and less."""
-    model = memwrap.wrap(llama(), "liger", segment_size=SEGMENT, window_dropout=0.8,
-                         window_dropout_end=0.0)  # fmt: skip
+def test_the_window_is_left_out_less_and_less(tmp_path: Path) -> None:
+    model = memwrap.wrap(llama(), "liger", segment_size=SEGMENT)
     memory, shares = model.memories["liger"], []
-    trainer = make_trainer(model, tmp_path, max_steps=4)
-    step = trainer.training_step
+    weights = memory._weights
 
-    def training_step(*given: Any) -> Tensor:
-        loss = step(*given)
-        shares.append(memory.window_dropout)
-        return loss
+    def watched(read: Tensor) -> Any:
+        shares.append(memory.drawn_branch)
+        return weights(read)
 
-    trainer.training_step = training_step  # type: ignore[method-assign]
-    trainer.train()
-    assert shares == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    memory._weights = watched
+    settings = {"window_dropout": 0.8, "window_dropout_end": 0.0}
+    make_trainer(model, tmp_path, max_steps=4, **settings).train()
+    assert {branch for branch, _ in shares} == {"recurrent"}
+    assert sorted({share for _, share in shares}) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    for wrong in ({"window_dropout": 1.1}, {"window_dropout_end": -0.1}):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            make_trainer(model, tmp_path, **wrong)
+    other = memwrap.wrap(llama(), "rmt", segment_size=SEGMENT)
+    with pytest.raises(ValueError, match="liger has"):
+        make_trainer(other, tmp_path, window_dropout=0.5)

@@ -59,6 +59,54 @@ def values_bwd_kernel(
 
 
 @triton.jit
+def _states_bwd(
+    v, gradient, after, t, i_k, real, v_t,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of keys through the state after the chunk, and the sum of that state
+    times its gradient."""
+    grad_k = tl.zeros([C, BK], tl.float32)
+    closing = tl.zeros([BK], tl.float32)
+    for first in range(0, DV, BV):
+        i_v = first + tl.arange(0, BV)
+        value = _rows(v, t, i_v, real, v_t, DV)
+        grad = _rows(gradient, i_k, i_v, i_k < DK, DV, DV)
+        grad_k += dot(value, tl.trans(grad), PRECISION)
+        if GATE:
+            closing += tl.sum(grad * _rows(after, i_k, i_v, i_k < DK, DV, DV), 1)
+    return grad_k, closing
+
+
+@triton.jit
+def _pairs_bwd(
+    pairs, query, key, grad_q, grad_k, sums, own, start, end, i, t, i_k, real,
+    C: tl.constexpr, DK: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradients of queries and keys what pairs of tokens of the chunk give each
+    other."""
+    if GATE == 2:
+        diagonal = tl.sum(tl.where(i[:, None] == i[None, :], pairs, 0.0), 1)[:, None]
+        grad_q += diagonal * key
+        grad_k += diagonal * query
+        for level in range(0, LEVELS):
+            later, earlier = _seam(sums, own, start, end, i_k, 1 << level, C, DK)
+            same = (i // (2 << level))[:, None] == (i // (2 << level))[None, :]
+            # `later` and `earlier` are 0 in the halves that they do not belong to.
+            part = tl.where(same, pairs, 0.0)
+            grad_q += dot(part, key * earlier, PRECISION) * later
+            grad_k += dot(tl.trans(part), query * later, PRECISION) * earlier
+    else:
+        if GATE == 1:
+            each = tl.load(sums + t, mask=real, other=0.0)
+            pairs = pairs * _decay(each[:, None] - each[None, :])
+        grad_q += dot(pairs, key, PRECISION)
+        grad_k += dot(tl.trans(pairs), query, PRECISION)
+    return grad_q, grad_k
+
+
+@triton.jit
 def keys_bwd_kernel(
     q, k, v, gates, states, grads, weights, dout, dq, dk, dg, table,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t, tokens, slots, heads, group, size,
@@ -70,9 +118,8 @@ def keys_bwd_kernel(
     blocks: tl.constexpr = (DK + BK - 1) // BK
     start, end, slot = _chunk(table, tl.program_id(0) // blocks, tokens, C, HAS_TABLE)
     block = tl.program_id(0) % blocks
-    row = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    memory = row * heads + head
+    memory = tl.program_id(1).to(tl.int64)
+    row, head = memory // heads, memory % heads
     i_k = block * BK + tl.arange(0, BK)
     i, t = tl.arange(0, C), start + tl.arange(0, C)
     real = t < end
@@ -80,15 +127,10 @@ def keys_bwd_kernel(
     before = states + (memory * slots + slot) * DK * DV
     after, gradient = before + DK * DV, grads + (memory * slots + slot + 1) * DK * DV
     key = _rows(k + row * k_b + head * k_h, t, i_k, real, k_t, DK)
-    grad_k = tl.zeros([C, BK], tl.float32)
-    closing = tl.zeros([BK], tl.float32)
-    for first in range(0, DV, BV):
-        i_v = first + tl.arange(0, BV)
-        value = _rows(v + row * v_b + head * v_h, t, i_v, real, v_t, DV)
-        grad = _rows(gradient, i_k, i_v, i_k < DK, DV, DV)
-        grad_k += dot(value, tl.trans(grad), PRECISION)
-        if GATE:
-            closing += tl.sum(grad * _rows(after, i_k, i_v, i_k < DK, DV, DV), 1)
+    grad_k, closing = _states_bwd(
+        v + row * v_b + head * v_h, gradient, after, t, i_k, real, v_t,
+        DK, DV, BK, BV, C, GATE, PRECISION,
+    )  # fmt: skip
     sums = gates + memory * tokens * (DK if GATE == 2 else 1)
     own = tl.zeros([C, 1], tl.float32)
     if GATE:
@@ -108,27 +150,12 @@ def keys_bwd_kernel(
         if GATE:
             grad_q = grad_q * _decay(own)
         place = (row * heads * group + reader) * tokens + t
-        pairs = _rows(weights, place, i, real, C, C)
-        if GATE == 2:
-            diagonal = tl.sum(tl.where(i[:, None] == i[None, :], pairs, 0.0), 1)[:, None]
-            grad_q += diagonal * key
-            grad_k += diagonal * query
-            for level in range(0, LEVELS):
-                later, earlier = _seam(sums, own, start, end, i_k, 1 << level, C, DK)
-                same = (i // (2 << level))[:, None] == (i // (2 << level))[None, :]
-                # `later` and `earlier` are 0 in the halves that they do not belong to.
-                part = tl.where(same, pairs, 0.0)
-                grad_q += dot(part, key * earlier, PRECISION) * later
-                grad_k += dot(tl.trans(part), query * later, PRECISION) * earlier
-        else:
-            if GATE == 1:
-                each = tl.load(sums + t, mask=real, other=0.0)
-                pairs = pairs * _decay(each[:, None] - each[None, :])
-            grad_q += dot(pairs, key, PRECISION)
-            grad_k += dot(tl.trans(pairs), query, PRECISION)
-        tl.store(
-            dq + place[:, None] * DK + i_k[None, :], grad_q.to(dq.dtype.element_ty), mask=shown
-        )
+        grad_q, grad_k = _pairs_bwd(
+            _rows(weights, place, i, real, C, C), query, key, grad_q, grad_k, sums, own, start,
+            end, i, t, i_k, real, C, DK, LEVELS, GATE, PRECISION,
+        )  # fmt: skip
+        there = dq + place[:, None] * DK + i_k[None, :]
+        tl.store(there, grad_q.to(dq.dtype.element_ty), mask=shown)
         if GATE:
             change += query * grad_q
     at = memory * tokens + t

@@ -112,6 +112,72 @@ def _total(parts, blocks, DK: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def _left(
+    grad, grad_z, grads_z, arrived, place, block, i_k,
+    blocks: tl.constexpr, DK: tl.constexpr, HIP: tl.constexpr,
+):  # fmt: skip
+    """Leave this program's part of the gradient of z, and count it in, with all that it has stored
+    before. Gives `grad`, from which the count cannot be parted, and how many were there earlier."""
+    tl.store(grads_z + (place * blocks + block) * DK + i_k, grad_z, mask=i_k < DK)
+    grad = _settled(grad, HIP)
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    earlier = tl.atomic_add(arrived + place, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return grad, earlier
+
+
+@triton.jit
+def _removed_bwd(
+    grad, grad_z, own, own_z, at_k, mask, row, tokens, start, length, k_t, eps,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take from the gradient of M after a segment what the delta rule took off there; and add to
+    that of z."""
+    new = grad
+    for offset in range(0, length, BT):
+        t = start + offset + tl.arange(0, BT)
+        real = _kept(mask, row, tokens, t, t < start + length, HAS_MASK)
+        phi = _features(at_k, t, k_t, real, DK, BK)
+        inverse, denominator = _inverse(phi, own_z, eps)
+        change = tl.dot(phi, grad, input_precision=PRECISION)
+        previous = tl.dot(phi, own, input_precision=PRECISION)
+        share = tl.sum(change * previous, 1) * inverse * inverse
+        share = tl.where(denominator >= eps, share, 0.0)
+        grad_z += tl.sum(share[:, None] * phi, 0)
+        change = change * inverse[:, None]
+        new -= tl.dot(tl.trans(phi), change, input_precision=PRECISION)
+    return new, grad_z
+
+
+@triton.jit
+def _reads_bwd(
+    new, grad_z, at_q, at_d, at_dq, own_states, own_z, start, length, block, i_v, q_t, d_t, eps,
+    blocks: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
+    CV: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradients of M and z what one head's queries read of them, and compute this
+    program's share of the queries' own."""
+    for offset in range(0, length, BT):
+        t = start + offset + tl.arange(0, BT)
+        real = t < start + length
+        phi = _features(at_q, t, q_t, real, DK, BK)
+        inverse, _ = _inverse(phi, own_z, eps)
+        at = at_d + t[:, None] * d_t + i_v[None, :]
+        value = tl.load(at, mask=real[:, None] & (i_v < DV)[None, :], other=0.0)
+        value = value.to(tl.float32) * inverse[:, None]
+        new += tl.dot(tl.trans(phi), value, input_precision=PRECISION)
+    for offset in range(block * CT, length, blocks * CT):
+        t = start + offset + tl.arange(0, CT)
+        phi, share = _queries_bwd(
+            at_q, at_d, at_dq, own_states, own_z, t, t < start + length, q_t, d_t, eps,
+            DK, DV, BK, CV, CT, PRECISION,
+        )  # fmt: skip
+        grad_z += tl.sum(share[:, None] * phi, 0)
+    return new, grad_z
+
+
+@triton.jit
 def scan_bwd_kernel(
     q, k, v, mask, states, zs, dout, last_dM, last_dz,
     dq, dk, dv, first_dM, first_dz, grads, grads_z, arrived,
@@ -132,7 +198,7 @@ def scan_bwd_kernel(
     memory = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     row, head = memory // heads, memory % heads
-    i_k, i_v, i_t = tl.arange(0, BK), block * BV + tl.arange(0, BV), tl.arange(0, BT)
+    i_k, i_v = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     within = (i_k < DK)[:, None] & (i_v < DV)[None, :]
     here = i_k[:, None] * DV + i_v[None, :]
     at_k, at_v = k + row * k_b + head * k_h, v + row * v_b + head * v_h
@@ -149,11 +215,7 @@ def scan_bwd_kernel(
 
         after = slot + memory + 1
         tl.store(own_grads + here, grad, mask=within)
-        tl.store(grads_z + (after * blocks + block) * DK + i_k, grad_z, mask=i_k < DK)
-        grad = _settled(grad, HIP)
-        tl.debug_barrier()  # all threads have stored before one of them counts
-        earlier = tl.atomic_add(arrived + after, 1, sem="acq_rel", scope="gpu")
-        tl.debug_barrier()
+        grad, earlier = _left(grad, grad_z, grads_z, arrived, after, block, i_k, blocks, DK, HIP)
         if earlier == blocks - 1:
             total = _total(grads_z + after * blocks * DK, blocks, DK, BK)
             for offset in range(0, length, CT):
@@ -167,48 +229,21 @@ def scan_bwd_kernel(
 
         new = grad
         if DELTA:
-            own = tl.load(own_states + here, mask=within, other=0.0)
-            for offset in range(0, length, BT):
-                t = start + offset + i_t
-                real = _kept(mask, row, tokens, t, t < start + length, HAS_MASK)
-                phi = _features(at_k, t, k_t, real, DK, BK)
-                inverse, denominator = _inverse(phi, own_z, eps)
-                change = tl.dot(phi, grad, input_precision=PRECISION)
-                previous = tl.dot(phi, own, input_precision=PRECISION)
-                share = tl.sum(change * previous, 1) * inverse * inverse
-                share = tl.where(denominator >= eps, share, 0.0)
-                grad_z += tl.sum(share[:, None] * phi, 0)
-                change = change * inverse[:, None]
-                new -= tl.dot(tl.trans(phi), change, input_precision=PRECISION)
+            new, grad_z = _removed_bwd(
+                grad, grad_z, tl.load(own_states + here, mask=within, other=0.0), own_z, at_k, mask,
+                row, tokens, start, length, k_t, eps, DK, BK, BT, HAS_MASK, PRECISION,
+            )  # fmt: skip
         for g in range(0, group):
             reader = head * group + g
-            at_q = q + row * q_b + reader * q_h
-            at_d = dout + row * d_b + reader * d_h
-            for offset in range(0, length, BT):
-                t = start + offset + i_t
-                real = t < start + length
-                phi = _features(at_q, t, q_t, real, DK, BK)
-                inverse, _ = _inverse(phi, own_z, eps)
-                at = at_d + t[:, None] * d_t + i_v[None, :]
-                value = tl.load(at, mask=real[:, None] & (i_v < DV)[None, :], other=0.0)
-                value = value.to(tl.float32) * inverse[:, None]
-                new += tl.dot(tl.trans(phi), value, input_precision=PRECISION)
-            at_dq = dq + (row * heads * group + reader) * tokens * DK
-            for offset in range(block * CT, length, blocks * CT):  # this program's share of them
-                t = start + offset + tl.arange(0, CT)
-                phi, share = _queries_bwd(
-                    at_q, at_d, at_dq, own_states, own_z, t, t < start + length, q_t, d_t, eps,
-                    DK, DV, BK, CV, CT, PRECISION,
-                )  # fmt: skip
-                grad_z += tl.sum(share[:, None] * phi, 0)
+            new, grad_z = _reads_bwd(
+                new, grad_z, q + row * q_b + reader * q_h, dout + row * d_b + reader * d_h,
+                dq + (row * heads * group + reader) * tokens * DK, own_states, own_z, start, length,
+                block, i_v, q_t, d_t, eps, blocks, DK, DV, BK, BT, CV, CT, PRECISION,
+            )  # fmt: skip
         grad = new
     tl.store(first_dM + memory * DK * DV + here, grad, mask=within)
     before = memory * (segments + 1)
-    tl.store(grads_z + (before * blocks + block) * DK + i_k, grad_z, mask=i_k < DK)
-    _settled(grad, HIP)
-    tl.debug_barrier()
-    earlier = tl.atomic_add(arrived + before, 1, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()
+    grad, earlier = _left(grad, grad_z, grads_z, arrived, before, block, i_k, blocks, DK, HIP)
     if earlier == blocks - 1:
         total = _total(grads_z + before * blocks * DK, blocks, DK, BK)
         tl.store(first_dz + memory * DK + i_k, total, mask=i_k < DK)

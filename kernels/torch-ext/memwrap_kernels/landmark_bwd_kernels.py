@@ -212,6 +212,34 @@ def _key_tile(
 
 
 @triton.jit
+def _seen_by(
+    places, starts, row, j0, queries, tokens,
+    M: tl.constexpr, BM: tl.constexpr, PLACED: tl.constexpr, HAS_STARTS: tl.constexpr,
+):  # fmt: skip
+    """Find the tiles of queries that can see a section: the first, the first that needs no causal
+    mask, and the one behind the last."""
+    tiles = (queries + BM - 1) // BM
+    history = tokens - queries
+    first = (tl.maximum(j0 - history, 0) // BM).to(tl.int32)
+    after = (tl.maximum(j0 + M + 1 - history, 0) + BM - 1) // BM
+    middle, stop = tl.minimum(after, tiles).to(tl.int32), tiles
+    if PLACED:
+        first, middle = tiles, tiles
+        for tile in range(0, tiles):
+            t = tile * BM + tl.arange(0, BM)
+            own_p = tl.load(places + row * queries + t, mask=t < queries, other=-1)
+            first = tl.minimum(first, tl.where(tl.max(own_p, 0) >= j0, tile, tiles))
+    if HAS_STARTS:
+        stop = first
+        for tile in range(first, tiles):
+            t = tile * BM + tl.arange(0, BM)
+            start = tl.load(starts + row * queries + t, mask=t < queries, other=tokens)
+            stop = tl.maximum(stop, tl.where(tl.min(start, 0) <= j0 + M, tile + 1, 0))
+        middle = tl.minimum(middle, stop)
+    return first, middle, stop
+
+
+@triton.jit
 def key_bwd_kernel(
     q, k, v, places, lasts, starts, valid, lse, deltas, dout, dk, dv,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t, queries, tokens, heads, group,
@@ -237,25 +265,9 @@ def key_bwd_kernel(
     grad_v = tl.zeros([BN, BD], tl.float32)
     grad_l = tl.zeros([16, BD], tl.float32)
     there = valid + row * tokens
-    tiles = (queries + BM - 1) // BM
-    # Which tiles of queries can see this section, and from which on no causal mask is needed.
-    history = tokens - queries
-    first = (tl.maximum(j0 - history, 0) // BM).to(tl.int32)
-    after = (tl.maximum(j0 + M + 1 - history, 0) + BM - 1) // BM
-    middle, stop = tl.minimum(after, tiles).to(tl.int32), tiles
-    if PLACED:
-        first, middle = tiles, tiles
-        for tile in range(0, tiles):
-            t = tile * BM + tl.arange(0, BM)
-            own_p = tl.load(places + row * queries + t, mask=t < queries, other=-1)
-            first = tl.minimum(first, tl.where(tl.max(own_p, 0) >= j0, tile, tiles))
-    if HAS_STARTS:
-        stop = first
-        for tile in range(first, tiles):
-            t = tile * BM + tl.arange(0, BM)
-            start = tl.load(starts + row * queries + t, mask=t < queries, other=tokens)
-            stop = tl.maximum(stop, tl.where(tl.min(start, 0) <= j0 + M, tile + 1, 0))
-        middle = tl.minimum(middle, stop)
+    first, middle, stop = _seen_by(
+        places, starts, row, j0, queries, tokens, M, BM, PLACED, HAS_STARTS
+    )
     for g in range(0, group):
         reader = head * group + g
         place = (row * heads * group + reader) * queries

@@ -127,6 +127,17 @@ def _inner(
 
 
 @triton.jit
+def _weighed(
+    total, x, most, factor, v, j, real, v_t,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a tile's weighted values to the sums."""
+    weights = _weights(x, most) * factor[:, None]
+    values = _tile(v, j, real, v_t, D, BD)
+    return total + dot(weights.to(values.dtype), values, PRECISION)
+
+
+@triton.jit
 def _forward_section(
     q, k, v, j0, end, p, last, there, start, k_t, v_t, scale, total, top, mass,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -182,13 +193,9 @@ def _forward_section(
                 q, keys, n, j, end, last, there, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
                 PRECISION,
             )  # fmt: skip
-            weights = _weights(x, most) * factor[:, None]
-            values = _tile(v, j, real, v_t, D, BD)
-            total += dot(weights.to(values.dtype), values, PRECISION)
+            total = _weighed(total, x, most, factor, v, j, real, v_t, D, BD, PRECISION)
     else:
-        weights = _weights(x, most) * factor[:, None]
-        values = _tile(v, j, real, v_t, D, BD)
-        total += dot(weights.to(values.dtype), values, PRECISION)
+        total = _weighed(total, x, most, factor, v, j, real, v_t, D, BD, PRECISION)
     return total, new, mass
 
 
