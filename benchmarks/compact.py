@@ -39,7 +39,7 @@ def variants(keys: int) -> dict[str, dict[str, Any]]:
         "match": slots,
         "match, every query": {**slots, "reference_every": 1},
         "match, share weights": {**slots, "share_weights": True},
-        "match, three quarters slots": {"slots": 3 * half // 2, "memory_size": keys - 3 * half // 2 - SINKS},
+        "match, ridge 0.1": {**slots, "ridge": 0.1},
     }  # fmt: skip
 
 

@@ -205,7 +205,7 @@ class CompactMemory(AttentionMemory, Compacts):
         request = self.request
         if request is not None:
             given = (
-                self.references.kept(state) if request.own else self.references.of_step(attention)
+                self.references.kept(state) if request.kept else self.references.of_step(attention)
             )
             state = self._compact_layer(layer, attention, state, request.limit, given)
             request.trees[str(layer)] = state
@@ -242,8 +242,8 @@ class CompactMemory(AttentionMemory, Compacts):
         count, before = attention.key_valid.sum(1), state["recent_count"]
         old = torch.arange(state["recent_key"].shape[2], device=count.device) - before[:, None]
         place = torch.cat([old, attention.key_positions], 1)
-        there = torch.cat([filled(before, old.shape[1]), attention.key_valid], 1)
-        order = earliest(there, there.shape[1])
+        real = torch.cat([filled(before, old.shape[1]), attention.key_valid], 1)
+        order = earliest(real, real.shape[1])
         key, value = (
             take(torch.cat([state[f"recent_{n}"], x.to(state[f"recent_{n}"])], 2), order)
             for n, x in (("key", attention.key), ("value", attention.value))

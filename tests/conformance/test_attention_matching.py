@@ -125,7 +125,7 @@ def run_heads(case: Case) -> Got:
     case.aside(*MADE, "keys_dropped_per_head")
     old = case.given("attention_bias")
     bias = k.new_zeros(k.shape[:2]) if old is None else old
-    block = ops.Block(
+    block = ops.KeyValueBlock(
         ops.stack_groups(q[None], heads), k[None], v[None], k.shape[2] ** -0.5, bias[None]
     )
     start = case.given("power_start")
@@ -152,7 +152,7 @@ def run_ranking(case: Case) -> Got:
     )  # fmt: skip
     case.aside(*MADE)
     matching = matching_of(case)
-    block = ops.Block(q, k, v, k.shape[3] ** -0.5, case.given("attention_bias"))
+    block = ops.KeyValueBlock(q, k, v, k.shape[3] ** -0.5, case.given("attention_bias"))
     scores = ops.key_scores(block, matching)
     chosen = ops.best_of_all(scores, s["t"] * layers * heads)
     count = chosen.sum(-1)

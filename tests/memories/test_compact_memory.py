@@ -101,7 +101,7 @@ def test_states_of_several_documents_are_joined() -> None:
     texts, tail = [ids(2, n, seed=n) for n in (30, 21)], ids(2, 9, seed=5)
     states = [model.compact(model.read(text), 12) for text in texts]
     both = model.compose(states)
-    tree, parts = (both.memories["compact"]["layers"]["1"], [s.memories["compact"]["layers"]["1"] for s in states])  # fmt: skip
+    tree, *parts = (s.memories["compact"]["layers"]["1"] for s in (both, *states))
     assert both.tokens_seen.tolist() == [51, 51]
     assert tree["slot_count"].tolist() == [[12 + 12 + 2] * 2] * 2  # the second one's sinks too
     assert torch.equal(tree["slot_place"][..., :12], parts[0]["slot_place"])

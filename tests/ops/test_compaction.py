@@ -18,13 +18,13 @@ from memwrap.ops.compaction.solvers import bounded_least_squares
 BATCH, HEADS, TOKENS, WIDTH = 2, 2, 14, 6
 
 
-def block(queries: int = 24, tokens: int = TOKENS, **changes: Any) -> ops.Block:
+def block(queries: int = 24, tokens: int = TOKENS, **changes: Any) -> ops.KeyValueBlock:
     draw = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(BATCH, HEADS, *shape, generator=draw, dtype=torch.float64)
 
-    made = ops.Block(
+    made = ops.KeyValueBlock(
         2 * normal(queries, WIDTH), normal(tokens, WIDTH), normal(tokens, 5), WIDTH**-0.5,
         normal(tokens), torch.rand(BATCH, HEADS, tokens, generator=draw) < 0.8,
         (normal(queries).abs() * (normal(queries) > -1)), None,

@@ -17,12 +17,12 @@ class Request:
 
     Attributes:
         limit: slots of a KV head.
-        own: the fit is to the queries that were kept; otherwise to the step's own.
+        kept: the fit is to the queries that were kept; otherwise to the step's own.
         trees: the layers' new trees, by number.
     """
 
     limit: int
-    own: bool
+    kept: bool
     trees: dict[str, Tree] = field(default_factory=dict)
 
 
@@ -42,10 +42,10 @@ class Compacts(Memory):
         raise NotImplementedError
 
     @contextmanager
-    def compacting(self, limit: int, own: bool) -> Iterator[Request]:
+    def compacting(self, limit: int, kept: bool) -> Iterator[Request]:
         """Let a step inside the block (in this thread) compact every layer before it attends, so
         that later layers see what is already compacted."""
-        request = Request(limit, own)
+        request = Request(limit, kept)
         token = _request.set(request)
         try:
             yield request

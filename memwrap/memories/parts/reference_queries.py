@@ -82,11 +82,11 @@ class ReferenceQueries:
     def of_segment(self, attention: LayerAttention, state: Tree) -> References:
         """Take the closing segment's (and those that were kept)."""
         query = state["query"]
-        place, there = attention.cached_per_step(
+        place, present = attention.cached_per_step(
             ("references of the segment", self, query.shape[2]),
             lambda: self._asked(attention, query.shape[2]),
         )
-        return References(query, place, there[:, None].expand(query.shape[:3]).float())
+        return References(query, place, present[:, None].expand(query.shape[:3]).float())
 
     def _asked(self, attention: LayerAttention, width: int) -> tuple[Tensor, Tensor]:
         place = torch.arange(width, device=attention.key_positions.device) * self.every
@@ -101,9 +101,9 @@ class ReferenceQueries:
             return new
         given = self.of_segment(attention, state)
         before = state["past_query"].shape[2]
-        there = torch.cat([filled(state["past_count"], before), given.weight[:, 0] > 0], 1)
-        count = there.sum(1)
-        order = earliest(there, max(before, int(count.max())))
+        present = torch.cat([filled(state["past_count"], before), given.weight[:, 0] > 0], 1)
+        count = present.sum(1)
+        order = earliest(present, max(before, int(count.max())))
         valid = filled(count, order.shape[1])
         query = torch.cat([state["past_query"], given.query], 2)
         place = torch.cat([state["past_place"], given.place[:, None].float()], 2)
@@ -118,8 +118,8 @@ class ReferenceQueries:
     def kept(self, state: Tree) -> References:
         """Take those that outlived their segments."""
         query = state["past_query"]
-        there = filled(state["past_count"], query.shape[2])
-        weight = there[:, None].expand(query.shape[:3]).float()
+        present = filled(state["past_count"], query.shape[2])
+        weight = present[:, None].expand(query.shape[:3]).float()
         return References(query, state["past_place"][:, 0], weight)
 
     def without_kept(self, state: Tree) -> Tree:
@@ -138,9 +138,9 @@ class ReferenceQueries:
         if not self.keeps:
             return {}
         query, place = (torch.cat([t[f"past_{n}"] for t in trees], 2) for n in ("query", "place"))
-        there = torch.cat([filled(t["past_count"], t["past_query"].shape[2]) for t in trees], 1)
-        count = there.sum(1)
-        order = earliest(there, int(count.max()))
+        present = torch.cat([filled(t["past_count"], t["past_query"].shape[2]) for t in trees], 1)
+        count = present.sum(1)
+        order = earliest(present, int(count.max()))
         valid = filled(count, order.shape[1])
         return {
             "past_query": take(query, order, valid),

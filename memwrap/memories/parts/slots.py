@@ -49,15 +49,15 @@ class Rows:
         }
         return Rows(**tensors)
 
-    def gathered(self, index: Tensor, there: Tensor) -> Rows:
-        """Take the rows `index` `(B, Hkv, M)`; zeros where they are not `there`."""
+    def gathered(self, index: Tensor, present: Tensor) -> Rows:
+        """Take the rows `index` `(B, Hkv, M)`; zeros where they are not `present`."""
         parts: dict[str, Any] = {}
         for name in NAMES:
             x = getattr(self, name)
             wide = x.dim() == 4
             at = index[..., None].expand(*index.shape, x.shape[-1]) if wide else index
-            parts[name] = x.gather(2, at) * (there[..., None] if wide else there)
-        return Rows(**parts, valid=there)
+            parts[name] = x.gather(2, at) * (present[..., None] if wide else present)
+        return Rows(**parts, valid=present)
 
     def packed(self, width: int) -> Rows:
         """Move the rows that are there to the left, and give all `width` places."""
@@ -146,7 +146,7 @@ def compacted(
     heads, wide = rows.key.shape[1], torch.promote_types(rows.key.dtype, torch.float32)
     query = attention.rotate(references.query.to(wide), references.place)
     key = attention.rotate(rows.key.to(wide), clamped(rows.place, farthest))
-    block = ops.Block(
+    block = ops.KeyValueBlock(
         ops.stack_groups(query, heads), key, rows.value.to(wide), attention.scaling,
         rows.bias, rows.valid, ops.stack_groups(references.weight[..., None], heads)[..., 0],
         softcap,
@@ -174,7 +174,7 @@ def share_of(
     masses = []
     for rows in (folded, others):
         key = attention.rotate(rows.key.to(wide), clamped(rows.place, farthest))
-        block = ops.Block(query, key, key, attention.scaling, softcap=softcap)
+        block = ops.KeyValueBlock(query, key, key, attention.scaling, softcap=softcap)
         logits = block.logits(query, key, rows.bias.to(wide)).masked_fill(
             ~rows.valid[:, :, None], torch.finfo(wide).min
         )

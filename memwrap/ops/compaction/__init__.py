@@ -12,11 +12,20 @@ Shapes: B batch, H query heads, Hkv key-value heads, G = H / Hkv, N reference qu
 from __future__ import annotations
 
 from memwrap.ops.compaction.budgets import best_of_all, capped_shares, slots_of_shares
-from memwrap.ops.compaction.matching import Block, Compacted, Matching
+from memwrap.ops.compaction.matching import Compacted, KeyValueBlock, Matching
 from memwrap.ops.compaction.op import compact, fit, key_scores, stack_groups
 from memwrap.ops.compaction.running_means import running_means
 
 __all__ = [
-    "Block", "Compacted", "Matching", "best_of_all", "capped_shares", "compact", "fit",
-    "key_scores", "running_means", "slots_of_shares", "stack_groups",
+    "Compacted",
+    "KeyValueBlock",
+    "Matching",
+    "best_of_all",
+    "capped_shares",
+    "compact",
+    "fit",
+    "key_scores",
+    "running_means",
+    "slots_of_shares",
+    "stack_groups",
 ]  # fmt: skip

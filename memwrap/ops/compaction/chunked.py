@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from memwrap.ops.buffers import filled as first_slots
-from memwrap.ops.compaction.matching import Block, Matching
+from memwrap.ops.compaction.matching import KeyValueBlock, Matching
 from memwrap.ops.compaction.pursuit import pursue
 from memwrap.ops.compaction.solvers import (
     SMALLEST,
@@ -47,14 +47,14 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def chunks(flat: Block, keys: int) -> Iterator[slice]:
+def chunks(flat: KeyValueBlock, keys: int) -> Iterator[slice]:
     """Cut the queries so that scores for `keys` keys stay small."""
     length = max(1, CHUNK // max(1, len(flat.query) * keys))
     for start in range(0, flat.query.shape[1], length):
         yield slice(start, start + length)
 
 
-def survey(flat: Block, matching: Matching) -> Survey:
+def survey(flat: KeyValueBlock, matching: Matching) -> Survey:
     """Run all queries against all keys."""
     weight: Tensor = flat.weight  # type: ignore[assignment]
     valid: Tensor = flat.valid  # type: ignore[assignment]
@@ -101,7 +101,7 @@ def pooled(score: Tensor, valid: Tensor, matching: Matching) -> Tensor:
 
 
 def compact_chunked(
-    flat: Block, slots: Tensor, matching: Matching, start: Tensor | None
+    flat: KeyValueBlock, slots: Tensor, matching: Matching, start: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compact flat heads: keys, which slots are filled, biases, and values."""
     valid: Tensor = flat.valid  # type: ignore[assignment]
@@ -129,7 +129,7 @@ def compact_chunked(
 
 
 def fit_chunked(
-    flat: Block,
+    flat: KeyValueBlock,
     found: Survey,
     index: Tensor,
     filled: Tensor,
@@ -170,18 +170,18 @@ def fit_chunked(
     return bias, past + ridge_solve(gram, right, ridge)
 
 
-def _old(flat: Block, index: Tensor) -> tuple[Tensor, Tensor]:
+def _old(flat: KeyValueBlock, index: Tensor) -> tuple[Tensor, Tensor]:
     """Take biases and values of keys as they were."""
     value = flat.value.gather(1, index[..., None].expand(-1, -1, flat.value.shape[-1]))
     return flat.bias.gather(1, index), value  # type: ignore[union-attr]
 
 
-def _key(flat: Block, index: Tensor) -> Tensor:
+def _key(flat: KeyValueBlock, index: Tensor) -> Tensor:
     return flat.key.gather(1, index[..., None].expand(-1, -1, flat.key.shape[-1]))
 
 
 def _shares(
-    flat: Block, index: Tensor, filled: Tensor, bias: Tensor
+    flat: KeyValueBlock, index: Tensor, filled: Tensor, bias: Tensor
 ) -> Iterator[tuple[Tensor, slice]]:
     """Yield the softmax `(R, n, S)` of each chunk of queries over the slots, as queries count."""
     key, bias = _key(flat, index), bias.to(flat.key.dtype)
@@ -192,7 +192,7 @@ def _shares(
 
 
 def _exponentials(
-    flat: Block, found: Survey, index: Tensor, filled: Tensor, relative: bool
+    flat: KeyValueBlock, found: Survey, index: Tensor, filled: Tensor, relative: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, for each chunk of queries, the chosen keys' exponentials `(R, n, S)` and the mass
     `(R, n)`, as queries count them."""
@@ -207,7 +207,7 @@ def _exponentials(
 
 
 def _weights(
-    flat: Block,
+    flat: KeyValueBlock,
     found: Survey,
     index: Tensor,
     filled: Tensor,
@@ -250,7 +250,7 @@ def _bounded(
 
 
 def _pursued(
-    flat: Block,
+    flat: KeyValueBlock,
     found: Survey,
     slots: Tensor,
     most: int,
@@ -297,12 +297,12 @@ def _pursued(
     return index, filled, weights
 
 
-def _one(flat: Block, row: int) -> Block:
+def _one(flat: KeyValueBlock, row: int) -> KeyValueBlock:
     parts = (flat.query, flat.key, flat.value)
     extra = (flat.bias, flat.valid, flat.weight)
     query, key, value = (x[row : row + 1] for x in parts)
     bias, valid, weight = (x[row : row + 1] for x in extra)  # type: ignore[index]
-    return Block(query, key, value, flat.scaling, bias, valid, weight, flat.softcap)
+    return KeyValueBlock(query, key, value, flat.scaling, bias, valid, weight, flat.softcap)
 
 
 def _found_of(found: Survey, row: int) -> Survey:

@@ -75,7 +75,7 @@ class Matching:
 
 
 @dataclass(frozen=True)
-class Block:
+class KeyValueBlock:
     """The keys and values to be compacted, and the queries by which it is judged.
 
     Attributes:
@@ -97,7 +97,7 @@ class Block:
     weight: Tensor | None = None
     softcap: float | None = None
 
-    def flat(self) -> Block:
+    def flat(self) -> KeyValueBlock:
         """Make one dimension `(R, ...)` of rows and heads, with all that may be None filled in."""
         bias = self.key.new_zeros(self.key.shape[:3]) if self.bias is None else self.bias
         valid = torch.ones_like(bias, dtype=torch.bool) if self.valid is None else self.valid
@@ -106,7 +106,7 @@ class Block:
         extra = (x.flatten(0, 1) for x in (bias, valid, weight))
         query, key, value = tensors
         bias, valid, weight = extra
-        return Block(query, key, value, self.scaling, bias, valid, weight, self.softcap)
+        return KeyValueBlock(query, key, value, self.scaling, bias, valid, weight, self.softcap)
 
     def logits(self, query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
         """Score keys `(..., T, D)` for queries `(..., N, D)`: `(..., N, T)`."""

@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memwrap.ops.compaction.matching import Block, Matching
+from memwrap.ops.compaction.matching import KeyValueBlock, Matching
 from memwrap.ops.compaction.pursuit import pursue
 from memwrap.ops.compaction.solvers import SMALLEST, clamped_least_squares, shortest
 
 Slots = tuple[list[int], Tensor, Tensor]  # keys, biases `(S,)`, values `(S, Dv)`
 
 
-def head_of(flat: Block, row: int) -> Block:
+def head_of(flat: KeyValueBlock, row: int) -> KeyValueBlock:
     """Take one head of a flat block: its queries and keys that are there, in float64."""
     there, asked = flat.valid[row], flat.weight[row] > 0  # type: ignore[index]
     query, weight = flat.query[row][asked], flat.weight[row][asked]  # type: ignore[index]
     parts = (flat.key[row], flat.value[row], flat.bias[row])  # type: ignore[index]
     key, value, bias = (x[there].double() for x in parts)
-    return Block(
+    return KeyValueBlock(
         query.double(), key, value, flat.scaling, bias, None, weight.double(), flat.softcap
     )
 
 
-def scores_naive(head: Block, matching: Matching) -> Tensor:
+def scores_naive(head: KeyValueBlock, matching: Matching) -> Tensor:
     """Score the keys `(T,)` of one head."""
     logits = head.logits(head.query, head.key, head.bias)  # type: ignore[arg-type]
     attention = torch.softmax(logits, -1) * head.weight[:, None]  # type: ignore[index]
@@ -41,7 +41,9 @@ def scores_naive(head: Block, matching: Matching) -> Tensor:
     return score.new_tensor([sum(w) / matching.pooling_width for w in windows])
 
 
-def compact_naive(head: Block, count: int, matching: Matching, start: Tensor | None) -> Slots:
+def compact_naive(
+    head: KeyValueBlock, count: int, matching: Matching, start: Tensor | None
+) -> Slots:
     """Compact one head to `count` slots."""
     if matching.keep_all and len(head.key) <= count:
         return list(range(len(head.key))), head.bias, head.value  # type: ignore[return-value]
@@ -63,7 +65,7 @@ def compact_naive(head: Block, count: int, matching: Matching, start: Tensor | N
     return fit_naive(head, index, matching, start, weights)
 
 
-def mass_naive(head: Block, matching: Matching) -> tuple[Tensor, Tensor]:
+def mass_naive(head: KeyValueBlock, matching: Matching) -> tuple[Tensor, Tensor]:
     """Give every key's exponentials `(N, T)` and their sums `(N,)`, as queries count them."""
     logits = head.logits(head.query, head.key, head.bias)  # type: ignore[arg-type]
     rows = (logits - logits.amax(-1, keepdim=True)).exp()
@@ -102,7 +104,7 @@ def ridge_naive(gram: Tensor, matching: Matching) -> float:
 
 
 def fit_naive(
-    head: Block,
+    head: KeyValueBlock,
     index: list[int],
     matching: Matching,
     start: Tensor | None,

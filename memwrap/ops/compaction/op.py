@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memwrap.ops import accumulation_dtype, current_backend
 from memwrap.ops.compaction.chunked import compact_chunked, fit_chunked, survey
-from memwrap.ops.compaction.matching import Block, Compacted, Matching
+from memwrap.ops.compaction.matching import Compacted, KeyValueBlock, Matching
 from memwrap.ops.compaction.naive import compact_naive, fit_naive, head_of, scores_naive
 
 
@@ -17,7 +17,7 @@ def stack_groups(query: Tensor, heads: int) -> Tensor:
     return query.unflatten(1, (heads, -1)).flatten(2, 3)
 
 
-def key_scores(block: Block, matching: Matching) -> Tensor:
+def key_scores(block: KeyValueBlock, matching: Matching) -> Tensor:
     """Score keys by the attention that the queries give them.
 
     Returns:
@@ -35,7 +35,7 @@ def key_scores(block: Block, matching: Matching) -> Tensor:
 
 @torch.no_grad()
 def compact(
-    block: Block, slots: int | Tensor, matching: Matching, start: Tensor | None = None
+    block: KeyValueBlock, slots: int | Tensor, matching: Matching, start: Tensor | None = None
 ) -> Compacted:
     """Compact keys and values to slots that act like all of them on the block's queries.
 
@@ -66,7 +66,7 @@ def compact(
 
 
 @torch.no_grad()
-def fit(block: Block, index: Tensor, filled: Tensor, matching: Matching) -> Compacted:
+def fit(block: KeyValueBlock, index: Tensor, filled: Tensor, matching: Matching) -> Compacted:
     """Fit biases and values of keys that are chosen: `index` and `filled`, each `(B, Hkv, S)`."""
     flat, flat_index, flat_filled = _ready(block), index.flatten(0, 1), filled.flatten(0, 1)
     if current_backend() == "naive":
@@ -85,17 +85,17 @@ def fit(block: Block, index: Tensor, filled: Tensor, matching: Matching) -> Comp
     return Compacted(index, filled, bias.view(index.shape), value.view(*index.shape, -1))
 
 
-def _ready(block: Block) -> Block:
+def _ready(block: KeyValueBlock) -> KeyValueBlock:
     """Bring a block to one dtype that is wide enough, with rows and heads in one dimension."""
     flat = block.flat()
     dtype = accumulation_dtype(flat.key)
     tensors = (flat.query, flat.key, flat.value, flat.bias, flat.weight)
     query, key, value, bias, weight = (x.detach().to(dtype) for x in tensors)  # type: ignore[union-attr]
-    return Block(query, key, value, flat.scaling, bias, flat.valid, weight, flat.softcap)
+    return KeyValueBlock(query, key, value, flat.scaling, bias, flat.valid, weight, flat.softcap)
 
 
 def _one_by_one(
-    flat: Block, slots: Tensor, matching: Matching, start: Tensor | None
+    flat: KeyValueBlock, slots: Tensor, matching: Matching, start: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Compact the heads one after the other by the naive implementation."""
     most = min(int(slots.max()), flat.key.shape[1])
