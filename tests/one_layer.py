@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager
 from memwrap.backbones import LayerAttention, Positions
 from memwrap.backbones.attention_probe import AttentionSizes
 from memwrap.backbones.layer_attention import AttentionCall, AttentionStep
-from memwrap.backbones.rotary import Rotary, rotate
+from memwrap.backbones.rotary import Embeddings, LayerRotation, Rotary, Rotation, rotate
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import memory_class
 from memwrap.memories.sizes import Sizes
@@ -70,9 +70,8 @@ class OneLayer:
             hidden_size=heads * width, num_attention_heads=heads, head_dim=width,
             rope_parameters=rope,
         )  # fmt: skip
-        decoder: Any = torch.nn.Module()
-        decoder.rotary = LlamaRotaryEmbedding(llama)
-        self.rotary = Rotary(decoder, llama)
+        embeddings = Embeddings("", LlamaRotaryEmbedding(llama), packed=False, swapped=False)
+        self.rotary = Rotary({0: LayerRotation(embeddings, Rotation.halves(width))})
         self.module = SimpleNamespace(
             layer_idx=0, training=False, config=SimpleNamespace(_attn_implementation="eager"),
             num_key_value_groups=heads // kv_heads, scaling=width**-0.5,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 
 import memwrap
@@ -72,6 +74,21 @@ def test_every_memory_page_has_the_parts_of_all_and_its_settings(
     settings = text.partition("\n## Settings\n")[2].partition("\n## ")[0]
     for field in dataclasses.fields(memwrap.config_class(memory)):
         assert settings.count(f"\n| `{field.name}` | ") == 1
+
+
+def test_the_page_of_backbones_names_every_class_of_the_installed_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    table = importlib.import_module("backbones_table")
+    rows = json.loads(table.RESULTS.read_text())
+    page = table.page(rows)
+    for name, kind in table.class_names().items():
+        assert f"| `{name}` | {kind} |" in page
+    if f"transformers {transformers.__version__}," in text_of("backbones.md"):
+        assert page == text_of("backbones.md"), "run benchmarks/backbones_table.py none"
+    newer = table.page({name: row for name, row in rows.items() if name != "llama"})
+    assert re.search(r"^\| `llama` \| LlamaForCausalLM \| not tried", newer, re.MULTILINE)
 
 
 def test_navigation_and_pages_are_the_same() -> None:

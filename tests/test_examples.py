@@ -12,7 +12,7 @@ import pytest
 import memwrap
 
 METHODS = ("read", "generate", "close_segment")
-FUNCTIONS = ("available", "config_class", "linearize", "load", "unwrap", "wrap")
+FUNCTIONS = ("available", "config_class", "linearize", "load", "pipeline", "unwrap", "wrap")
 PUBLIC = {name: getattr(memwrap, name) for name in memwrap.__all__ if not name.startswith("__")}
 SHOWN: dict[str, Any] = {
     **{name: PUBLIC[name] for name in (*FUNCTIONS, "Library", "MemoryState")},

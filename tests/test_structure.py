@@ -40,12 +40,14 @@ FLOORS = (
     "memories",
     "engine",
     "model",
+    "chat",
     "retrieval",
     "tasks",
     "training",
     "evaluation",
     "comparison",
     "exporting",
+    "serving",
     "cli",
     "testing",
 )
@@ -423,6 +425,14 @@ def test_public_names() -> None:
     assert len(set(memwrap.__all__)) == len(memwrap.__all__)
     for name in memwrap.__all__:
         assert hasattr(memwrap, name), f"memwrap.__all__ lists {name}, which is not there"
+
+
+def test_public_names_come_from_where_type_checkers_see_them() -> None:
+    block = next(node for node in _tree("memwrap").body if _is_for_types(node))
+    imports = [node for node in ast.walk(block) if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
+    assert seen == memwrap._PLACES
+    assert seen.keys() | {"__version__"} == set(memwrap.__all__)
 
 
 @pytest.mark.parametrize("name", [n for n in memwrap.__all__ if not n.startswith("__")])

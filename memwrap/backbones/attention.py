@@ -3,7 +3,7 @@
 An attention function registered under memwrap's own name receives queries, keys and values
 after the layer's projections, norms and rotation, whatever the family, and hands them to the
 memory together with the model's own attention as a function. The attention module's dynamic
-subclass puts what it was called with into the keyword on the way there.
+subclass notes what it was called with on the way there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Collection
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from memwrap.backbones.class_swaps import LOCK, give_back, is_lent, lend, subclass
+from memwrap.backbones.contexts import reached
 from memwrap.backbones.layer_attention import (
     PREFIX,
     AttentionCall,
@@ -27,8 +29,11 @@ from memwrap.backbones.layer_attention import (
     LayerAttention,
     implementation,
 )
+from memwrap.ops import narrowed
 
 KIND = "attention"
+# No keyword of an attention module needs to reach its attention function.
+_calls: ContextVar[AttentionCall | None] = ContextVar("memwrap_attention", default=None)
 
 
 @cache
@@ -49,7 +54,6 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
         attention_mask: Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
-        memory_context: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -61,13 +65,13 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
             )
 
         function = through(sdpa_attention_forward if name == "sdpa" else _eager_of(kind))
-        # Not so where the module was attached or detached while it ran, in another thread.
-        if not isinstance(memory_context, AttentionCall):
+        call = _calls.get()
+        if call is None or call.module is not module:
             return function(query, key, value, attention_mask)
-        context = memory_context.context
+        context = call.context
         attention = LayerAttention(
             module,
-            memory_context,
+            call,
             context.attention_step(key.device),
             rotated_query=query,
             rotated_key=key,
@@ -78,8 +82,9 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
             eager=through(_eager_of(kind)),
             window=kwargs.get("sliding_window"),
             softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
         )
-        return context.attention(attention), None
+        return context.attention(attention).contiguous(), None
 
     return forward
 
@@ -94,18 +99,22 @@ def _memory_attention(parent: type[nn.Module]) -> type[nn.Module]:
     names = [p for p in inspect.signature(parent.forward).parameters if p != "self"]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        context = kwargs.pop("memory_context", None)
+        context = reached()
         if context is None:
             return parent.forward(self, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
         rest = {name: value for name, value in kwargs.items() if name != names[0]}
-        call = AttentionCall(context, kwargs[names[0]], rest)
-        out = parent.forward(self, **kwargs, memory_context=call)
+        call = AttentionCall(self, context, kwargs[names[0]], rest)
+        token = _calls.set(call)
+        try:
+            out = parent.forward(self, **kwargs)
+        finally:
+            _calls.reset(token)
         if call.added is None:
             return out
         if isinstance(out, tuple):
-            return (out[0] + call.added.to(out[0].dtype), *out[1:])
-        return out + call.added.to(out.dtype)
+            return (out[0] + narrowed(call.added, out[0].dtype), *out[1:])
+        return out + narrowed(call.added, out.dtype)
 
     return subclass(parent, KIND, forward=forward)
 

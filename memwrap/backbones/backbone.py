@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from memwrap.backbones import attention as attention_place
 from memwrap.backbones import feedforward as feed_forward_place
 from memwrap.backbones import layers as layer_place
 from memwrap.backbones import recurrence as recurrent_place
+from memwrap.backbones import token_ids as token_ids_place
 from memwrap.backbones.attention_probe import AttentionSizes, probe
 from memwrap.backbones.cache_names import find_cache_name
 from memwrap.backbones.class_swaps import give_back, is_lent
+from memwrap.backbones.contexts import reaching
+from memwrap.backbones.decoders import find_decoder, head_logits
 from memwrap.backbones.masks import (
     build_masks,
     layer_kinds,
@@ -27,27 +29,23 @@ from memwrap.backbones.masks import (
     recurrent_layers,
 )
 from memwrap.backbones.offloaded import hooks_of, loaded
+from memwrap.backbones.position_limits import PositionLimit, angle_limit
+from memwrap.backbones.reading_probe import (
+    check_reading,
+    evaluating,
+    explained,
+    looks_at_ids,
+    sample_ids,
+)
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.state.trees import Tree, tree_map
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
-_KINDS = (layer_place.KIND, recurrent_place.KIND, feed_forward_place.KIND)
-
-
-class _Facade:
-    """An object that looks like `target` but for the attributes given, and for what a call gives:
-    lets a model's own `forward` run its head (soft caps, scaling and all) on hidden states that
-    were computed elsewhere."""
-
-    def __init__(self, target: Any, given: Any = None, **overrides: Any) -> None:
-        self.__dict__.update(overrides, _target=target, _given=given)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_given"]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_target"], name)
+_SPARE_ROWS = 8
+_KINDS = (
+    layer_place.KIND, recurrent_place.KIND, feed_forward_place.KIND, token_ids_place.KIND,
+)  # fmt: skip
 
 
 class Backbone:
@@ -72,10 +70,7 @@ class Backbone:
             )
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        if decoder is None or decoder is model:
-            raise ValueError(f"{type(model).__name__} offers no decoder (`get_decoder()`).")
-        self.decoder: nn.Module = decoder
+        decoder = self.decoder = find_decoder(model)
         if model.get_input_embeddings() is None or model.get_output_embeddings() is None:
             raise ValueError(
                 f"{type(model).__name__} offers no input or no output embeddings; memwrap needs a "
@@ -95,7 +90,10 @@ class Backbone:
                 f"The backbone's attention is {name!r}; segments need explicit masks: "
                 "load it with attn_implementation='sdpa' (or 'eager')."
             )
-        self.rotary = Rotary(decoder, self.config)
+        self.rotary = Rotary(limit=angle_limit(self.config))
+        self.ids_matter = False
+        with explained(type(model).__name__):
+            self.ids_matter = self._looks_at_ids()
         self.cache_name = find_cache_name(self._one_token, self.config, type(model).__name__)
         self._path = next(n for n, m in model.named_modules() if m is decoder).split(".")
 
@@ -146,6 +144,14 @@ class Backbone:
         return None if table is None else self.config.max_position_embeddings
 
     @property
+    def position_limit(self) -> PositionLimit | None:
+        """The most positions that a segment may take, and why; None for any number."""
+        limit = self.max_positions
+        if limit is not None:
+            return PositionLimit(limit, f"the backbone's table has {limit}")
+        return angle_limit(self.config)
+
+    @property
     def _position_table(self) -> nn.Embedding | None:
         # An adapter holds the table that it wraps.
         token_embeddings = set(self.embeddings.modules())
@@ -154,7 +160,8 @@ class Backbone:
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is None:
             return None
-        return next((table for table in tables if table.num_embeddings >= limit), None)
+        # Some have a few rows more, for padding.
+        return next((t for t in tables if 0 <= t.num_embeddings - limit <= _SPARE_ROWS), None)
 
     def first_position(self) -> Tensor:
         """Return the vector `(D,)` that a learned position table adds at position 0.
@@ -188,16 +195,55 @@ class Backbone:
         """
         if "feed_forward" in points:
             feed_forward_place.attach(self._feed_forward())
-        if "layer" in points:
-            layer_place.attach(self.layers)
         if "attention" in points:
             attention_place.attach(self.model, self.attention_modules.values())
+        try:
+            self._attach_own()
+            if "layer" in points:
+                layer_place.attach(self.layers)
+                self._check_layers()
+        except ValueError:
+            self.detach()
+            raise
+
+    def _attach_own(self) -> None:
+        """Let the parts of which every memory model needs to know more than their inputs meet
+        it."""
+        if self.ids_matter:
+            token_ids_place.attach(self.embeddings)
         if self.recurrent:
-            try:
-                self._remembered = self._carry_on()
-            except ValueError:
-                self.detach()
-                raise
+            self._remembered = self._carry_on()
+
+    def check(self) -> None:
+        """Refuse a model that memwrap would read segments with wrongly, by reading a row of tokens.
+
+        Raises:
+            ValueError: says what it does otherwise.
+        """
+        try:
+            self._attach_own()
+            with self._quiet(), explained(type(self.model).__name__):
+                check_reading(self)
+        finally:
+            self.detach()
+
+    def _check_layers(self) -> None:
+        """Refuse layers that are given something else than hidden states `(B, T, D)`."""
+        probe = layer_place.LayerProbe()
+        with self._quiet():
+            self.run(self._noise(2), torch.arange(2)[None], context=probe)
+        name, width = type(self.model).__name__, self.config.hidden_size
+        if len(probe.shapes) != len(self.layers):
+            raise ValueError(
+                f"{name} calls {len(probe.shapes)} of its {len(self.layers)} decoder layers; "
+                "memories at the layer place need all. Use one at another place (rmt)."
+            )
+        other = next((shape for shape in probe.shapes.values() if shape != (1, 2, width)), None)
+        if other is not None:
+            raise ValueError(
+                f"{name} hands its layers hidden states of shape {other}, not (1, 2, {width}); use "
+                "a memory at another place than the layers (rmt, infini)."
+            )
 
     def _carry_on(self) -> Tree:
         """Let recurrent layers carry their states; what they remember of a row without tokens."""
@@ -250,18 +296,18 @@ class Backbone:
             attention_place.detach(self.model, modules)
 
     def attention_sizes(self) -> dict[int, AttentionSizes]:
-        """Find heads and widths of every layer's attention by running one token through it.
+        """Find heads and widths of every layer's attention by running a few tokens through it.
 
         Raises:
             ValueError: if the model does not offer what the attention place needs.
         """
 
         def run(positions: Tensor, context: Any) -> None:
-            self._probe(1, positions, context=context)
+            self._probe(positions.shape[1], positions, context=context)
 
-        with self.attention_lent():
-            name = type(self.model).__name__
-            return probe(run, len(self.attention_modules), self.rotary, name)
+        name, number = type(self.model).__name__, len(self.attention_modules)
+        with self.attention_lent(), explained(name):
+            return probe(run, self.decoder, self.layers, number, self.rotary, name)
 
     def _probe(self, tokens: int, positions: Tensor | None = None, **passed: Any) -> None:
         """Run one row of noise through the decoder, in evaluation mode."""
@@ -272,8 +318,20 @@ class Backbone:
     def _one_token(self, **passed: Any) -> None:
         """Run one token of noise through the decoder with the given keywords."""
         where = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        noise = self._noise(1)
         with self._quiet():
-            self.decoder(inputs_embeds=self._noise(1), position_ids=where, **passed)
+            self.decoder(**self._given(noise, None), position_ids=where, **passed)
+
+    def _looks_at_ids(self) -> bool:
+        ids = sample_ids(self.embedding_weight.shape[0]).to(self.device)
+        with self._quiet():
+            return looks_at_ids(self.decoder, ids, self.embed(ids), self._noise(ids.shape[1]))
+
+    def _given(self, embeds: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
+        """Choose what the decoder is given of a step's columns."""
+        if self.ids_matter:
+            return {"input_ids": token_ids_place.filled(ids, embeds, self.config)}
+        return {"inputs_embeds": embeds}
 
     def _noise(self, tokens: int) -> Tensor:
         """Draw embeddings `(1, tokens, D)` at the scale of the model's own."""
@@ -283,16 +341,17 @@ class Backbone:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Run the block without gradients and with the model in evaluation mode."""
-        training = [module for module in self.model.modules() if module.training]
-        for module in training:
-            module.training = False
+        """Run the block without gradients, with the model in evaluation mode and embeddings that
+        give way to a run's where ids matter."""
+        lent = self.ids_matter
+        if lent:
+            token_ids_place.attach(self.embeddings)
         try:
-            with torch.no_grad():
+            with evaluating(self.model), torch.no_grad():
                 yield
         finally:
-            for module in training:
-                module.training = True
+            if lent:
+                give_back(self.embeddings, token_ids_place.KIND)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Turn ids `(B, T)` into embeddings `(B, T, D)`."""
@@ -322,6 +381,7 @@ class Backbone:
         context: Any = None,
         recurrence: Recurrence | None = None,
         feed_forward: list[Tensor] | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor:
         """Run the decoder over embeddings. Several may run at once.
 
@@ -336,12 +396,10 @@ class Backbone:
             context: read and written by the layers (`LayerReader`, `AttentionReader`).
             recurrence: what recurrent layers remember of the rows, and will.
             feed_forward: takes up what the last feed-forward block is given, if it is attached.
+            ids: `(B, T)` the tokens' own, -1 elsewhere; for a backbone where they matter.
 
         Returns:
             The last hidden states `(B, T, D)`, after the final norm.
-
-        Raises:
-            ValueError: if the decoder does not hand keywords down to its layers.
         """
         mask = None
         if key_positions is not None and key_valid is not None:
@@ -349,14 +407,12 @@ class Backbone:
                 self.config, positions, key_positions, key_valid,
                 dtype=embeds.dtype, device=embeds.device,
             )  # fmt: skip
-        given: dict[str, Any] = {self.cache_name: cache}
-        if context is not None:
-            given["memory_context"] = context
         position_ids = positions if position_ids is None else position_ids
         noted = feed_forward_place.inputs_noted_in(feed_forward)
-        with recurrent_place.carried(recurrence), noted:
+        given: dict[str, Any] = {**self._given(embeds, ids), self.cache_name: cache}
+        own = token_ids_place.embeddings_given(embeds if self.ids_matter else None)
+        with reaching(context), recurrent_place.carried(recurrence), noted, own:
             return self.decoder(
-                inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=position_ids.to(embeds.device),
                 use_cache=cache is not None,
@@ -365,14 +421,7 @@ class Backbone:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Compute the logits `(B, T, V)` of last hidden states, through the model's own forward."""
-        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
-        given.router_logits = None  # mixtures of experts ask for it
-        stand_in = _Facade(self.decoder, given)
-        for depth in range(len(self._path) - 1, -1, -1):
-            owner = self.model.get_submodule(".".join(self._path[:depth]))
-            stand_in = _Facade(owner, **{self._path[depth]: stand_in})
-        out = type(self.model).forward(stand_in, inputs_embeds=hidden, use_cache=False)
-        return out.logits
+        return head_logits(self.model, self._path, hidden)
 
     def embedding_std(self) -> float:
         """Compute the standard deviation of the input embedding weights."""

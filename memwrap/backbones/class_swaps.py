@@ -28,7 +28,21 @@ def subclass(parent: type[nn.Module], kind: str, **members: Any) -> type[nn.Modu
         members: of the subclass.
     """
     marks = {"_memwrap_parent": parent, "_memwrap_kind": kind, "__doc__": parent.__doc__}
+    members = {"__reduce_ex__": _as_its_own_class, **members}
     return type(f"Memory{parent.__name__}", (parent,), {**members, **marks})
+
+
+def _as_its_own_class(module: nn.Module, protocol: Any) -> Any:
+    """Copy or pickle a module as one of the class it had; the model that holds it lends anew."""
+    own = type(module)
+    while "_memwrap_parent" in vars(own):
+        own = vars(own)["_memwrap_parent"]
+    made: Any = own.__reduce_ex__(module, protocol)
+    return (_new, (own,), *made[2:])
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
 
 
 def is_lent(module: nn.Module, kind: str) -> bool:

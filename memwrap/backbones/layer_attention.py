@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import copy
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache
 
+from memwrap.backbones.contexts import reaching
 from memwrap.backbones.key_biases import add_bias, bias_of_keys
 from memwrap.backbones.positions import MemoryKeyValues, Positions
 from memwrap.backbones.rotary import Angles, Rotary, rotate, rotate_static, unrotate
@@ -25,7 +27,7 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tens
 
 
 class AttentionReader(Protocol):
-    """The protocol of the keyword `memory_context`, as attention modules see it."""
+    """The protocol of a run's context, as attention modules see it."""
 
     def attention_step(self, device: torch.device) -> AttentionStep: ...
 
@@ -53,16 +55,18 @@ class AttentionStep:
 
 @dataclass
 class AttentionCall:
-    """One call of an attention module: its keyword `memory_context` on the way to the attention
-    function, so that nothing of the call is kept on the module.
+    """One call of an attention module on the way to the attention function, so that nothing of the
+    call is kept on the module.
 
     Attributes:
+        module: the module.
         context: what is read there.
         inputs: `(B, T, D)`, the hidden states that the module was called with.
-        keywords: the other arguments, but for the context.
+        keywords: the other arguments.
         added: `(B, T, D)`, is added to the module's output.
     """
 
+    module: Any
     context: AttentionReader
     inputs: Tensor
     keywords: dict[str, Any] = field(default_factory=dict)
@@ -86,6 +90,7 @@ class LayerAttention:
         window: tokens that the layer's own sliding window lets a query see (itself among them), or
             None.
         softcap: scores s become `softcap * tanh(s / softcap)`, if the model does so.
+        sinks: `(H,)`, a score more in each head's softmax, of nothing, if the model has it.
         hidden: `(B, K, D)`, the attention's input at the K columns, for a memory whose
             `needs_hidden` is set.
     """
@@ -102,6 +107,7 @@ class LayerAttention:
     eager: AttentionFunction
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
     hidden: Tensor | None = None
     # No cached_property: in Python 3.11 all instances share its lock.
     _query: Tensor | None = field(default=None, init=False, repr=False)
@@ -176,7 +182,7 @@ class LayerAttention:
     def query(self) -> Tensor:
         """The queries `(B, H, T, Dk)` without rotation and without scaling."""
         if self._query is None:
-            plain, ratio = self._unrotated_query(), self.rotated_scaling / self.scaling
+            plain, ratio = self.unrotated_query(), self.rotated_scaling / self.scaling
             self._query = plain if ratio == 1 else plain * ratio
         return self._query
 
@@ -227,7 +233,7 @@ class LayerAttention:
             step=replace(
                 step,
                 positions=step.positions.of_queries(start, stop),
-                cached={("angles", "keys", kind): keys} if kind else {},
+                cached={} if kind is None else {("angles", "keys", kind): keys},
             ),
         )
 
@@ -302,19 +308,35 @@ class LayerAttention:
     def project(self, inputs: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
         """Project stored attention inputs `(B, M, D)` by the layer's own matrices: to keys
         (un-rotated) and values; `frozen` keeps gradients away from the matrices."""
-        capture = _Capture(self.step)
-        keywords = {**self.call.keywords, "memory_context": capture, "attention_mask": None}
-        for name, value in keywords.items():
-            if isinstance(value, Cache) or name == "position_ids":
-                keywords[name] = None
-        angles = keywords.get("position_embeddings")
-        if angles is not None:
-            shape = (inputs.shape[0], inputs.shape[1], angles[0].shape[-1])
-            unmoved = (angles[0].new_ones(shape), angles[0].new_zeros(shape))
-            keywords["position_embeddings"] = unmoved
         with _FrozenParameters() if frozen else nullcontext():
-            self.module(inputs, **keywords)
+            capture = self.called_with(inputs)
         return capture.key, capture.value
+
+    def called_with(self, inputs: Tensor, embeddings: Any = None) -> Capture:
+        """Call the attention module again with other inputs `(B, M, D)`, without a cache and a
+        mask.
+
+        Args:
+            inputs: hidden states in front of the attention.
+            embeddings: of their positions, as the model hands them on; None: they are not moved.
+        """
+        capture, shape = Capture(self.step), inputs.shape[:2]
+        keywords = {**self.call.keywords, "attention_mask": None}
+        for name, value in keywords.items():
+            if isinstance(value, Cache):
+                keywords[name] = None
+            elif isinstance(value, Tensor) and value.dtype == torch.long and value.dim() > 1:
+                keywords[name] = value.new_zeros(*value.shape[:-2], *shape)  # positions
+            elif isinstance(value, MutableMapping):  # keys that other layers take up
+                keywords[name] = copy.copy(value)
+        known = self.step.rotary[self.layer].embeddings
+        if known is not None:
+            given = keywords[known.keyword]
+            unmoved = embeddings is None
+            keywords[known.keyword] = known.unmoved(shape, given) if unmoved else embeddings
+        with reaching(capture):
+            self.module(inputs, **keywords)
+        return capture
 
     def visible(self) -> Tensor:
         """Tell who sees whom inside the segment, `(B, 1, T, K)` bool."""
@@ -340,29 +362,29 @@ class LayerAttention:
         """Rotate a memory's keys; with `kept`, static ones are kept for later steps."""
         dtype = self.rotated_key.dtype
         if kept and memory.static:
-            return rotate_static(memory.keys, dtype, lambda: self._angles(memory.positions, name))
-        return rotate(memory.keys.to(dtype), self._angles(memory.positions, name))
+            return rotate_static(
+                memory.keys, dtype, lambda x: self.rotate(x, memory.positions, name)
+            )
+        return self.rotate(memory.keys.to(dtype), memory.positions, name)
 
     def _query_seen_by(self, memory: MemoryKeyValues) -> Tensor:
         """Rotate the queries to where `memory` sees them (scaled as the model scales them)."""
-        return rotate(self._unrotated_query(), self._angles(memory.query_positions))  # type: ignore[arg-type]
+        return self.rotate(self.unrotated_query(), memory.query_positions)  # type: ignore[arg-type]
 
-    def _unrotated_query(self) -> Tensor:
-        angles = self._angles(self.query_positions, "queries")
-        return unrotate(self.rotated_query, angles)
+    def unrotated_query(self) -> Tensor:
+        """Compute the queries `(B, H, T, Dk)` without rotation, scaled as the model scales them."""
+        return unrotate(self.rotated_query, self._angles(self.query_positions, "queries"))
 
     def _angles(self, positions: Tensor, name: Hashable | None = None) -> Angles | None:
         """Compute the angles at positions; with a `name`, once for all layers of the step."""
         rotary = self.step.rotary
         kind = rotary.kind(self.layer)
-        if not kind:
+        if kind is None:
             return None
 
         def angles() -> Angles | None:
-            if positions.dim() == 2:
-                return rotary.angles(positions, self.layer, self.rotated_key)
-            cos, sin = rotary.angles(positions.flatten(1), self.layer, self.rotated_key)  # type: ignore[misc]
-            return cos.unflatten(1, positions.shape[1:]), sin.unflatten(1, positions.shape[1:])
+            made = rotary.angles(positions.flatten(1), self.layer, self.rotated_key)
+            return made if positions.dim() == 2 or made is None else made.of_heads(positions)
 
         return angles() if name is None else self.cached_per_step(("angles", name, kind), angles)
 
@@ -381,9 +403,10 @@ def _constant(parameter: nn.Parameter) -> Tensor:
     return parameter.detach() if parameter.requires_grad else parameter
 
 
-class _Capture:
-    """A context that takes keys and values out of an attention module."""
+class Capture:
+    """A context that takes queries, keys and values out of an attention module."""
 
+    query: Tensor
     key: Tensor
     value: Tensor
 
@@ -394,7 +417,8 @@ class _Capture:
         return self._step
 
     def attention(self, attention: LayerAttention) -> Tensor:
-        self.key, self.value = attention.rotated_key, attention.value
+        self.query, self.key = attention.rotated_query, attention.rotated_key
+        self.value = attention.value
         batch, heads, length, _ = attention.rotated_query.shape
         return self.value.new_zeros(batch, length, heads, self.value.shape[-1])
 
@@ -412,6 +436,6 @@ def cached_attention(
     def refuse(*args: Any) -> tuple[Tensor, Tensor | None]:
         raise RuntimeError("A segment that closes without queries has no attention output.")
 
-    call = AttentionCall(context, value.new_zeros(value.shape[0], 0, 0))
+    call = AttentionCall(module, context, value.new_zeros(value.shape[0], 0, 0))
     step = context.attention_step(key.device)
     return LayerAttention(module, call, step, key[:, :, :0], key, value, None, 1.0, refuse, refuse)

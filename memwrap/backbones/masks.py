@@ -10,7 +10,7 @@ from torch import Tensor
 from memwrap.backbones import recurrence
 from memwrap.backbones.layer_attention import implementation
 
-KINDS = ("full_attention", "sliding_attention")
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 ATTENDING = (*KINDS, "hybrid")
 PLAIN = ("mlp", "moe")  # layers of a feed-forward block alone
 _ALLOWED = (*KINDS, *recurrence.KINDS, *PLAIN)
@@ -86,7 +86,14 @@ def build_masks(
         if kind not in KINDS:  # sees tokens only: `recurrence` leaves padding out
             result[kind] = None
             continue
-        mask = visible & (distance < config.sliding_window) if kind == KINDS[1] else visible
+        mask = visible
+        if kind == KINDS[1]:
+            mask = visible & (distance < config.sliding_window)
+        elif kind == KINDS[2]:
+            query, key = (
+                p // config.attention_chunk_size for p in (query_positions, key_positions)
+            )
+            mask = visible & (query[:, :, None] == key[:, None, :])
         mask = mask[:, None].to(device)
         if implementation(config) == "eager":
             zero = torch.zeros((), dtype=dtype, device=device)

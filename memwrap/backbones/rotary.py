@@ -1,26 +1,147 @@
-"""Rotary positions as the backbone computes them: rotate, and take the rotation back exactly."""
+"""Rotary positions as the backbone computes them: rotate, and take the rotation back exactly.
+
+What is known of a family's rotation is measured (`attention_probe`): which channels form a pair,
+and which place of the embeddings (cosines and sines) turns it.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-Angles = tuple[Tensor, Tensor]
+from memwrap.backbones.position_limits import PositionLimit
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A way of turning a head: channel i becomes `cos x_i + sign sin x_partner`, for the
+    channels from `start` on; the lists have a number for each of these.
+
+    Attributes:
+        start: channels in front that are not turned.
+        partner: the other channel of the pair, counted from `start`; itself: not turned.
+        cosine, sine: the channel's place in the embeddings.
+        sign: 1 or -1.
+    """
+
+    start: int
+    partner: tuple[int, ...]
+    cosine: tuple[int, ...]
+    sine: tuple[int, ...]
+    sign: tuple[int, ...]
+
+    @classmethod
+    def halves(cls, width: int) -> Rotation:
+        """Make the common rotation of `width` channels, whose first half pairs with the second."""
+        half = width // 2
+        own = tuple(range(width))
+        return cls(0, own[half:] + own[:half], own, own, (-1,) * half + (1,) * half)
+
+    def angles(self, cos: Tensor, sin: Tensor) -> Angles:
+        """Spread cosines and sines `(B, T, R)` over the channels."""
+        cos, sin = _spread(cos, self.cosine), _spread(sin, self.sine)
+        still = [i for i, other in enumerate(self.partner) if other == i]
+        if still:
+            index = torch.tensor(still, device=cos.device)
+            cos, sin = cos.index_fill(-1, index, 1.0), sin.index_fill(-1, index, 0.0)
+        return Angles(self, cos[:, None], _signed(sin, self.sign)[:, None])
+
+    def partners(self, x: Tensor) -> Tensor:
+        """Exchange the channels `(..., N)` of every pair."""
+        order = _order(self.partner)
+        if order == "halves":
+            return x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+        if order == "pairs":
+            return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return x[..., list(self.partner)]
+
+
+@cache
+def _order(numbers: tuple[int, ...]) -> str:
+    """Name what the numbers of channels, of their places or signs, are in order."""
+    count, half = len(numbers), len(numbers) // 2
+    known = {
+        "all": range(count),
+        "twice": (i % max(half, 1) for i in range(count)),
+        "each twice": (i // 2 for i in range(count)),
+        "halves": ((i + half) % count for i in range(count)),
+        "pairs": (i ^ 1 for i in range(count)),
+        "signs of halves": (-1 if i < half else 1 for i in range(count)),
+        "signs of pairs": (i % 2 * 2 - 1 for i in range(count)),
+    }
+    return next((name for name, order in known.items() if tuple(order) == numbers), "")
+
+
+def _spread(x: Tensor, places: tuple[int, ...]) -> Tensor:
+    """Take the places `(N,)` of `x` `(..., R)`; by copies and views where there is an order."""
+    order, count = _order(places), len(places)
+    if order == "all":
+        return x[..., :count]
+    if order == "twice":
+        return torch.cat([x[..., : count // 2]] * 2, -1)
+    if order == "each twice":
+        return x[..., : count // 2].repeat_interleave(2, -1)
+    return x[..., list(places)]
+
+
+def _signed(x: Tensor, signs: tuple[int, ...]) -> Tensor:
+    order = _order(signs)
+    if order == "signs of halves":
+        first, second = x.chunk(2, -1)
+        return torch.cat([-first, second], -1)
+    if order == "signs of pairs":
+        return torch.stack([-x[..., ::2], x[..., 1::2]], -1).flatten(-2)
+    return x * torch.tensor(signs, dtype=x.dtype, device=x.device)
+
+
+@dataclass(frozen=True)
+class Angles:
+    """The factors of a rotation at positions: of the channel itself and of its partner, each
+    `(B, 1, T, N)`, or `(B, H, T, N)` where heads have positions of their own."""
+
+    rotation: Rotation
+    own: Tensor
+    other: Tensor
+
+    def of_heads(self, positions: Tensor) -> Angles:
+        """Split angles of `positions` `(B, H, T)`, laid side by side, into those of each head."""
+        own, other = (x[:, 0].unflatten(1, positions.shape[1:]) for x in (self.own, self.other))
+        return Angles(self.rotation, own, other)
+
+    def unit(self) -> Angles:
+        """Take away what scales the rotation."""
+        scale = (self.own.square() + self.other.square()).rsqrt()
+        return Angles(self.rotation, self.own * scale, self.other * scale)
+
+    def turn(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """Turn `x` `(B, H, T, D)`, or turn it `back`."""
+        rotation = self.rotation
+        first, stop = rotation.start, rotation.start + self.own.shape[-1]
+        wide = torch.promote_types(x.dtype, torch.float32 if back else self.own.dtype)
+        part, own, other = (t.to(wide) for t in (x[..., first:stop], self.own, self.other))
+        if back:
+            turned = (part * own - rotation.partners(part) * other) / (own * own + other * other)
+        else:
+            turned = part * own + rotation.partners(part) * other
+        around = [x[..., :first], turned.to(x.dtype), x[..., stop:]]
+        return torch.cat([t for t in around if t.shape[-1]], -1)
 
 
 def rotate(x: Tensor, angles: Angles | None) -> Tensor:
-    """Rotate the rotary part of `x` `(B, H, T, D)` by `(cos, sin)`, each `(B, T, R)` or, with
-    angles of its own for each head, `(B, H, T, R)`; R <= D."""
-    if angles is None:
-        return x
-    cos, sin = ((a[:, None] if a.dim() == 3 else a).to(x.dtype) for a in angles)
-    part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    return torch.cat([part * cos + _half(part) * sin, rest], -1)
+    """Rotate `x` `(B, H, T, D)`."""
+    return x if angles is None else angles.turn(x)
+
+
+def unrotate(x: Tensor, angles: Angles | None) -> Tensor:
+    """Undo `rotate`, which may scale what it rotates. Computed in float32 (float64 for
+    float64)."""
+    return x if angles is None else angles.turn(x, back=True)
 
 
 # Weak: what is kept goes with the tensor that it was made of. Calls in several threads may share
@@ -28,71 +149,143 @@ def rotate(x: Tensor, angles: Angles | None) -> Tensor:
 _ROTATED: Any = WeakIdKeyDictionary()
 
 
-def rotate_static(x: Tensor, dtype: torch.dtype, angles: Callable[[], Angles | None]) -> Tensor:
-    """Rotate `x` in `dtype` by angles that are always the same for this very tensor, which nobody
+def rotate_static(x: Tensor, dtype: torch.dtype, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rotate `x` in `dtype` by `make`, which does always the same to this very tensor, which nobody
     writes to. The result is kept beside it, except where gradients are recorded."""
     if torch.is_grad_enabled():
-        return rotate(x.to(dtype), angles())
+        return make(x.to(dtype))
     rotated = _ROTATED.get(x)
     if rotated is None or rotated.dtype != dtype:
-        by = angles()
-        if by is None:
-            return x.to(dtype)
-        rotated = _ROTATED[x] = rotate(x.to(dtype), by)
+        rotated = make(x.to(dtype))
+        if rotated is not x:
+            _ROTATED[x] = rotated
     return rotated
 
 
-def unrotate(x: Tensor, angles: Angles | None) -> Tensor:
-    """Undo `rotate`: by `(cos, -sin)`, divided by `cos^2 + sin^2`, since some rotary embeddings
-    scale what they rotate. Computed in float32 (float64 for float64)."""
-    if angles is None:
-        return x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (a[:, None].to(wide) for a in angles)
-    part, rest = x[..., : cos.shape[-1]].to(wide), x[..., cos.shape[-1] :]
-    back = (part * cos - _half(part) * sin) / (cos * cos + sin * sin)
-    return torch.cat([back.to(x.dtype), rest], -1)
+@dataclass(frozen=True)
+class Embeddings:
+    """The embeddings of positions: who computes them, and how they are handed to attention.
+
+    Attributes:
+        keyword: of the attention module.
+        compute: gives what the backbone hands on, of `like` (for dtype and device) and positions
+            `(B, T)`.
+        packed: they are one complex tensor. Otherwise a pair.
+        swapped: sines come first.
+        dims: of the tensors; beyond three, what is in front repeats.
+    """
+
+    keyword: str
+    compute: Callable[[Tensor, Tensor], Any]
+    packed: bool
+    swapped: bool
+    dims: int = 3
+
+    def cos_sin(self, given: Any) -> tuple[Tensor, Tensor]:
+        """Read cosines and sines `(B, T, R)` from what the backbone hands on."""
+        if self.packed:
+            cos, sin = given.real, given.imag
+        else:
+            cos, sin = reversed(given) if self.swapped else given
+        for _ in range(self.dims - 3):
+            cos, sin = cos[0], sin[0]
+        return cos, sin
+
+    def of(self, cos: Tensor, sin: Tensor, given: Any) -> Any:
+        """Put cosines and sines `(B, T, R)` into the form of what the backbone hands on."""
+        if self.packed:
+            return torch.complex(cos.to(given.real.dtype), sin.to(given.real.dtype))
+        lead = given[0].shape[: self.dims - 3]
+        cos, sin = (t.to(given[0].dtype).expand(*lead, *t.shape) for t in (cos, sin))
+        return (sin, cos) if self.swapped else (cos, sin)
+
+    def unmoved(self, shape: Sequence[int], given: Any) -> Any:
+        """Make embeddings, `shape` is `(B, T)`, that turn nothing."""
+        cos, _ = self.cos_sin(given)
+        ones = cos.new_ones(*shape, cos.shape[-1])
+        return self.of(ones, torch.zeros_like(ones), given)
 
 
-def _half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)
+@dataclass(frozen=True)
+class LayerRotation:
+    """One layer's rotation.
+
+    Attributes:
+        embeddings: of positions, where it is given some; `rotation`: what they do. None: the layer
+            does not rotate.
+        unit: a norm behind the rotation takes back what scales it.
+    """
+
+    embeddings: Embeddings | None = None
+    rotation: Rotation | None = None
+    unit: bool = False
 
 
 class Rotary:
-    """A backbone's own rotary module; absent where positions are learned.
+    """The backbone's own rotation, layer by layer, as far as it is known."""
 
-    Args:
-        decoder: looked through for the module.
-        config: its `layer_types` choose the angles where they differ by layer.
-    """
+    def __init__(
+        self,
+        layers: dict[int, LayerRotation] | None = None,
+        limit: PositionLimit | None = None,
+    ) -> None:
+        self.layers = {} if layers is None else layers
+        self.limit = limit
 
-    def __init__(self, decoder: nn.Module, config: Any) -> None:
-        modules = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-        self._module = modules[0] if modules else None
-        self._types = getattr(config, "layer_types", None)
-        self._by_type = (
-            bool(modules) and "layer_type" in inspect.signature(type(modules[0]).forward).parameters
-        )
-        self.rotated: dict[int, bool] | None = None  # which layers rotate, once that is known
+    def __getitem__(self, layer: int) -> LayerRotation:
+        return self.layers.get(layer, LayerRotation())
 
-    @property
-    def present(self) -> bool:
-        return self._module is not None
+    def rotates(self, layer: int) -> bool:
+        """Tell whether a layer rotates."""
+        return self[layer].rotation is not None
 
-    def kind(self, layer: int) -> str:
-        """Name the layer's kind: layers of one kind share their angles; "" for a layer that does
+    def kind(self, layer: int) -> int | None:
+        """Name the layer's kind: layers of one kind share their angles; None for a layer that does
         not rotate."""
-        if self._module is None or (self.rotated is not None and not self.rotated[layer]):
-            return ""
-        return self._types[layer] if self._by_type else "all"  # type: ignore[index]
+        one = self[layer]
+        if one.rotation is None:
+            return None
+        return next(n for n, other in self.layers.items() if other == one)
 
     def angles(self, positions: Tensor, layer: int, like: Tensor) -> Angles | None:
-        """Compute `(cos, sin)`, each `(B, T, R)`, at `positions` `(B, T)` (negative and fractional
-        ones too) for a layer; None where it does not rotate. `like` gives dtype and device."""
-        kind = self.kind(layer)
-        if not kind:
+        """Compute the angles at `positions` `(B, T)` (negative and fractional ones too) for a
+        layer; None where it does not rotate. `like` gives dtype and device.
+
+        Raises:
+            ValueError: for positions where angles depend on how much is fed at once.
+        """
+        one = self[layer]
+        if one.rotation is None or one.embeddings is None:
             return None
-        module: Any = self._module
-        extra = {"layer_type": kind} if self._by_type else {}
-        return module(like, positions.to(like.device), **extra)
+        if self.limit is not None and positions.numel():
+            self.limit.check(positions)
+        given = one.embeddings.compute(like, positions.to(like.device))
+        angles = one.rotation.angles(*one.embeddings.cos_sin(given))
+        return angles.unit() if one.unit else angles
+
+
+@dataclass(frozen=True)
+class PositionCall:
+    """A call of a module that was given positions `(..., 1, T)`, to be made again with others.
+
+    Attributes:
+        module: the module; `args`, `kwargs`: of the call.
+        output: what it gave.
+    """
+
+    module: nn.Module
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def again(self, like: Tensor, positions: Tensor) -> Any:
+        """Call the module with `like` for every tensor of numbers, and with `positions`."""
+
+        def put(given: Any) -> Any:
+            if not isinstance(given, Tensor):
+                return given
+            if given.is_floating_point():
+                return like
+            return positions.expand(*given.shape[:-2], *positions.shape)
+
+        return self.module(*map(put, self.args), **{n: put(v) for n, v in self.kwargs.items()})

@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import platform
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig
 
 import memwrap
 from memwrap import ops
 from memwrap.assets import ROOT, asset
-from memwrap.backbones.masks import ATTENDING
+from memwrap.cli.small_models import small_model
+from memwrap.cli.trying import QUICK, Trial, builder, try_memory
 from memwrap.memories.registry import installed
 from memwrap.ops import fla
 
 _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "triton", "datasets",
-    "pypdf", "bitsandbytes",
+    "pypdf", "beautifulsoup4", "bitsandbytes",
 )  # fmt: skip
 _MISSING = "not installed"
 # The versions that the tests run with: beside the shipped models, or in a checkout.
 _PINS = (ROOT / "constraints.txt", Path(memwrap.__file__).parents[1] / "constraints.txt")
-# Of a model that is built only to be tried. Names that a config lacks are left out.
-_SMALL: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "word_embed_proj_dim": 64,
-    "hidden_size_per_layer_input": 8, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "num_experts_per_token": 2, "n_group": 1,
-    "topk_group": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-}  # fmt: skip
-_VOCABULARY = 256
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The result of trying a memory with a model: `problem` is empty if it works."""
-
-    memory: str
-    problem: str = ""
 
 
 def versions() -> dict[str, str]:
@@ -144,72 +123,11 @@ def try_model(name: str) -> tuple[str, list[Trial]]:
         f"{config.model_type}, {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
         f"vocabulary {text.vocab_size}"
     )
-    return about, [_try(name, config, memory) for memory in memwrap.available()]
-
-
-def small_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a random model of the config's architecture with two layers (and one of every kind that
-    does not attend), narrow if it can be.
-
-    Raises:
-        ValueError: if none can be built; says what the architecture complained of.
-    """
-    problem = ""
-    for widths in (_SMALL, {}):
-        try:
-            model = AutoModelForCausalLM.from_config(_reduced(config, widths), dtype=torch.float32)
-            with torch.no_grad():
-                model(torch.ones(1, 4, dtype=torch.long))
-            return model.eval()
-        except Exception as error:  # whatever a foreign architecture raises is a "no"
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    raise ValueError(f"No small {config.model_type!r} model can be built: {problem}")
-
-
-def _reduced(config: PreTrainedConfig, widths: dict[str, Any]) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    text = config.get_text_config(decoder=True)
-    before, kinds = text.num_hidden_layers, getattr(text, "layer_types", None)
-    layers = min(2, before)
-    if kinds and not isinstance(getattr(type(text), "layer_types", None), property):
-        text.layer_types = _one_of_each(kinds)
-        layers = len(text.layer_types)
-    for key, value in list(vars(text).items()):  # what else is said of every layer
-        if key != "layer_types" and isinstance(value, list) and len(value) == before:
-            setattr(text, key, value[-layers:])
-    text.num_hidden_layers = layers
-    for key, value in {**widths, "vocab_size": _VOCABULARY}.items():
-        if getattr(text, key, None) is not None:
-            setattr(text, key, value)
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        for owner in (config, text):
-            if getattr(owner, key, None) is not None:
-                setattr(owner, key, 0)
-    return config
-
-
-def _one_of_each(kinds: list[str]) -> list[str]:
-    """List layers of every kind among `kinds`, two that attend first: tiny memories name these."""
-    attending = [kind for kind in kinds if kind in ATTENDING]
-    others = [kind for kind in kinds if kind not in ATTENDING]
-    second = next((kind for kind in attending if kind != attending[0]), None)
-    first = [attending[0], second or attending[0]] if attending else []
-    return (first + list(dict.fromkeys(others)))[: len(kinds)]
-
-
-def _try(name: str, config: PreTrainedConfig, memory: str) -> Trial:
-    """Wrap, read over three segments, and train one step."""
-    ids = torch.randint(1, _VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(0))
-    try:
-        model = memwrap.wrap(small_model(config), memwrap.config_class(memory).tiny())
-        model.read(ids)
-        model.train()
-        model(input_ids=ids, labels=ids).loss.backward()
-    except Exception as error:  # see `small_model`
-        return Trial(memory, " ".join(str(error).split())[:400] or type(error).__name__)
-    return Trial(memory)
+    build = builder(lambda: small_model(config))
+    build()
+    return about, [try_memory(memory, build, QUICK) for memory in memwrap.available()]
 
 
 __all__ = [
-    "Trial", "backends", "compared", "devices", "small_model", "tested", "try_model", "versions",
+    "backends", "compared", "devices", "tested", "try_model", "versions",
 ]  # fmt: skip

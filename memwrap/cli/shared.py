@@ -1,17 +1,30 @@
-"""What the commands share: errors in plain words, and loading a model with its tokenizer."""
+"""What the commands share: errors in plain words, models with memories, and words that are
+settings or files."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from transformers.utils import logging as transformers_logging
 
-import memwrap
-from memwrap.assets import asset
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a name as smollm2, or a repo id on the Hub."),
+]
+MemoryName = Annotated[
+    str | None,
+    typer.Option("--memory", help="For a model without one, of `memwrap list`, as infllm."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the memory, as window_size=1024."),
+]
+Dtype = Annotated[str | None, typer.Option(help="Of the backbone, as float32.")]
 
 
 def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,25 +50,60 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def load_model(name: str, dtype: str | None = None) -> Any:
-    """Load a saved model on the best device."""
-    import torch
+def quiet() -> None:
+    """Turn off the bars that transformers shows while it loads."""
+    from transformers.utils import logging
 
-    transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    model: Any = memwrap.load(name, **options)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    return model
+    logging.disable_progress_bar()
+
+
+def settings_of(words: Sequence[str] | None) -> dict[str, Any]:
+    """Read `KEY=VALUE` words; values are YAML.
+
+    Raises:
+        ValueError: for a word that is no setting.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    for word in words or []:
+        key, separator, value = word.partition("=")
+        if not separator or not key.isidentifier():
+            raise ValueError(f"{word!r} is no setting; give KEY=VALUE, such as window_size=1024.")
+        # YAML reads 1e-4 as text.
+        number = re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+        try:
+            values[key] = float(value) if number else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{word!r} is no setting: its value cannot be read.") from error
+    return values
+
+
+def files_and_settings(words: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Tell files from settings: a setting has a `=` behind a name, and no file is called so."""
+    files: list[str] = []
+    settings: list[str] = []
+    for word in words or []:
+        named = word.partition("=")[0].isidentifier() and "=" in word
+        (settings if named and not Path(word).exists() else files).append(word)
+    return files, settings
+
+
+def load_model(
+    name: str,
+    dtype: str | None = None,
+    memory: str | None = None,
+    settings: Sequence[str] | None = None,
+) -> Any:
+    """Load a saved memory model, or any model with a memory, on the best device."""
+    from memwrap.model.opening import open_model
+
+    quiet()
+    return open_model(name, memory, settings_of(settings), dtype=dtype)
 
 
 def load_tokenizer(name: str, model: Any) -> Any:
     """Load the tokenizer that is saved with a model, else its base's."""
-    from transformers import AutoTokenizer
+    from memwrap.model.opening import open_tokenizer
 
-    for place in (name, model.config.base_model):
-        try:
-            return AutoTokenizer.from_pretrained(asset(place) or place)
-        except (OSError, ValueError):
-            continue
-    raise ValueError(f"{name} has no tokenizer; save it there: tokenizer.save_pretrained(folder).")
+    return open_tokenizer(name, model)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from transformers.utils import logging as transformers_logging
 
 import memwrap
 from memwrap.assets import asset
-from memwrap.cli.shared import load_model, load_tokenizer, plain_errors
+from memwrap.cli.shared import Dtype, load_model, load_tokenizer, plain_errors, quiet
 from memwrap.io.atomic_files import write_text
-from memwrap.memories.knnlm import KnnLMConfig
-from memwrap.stores import FaissStore, Store, new_store, open_store
-from memwrap.stores.urls import is_url
+from memwrap.io.reading import read_json
+
+if TYPE_CHECKING:
+    from memwrap import KnnLMConfig
 
 store_commands = typer.Typer(
     help="Stores of text that a kNN-LM searches.", no_args_is_help=True, rich_markup_mode=None
@@ -27,7 +27,6 @@ bench_commands = typer.Typer(
 Model = Annotated[str, typer.Option("--model", help="A base or a saved memwrap model.")]
 Where = Annotated[str, typer.Argument(metavar="STORE", help="Folder, or postgresql:// URL.")]
 Split = Annotated[str, typer.Option(help="train, validation, test or all.")]
-Dtype = Annotated[str | None, typer.Option(help="Of the backbone, as float32.")]
 SEGMENT = 512
 
 
@@ -40,10 +39,10 @@ def _with_memory(name: str, config: KnnLMConfig, dtype: str | None, *, own: bool
     import torch
     from transformers import AutoModelForCausalLM
 
-    transformers_logging.disable_progress_bar()
+    quiet()
     place = asset(name) or Path(name)
     about = place / "config.json"
-    kind = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    kind = read_json(about) if about.is_file() else {}
     if kind.get("model_type") == "memwrap":
         model = load_model(name, dtype)
         if "knnlm" not in model.memories:
@@ -82,9 +81,11 @@ def build(
     """Build the datastore of a corpus. The same command again goes on where it was stopped."""
     from memwrap.data.documents import load_documents
     from memwrap.retrieval.datastore import build_store
+    from memwrap.stores import new_store
+    from memwrap.stores.urls import is_url
 
     settings: Any = {"key": key or "ffn"}  # checked by the config
-    config = KnnLMConfig(segment_size=segment or SEGMENT, **settings)
+    config = memwrap.KnnLMConfig(segment_size=segment or SEGMENT, **settings)
     loaded = _with_memory(model, config, dtype, own=bool(segment or key))
     memory = loaded.memories["knnlm"]
     documents = load_documents(corpus, None if split == "all" else split)
@@ -99,6 +100,8 @@ def build(
 
 def _shown(place: str) -> str:
     """Write a place without its password."""
+    from memwrap.stores.urls import is_url
+
     return place if not is_url(place) else "the server"
 
 
@@ -118,11 +121,12 @@ def tune(
     """Find lambda and temperature on validation text, and note them in the store."""
     from memwrap.evaluation.knnlm import tune as search
     from memwrap.evaluation.run import documents as read_documents
+    from memwrap.stores import open_store
 
     opened = open_store(store)
     settings: Any = {"key": opened.notes.get("key", "ffn"), "metric": opened.metric}
     segment = opened.notes.get("segment_size", SEGMENT)
-    config = KnnLMConfig(segment_size=segment, top_k=top_k, adaptive=adaptive, **settings)
+    config = memwrap.KnnLMConfig(segment_size=segment, top_k=top_k, adaptive=adaptive, **settings)
     loaded = _with_memory(model, config, dtype, own=False)
     loaded.memories["knnlm"].attach(opened)
     part = None if split == "all" else split
@@ -141,6 +145,8 @@ def info(
     check: Annotated[bool, typer.Option("--check", help="Read every byte.")] = False,
 ) -> None:
     """Show what a store holds."""
+    from memwrap.stores import FaissStore, open_store
+
     opened = open_store(store)
     facts: dict[str, Any] = {
         "kind": opened.kind, "entries": f"{len(opened):,}", "width": opened.dim,
@@ -162,7 +168,9 @@ def remove(
     store: Where, document: Annotated[str, typer.Argument(help="Name of a document.")]
 ) -> None:
     """Remove a document's entries."""
-    opened: Store = open_store(store)
+    from memwrap.stores import open_store
+
+    opened = open_store(store)
     number = opened.remove_document(document)
     opened.commit()
     typer.echo(f"removed {number:,} entries; {len(opened):,} are left")

@@ -10,12 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from memwrap.data.hf_datasets import from_datasets
+from memwrap.data.readers import DOCUMENTS, read_files
 from memwrap.data.stdlib_corpus import SPLITS, Document, split_of, stdlib_corpus
 
-SUFFIXES = (".txt", ".md", ".pdf")
-
-
-_HOW = "give 'stdlib', a folder, a .txt/.md/.pdf file, or 'datasets:NAME[:SPLIT[:COLUMN]]'"
+_HOW = "give 'stdlib', a folder, a file of text, or 'datasets:NAME[:SPLIT[:COLUMN]]'"
 
 
 # Where a single file is cut: 85% train, 5% validation, 10% test, as documents are drawn.
@@ -36,11 +34,11 @@ def load_documents(
         source: where they are:
 
             * `"stdlib"`: the text of the Python standard library (`memwrap.data.stdlib_corpus`);
-            * a folder: every `.txt`, `.md` and `.pdf` file in it and below. A document's
-              split is drawn by a hash of its name, unless the folder has a subfolder named
-              like the split;
-            * one such file; its first 85% are "train", the next 5% "validation", the rest
-              "test";
+            * a folder: every text, Markdown, HTML and PDF file in it and below; one that cannot
+              be read is left out with a warning. A document's split is drawn by a hash of its
+              name, unless the folder has a subfolder named like the split;
+            * one such file, or one of code; its first 85% are "train", the next 5%
+              "validation", the rest "test";
             * `"datasets:NAME[:SPLIT[:COLUMN]]"`: a dataset of the `datasets` library, from the
               Hub, a local folder, or one written by `save_to_disk`.
         split: `"train"`, `"validation"`, `"test"`, or None for all. Of a dataset: any split
@@ -57,7 +55,7 @@ def load_documents(
     Raises:
         ValueError: for an unknown source or split, options where none are taken, a source
             without text, a file that cannot be read, or a dataset without the column.
-        ImportError: if `pypdf` or `datasets` is needed and missing.
+        ImportError: if `pypdf`, `beautifulsoup4` or `datasets` is needed and missing.
     """
     name = str(source)
     if limit is not None and limit < 1:
@@ -84,39 +82,11 @@ def load_documents(
     return documents[:limit]
 
 
-def _read(path: Path) -> str:
-    """Read the text of a file.
-
-    Raises:
-        ValueError: for another kind of file or one that cannot be decoded.
-    """
-    suffix = path.suffix.lower()
-    if suffix == ".pdf":
-        return _read_pdf(path)
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path} is no {', '.join(SUFFIXES)} file; convert it to text first.")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first.") from error
-
-
-def _read_pdf(path: Path) -> str:
-    try:
-        from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
-    except ImportError as error:
-        raise ImportError(f"Reading {path} needs pypdf: pip install pypdf.") from error
-    try:
-        return "\n".join(page.extract_text() for page in PdfReader(path).pages)
-    except (PyPdfError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a PDF ({error}); repair it or convert it to text."
-        ) from error
-
-
 def _from_file(path: Path, split: str | None) -> Document:
-    text = _read(path)
+    texts, problems = read_files([path])
+    if problems:
+        raise ValueError(problems[path])
+    text = texts[path]
     if split is not None:
         begin, end = (_line_at(text, fraction) for fraction in _CUTS[split])
         text = text[begin:end]
@@ -138,31 +108,32 @@ def _line_at(text: str, fraction: float) -> int:
 def _from_folder(folder: Path, split: str | None) -> list[Document]:
     divided = split is not None and (folder / split).is_dir()
     root = folder / split if split is not None and divided else folder
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in DOCUMENTS and p.is_file())
     # A folder of its own holds a whole split: its files belong to no other, and what a hash
     # would put into it is for training.
     own_folder = [s for s in SPLITS if (folder / s).is_dir()] if split and not divided else []
     paths = [p for p in paths if p.relative_to(root).parts[0] not in own_folder]
     if not paths:
-        raise ValueError(f"The folder {root} holds no {', '.join(SUFFIXES)} files.")
-    documents = []
+        raise ValueError(f"The folder {root} holds no {', '.join(DOCUMENTS)} files.")
+    wanted = {}
     for path in paths:
         name = path.relative_to(root).as_posix()
         part = split if split is not None and divided else split_of(name)
         part = "train" if part in own_folder else part
         if split is not None and part != split:
             continue
-        text = _read(path)
-        if text.strip():
-            documents.append(Document(name, part, text))
-        else:
-            warnings.warn(f"{path} holds no text and is left out.", stacklevel=3)
+        wanted[path] = name, part
+    texts, problems = read_files(wanted)
+    documents = [Document(*wanted[path], text) for path, text in texts.items()]
+    if problems and not documents:
+        first = next(iter(problems.values()))
+        raise ValueError(f"None of {len(problems)} files in {root} can be read: {first}")
+    for problem in problems.values():
+        warnings.warn(f"left out: {problem}", stacklevel=3)
     if not documents:
-        if split is None:
-            raise ValueError(f"None of the {len(paths)} files in {root} holds text.")
         raise ValueError(
             f"None of the {len(paths)} files in {root} falls into the split {split!r} (drawn by "
-            f"a hash of their names); put files into {folder / split}, or use split=None."
+            f"a hash of their names); put files into {folder / str(split)}, or use split=None."
         )
     return documents
 

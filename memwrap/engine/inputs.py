@@ -14,6 +14,8 @@ from torch import Tensor
 from memwrap.state.memory_state import MemoryState
 
 IGNORED = -100
+# Keywords of models that read more than text begin so.
+_NO_TEXT = ("pixel", "image", "video", "audio", "input_features", "speech", "vision")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class Inputs:
     def device(self) -> torch.device:
         return (self.ids if self.ids is not None else self.embeds).device  # type: ignore[union-attr]
 
+    def first_column(self, keep: int | Tensor) -> int:
+        """Find the first column that is wanted: of the last `keep`, or of all."""
+        return max(0, self.shape[1] - keep) if isinstance(keep, int) and keep > 0 else 0
+
 
 def check_inputs(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
@@ -114,6 +120,31 @@ def check_inputs(
             "tokens, not between them."
         )
     return Inputs(input_ids, inputs_embeds, real, starts, lengths)
+
+
+def check_mask(mask: Tensor, new: int, state: MemoryState) -> None:
+    """Check that a mask is of the `new` columns alone, or agrees with what the state has read
+    before them.
+
+    Raises:
+        ValueError: for another length, or other columns of padding than were read.
+    """
+    length, read = mask.shape[1], state.columns
+    if length == new:
+        return
+    if length != read + new:
+        raise ValueError(
+            f"`attention_mask` covers {length} tokens; there are {new} new ones"
+            + (f" after {read} that the state has read." if read else ".")
+            + " Give the mask of the new ones, or of all."
+        )
+    wrong = state.mask_hash != state.mask_hash_of(mask[:, :read].bool().cpu())
+    if bool(wrong.any()):
+        row = int(wrong.int().argmax())
+        raise ValueError(
+            f"`attention_mask` of row {row} marks other padding than was read into the state. Give "
+            "the mask of the new tokens alone, or read the text again with this one."
+        )
 
 
 def check_fit(inputs: Inputs, vocab_size: int, width: int) -> None:
@@ -171,6 +202,16 @@ def with_targets(
     return replace(inputs, targets=targets.masked_fill(~real, IGNORED), teacher=teacher)
 
 
+def refuse_pictures(kwargs: dict[str, Any]) -> None:
+    """Refuse what models that see and hear take beside text."""
+    for name, value in kwargs.items():
+        if name.startswith(_NO_TEXT) and value is not None:
+            raise ValueError(
+                f"`{name}` was given, but memwrap reads text alone, also on models that see and "
+                "hear; leave pictures and sound out (model.backbone takes them without memory)."
+            )
+
+
 def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
     """Refuse keywords that cannot be given or look like a misspelt one of `forward`; other ones
     of transformers' callers have no effect here."""
@@ -180,6 +221,7 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
                 f"`{name}` is not collected across segments; model.base_model(...) gives the last "
                 "hidden states, model.backbone(...) everything of one window."
             )
+    refuse_pictures(kwargs)
     names = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
     for name in kwargs:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)

@@ -13,6 +13,7 @@ from torch import Tensor
 from memwrap.backbones import Backbone
 from memwrap.engine.plan import Step
 from memwrap.memories.protocol import InsertsTokens
+from memwrap.ops import narrowed
 from memwrap.state.trees import Tree
 
 
@@ -144,7 +145,7 @@ class TokenInsertion(NoInsertion):
             vector = self.memory.inserted(states[self.name])
         else:
             vector = self.backbone.embed(torch.full((1, 1), self.id, device=embeds.device))
-        return vector.to(embeds.dtype).expand(len(embeds), count, -1)
+        return narrowed(vector, embeds.dtype).expand(len(embeds), count, -1)
 
 
 def wide(index: Tensor, like: Tensor) -> Tensor:

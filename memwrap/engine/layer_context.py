@@ -15,6 +15,7 @@ from memwrap.backbones.layer_attention import AttentionStep, cached_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.memories.protocol import AttentionMemory, LayerMemory
+from memwrap.ops import narrowed
 from memwrap.state.memory_state import BACKBONE
 from memwrap.state.open_segment import OpenSegment
 from memwrap.state.trees import Tree, where_rows
@@ -24,7 +25,7 @@ Kind = TypeVar("Kind", LayerMemory, AttentionMemory)
 
 @dataclass
 class LayerContext:
-    """The keyword that layers and attention are handed: reads, and notes what changes.
+    """The context that layers and attention meet: reads, and notes what changes.
 
     Attributes:
         layered: the memories at the layers.
@@ -65,7 +66,7 @@ class LayerContext:
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         self.seen.add(layer)
         for _, memory, state in self._at(layer, self.layered):
-            hidden = memory.read_layer(layer, hidden, state)
+            hidden = narrowed(memory.read_layer(layer, hidden, state), hidden.dtype)
         return hidden
 
     def after_layer(self, layer: int, hidden: Tensor) -> None:
@@ -93,12 +94,11 @@ class LayerContext:
             self.noted[name][str(layer)] = state
             if self.closing:
                 self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
-            return out.to(attention.value.dtype)
+            return narrowed(out, attention.value.dtype)
         return attention.local()
 
-    def close_attention(self, layer: int, module: object) -> None:
-        """Close a layer's open segment without new tokens, from its cached keys and values."""
-        keys, values = (self.segment.tree[n][str(layer)] for n in ("keys", "values"))
+    def close_attention(self, layer: int, module: object, keys: Tensor, values: Tensor) -> None:
+        """Close a layer's open segment without new tokens, from its keys and values."""
         for name, memory, state in self._at(layer, self.attending):
             attention = cached_attention(module, self, keys, values)
             self._keep_hidden(memory, attention)
@@ -149,3 +149,31 @@ class LayerContext:
 
 def _with_layers(tree: Tree, layers: Tree) -> Tree:
     return {**tree, "layers": {**tree["layers"], **layers}} if layers else tree
+
+
+@dataclass
+class PastReader:
+    """A context that takes keys and values of all columns but the last as attention is given them,
+    which may not be as they are cached.
+
+    Attributes:
+        step: what attention is told of the columns.
+        past: keys and values by layer.
+    """
+
+    step: AttentionStep
+    past: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def after_layer(self, layer: int, hidden: Tensor) -> None:
+        return None
+
+    def attention_step(self, device: torch.device) -> AttentionStep:
+        return self.step
+
+    def attention(self, attention: LayerAttention) -> Tensor:
+        past = attention.rotated_key[:, :, :-1], attention.value[:, :, :-1]
+        self.past[attention.layer] = past
+        return attention.local()

@@ -107,6 +107,7 @@ class Loop:
         if not packed:
             after.tokens_seen = after.tokens_seen + inputs.lengths
             after.ids_hash = after.extend_hash(inputs.ids, inputs.shape[1])
+            after.mask_hash = after.mask_hash + after.mask_hash_of(inputs.real, after.columns)
             after.columns += inputs.shape[1]
         reading = Reading(None, None, 0, state if packed else after)
         if targets is not None:
@@ -144,6 +145,11 @@ class Loop:
                 "`count_padding` cuts whole documents by columns; it cannot continue an open "
                 "segment. Close it (model.close_segment) or turn `count_padding` off."
             )
+        if inputs.ids is None and self.reader.backbone.ids_matter:
+            raise ValueError(
+                f"{type(self.reader.backbone.model).__name__} looks at the ids of what it reads; "
+                "give `input_ids` instead of `inputs_embeds`."
+            )
         if inputs.ids is None and "ids" in self.reader.looks_at:
             names = [n for n, m in self.reader.seeing.items() if "ids" in m.looks_at]
             raise ValueError(
@@ -160,13 +166,13 @@ class Loop:
         return groups
 
     def _check_positions(self, steps: list[Step]) -> None:
-        """Refuse an open segment that has grown beyond the backbone's position table."""
-        limit, extra = self.reader.backbone.max_positions, self.reader.layout.prefix_positions
+        """Refuse an open segment that has grown beyond the backbone's positions."""
+        limit, extra = self.reader.backbone.position_limit, self.reader.layout.prefix_positions
         longest = max((int(step.ends.max()) for step in steps), default=0)
-        if limit is not None and longest + extra > limit:
+        if limit is not None and longest + extra > limit.positions:
             raise ValueError(
-                f"The open segment has grown to {longest} tokens; the backbone's table has {limit} "
-                f"positions ({extra} for memory). With remember=False generate fewer tokens."
+                f"The open segment has grown to {longest} tokens ({extra} more positions are for "
+                f"memory), but {limit.reason}. With remember=False generate fewer tokens."
             )
 
     def _fresh(self, texts: Inputs, like: MemoryState) -> MemoryState:
@@ -216,7 +222,7 @@ class Loop:
             else:
                 embeds = self.reader.backbone.embed(step.take(inputs.ids))
             before = replace(segment, tree=tree)
-            ids = step.take(inputs.ids, -1) if "ids" in self.reader.looks_at else None  # type: ignore[arg-type]
+            ids = step.take(inputs.ids, -1) if self.reader.needs_ids else None  # type: ignore[arg-type]
             out = self.reader.run(embeds, step, states, before, keep, ids)
             return ask(out, step, states) if ask else None, out.states, out.segment
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memwrap.backbones import Backbone
+from memwrap.backbones import Backbone, Positions
+from memwrap.backbones.layer_attention import AttentionStep
 from memwrap.backbones.masks import layers_without_attention
 from memwrap.backbones.recurrence import Recurrence
-from memwrap.engine.layer_context import LayerContext
+from memwrap.engine.layer_context import LayerContext, PastReader
 from memwrap.engine.plan import Step
 from memwrap.engine.step_input import InputLayout, StepInput
 from memwrap.memories.protocol import (
@@ -67,6 +68,7 @@ class SegmentReader:
         mixing = [(n, m) for n, m in memories.items() if isinstance(m, LogitsMemory)]
         self.mixer: tuple[str, LogitsMemory] | None = mixing[0] if mixing else None
         self.looks_at = sorted({kind for m in self.seeing.values() for kind in m.looks_at})
+        self.needs_ids = "ids" in self.looks_at or backbone.ids_matter
         self.notes_ffn = "ffn" in {*self.looks_at, *(m.key for _, m in mixing)}
         self.count_padding = any(m.config.count_padding for m in memories.values())
         self.layout = InputLayout(backbone, memories, self.count_padding)
@@ -104,7 +106,7 @@ class SegmentReader:
             segment: the open segments before the step.
             keep: whether the open segments are wanted after it.
             ids: `(B, N)` of the step's tokens, -1 where there is none; for memories that look
-                at them.
+                at them, and a backbone where they matter.
         """
         given = self.layout(embeds, step, states, segment)
         recurrent, valid = self.backbone.recurrent, given.positions.query_valid
@@ -121,11 +123,12 @@ class SegmentReader:
             feed_forward=[] if self.notes_ffn else None,
         )
         cache = segment.cache() if keep or len(segment) else None
-        hidden, ffn = self._hidden(given, cache, context)
+        spread = None if ids is None else given.spread(ids)
+        hidden, ffn = self._hidden(given, cache, context, spread)
         states = context.changed(step.closes)
         now = {"embeds": given.embeds, "hidden": hidden, "ffn": ffn}
-        if ids is not None:
-            now["ids"] = given.spread(ids)
+        if spread is not None:
+            now["ids"] = spread
         looked = self._looked_at(now, segment)
         if context.closing:
             states = self._write(step, states, hidden, looked, given)
@@ -159,15 +162,18 @@ class SegmentReader:
             recurrence=recurrence,
         )
 
-    def _hidden(self, given: StepInput, cache: Any, context: LayerContext) -> tuple[Tensor, Tensor]:
+    def _hidden(
+        self, given: StepInput, cache: Any, context: LayerContext, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Compute the last hidden states `(B, N', D)` of a step's input, and what the last layer's
         feed-forward block was given (nothing, where no memory asks for it)."""
         x, positions = given.embeds, given.positions
         nothing = x.new_zeros(len(x), 0, self.backbone.config.hidden_size)
         if x.shape[1] == 0:  # a segment that closes without tokens or suffix
             if self.attending and context.closing and len(context.segment):
+                past = self._past(x, context)
                 for layer, module in self.backbone.attention_modules.items():
-                    context.close_attention(layer, module)
+                    context.close_attention(layer, module, *past[layer])
             return x, nothing
         hidden = self.backbone.run(
             x,
@@ -179,21 +185,53 @@ class SegmentReader:
             context=context if self.layered or self.attending else None,
             recurrence=context.recurrence,
             feed_forward=context.feed_forward,
+            ids=None if ids is None else ids.squeeze(-1),
         )
         self._check_met(context)
         if context.feed_forward is None:
             return hidden, nothing
         return hidden, context.feed_forward[0].view(*hidden.shape[:2], -1)
 
+    def _past(self, embeds: Tensor, context: LayerContext) -> dict[int, tuple[Tensor, Tensor]]:
+        """Find the open segments' keys and values by layer: those that are cached or, where the
+        model caches something else (latents), what it makes of them for one token more, which
+        leaves no trace; `embeds` is `(B, 0, D)`."""
+        segment = context.segment
+        keys, values = segment.tree["keys"], segment.tree["values"]
+        sizes = next(iter(self.attending.values())).sizes.attention
+        cached = {n: (keys[str(n)], values[str(n)]) for n in sizes if str(n) in keys}
+        if all(
+            n in cached and cached[n][0].shape[1::2] == (size.num_kv_heads, size.key_dim)
+            for n, size in sizes.items()
+        ):
+            return cached
+        last = segment.positions.amax(1, keepdim=True) + 1
+        real = torch.ones_like(last, dtype=torch.bool)
+        places = (segment.positions, segment.valid), (last, real)
+        inserted = torch.zeros_like(torch.cat([segment.valid, real], 1))
+        positions = Positions.of(*places, inserted)
+        reader = PastReader(AttentionStep(positions, self.backbone.rotary))
+        states = context.states.get(BACKBONE, {})
+        self.backbone.run(
+            embeds.new_zeros(len(embeds), 1, embeds.shape[2]),
+            last,
+            key_positions=positions.key_positions,
+            key_valid=positions.key_valid,
+            cache=segment.cache(),
+            context=reader,
+            recurrence=Recurrence(states, ~real) if self.backbone.recurrent else None,
+        )
+        return reader.past
+
     def _check_met(self, context: LayerContext) -> None:
-        """Refuse a model that drops keywords: every layer must have met its memories."""
+        """Refuse a model whose classes were changed: every layer must have met its memories."""
         name = type(self.backbone.model).__name__
         count = len(self.backbone.layers) if self.layered or self.attending else 0
         with_attention = count - len(layers_without_attention(self.backbone.config))
         if self.layered and len(context.seen) != count:
             raise ValueError(
-                f"{name} does not hand keyword arguments down to its decoder layers, which "
-                "layer-level memories need; use a token-level one (rmt)."
+                f"{name}'s decoder layers no longer meet the memory: classes were changed after "
+                "wrapping. Unwrap, change them, and wrap again."
             )
         if context.recurrence is not None:
             context.recurrence.check_met(len(self.backbone.recurrent), name)

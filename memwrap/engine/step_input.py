@@ -11,6 +11,7 @@ from memwrap.backbones import Backbone, Positions
 from memwrap.engine.insertion import Block, NoInsertion, TokenInsertion, wide
 from memwrap.engine.plan import Step
 from memwrap.memories.protocol import InsertsTokens, Memory, SoftPrompt
+from memwrap.ops import narrowed
 from memwrap.state.open_segment import OpenSegment
 from memwrap.state.trees import Tree
 
@@ -150,7 +151,7 @@ class InputLayout:
         if not bool(used.any()):
             return []
         prompts = [(n, m) for n, m in self.prompts.items() if m.num_prefix]
-        x = torch.cat([m.prefix(states[n]) for n, m in prompts], 1).to(dtype)
+        x = narrowed(torch.cat([m.prefix(states[n]) for n, m in prompts], 1), dtype)
         if not bool(used.all()):  # columns that no row needs
             x = x[:, used.nonzero().squeeze(1).to(x.device)]
         order = (mask.long().cumsum(1) - 1).clamp(min=0)[:, used]
@@ -162,7 +163,7 @@ class InputLayout:
         if not self.num_suffix or not bool(step.closes.any()):
             return []
         prompts = [(n, m) for n, m in self.prompts.items() if m.num_suffix]
-        x = torch.cat([m.suffix(states[n]) for n, m in prompts], 1).to(dtype)
+        x = narrowed(torch.cat([m.suffix(states[n]) for n, m in prompts], 1), dtype)
         count = torch.arange(self.num_suffix) + base
         order, table = (end[:, None] + count for end in (self.insertion.end(step.ends), step.ends))
         valid = step.closes[:, None].expand(-1, self.num_suffix)

@@ -24,9 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from memwrap.exporting.card import card, foreign_packages
 from memwrap.exporting.flat import flat_files
+from memwrap.io.version import VERSION
 from memwrap.io.whole_folders import making
+from memwrap.model.adapter_switches import adapter_keys
 from memwrap.model.memory_model import MemoryModelForCausalLM
-from memwrap.model.saving import VERSION, adapter_keys, plain_name
+from memwrap.model.saving import plain_name
 from memwrap.model.weight_files import seal, write_model
 
 TOLERANCE = 1e-4  # of the logits' scale, in float32; half types round more
@@ -94,6 +96,7 @@ def _write(
 ) -> None:
     config = copy.deepcopy(model.config)
     config.base_included, config.memwrap_version, config.adapters = True, VERSION, None
+    config.adapter_switches = None
     config.backbone.dtype = model.backbone.dtype
     config.architectures = [type(model).__name__]
     config.auto_map = {

@@ -20,6 +20,7 @@ import memwrap
 # What only the library needs (adapters, bases by name, the list of all memories) is replaced.
 REPLACED = {
     "memwrap.model.saving": "memwrap.exporting.standalone",
+    "memwrap.model.adapter_switches": "memwrap.exporting.plain_adapters",
     "memwrap.memories.registry": "memwrap.exporting.names",
 }
 NAMES = {

@@ -45,6 +45,10 @@ class SavingMixin:
         """The memory modules by name."""
         raise NotImplementedError
 
+    def adapters(self) -> dict[str, Any]:
+        """Give the configs of adapters in the backbone: there are none."""
+        return {}
+
     @classmethod
     def from_pretrained(
         cls,

@@ -47,7 +47,7 @@ def check_sums(
         raise ValueError(f"{path} is damaged: its checksums cannot be read.") from error
     for name, tensor in tensors.items():
         if sums.get(name) != _checksum(tensor):
-            raise ValueError(f"{path} is damaged: {name} does not have its checksum.")
+            raise ValueError(f"{path} is damaged: {name[:80]} does not have its checksum.")
     texts = sums.keys() - tensors.keys()
     if not needed:  # those of a file's other parts are among them
         texts = {key for key in texts if key.startswith("__")}

@@ -7,6 +7,7 @@ recurrence is fed with the keys and values that leave it, and adds what a query 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,16 +17,18 @@ from torch import Tensor, nn
 from memwrap.backbones import AttentionSizes, LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
-from memwrap.memories.protocol import AttentionMemory, Claims
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import delta, gla
 from memwrap.ops.buffers import take
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 EPS = 1e-5  # of the norm
 RATES = (1e-3, 16.0)  # A, drawn between
+_LEAST = -1e4  # a log decay that leaves nothing, in every dtype
 STEPS = (1e-3, 1e-1)  # softplus of the bias of Delta, drawn between on a log scale
 
 
@@ -120,7 +123,8 @@ class LayerAHN(nn.Module):
         forget = write if self.forget is None else hidden @ self.forget.to(wide).T
         step = F.softplus(forget + self.bias.to(wide))
         strength = step if self.forget is None else write.sigmoid()
-        both = torch.stack([strength, -self.rate.to(wide).exp() * step], -1)
+        rate = self.rate.to(wide).clamp_max(60.0)  # an infinite one times none would be no number
+        both = torch.stack([strength, (-rate.exp() * step).clamp_min(_LEAST)], -1)
         return both.transpose(1, 2)
 
     def scan(
@@ -172,6 +176,7 @@ class AHNMemory(AttentionMemory):
     """
 
     claims = Claims(neutral_start=True)
+    counts_positions = True
 
     config: AHNConfig
     branches = ("window", "recurrent")
@@ -218,6 +223,10 @@ class AHNMemory(AttentionMemory):
         window["gates"] = torch.zeros(gates, dtype=wide, device=device)
         shape = (batch, count, dims.key_dim, dims.value_dim)
         return {"window": window, "S": torch.zeros(shape, dtype=wide, device=device)}
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        for tree in state["layers"].values():
+            yield from self.window.ranges(tree["window"], progress)
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         local = self.window.attend(attention, state["window"])[0]

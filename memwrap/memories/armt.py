@@ -100,7 +100,7 @@ class AssociativeLayer(nn.Module):
         config = self.config
         with torch.autocast(hidden.device.type, enabled=False):
             out = associative.read_projected(q, A, z, nu=config.nu, normalize=config.feature_norm)
-        return out.transpose(1, 2).flatten(2).to(hidden.dtype)
+        return out.transpose(1, 2).flatten(2)
 
     def write(self, hidden: Tensor, state: Tree) -> Tree:
         """Write the memory tokens' outputs `(B, m, D)` into `state`."""

@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Claims, SoftPrompt
+from memwrap.memories.protocol import Bounds, Claims, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.settings import Fraction, PositiveInt
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import accumulation_dtype
 from memwrap.ops.buffers import filled, left_aligned
 from memwrap.state.memory_state import MemoryState
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 
@@ -83,6 +85,9 @@ class AutoCompressorMemory(SoftPrompt):
             "summaries": torch.zeros(shape, dtype=dtype, device=device),
             "count": torch.zeros(batch_size, dtype=torch.long, device=device),
         }
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        yield state["count"], 0, self.num_prefix
 
     def prefix(self, state: Tree) -> Tensor:
         return state["summaries"]

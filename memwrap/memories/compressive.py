@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import AttentionMemory, Claims
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeFloat, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
@@ -17,6 +18,7 @@ from memwrap.ops import compressive as ops
 from memwrap.ops.buffers import take
 from memwrap.ops.buffers.left_aligned import earliest
 from memwrap.ops.buffers.right_aligned import latest, right_valid
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 PARTS = ("memory", "compressed")
@@ -140,6 +142,11 @@ class CompressiveMemory(AttentionMemory):
                 tree["usage"] = torch.zeros(batch_size, size, device=device)
             layers[str(layer)] = tree
         return {"layers": layers}
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        for tree in state["layers"].values():
+            yield tree["memory"]["count"], 0, self.capacity
+            yield tree["compressed"]["count"], 0, self.config.compressed_size
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         parts = [self._key_values(attention, state, part) for part in reversed(PARTS)]

@@ -18,12 +18,13 @@ from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.joint_softmax import merge_attention_states
 from memwrap.memories.parts.key_value_ring import KeyValueRings
-from memwrap.memories.protocol import AttentionMemory, Claims
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import retrieve
 from memwrap.ops.buffers import ring
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 _notes: ContextVar[list[Retrieved] | None] = ContextVar("memwrap_retrieved", default=None)
@@ -104,8 +105,12 @@ class ExtendedMindMemory(AttentionMemory):
     def __init__(self, config: ExtendedMindConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.chosen = attending_layers(config, sizes)
-        dims = {layer: sizes.attention[layer] for layer in self.chosen}
-        self.rings = KeyValueRings(config.cache_size, dims, sizes.backbone_dtype)
+
+    @property
+    def rings(self) -> KeyValueRings:
+        """The rings of the chosen layers, in the backbone's dtype."""
+        dims = {layer: self.sizes.attention[layer] for layer in self.chosen}
+        return KeyValueRings(self.config.cache_size, dims, self.sizes.backbone_dtype)
 
     @property
     def bytes_per_token(self) -> float:  # type: ignore[override]
@@ -113,6 +118,12 @@ class ExtendedMindMemory(AttentionMemory):
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         return self.rings.empty(batch_size, device)
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        yield from self.rings.ranges(state)
+        counts = [tree["count"] for tree in state["layers"].values()]
+        for count in counts:  # of a library there are more than of what was read after it
+            yield count, torch.maximum(progress.closed[0].to(counts[0]), counts[0]), counts[0]
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         config = self.config
@@ -137,7 +148,7 @@ class ExtendedMindMemory(AttentionMemory):
             entries = number.gather(1, index).view(read.index.shape)
             weights = read.weights * share[..., None]
             notes.append(Retrieved(layer, entries.masked_fill(read.index < 0, -1), weights))
-        return out.to(attention.value.dtype), state
+        return out, state
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         key, value = attention.key, attention.value

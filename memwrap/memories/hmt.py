@@ -3,19 +3,21 @@ al. 2024)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import SeesSegment, SegmentTokens, SoftPrompt
+from memwrap.memories.protocol import Bounds, SeesSegment, SegmentTokens, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.settings import NonNegativeInt, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, memory_tokens
 from memwrap.ops import accumulation_dtype
 from memwrap.ops.buffers import filled, left_aligned
 from memwrap.ops.cache_search import search_cache
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 
@@ -87,6 +89,11 @@ class HMTMemory(SoftPrompt, SeesSegment):
             state["sensory"] = torch.zeros(batch_size, config.num_sensory, width, **make)
             state["num_sensory"] = nothing
         return state
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        yield state["count"], 0, self.config.cache_size
+        if "num_sensory" in state:
+            yield state["num_sensory"], 0, self.config.num_sensory
 
     def prefix(self, state: Tree) -> Tensor:
         if not self.config.num_sensory:

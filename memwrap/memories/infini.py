@@ -88,7 +88,7 @@ class InfiniMemory(AttentionMemory):
             if self.config.first_segment == "local_only":
                 gate = torch.where(state["written"].view(-1, 1, 1, 1), gate, 0.0)
             mixed = gate * read + (1 - gate) * local.to(read.dtype)
-        return mixed.to(local.dtype), state
+        return mixed, state
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         with torch.autocast(attention.value.device.type, enabled=False):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import AttentionMemory, Claims
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
@@ -22,6 +21,7 @@ from memwrap.ops.buffers.host_prefetch import prefetch
 from memwrap.ops.buffers.left_aligned import earliest
 from memwrap.ops.buffers.paged import SlotCache, append, number_of, put, take
 from memwrap.ops.buffers.right_aligned import latest, right_valid
+from memwrap.state.progress import Progress
 from memwrap.state.trees import HOST, STORE, Tree
 
 # Queries that attend together: the units that any of them selected are laid out at once.
@@ -95,19 +95,6 @@ class InfLLMConfig(MemoryConfig):
         )  # fmt: skip
 
 
-@dataclass
-class Selection:
-    """The units that the queries of a step see.
-
-    Attributes:
-        marks: `(B, 1 + S, N)` bool; the first are those that were selected before the step.
-        index: `(B, T)`, the selection under which each query stands.
-    """
-
-    marks: Tensor
-    index: Tensor
-
-
 @register(InfLLMConfig)
 class InfLLMMemory(AttentionMemory):
     """Per layer: the recent tokens' un-rotated keys and values, those of the sinks, and a store of
@@ -118,6 +105,7 @@ class InfLLMMemory(AttentionMemory):
     """
 
     claims = Claims(neutral_start=True, bounded=False)
+    counts_positions = True
 
     config: InfLLMConfig
 
@@ -169,8 +157,18 @@ class InfLLMMemory(AttentionMemory):
 
     # Reading
 
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        for tree in state["layers"].values():
+            yield tree["tokens"], *progress.closed
+            units = self._settled(tree["tokens"])[1]
+            if "chosen" in tree:
+                yield tree["query_count"], 0, self.config.retrieval_interval
+                yield tree["chosen"], -1, units - 1
+                for pages in (tree[self.where][STORE], tree["index"][STORE]):
+                    yield units, 0, number_of(pages)
+
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
-        selection: Selection | None = None
+        selection: ops.Selection | None = None
         noted: Tree = {}
         if layer in self.retrieving:
             selection, noted = self._select(attention, state)
@@ -189,7 +187,7 @@ class InfLLMMemory(AttentionMemory):
             noted |= self._scored(attention, state, received)
         return out, {**state, **noted}
 
-    def _select(self, attention: LayerAttention, state: Tree) -> tuple[Selection, Tree]:
+    def _select(self, attention: LayerAttention, state: Tree) -> tuple[ops.Selection, Tree]:
         """Select the units that the step's queries see, and note it in the state."""
         config = self.config
         valid = attention.query_valid
@@ -210,7 +208,7 @@ class InfLLMMemory(AttentionMemory):
         number = number_of(pages)
         carried = torch.zeros(len(rows), 1, number, dtype=torch.bool, device=valid.device)
         if not number:
-            return Selection(carried, torch.zeros_like(index)), noted
+            return ops.Selection(carried, torch.zeros_like(index)), noted
         chosen = state["chosen"]
         carried = carried[:, 0].scatter(1, chosen.clamp_min(0), chosen >= 0)[:, None]
         # Where nothing is chosen the place 0 stands for nothing.
@@ -228,7 +226,7 @@ class InfLLMMemory(AttentionMemory):
         chosen_units = earliest(last, most)
         chosen_units = chosen_units.masked_fill(~last.gather(1, chosen_units), -1)
         noted["chosen"] = torch.nn.functional.pad(chosen_units, (0, config.top_k - most), value=-1)
-        return Selection(marks, index), noted
+        return ops.Selection(marks, index), noted
 
     def _attend_part(
         self, attention: LayerAttention, state: Tree, units: Units | None
@@ -302,7 +300,7 @@ class InfLLMMemory(AttentionMemory):
         return [MemoryKeyValues(key, value, origin, mask, query_positions)]
 
     def _fetched(
-        self, layer: int, state: Tree, selection: Selection | None, parts: list[slice]
+        self, layer: int, state: Tree, selection: ops.Selection | None, parts: list[slice]
     ) -> Iterable[Units | None]:
         """Yield the units that each part of the queries sees; from the host one part ahead."""
         if selection is None:
@@ -312,7 +310,7 @@ class InfLLMMemory(AttentionMemory):
             return prefetch(fetches, selection.index.device)
         return (fetch() for fetch in fetches)
 
-    def _units(self, layer: int, state: Tree, selection: Selection, columns: slice) -> Units:
+    def _units(self, layer: int, state: Tree, selection: ops.Selection, columns: slice) -> Units:
         """Take keys and values `(B, Hkv, U b, D)` of the units that any of the queries selected,
         and tell which query sees which token `(B, T, U b)`."""
         block = self.config.block_size

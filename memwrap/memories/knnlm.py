@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,13 +12,14 @@ from torch import Tensor
 from memwrap.io.own_paths import is_own, mark_of
 from memwrap.io.reading import inside
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Claims, LogitsMemory, SeesSegment, SegmentTokens
+from memwrap.memories.protocol import Bounds, Claims, LogitsMemory, SeesSegment, SegmentTokens
 from memwrap.memories.registry import register
 from memwrap.memories.settings import Kind, NonNegativeInt, PositiveInt, Range
 from memwrap.memories.sizes import Sizes
 from memwrap.ops import neighbours
 from memwrap.ops.buffers import filled, ring, take
 from memwrap.ops.interpolation import interpolate
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 from memwrap.stores import Store, open_store
 from memwrap.stores.urls import is_url, without_password
@@ -169,6 +171,13 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
             "waits": torch.zeros(batch_size, dtype=torch.bool, device=device),
         }
 
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        if state:
+            yield state["tokens"], 0, self.sizes.vocab_size - 1
+            most = ring.most_counted(state["keys"].shape[2], self.config.cache_size)
+            yield state["count"], 0, most
+            yield state["count"], *[(tokens - 1).clamp_min(0) for tokens in progress.closed]
+
     def write_segment(self, state: Tree, tokens: SegmentTokens) -> Tree:
         keys = tokens.ffn if self.config.key == "ffn" else tokens.hidden
         if keys is None or tokens.ids is None or not keys.shape[1]:
@@ -238,7 +247,13 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
             return None
         answer = store.search(hidden.detach().flatten(0, 1), self.config.top_k)
         values = torch.from_numpy(store.entries(answer.ids).values.astype("int64"))
+        if values.numel() and int(values.max()) >= self.sizes.vocab_size:
+            raise ValueError(
+                f"The store holds the id {int(values.max())}, the model has "
+                f"{self.sizes.vocab_size} ids: it was built with another tokenizer, or is damaged."
+            )
         costs = answer.scores if self.config.metric == "l2" else -answer.scores
+        costs = costs.masked_fill((values < 0).to(costs.device), torch.inf)  # no token behind it
         shape = (*hidden.shape[:2], -1)
         return costs.view(shape), values.to(hidden.device).view(shape)
 

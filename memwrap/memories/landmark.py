@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import AttentionMemory, Claims, Insertion, InsertsTokens
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims, Insertion, InsertsTokens
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
@@ -18,6 +19,7 @@ from memwrap.ops import landmark as ops
 from memwrap.ops.buffers import filled, ring, take
 from memwrap.ops.buffers.host_prefetch import prefetch
 from memwrap.ops.buffers.left_aligned import earliest
+from memwrap.state.progress import Progress
 from memwrap.state.trees import HOST, Tree
 
 # Buffers grow by so many blocks, so that a short text does not take the room of a long one.
@@ -83,6 +85,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
     before its segment (section 3.2, stingy position mapping)."""
 
     claims = Claims(lengthens=True)
+    counts_positions = True
 
     config: LandmarkConfig
 
@@ -90,6 +93,12 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         super().__init__(config, sizes)
         self.insertion = Insertion(config.block_size, config.landmark_id, config.landmark_in_loss)
         self.chosen = attending_layers(config, sizes)
+        other = [n for n in self.chosen if not sizes.attention[n].plain_softmax]
+        if other:
+            raise ValueError(
+                "The landmark memory computes the softmax itself, and the backbone does more than "
+                f"scale and cap its scores in layers {other}; use another memory (window, infini)."
+            )
         if config.landmark_id is None:
             mean = torch.zeros(sizes.embedding_size) if sizes.embedding_mean is None else (
                 sizes.embedding_mean
@@ -125,6 +134,10 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
             layers[str(layer)] = tree
         return {"layers": layers}
 
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        for tree in state["layers"].values():
+            yield tree["count"], 0, tree["landmark"].shape[2] if "landmark" in tree else 0
+
     def inserted(self, state: Tree) -> Tensor:
         return self.token[None]
 
@@ -144,13 +157,15 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
             scaling=attention.rotated_scaling, places=where, landmark=marks, valid=valid,
             softcap=attention.softcap, window=attention.window,
         )  # fmt: skip
+        parts = [local]
         if self.retrieves(layer) and self._any(attention, state):
             ids, state = self._chosen(layer, attention, state)
-            past = self._past(attention, state, ids)
-            out = ops.merge(local, past)
-        else:
-            out = local[0]
-        return out.transpose(1, 2).to(attention.value.dtype).contiguous(), state
+            parts.append(self._past(attention, state, ids))
+        if attention.sinks is not None:
+            log = attention.sinks.to(local[1]).view(1, -1, 1).expand_as(local[1])
+            parts.append((torch.zeros_like(local[0][..., :1]), log))
+        out = ops.merge(*parts) if len(parts) > 1 else local[0]
+        return out.transpose(1, 2).contiguous(), state
 
     def choose(self, layer: int, scores: Tensor) -> Tensor:
         """Choose the blocks `(B, H, T, R)` that are read, ascending, by scores `(B, H, T, N)`."""

@@ -6,6 +6,7 @@ parameter: the pretrained weights are linearized as they are and then adapted wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from memwrap.backbones import AttentionSizes, LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
-from memwrap.memories.protocol import AttentionMemory, Claims
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import (
     LayerList,
@@ -28,6 +29,7 @@ from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import delta, gla
 from memwrap.ops.gla import gsa
 from memwrap.ops.gla.features import FEATURE_MAPS, SAME_WIDTH, FeatureMap, feature_width, features
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 EPS = 1e-10
@@ -151,6 +153,11 @@ class LigerMemory(AttentionMemory):
                 f"layer {layer}."
             )
 
+    @property
+    def counts_positions(self) -> bool:  # type: ignore[override]
+        """Whether the recurrence rotates by where a token stands in the text."""
+        return bool(self.config.rotate)
+
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         layers: Tree = {}
         for layer, dims in self.sizes.attention.items():
@@ -181,6 +188,13 @@ class LigerMemory(AttentionMemory):
         if layer not in self.chosen:
             return self.other
         return self.window if self.window.size else None
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        for tree in state["layers"].values():
+            if "window" in tree:
+                yield from self.window.ranges(tree["window"], progress)
+            if "read" in tree:
+                yield tree["read"], *progress.read
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         window = self._window(layer)

@@ -7,6 +7,7 @@ converted model with LoRA.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
-from memwrap.memories.protocol import AttentionMemory, Claims
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeFloat, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import gla
 from memwrap.ops.gla.features import learned_features
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 
@@ -91,6 +93,7 @@ class LoLCATsMemory(AttentionMemory):
     """
 
     claims = Claims(linearizes=True)
+    counts_positions = True
 
     config: LoLCATsConfig
     branches = ("window", "recurrent")
@@ -123,6 +126,10 @@ class LoLCATsMemory(AttentionMemory):
             "window": self.window.empty(batch_size, dims, dtype, device),
             "S": torch.zeros(shape, dtype=wide, device=device),
         }
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        for tree in state["layers"].values():
+            yield from self.window.ranges(tree["window"], progress)
 
     @property
     def _transfers(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,11 +12,12 @@ from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.joint_softmax import merge_attention_states
 from memwrap.memories.parts.key_value_ring import KeyValueRings
-from memwrap.memories.protocol import AttentionMemory, Claims
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import GateLogit, LayerList, NonNegativeFloat, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers, three_quarters
 from memwrap.ops import retrieve
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 SCALE = 20.0  # of cosines, where a learned scale starts
@@ -77,8 +79,6 @@ class MemorizingMemory(AttentionMemory):
         super().__init__(config, sizes)
         one = config.layers is None
         self.chosen = [three_quarters(sizes)] if one else attending_layers(config, sizes)
-        dims = {layer: sizes.attention[layer] for layer in self.chosen}
-        self.rings = KeyValueRings(config.cache_size, dims, sizes.backbone_dtype)
         self.gates, self.scales = nn.ParameterDict(), nn.ParameterDict()
         make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
         for layer in self.chosen:
@@ -90,11 +90,22 @@ class MemorizingMemory(AttentionMemory):
                 self.scales[str(layer)] = nn.Parameter(torch.full((heads,), SCALE, **make).log())
 
     @property
+    def rings(self) -> KeyValueRings:
+        """The rings of the chosen layers, in the backbone's dtype."""
+        dims = {layer: self.sizes.attention[layer] for layer in self.chosen}
+        return KeyValueRings(self.config.cache_size, dims, self.sizes.backbone_dtype)
+
+    @property
     def bytes_per_token(self) -> float:  # type: ignore[override]
         return self.rings.bytes_per_token
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         return self.rings.empty(batch_size, device)
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        yield from self.rings.ranges(state)
+        for tree in state["layers"].values():
+            yield tree["count"], *progress.closed
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         joint = self.config.combine == "joint"
@@ -111,12 +122,12 @@ class MemorizingMemory(AttentionMemory):
         if joint:
             most = max(1, read.index.shape[-1])
             out = merge_attention_states(attention, read.out, read.logsumexp, most)[0]
-            return out.to(attention.value.dtype), state
+            return out, state
         local = attention.local()
         gate = torch.sigmoid(self.gates[str(layer)].to(read.out.dtype))[:, None]
         gate = torch.where((state["count"] > 0).view(-1, 1, 1, 1), gate, 0.0)
         mixed = gate * read.out.transpose(1, 2) + (1 - gate) * local.to(read.out.dtype)
-        return mixed.to(local.dtype), state
+        return mixed, state
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         key = retrieve.normalise(attention.key) if self.config.qk_norm else attention.key

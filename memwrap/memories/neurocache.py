@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import AttentionMemory, Claims
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers, check_attention, three_quarters
 from memwrap.ops import neurocache as ops
 from memwrap.ops import retrieve
 from memwrap.ops.buffers import filled, least_used, ring
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 
@@ -190,6 +192,15 @@ class NeurocacheMemory(AttentionMemory):
                     tree["raw"] = torch.zeros(batch_size, 1, 0, self.sizes.hidden_size, **make)
             layers[str(layer)] = tree
         return {"layers": layers}
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        for tree in state["layers"].values():
+            yield tree["count"], *progress.closed
+            if "states" in tree:
+                most = ring.most_counted(tree["states"].shape[2], self.config.cache_size)
+                yield tree["count"], 0, most
+            if "last_used" in tree:
+                yield tree["last_used"], -1, tree["count"]
 
     def compress(self, hidden: Tensor) -> Tensor:
         """Compress hidden states `(..., D)` to `(..., d)`."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from memwrap.backbones.layer_attention import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.sizes import Sizes
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 
@@ -69,6 +70,9 @@ class Insertion:
     id: int | None = None
     in_loss: bool = False
 
+
+Bounds = tuple[Tensor, int | Tensor, int | Tensor]
+"""Whole numbers `(B, ...)`, and the least and the most that they may be."""
 
 # The branch that is read alone, and in what share of the rows, of the memory with the identity.
 _NONE: Mapping[int, tuple[str, float]] = MappingProxyType({})
@@ -175,6 +179,19 @@ class Memory(nn.Module):
         """Make the state of rows that have read nothing: a tree of tensors, batch first."""
         raise NotImplementedError
 
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        """Say what the whole numbers in a state may be: one that comes from a file is refused if
+        they are not.
+
+        Args:
+            state: of this memory; its names, shapes and dtypes are right.
+            progress: how much the rows have read.
+
+        Yields:
+            A tensor `(B, ...)` and the least and the most it may hold, numbers or `(B,)`.
+        """
+        yield from ()
+
     def open_named(self, config: MemoryConfig) -> None:
         """Open what the caller of `wrap` names in a config. A loaded model's config opens nothing:
         somebody else may have written it."""
@@ -263,10 +280,13 @@ class AttentionMemory(Memory):
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
         within_window: what is kept is seen through a layer's own sliding window, where it has
             one: nothing older than that reaches the layer.
+        counts_positions: it rotates by places beyond a segment's, in the text or among what it
+            stored.
     """
 
     needs_hidden: bool = False
     within_window: bool = False
+    counts_positions: bool = False
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Compute the attention's output `(B, T, H, Dv)` and the layer's state after the T tokens.

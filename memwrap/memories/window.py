@@ -6,6 +6,7 @@ the baseline that every other one must be shown beside. It has no parameters.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
-from memwrap.memories.protocol import AttentionMemory, Claims
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import NonNegativeInt, PositiveInt
 from memwrap.memories.sizes import Sizes
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 
@@ -70,6 +72,10 @@ class WindowMemory(AttentionMemory):
                 for layer, dims in self.sizes.attention.items()
             }
         }
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        for tree in state["layers"].values():
+            yield from self.window.ranges(tree, progress)
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         return self.window.attend(attention, state)[0], state

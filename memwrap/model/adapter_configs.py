@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from memwrap.backbones import Backbone
+from memwrap.model.adapter_switches import adapters_in, take_out
 
 # PEFT matches names against these as regular expressions.
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
@@ -94,12 +94,9 @@ def untouched_if_it_fails(base: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        Backbone(base).detach()
-        for name, module in list(base.named_modules()):
-            new = isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
-            if new and id(module) not in before:
-                parent, _, child = name.rpartition(".")
-                setattr(base.get_submodule(parent), child, _inner(module))
+        with suppress(Exception):  # a base that cannot be looked at holds nothing of ours
+            Backbone(base).detach()
+        take_out(base, before)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(trained.get(name, parameter.requires_grad))
         if configs is not None:
@@ -109,19 +106,9 @@ def untouched_if_it_fails(base: PreTrainedModel) -> Iterator[None]:
         raise
 
 
-def _inner(module: Any) -> nn.Module:
-    while isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
-        inner: Any = module
-        module = getattr(inner, "base_layer", None) or inner.original_module
-    return module
-
-
 def _holds(module: nn.Module, name: str) -> bool:
     """Tell whether an adapter of this name is in the module itself."""
-    if not isinstance(module, BaseTunerLayer):
-        return False
-    parts = (getattr(module, part, ()) for part in module.adapter_layer_names)
-    return any(name in part for part in parts)
+    return isinstance(module, BaseTunerLayer) and name in adapters_in(module)
 
 
 def _by_pattern(patterns: dict[str, Any], name: str) -> Any:

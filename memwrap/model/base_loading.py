@@ -10,11 +10,14 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 
 from memwrap.assets import asset
+from memwrap.backbones.auto_classes import auto_class
 from memwrap.io.own_paths import is_own
 from memwrap.io.reading import inside
+from memwrap.model.configuration import is_foreign
 from memwrap.model.limits import building
 from memwrap.model.weight_files import CONFIG, SavedModel
 
@@ -25,17 +28,25 @@ _INNER = ("_from_auto", "adapter_kwargs", "_commit_hash")
 # Of a base: what is true wherever memwrap reads the files itself.
 _TRUE_HERE: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True), "weights_only": (None, True),
-    "trust_remote_code": (None, False), "code_revision": (None,), "subfolder": (None, ""),
+    "trust_remote_code": (None, False), "code_revision": (None,),
 }  # fmt: skip
 _OF_A_WHOLE = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
 
 
-def find_folder(name: str | Path, **hub: Any) -> Path:
-    """Find the folder of a saved model: the name's own, a shipped one, or one from the Hub.
+def find_folder(name: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
+    """Find the folder of a saved model: the name's own, a shipped one, or one from the Hub; of it
+    the subfolder, if one is named.
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if the subfolder lies outside.
     """
+    if subfolder:
+        whole = find_folder(name, **hub)
+        found = inside(whole, subfolder)
+        if not found.is_dir():
+            raise FileNotFoundError(f"There is no folder {subfolder} in {whole}.")
+        return found
     folder = asset(name) or Path(name)
     if folder.is_dir():
         return folder
@@ -94,17 +105,86 @@ def load_base(saved: SavedModel, base: Any, options: dict[str, Any]) -> PreTrain
         return base
     given = options.pop("dtype", None) or options.pop("torch_dtype", None)
     dtype = config.backbone.dtype if given in (None, "auto") else given
+    trust = bool(options.get("trust_remote_code"))
+    if base is None and is_foreign(config.backbone) and not trust:
+        raise ValueError(
+            f"{folder} has a base of the type {config.backbone.model_type!r}, whose code is not a "
+            "part of transformers: give memwrap.load(..., trust_remote_code=True) to run that of "
+            "the base, or the base itself: memwrap.load(folder, base)."
+        )
     if base is None and config.base_included:
         _check_whole(options, folder)
+        if is_foreign(config.backbone):
+            config.backbone = _own_config(config, folder, options)
         attention = options.get("attn_implementation")
         chosen = {} if attention is None else {"attn_implementation": attention}
-        trust = bool(options.get("trust_remote_code"))
         with building(saved.tensors, folder / CONFIG):
-            return AutoModelForCausalLM.from_config(
+            return auto_class(config.backbone).from_config(
                 copy.deepcopy(config.backbone), dtype=dtype, trust_remote_code=trust, **chosen
             )
     place = base_place(config, folder) if base is None else asset(base) or base
-    return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+    kind = AutoModelForCausalLM if trust else auto_class(config.backbone)
+    if base is None and "quantization_config" not in options:
+        options = options | _quantised_as_before(config.backbone, place, options)
+    return kind.from_pretrained(place, dtype=dtype, **options)
+
+
+def _quantised_as_before(config: Any, place: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Choose the quantisation that a base was loaded with, where its folder holds it without."""
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        return {}
+    own = AutoConfig.from_pretrained(place, **_hub(options))
+    if getattr(own, "quantization_config", None) is not None:
+        return {}
+    return {"quantization_config": AutoQuantizationConfig.from_dict(dict(settings))}
+
+
+def _hub(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("trust_remote_code", "code_revision", *HUB_OPTIONS)
+    return {name: options[name] for name in names if name in options}
+
+
+def _own_config(config: Any, folder: Path, options: dict[str, Any]) -> Any:
+    """Read a backbone's config again by its own class, which comes with the base."""
+    own = AutoConfig.from_pretrained(base_place(config, folder), **_hub(options))
+    return type(own).from_dict(config.backbone.to_dict())
+
+
+def options_in(config: Any, saved: Any, folder: Path) -> dict[str, Any]:
+    """Collect the options of loading that a config, made of the saved one, carries: what
+    transformers' Auto classes know of is put there.
+
+    Raises:
+        ValueError: for a setting that would change what was saved.
+    """
+    if config is None:
+        return {}
+    if type(config) is not type(saved):
+        raise ValueError(
+            f"`config` is a {type(config).__name__}; {folder} holds a model of memwrap. Leave it "
+            "out, or give its base's config to the base's loading."
+        )
+    theirs, own = ({**c.to_dict(), **_without(c)} for c in (config, saved))
+    changed = sorted(k for k in theirs.keys() | own.keys() if theirs.get(k) != own.get(k))
+    if changed:
+        raise ValueError(
+            f"`{changed[0]}` cannot be changed as a saved memwrap model is loaded; load it, then "
+            "set it at the model or its config."
+        )
+    names = {
+        "attn_implementation": "_attn_implementation",
+        "experts_implementation": "_experts_implementation",
+    }
+    found = {option: getattr(config, name, None) for option, name in names.items()}
+    return {option: value for option, value in found.items() if value is not None}
+
+
+def _without(config: Any) -> dict[str, Any]:
+    """Return what does not count in a comparison of configs, each as None."""
+    backbone = {**config.backbone.to_dict(), "_name_or_path": None, "dtype": None}
+    names = ("_name_or_path", "dtype", "torch_dtype", "_commit_hash", "transformers_version")
+    return {**dict.fromkeys(names), "backbone": backbone}
 
 
 def place_of(options: dict[str, Any]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from memwrap.backbones import Backbone
 from memwrap.backbones.backbone import memory_dtype
 from memwrap.memories.config import MemoryConfig
@@ -60,15 +62,24 @@ def sizes_of(parts: Backbone, *, layers: bool = True, attention: bool = False) -
 
 
 def _check_positions(parts: Backbone, config: MemoryConfig, memories: dict[str, Memory]) -> None:
-    """Refuse segments that a table of learned positions has no room for."""
-    limit = parts.max_positions
+    """Refuse segments that take more positions than the backbone has."""
+    limit = parts.position_limit
     extra = config.longest_segment - config.segment_size
     for memory in memories.values():
-        if isinstance(memory, SoftPrompt) and not memory.zero_positions:
+        free = isinstance(memory, SoftPrompt) and memory.zero_positions and parts.max_positions
+        if isinstance(memory, SoftPrompt) and not free:
             extra += memory.num_prefix + memory.num_suffix
-    if limit is not None and config.segment_size + extra > limit:
+    if limit is not None and config.segment_size + extra > limit.positions:
         raise ValueError(
             f"`segment_size` {config.segment_size} with {extra} memory tokens needs "
-            f"{config.segment_size + extra} positions; the backbone's table has {limit}. Use "
-            f"segments of at most {limit - extra}."
+            f"{config.segment_size + extra} positions; {limit.reason}. Use segments of at most "
+            f"{limit.positions - extra}."
         )
+    for name, memory in memories.items():
+        counting = isinstance(memory, AttentionMemory) and memory.counts_positions
+        if limit is not None and parts.max_positions is None and counting:
+            warnings.warn(
+                f"The memory {name!r} counts positions beyond a segment's, and {limit.reason} "
+                "(rotary angles): it refuses texts that reach so far.",
+                stacklevel=4,
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -22,6 +23,19 @@ class MemoryModules(nn.Module):
         super().__init__()
         for name, memory in memories.items():
             self.add_module(name, memory)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Cast and move parameters, which are never narrower than float32: as in a model that was
+        wrapped after its base was cast."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            new: Tensor = fn(tensor)
+            wide = torch.promote_types(new.dtype, torch.float32)
+            if not tensor.is_floating_point() or new.dtype == wide:
+                return new
+            return tensor.to(new.device, wide)
+
+        return super()._apply(kept, recurse)
 
     def by_name(self) -> dict[str, Memory]:
         return dict(self.named_children())  # type: ignore[arg-type]

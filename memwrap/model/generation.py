@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from memwrap.backbones.cache_names import CACHE
-from memwrap.engine.inputs import check_inputs
+from memwrap.engine.inputs import check_inputs, check_mask, refuse_pictures
 from memwrap.model.outputs import one_cache
 from memwrap.state.memory_state import MemoryState
+
+
+class RowEnds(StoppingCriteriaList):
+    """The criteria of one call that also note which rows have ended, and so read nothing more.
+
+    Attributes:
+        reads: `(B,)` bool, which rows' newest token is text; None before the first one.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        super().__init__(criteria)
+        # Only then are the tokens of ended rows replaced by padding.
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.reads: Tensor | None = None
+        self._ended: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        ends: Tensor = super().__call__(input_ids, scores, **kwargs)
+        if self._ended is None:
+            self._ended = torch.zeros_like(ends)
+        self.reads = ~self._ended
+        self._ended = self._ended | ends
+        return ends
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -26,19 +50,132 @@ class MemoryGenerationMixin(GenerationMixin):
         max_cache_length: int,
     ) -> None:
         if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} has no meaning "
-                "here: a memwrap model keeps its own MemoryState. Leave it out."
-            )
+            _refuse_cache(generation_config.cache_implementation)
         given = model_kwargs.get(CACHE)
         if given is not None and not isinstance(given, MemoryState):
             raise ValueError(
                 f"`cache` is a {type(given).__name__}; give a MemoryState (model.read)."
             )
-        if given is None and generation_config.use_cache is not False:
-            names = ("num_beams", "num_return_sequences")
-            rows = batch_size * max(getattr(generation_config, n, None) or 1 for n in names)
-            model_kwargs[CACHE] = self.new_state(rows)  # type: ignore[attr-defined]
+        if given is not None and generation_config.use_cache is False:
+            raise ValueError(
+                "use_cache=False reads the whole prompt again for every token, which would put it "
+                "into the given state each time. Leave it out, or give no state."
+            )
+        names = ("num_beams", "num_return_sequences")
+        times = max(getattr(generation_config, n, None) or 1 for n in names)
+        if given is not None:
+            model_kwargs[CACHE] = given.repeat(times) if times > 1 else given
+        elif generation_config.use_cache is not False:
+            model_kwargs[CACHE] = self.new_state(batch_size * times)  # type: ignore[attr-defined]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        position_ids: Tensor | None = None,
+        row_ends: RowEnds | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Collect what one call of the model in `generate` reads: the new columns and their mask.
+
+        Positions are left out: they restart in every segment.
+        """
+        # Embeddings cannot be compared with what the state has read: all of them are new.
+        embeds = inputs_embeds if is_first_iteration else None
+        new = input_ids if embeds is None else embeds
+        state: Any = kwargs.get(CACHE)
+        if embeds is None and next_sequence_length is None and isinstance(state, MemoryState):
+            # Assisted decoding begins with all ids, also with those that the state has read.
+            seen = state.columns if _holds(state, input_ids) else 0
+            next_sequence_length = input_ids.shape[1] - seen
+        if embeds is None and next_sequence_length is not None:
+            new = new[:, -next_sequence_length:]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -new.shape[1] :]
+        if row_ends is not None and row_ends.pads and row_ends.reads is not None:
+            ended = ~row_ends.reads
+            if kwargs.get(CACHE) is not None and bool(ended.any()):
+                mask = new.new_ones(new.shape[:2]) if attention_mask is None else attention_mask
+                attention_mask = mask.masked_fill(ended[:, None].to(mask.device), 0)
+        name = "input_ids" if embeds is None else "inputs_embeds"
+        given = {**kwargs, name: new, "attention_mask": attention_mask}
+        return {
+            k: v.to(self.device) if isinstance(v, Tensor) else v  # type: ignore[attr-defined]
+            for k, v in given.items()
+        }
+
+    def _sample(  # type: ignore[override]
+        self, input_ids: Any, *, stopping_criteria: StoppingCriteriaList, **kwargs: Any
+    ) -> Any:
+        ends, parent = RowEnds(stopping_criteria), cast(Any, super())
+        return parent._sample(input_ids, stopping_criteria=ends, row_ends=ends, **kwargs)
+
+    def _beam_search(  # type: ignore[override]
+        self: Any, input_ids: Any, *, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        """Search as transformers does; the state it returns is that of the sequences it returns,
+        which are read again for it (that of the beams themselves is another)."""
+        first, times = kwargs.get(CACHE), generation_config.num_beams
+        first = None if first is None else first.clone()
+        remember = kwargs.get("remember", True)
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        out: Any = cast(Any, super())._beam_search(
+            input_ids, generation_config=generation_config, **kwargs
+        )
+        if not generation_config.return_dict_in_generate or first is None:
+            return out
+        rows = torch.arange(0, len(input_ids), times)
+        rows = rows.repeat_interleave(generation_config.num_return_sequences)
+        state: MemoryState = first.select(rows)
+        answer = out.sequences[:, input_ids.shape[1] :]
+        prompt = out.sequences[:, : input_ids.shape[1]]
+        real = (out.beam_indices >= 0).long()
+        if mask is not None:
+            mask = mask[rows.to(mask.device)]
+        with torch.no_grad():
+            if embeds is not None:
+                embeds = embeds[rows.to(embeds.device)]
+                state = self._read_on(state, mask, remember, inputs_embeds=embeds)
+            elif prompt.shape[1] > (read := self._columns_read(state, prompt, mask)):
+                state = self._read_on(state, mask, remember, input_ids=prompt[:, read:])
+            if answer.shape[1] > 1:
+                state = self._read_on(state, real[:, :-1], remember, input_ids=answer[:, :-1])
+        out[CACHE] = state
+        return out
+
+    @staticmethod
+    def _columns_read(state: MemoryState, prompt: Tensor, mask: Tensor | None) -> int:
+        """Count the columns of a prompt that lie in the state already, by the mask's length."""
+        whole = mask is None or mask.shape[1] == prompt.shape[1]
+        return state.columns if whole and _holds(state, prompt) else 0
+
+    def _read_on(
+        self, state: MemoryState, mask: Tensor | None, remember: bool, **new: Tensor
+    ) -> MemoryState:
+        total = next(iter(new.values())).shape[1]
+        given = {
+            **new, CACHE: state, "remember": remember, "logits_to_keep": 1,
+            "attention_mask": None if mask is None else mask[:, -total:],
+        }  # fmt: skip
+        return self(**given)[CACHE]  # type: ignore[operator]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching: its paged cache has no place for a memory.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "Continuous batching keeps a paged cache of its own, in which a memwrap model cannot "
+            "remember; use generate, with as many rows as fit and one state."
+        )
+
+    generate_batch = init_continuous_batching
+    continuous_batching_context_manager = init_continuous_batching
+    destroy_cached_continuous_batching_manager = init_continuous_batching
 
     @torch.no_grad()
     def generate(
@@ -73,11 +210,14 @@ class MemoryGenerationMixin(GenerationMixin):
                 however long it grows, as the published code does.
 
         Raises:
-            ValueError: for right-padded prompts and other caches.
+            ValueError: for right-padded prompts, other caches, and pictures or sound.
         """
+        refuse_pictures(kwargs)
         given = one_cache(cache, past_key_values)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
+        if kwargs.get("cache_implementation") is not None:
+            _refuse_cache(kwargs["cache_implementation"])
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError(
                 "The prompts are padded on the right; generate continues the last column. Tokenize "
@@ -87,13 +227,8 @@ class MemoryGenerationMixin(GenerationMixin):
             fed = ids if ids is not None else kwargs.get("inputs_embeds")
             if fed is None:
                 raise ValueError("Give at least one new token id with the state to continue.")
-            state = self._state_for(given, fed.shape[0], kwargs)
-            if not _holds(state, ids):
-                new = mask if mask is not None else fed.new_ones(fed.shape[:2], dtype=torch.long)
-                # Assisted decoding cuts a mask to the ids it knows, from the end.
-                if new.shape[1] == fed.shape[1] and not self._drafts(kwargs):
-                    seen = new.new_ones(new.shape[0], state.get_seq_length())
-                    kwargs["attention_mask"] = torch.cat([seen, new], 1)
+            state = self._state_for(given, fed.shape[0])
+            kwargs["attention_mask"] = self._whole_mask(state, ids, fed, kwargs)
             kwargs[CACHE] = state
         if not remember:
             kwargs["remember"] = False
@@ -106,22 +241,44 @@ class MemoryGenerationMixin(GenerationMixin):
             out.cache = getattr(out, CACHE)
         return out
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        state: Any = kwargs.get(CACHE)
-        begins = next_sequence_length is None and isinstance(state, MemoryState)
-        if begins and _holds(state, input_ids):
-            # Assisted decoding begins with all ids, also with those that the state has read.
-            next_sequence_length = input_ids.shape[1] - state.get_seq_length()
-        return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, **kwargs
-        )
+    def _whole_mask(
+        self, state: MemoryState, ids: Tensor | None, fed: Tensor, kwargs: dict
+    ) -> Tensor | None:
+        """Make the mask `(B, columns read and new)` by which transformers tells new columns from
+        those that were read.
+
+        Raises:
+            ValueError: if the mask contradicts what was read, or none was given where padding was
+                read.
+        """
+        mask = kwargs.get("attention_mask")
+        held = _holds(state, ids)
+        new = fed.shape[1] - (state.columns if held else 0)
+        padded = held and bool((state.tokens_seen < state.columns).any())
+        if mask is None and padded:
+            mask = torch.ne(fed, self._pad(kwargs)).long()
+            if bool((state.mask_hash_of(mask[:, : state.columns].cpu()) != state.mask_hash).any()):
+                raise ValueError(
+                    "The state was read from rows with padding; give `attention_mask` with their "
+                    "whole ids, or the new ids alone."
+                )
+        if not held and self._drafts(kwargs):
+            return mask  # assisted decoding cuts it to the ids it knows, from the end
+        if mask is None:
+            mask = fed.new_ones(len(fed), new, dtype=torch.long)
+        check_mask(mask, new, state)
+        seen = mask.new_ones(len(mask), state.columns + new - mask.shape[1])
+        return torch.cat([seen, mask], 1)
+
+    def _pad(self, kwargs: dict) -> int:
+        pad = self._setting(kwargs, "pad_token_id")
+        return -1 if pad is None else pad
 
     def _setting(self, kwargs: dict, name: str) -> Any:
         """Look a setting of generation up where transformers does."""
         config = kwargs.get("generation_config") or self.generation_config
-        return kwargs.get(name) or getattr(config, name, None)
+        given = kwargs.get(name)
+        return getattr(config, name, None) if given is None else given
 
     def _drafts(self, kwargs: dict) -> bool:
         """Tell whether decoding is assisted: tokens are drafted, and some taken back."""
@@ -148,10 +305,10 @@ class MemoryGenerationMixin(GenerationMixin):
         state.crop(0)
         return ids[:, early:]
 
-    def _state_for(self, given: MemoryState, batch: int, kwargs: dict) -> MemoryState:
-        """Copy the given state, with a row for every sequence that will be generated."""
+    def _state_for(self, given: MemoryState, batch: int) -> MemoryState:
+        """Copy the given state, with a row for every prompt."""
         self.check_state(given)  # type: ignore[attr-defined]
-        state = given.to(self.device)  # type: ignore[attr-defined]
+        state = self._settled(given.to(self.device))  # type: ignore[attr-defined]
         if state.batch_size == 1 and batch > 1:
             state = state.repeat(batch)
         if state.batch_size != batch:
@@ -159,8 +316,14 @@ class MemoryGenerationMixin(GenerationMixin):
                 f"The state has {state.batch_size} rows, the prompt {batch}; they must agree, or "
                 "the state have one row."
             )
-        rows = max(self._setting(kwargs, n) or 1 for n in ("num_beams", "num_return_sequences"))
-        return state.repeat(rows) if rows > 1 else state
+        return state
+
+
+def _refuse_cache(name: Any) -> None:
+    raise ValueError(
+        f"cache_implementation={name!r} has no meaning here: a memwrap model keeps its own "
+        "MemoryState. Leave it out."
+    )
 
 
 def _holds(state: MemoryState, ids: Tensor | None) -> bool:

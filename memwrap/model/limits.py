@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Beside what is saved there are buffers, weights that are tied, and what initialising takes.
-_TIMES, _NUMBERS, _TENSORS = 4, 2**28, 20_000
+_TIMES, _NUMBERS, _TENSORS = 4, 2**26, 10_000
 
 
 class _Counting(TorchDispatchMode):

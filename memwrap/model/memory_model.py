@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from memwrap.backbones import Backbone
+from memwrap.backbones.auto_classes import auto_class
+from memwrap.backbones.backbone import ATTENTION_IMPLEMENTATIONS
 from memwrap.backbones.cache_names import CACHE
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.engine.inputs import (
@@ -20,6 +23,7 @@ from memwrap.engine.inputs import (
     check_control,
     check_fit,
     check_inputs,
+    check_mask,
     refuse_unknown,
     with_targets,
 )
@@ -33,12 +37,14 @@ from memwrap.memories.protocol import (
     Memory,
 )
 from memwrap.memories.registry import config_class
+from memwrap.model.adapter_switches import adapter_keys, adapters_in_use
 from memwrap.model.building import build_memories
 from memwrap.model.compaction import CompactionMixin
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.decoder import MemoryModules, SegmentDecoder
+from memwrap.model.following import follow_casts, take_over_checkpointing, warn_if_frozen
 from memwrap.model.generation import MemoryGenerationMixin
-from memwrap.model.outputs import MemoryModelOutput, one_cache
+from memwrap.model.outputs import LaterLogits, MemoryModelOutput, one_cache
 from memwrap.model.saving import SavingMixin, plain_name
 from memwrap.model.state_files import check_file_state
 from memwrap.state.check import signature_difference
@@ -65,8 +71,10 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
     def __init__(self, config: MemoryModelConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if backbone is None:
-            backbone = AutoModelForCausalLM.from_config(copy.deepcopy(config.backbone))
+            kind = auto_class(config.backbone)
+            backbone = kind.from_config(copy.deepcopy(config.backbone))
         self.parts = Backbone(backbone)
+        self.parts.check()
         self.memory_configs = [
             config_class(values["name"]).from_dict(values) for values in config.memories or []
         ]
@@ -76,10 +84,28 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         self.memory_modules = MemoryModules(memories)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
-        self.parts.attach(SegmentReader(self.parts, memories).attachment_points)
-        self.gradient_checkpointing = _take_over_checkpointing(backbone)
+        self._attach()
+        self.gradient_checkpointing = take_over_checkpointing(backbone)
         self.generation_config = copy.deepcopy(backbone.generation_config)
         self.post_init()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, or of a pickle in a process that was spawned
+        self._attach()
+
+    def _attach(self) -> None:
+        self.parts.attach(SegmentReader(self.parts, self.memories).attachment_points)
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Choose how the backbone computes attention, memories included: "sdpa" or "eager"."""
+        if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"`attn_implementation` is {attn_implementation!r}; segments need explicit masks: "
+                f"allowed: {', '.join(ATTENTION_IMPLEMENTATIONS)}."
+            )
+        self.parts.detach()
+        self.backbone.set_attn_implementation(attn_implementation, *args, **kwargs)
+        self._attach()
 
     # Parts
 
@@ -137,23 +163,29 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
     # States
 
     def signature(self) -> dict[str, Any]:
-        """Tell which states this model can continue: its memories and its backbone's shape."""
+        """Tell which states this model can continue: its memories, its backbone's shape, and the
+        adapters in use."""
         config = self.parts.config
         names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
         return {
             "memories": [c.to_dict() for c in self.memory_configs],
-            "backbone": {name: getattr(config, name) for name in names},
+            "backbone": {name: getattr(config, name) for name in names}
+            | {"dtype": str(self.parts.embedding_weight.dtype).removeprefix("torch.")},
+            "adapters": adapters_in_use(self) if self.adapters() else [],
         }
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash the backbone's and the memories' weights."""
+        """Hash the backbone's and the memories' weights, adapters that are not in use left out."""
+        idle = adapter_keys(self.backbone, idle=True) if self.adapters() else set()
         memories = {n: m.named_parameters() for n, m in self.memories.items()}
         own = ((f"{n}.{k}", p) for n, ps in memories.items() for k, p in ps)
-        base = ((plain_name(k), p) for k, p in loaded_parameters(self.backbone))
+        kept = ((k, p) for k, p in loaded_parameters(self.backbone) if k not in idle)
+        base = ((plain_name(k), p) for k, p in kept)
         return {"backbone": fingerprint(base), "memories": fingerprint(own)}
 
     def new_state(self, batch_size: int) -> MemoryState:
         """Make the state of `batch_size` rows that have read nothing."""
+        follow_casts(self)
         reader = SegmentReader(self.parts, self.memories)
         return MemoryState(
             reader.init_states(batch_size, self.device), batch_size, self.signature()
@@ -180,6 +212,12 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
 
     def loop(self) -> Loop:
         """Make the segment loop over this model's backbone and memories."""
+        follow_casts(self)
+        training = self.training or self.backbone.training
+        if training and take_over_checkpointing(self.backbone):  # turned on after wrapping
+            self.gradient_checkpointing = True
+        if self.training:
+            warn_if_frozen(self)
         checkpointing = self.gradient_checkpointing and self.training
         reader = SegmentReader(self.parts, self.memories)
         return Loop(reader, self.memory_configs[0], checkpointing, self.training)
@@ -216,8 +254,8 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
 
         Args:
             input_ids: `(B, T)` new tokens; they continue `cache`.
-            attention_mask: `(B, T)` or longer (its last T columns count); padding may stand
-                before and after a row's tokens.
+            attention_mask: `(B, T)`, or longer by the columns that `cache` has read, with which
+                it must agree; padding may stand before and after a row's tokens.
             position_ids: `(B, T)`. Where they do not go on by one a new document begins, which
                 is read as if it had a row alone; otherwise they are ignored, as positions restart
                 in every segment. Collators' `cu_seq_lens_q` do the same.
@@ -230,7 +268,9 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             num_items_in_batch: divides the summed loss instead of the number of targets.
             memory_control: for evaluation, what is read instead of the memory: `"off"` (an empty
                 one), `"shuffled"` (the next row's), or a state. Needs closed segments.
-            return_logits: with labels, logits are made only if this or `logits_to_keep` is given.
+            return_logits: with labels, logits take another reading. True (or `logits_to_keep`)
+                makes them; False makes none; by default they are made in evaluation, when they are
+                first looked at.
             remember: False leaves the last segment open however long it grows.
             seq_idx: `(B, T)`, a number for each document of a packed row.
             shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
@@ -241,8 +281,8 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             `loss`, `logits` `(B, T, V)` (zeros at padding) or None, and `cache`, the state.
 
         Raises:
-            ValueError: for misshapen inputs, a mask with a hole, a state of another model, or
-                packed documents with a state.
+            ValueError: for misshapen inputs, a mask with a hole or one that contradicts the
+                state, a state of another model, or packed documents with a state.
         """
         shift_labels, teacher = kwargs.pop("shift_labels", None), kwargs.pop("teacher", None)
         ends = kwargs.pop("cu_seq_lens_q", None)
@@ -250,39 +290,43 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         given = one_cache(cache, past_key_values)
         if getattr(given, "record_past", False) and input_ids is not None:
             input_ids = self._read_ahead(given, input_ids, attention_mask, logits_to_keep)
-            position_ids = None  # they cover what was just read, too
+            position_ids = None  # they and the mask cover what was just read, too
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, -input_ids.shape[1] :]
         inputs = self._inputs(input_ids, inputs_embeds, attention_mask)
         inputs = packed(inputs, seq_idx, position_ids, ends)
         inputs = with_targets(inputs, labels, shift_labels, teacher)
         learning = inputs.targets is not None
         if use_cache is None:
             use_cache = inputs.rows is None and not (learning and self.training)
-        state = self._state_of(given, inputs, hold_open=not remember)
+        state = self._state_of(given, inputs, attention_mask, hold_open=not remember)
         if isinstance(memory_control, MemoryState):
             self.check_state(memory_control)
         check_control(memory_control, state, inputs)
         loop = self.loop()
         reading = loop(
-            inputs, state, hidden_from=None if learning else _first_column(logits_to_keep, inputs),
+            inputs, state, hidden_from=None if learning else inputs.first_column(logits_to_keep),
             collect=self._collected, keep_open=use_cache or given is not None,
             control=memory_control,
         )  # fmt: skip
-        loss, logits = None, None
+        before = (inputs, state.clone() if learning else state, logits_to_keep, memory_control)
+        own: dict[str, Any] = {CACHE: None}
+        if given is not None or use_cache:
+            if state.record_past:
+                reading.state.recorded = Recorded.after(state, inputs.ids)
+            own[CACHE] = self._advanced(given or state, reading.state)
         if not learning:
             logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
+            out = MemoryModelOutput(logits=logits, **own)
         else:
             count = num_items_in_batch if num_items_in_batch is not None else reading.targets
-            loss = reading.loss_sum / _at_least_one(count, inputs.device)
-            if return_logits or not isinstance(logits_to_keep, int) or logits_to_keep:
-                logits = self._logits_again(loop, inputs, state, logits_to_keep, memory_control)
-        result = None
-        if given is not None or use_cache:
-            reading.state.recorded = (
-                Recorded.after(state, inputs.ids) if state.record_past else None
-            )
-            result = self._advanced(given or state, reading.state)
-        own: dict[str, Any] = {CACHE: result}
-        out = MemoryModelOutput(loss=loss, logits=logits, **own)
+            own["loss"] = reading.loss_sum / _at_least_one(count, inputs.device)
+            again = partial(self._logits_again, loop, *before)
+            asked = return_logits or not isinstance(logits_to_keep, int) or bool(logits_to_keep)
+            if not asked and return_logits is None and not self.training:
+                out = LaterLogits(again, **own)
+            else:
+                out = MemoryModelOutput(logits=again() if asked else None, **own)
         return out.to_tuple() if return_dict is False else out
 
     @torch.no_grad()
@@ -291,7 +335,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
     ) -> Tensor:
         """Compute logits beside a loss: the text is read once more, without a graph."""
         again = loop(
-            inputs, state, hidden_from=_first_column(keep, inputs), collect=self._collected,
+            inputs, state, hidden_from=inputs.first_column(keep), collect=self._collected,
             keep_open=False, control=control,
         )  # fmt: skip
         return self._logits(again.hidden, keep)  # type: ignore[arg-type]
@@ -301,11 +345,15 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         check_fit(inputs, *self.parts.embedding_weight.shape)
         return inputs
 
-    def _state_of(self, given: MemoryState | None, inputs: Inputs, hold_open: bool) -> MemoryState:
-        """Check the state to continue, or make a fresh one."""
+    def _state_of(
+        self, given: MemoryState | None, inputs: Inputs, mask: Tensor | None, hold_open: bool
+    ) -> MemoryState:
+        """Check the state to continue, or make a fresh one; and the mask against it."""
         if given is None:
             state = self.new_state(inputs.shape[0])
             state.hold_open = hold_open
+            if mask is not None:
+                check_mask(mask, inputs.shape[1], state)
             return state
         self.check_state(given)
         if given.batch_size != inputs.shape[0]:
@@ -314,6 +362,8 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
                 "agree (state.repeat, state.select)."
             )
         state = self._settled(given)
+        if mask is not None:
+            check_mask(mask, inputs.shape[1], state)
         if state.hold_open != hold_open:
             state = state.clone()
             state.hold_open = hold_open
@@ -366,7 +416,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         """
         ids, mask = as_batch(text, attention_mask, tokenizer)
         inputs = self._inputs(ids.to(self.device), None, mask)
-        old = self._state_of(state, inputs, hold_open=False).clone()
+        old = self._state_of(state, inputs, mask, hold_open=False).clone()
 
         def bar(steps: Any) -> Any:
             return tqdm(steps, desc="reading", unit="segment", disable=not progress)
@@ -393,18 +443,5 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         return self._advanced(state.clone(), new)
 
 
-def _first_column(keep: int | Tensor, inputs: Inputs) -> int:
-    return max(0, inputs.shape[1] - keep) if isinstance(keep, int) and keep > 0 else 0
-
-
 def _at_least_one(count: Tensor | int, device: torch.device) -> Tensor:
     return torch.as_tensor(count, device=device).clamp(min=1)
-
-
-def _take_over_checkpointing(backbone: PreTrainedModel) -> bool:
-    """Turn the layers' checkpointing off; say whether it was on."""
-    found = False
-    for module in backbone.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing, found = False, True  # type: ignore[assignment]
-    return found

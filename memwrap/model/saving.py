@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,10 +20,18 @@ from memwrap.backbones.vocabulary import extend
 from memwrap.io.atomic_files import SCRATCH
 from memwrap.io.fingerprints import fingerprint
 from memwrap.io.own_paths import mark_of
+from memwrap.io.version import VERSION
 from memwrap.io.whole_folders import SAVED, rewriting
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_configs import adapter_of, plain_adapter, untouched_if_it_fails
-from memwrap.model.base_loading import HUB_OPTIONS, find_folder, load_base, place_of
+from memwrap.model.adapter_switches import (
+    AdapterMixin,
+    adapter_keys,
+    check_comes_back,
+    switch,
+    switches_of,
+)
+from memwrap.model.base_loading import HUB_OPTIONS, find_folder, load_base, options_in, place_of
 from memwrap.model.limits import building
 from memwrap.model.weight_files import (
     CONFIG,
@@ -39,7 +44,6 @@ from memwrap.model.weight_files import (
     write_model,
 )
 
-VERSION = "0.1.0"
 # What a writer that was killed may have left.
 NOT_UPLOADED = [f"{SCRATCH}/*", f"{SAVED}/*", ".lock"]
 # What PEFT puts into names; adapters of several tensors of one module stand in each other.
@@ -51,22 +55,6 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def adapter_keys(backbone: PreTrainedModel) -> set[str]:
-    """Name the tensors that PEFT put into the backbone."""
-    keys: set[str] = set()
-    for name, module in backbone.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            parts = (*module.adapter_layer_names, *module.other_param_names)
-        elif isinstance(module, ModulesToSaveWrapper):
-            parts = ("modules_to_save",)
-        else:
-            continue
-        prefix = f"{name}." if name else ""
-        heads = tuple(f"{prefix}{part}" for part in parts)
-        keys |= {k for k in backbone.state_dict() if k.startswith(heads)}
-    return keys
-
-
 def backbone_fingerprint(
     backbone: PreTrainedModel, gathered: dict[str, Tensor] | None = None
 ) -> str:
@@ -76,37 +64,34 @@ def backbone_fingerprint(
     return fingerprint((plain_name(k), v) for k, v in kept if k not in added)
 
 
-class SavingMixin:
+# What transformers' callers may say of how a model is saved.
+_SAVED_AS: dict[str, tuple[Any, ...]] = {
+    "safe_serialization": (True,), "variant": (None,), "save_peft_format": (True,),
+    "save_original_format": (True, False), "distributed_checkpoint": (False,),
+}  # fmt: skip
+
+
+def _refuse_other_ways(options: dict[str, Any]) -> None:
+    """Refuse keywords of `save_pretrained` that ask for another way to save.
+
+    Raises:
+        ValueError: names the keyword.
+    """
+    for name, value in options.items():
+        if name != "save_function" and value not in _SAVED_AS.get(name, ()):
+            raise ValueError(
+                f"save_pretrained got {name}={value!r}; a memwrap model is saved in one way, "
+                "as safetensors and JSON. Leave it out."
+            )
+
+
+class SavingMixin(AdapterMixin):
     """`save_pretrained`, `from_pretrained` and adapters of a memwrap model."""
 
     # Provided by the model
     backbone: PreTrainedModel
     config: Any
     load_state_dict: Callable[..., Any]
-
-    @property
-    def memories(self) -> dict[str, Any]:
-        """The memory modules by name."""
-        raise NotImplementedError
-
-    def add_lora(self, lora: LoraConfig | None = None, adapter_name: str = "default") -> None:
-        """Put LoRA into the backbone: its other weights are frozen, the memories are trained.
-
-        Args:
-            lora: PEFT's config; default `LoraConfig()` with PEFT's targets for the family.
-            adapter_name: name of the adapter.
-        """
-        config = copy.deepcopy(lora) if lora is not None else LoraConfig()
-        inject_adapter_in_model(config, self.backbone, adapter_name)
-        adapters = {**getattr(self.backbone, "peft_config", {}), adapter_name: config}
-        self.backbone.peft_config = adapters
-        for memory in self.memories.values():
-            memory.requires_grad_(True)
-
-    def adapters(self) -> dict[str, PeftConfig]:
-        """Give the PEFT configs of the adapters in the backbone, by name."""
-        configs = getattr(self.backbone, "peft_config", None) or getattr(self, "peft_config", None)
-        return dict(configs or {})
 
     def weights_to_save(
         self, include_base: bool, gathered: dict[str, Tensor] | None = None
@@ -141,25 +126,30 @@ class SavingMixin:
         push_to_hub: bool = False,
         repo_id: str | None = None,
         token: str | None = None,
+        max_shard_size: int | str = "5GB",
         **kwargs: Any,
     ) -> None:
         """Save memories, adapters and configs (safetensors and JSON).
 
         Args:
             save_directory: the folder. Files appear whole or not at all.
-            include_base: also save the backbone's weights. Default: only if training changed
-                them, since a base from the Hub would then no longer be the right one.
+            include_base: also save the backbone's weights. Default: only if training or a merged
+                adapter changed them, since a base from the Hub would then no longer be the right
+                one.
             is_main_process: False does nothing (other ranks).
             state_dict: the model's weights by name, where they are spread over processes (FSDP2):
                 gathered on all of them, with `get_model_state_dict(model,
                 options=StateDictOptions(full_state_dict=True))` of
                 `torch.distributed.checkpoint.state_dict`.
             push_to_hub, repo_id, token: upload the folder afterwards.
-            kwargs: accepted for transformers' callers, without effect here.
+            max_shard_size: largest file of weights; more of them are made.
+            kwargs: what else transformers' callers give, as long as it says what is so anyway.
 
         Raises:
-            ValueError: if weights are spread over processes and `state_dict` is not given.
+            ValueError: for other keywords, if weights are spread over processes and `state_dict`
+                is not given, or adapters are in a state that would not come back.
         """
+        _refuse_other_ways(kwargs)
         if not is_main_process:
             return
         for name, value in self.named_parameters():  # type: ignore[attr-defined]
@@ -168,24 +158,36 @@ class SavingMixin:
                     f"{name} is spread over several processes; give the gathered weights as "
                     "`state_dict` (torch's get_model_state_dict with full_state_dict=True)."
                 )
+        for adapter in self.adapters().values():
+            check_comes_back(adapter)
+        switches = switches_of(self.backbone)
+        merged = "'merged': ['" in str(switches)
+        if merged and include_base is False:
+            raise ValueError(
+                "An adapter is merged into the backbone's weights, so these belong to the model: "
+                "leave include_base out, or unmerge it first (unmerge_adapter)."
+            )
         if include_base is None:
             now = backbone_fingerprint(self.backbone, state_dict)
             changed = now != self.config.base_fingerprint
-            include_base = changed or self.config.base_included
+            include_base = changed or merged or self.config.base_included
         folder = Path(save_directory)
         config = copy.deepcopy(self.config)
         config.base_included, config.memwrap_version = include_base, VERSION
         here = bool(config.base_model) and os.path.isdir(config.base_model)
         config.base_mark = mark_of(config.base_model) if here else ""
         config.backbone.dtype = self.backbone.dtype  # as it is now, not as it was loaded
+        config.backbone.architectures = [type(self.backbone).__name__.removeprefix("FSDP")]
         config.architectures = [type(self).__name__.removeprefix("FSDP")]  # as sharding names it
         config.adapters = {
             n: plain_adapter(n, c, self.backbone) for n, c in self.adapters().items()
         }
+        config.adapter_switches = switches
         tensors = self.weights_to_save(include_base, state_dict)
         marks: dict[str, str] = {}
         with rewriting(folder, replaces=[OWN_FILES]) as new:
-            write_model(new, tensors, config, self.generation_config)  # type: ignore[attr-defined]
+            settings = self.generation_config  # type: ignore[attr-defined]
+            write_model(new, tensors, config, settings, max_shard_size)
             for memory in self.memories.values():
                 marks |= memory.save_files(new, folder)
             seal(new, marks)
@@ -264,14 +266,19 @@ class SavingMixin:
         *,
         config: Any = None,
         revision: str | None = None,
+        subfolder: str | None = None,
         store: Any = None,
+        output_loading_info: bool = False,
         **kwargs: Any,
     ):
-        """Load a saved model. See `memwrap.load`."""
+        """Load a saved model. See `memwrap.load`; with `output_loading_info` a pair of it and of
+        what transformers reports, which is nothing: files that do not fit are errors."""
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        folder = find_folder(pretrained_model_name_or_path, revision=revision, **hub)
+        folder = find_folder(pretrained_model_name_or_path, subfolder, revision=revision, **hub)
         saved = SavedModel(cls, folder)
         own = saved.config
+        if base is None or isinstance(base, (str, Path)):
+            kwargs = {**options_in(config, own, folder), **kwargs}
         _check_memories(own, folder)
         place = place_of(kwargs) if base is None and own.base_included else None
         backbone = load_base(saved, base, kwargs)
@@ -285,17 +292,21 @@ class SavingMixin:
                 model = cls(own, backbone)  # type: ignore[call-arg]
                 for name, values in (own.adapters or {}).items():
                     model.add_lora(adapter_of(values), name)
+                switch(backbone, own.adapter_switches, merged=own.base_included)
             whole = base is None and own.base_included
             check_names(model, saved.tensors, set(model.weights_to_save(whole)), folder)
             put_weights(model, saved.tensors, folder)
             if saved.generation_config is not None:
                 model.generation_config = saved.generation_config  # type: ignore[attr-defined]
             _load_files(model, saved, store)
+        own._name_or_path = str(pretrained_model_name_or_path)  # trainers load references by it
         if place is not None:
             model.to(place)  # type: ignore[attr-defined]
-        return model.eval()  # type: ignore[attr-defined]
+        model.eval()  # type: ignore[attr-defined]
+        return (model, {name: set() for name in _REPORTED}) if output_loading_info else model
 
 
+_REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 # A token for each of so many things that a model learns to write is added before it is wrapped.
 _MOST_NEW_TOKENS = 4096
 

@@ -7,8 +7,21 @@ from typing import Any
 import torch
 
 from memwrap.engine.inputs import check_inputs
-from memwrap.state.check import check_open, check_shapes
+from memwrap.memories.protocol import SoftPrompt
+from memwrap.state.check import check_open, check_ranges, check_shapes
 from memwrap.state.memory_state import MemoryState
+from memwrap.state.progress import Progress
+
+
+def progress_of(model: Any, state: MemoryState) -> Progress:
+    """Tell how much the rows of a state have read with a model's memories."""
+    prompts = [m for m in model.memories.values() if isinstance(m, SoftPrompt)]
+    return Progress.of(
+        state,
+        prefix=sum(m.num_prefix for m in prompts),
+        suffix=sum(m.num_suffix for m in prompts),
+        by_columns=any(m.config.count_padding for m in model.memories.values()),
+    )
 
 
 @torch.no_grad()
@@ -21,6 +34,10 @@ def check_file_state(model: Any, state: MemoryState) -> None:
     growing = [name for name, memory in model.memories.items() if memory.claims.lengthens]
     fresh = model.new_state(1)
     check_shapes(state, fresh, growing)
+    progress = progress_of(model, state)
+    for name, memory in model.memories.items():
+        tree = state.memories[name]
+        check_ranges(name, tree, memory.ranges(tree, progress))
     fresh.hold_open = True
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     opened = model.loop()(check_inputs(token, None, None), fresh).state

@@ -16,11 +16,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from memwrap.io.checksums import check_sums, checksums, head_digest
 from memwrap.io.reading import inside, read_json, read_text
 from memwrap.io.whole_folders import settle
+from memwrap.state.file_check import check_finite
 
 WEIGHTS, CONFIG, GENERATION = "model.safetensors", "config.json", "generation_config.json"
 OWN_FILES = "model*.safetensors*"
 SEAL, SEAL_FORMAT = "sealed", 1
 _MOST_COUNT, _MOST_NUMBER = 2**20, 2**53
+# Configs make lists of so many entries, and more, before anything can be compared with the weights.
+_LAYERS, _MOST_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1024
 
 
 def check_shape(config: Any, base: PreTrainedModel, folder: Path) -> None:
@@ -41,14 +44,26 @@ def check_shape(config: Any, base: PreTrainedModel, folder: Path) -> None:
 
 
 def write_model(
-    folder: Path, tensors: dict[str, Tensor], config: Any, generation_config: Any
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: Any,
+    generation_config: Any,
+    max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write weights and configs of a model into a new folder; `seal` it when all is there."""
+    """Write weights and configs of a model into a new folder; `seal` it when all is there.
+
+    Raises:
+        ValueError: for weights that are not finite.
+    """
+    check_finite(tensors, "The model", "it is not saved. Go back to an earlier checkpoint.")
     names = {id(v): k for k, v in reversed(tensors.items())}
     unique = {k: v.contiguous() for k, v in tensors.items() if names[id(v)] == k}
     if unique:
         plain = untied(unique)
-        huggingface_hub.save_torch_state_dict(plain, folder, metadata=checksums(plain))
+        sums = checksums(plain)
+        huggingface_hub.save_torch_state_dict(
+            plain, folder, metadata=sums, max_shard_size=max_shard_size
+        )
     else:  # a memory without parameters
         save_file({}, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(folder)
@@ -152,13 +167,24 @@ def _values(folder: Path) -> dict[str, Any]:
 def _config(model_class: Any, values: dict[str, Any], path: Path) -> Any:
     _check_numbers(values, path)
     try:
-        config = model_class.config_class.from_dict(values)
+        config = model_class.config_class.from_dict(_with_floats(values))
     except Exception as error:  # transformers' and each family's own checks, of every kind
         raise ValueError(f"{path} does not describe a memwrap model: {error}") from error
     for name in ("memories", "backbone"):
         if not getattr(config, name):
             raise ValueError(f"{path} does not describe a memwrap model: it names no {name}.")
     return config
+
+
+def _with_floats(values: Any) -> Any:
+    """Read back the floats that JSON lacks, which transformers writes as `{"__float__": name}`."""
+    if isinstance(values, list):
+        return [_with_floats(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    if values.keys() == {"__float__"}:
+        return float(values["__float__"])
+    return {key: _with_floats(value) for key, value in values.items()}
 
 
 def _check_numbers(values: Any, path: Path) -> None:
@@ -174,8 +200,8 @@ def _check_numbers(values: Any, path: Path) -> None:
             raise ValueError(f"{path} chooses `{key}`; give it to memwrap.load instead.")
         if isinstance(value, int):
             most = _MOST_COUNT if key.startswith(("num_", "n_")) else _MOST_NUMBER
-            if abs(value) > most:
-                raise ValueError(f"{path} does not describe a memwrap model: {key} is {value:.1e}.")
+            if abs(value) > most or (key in _LAYERS and not 0 < value <= _MOST_LAYERS):
+                raise ValueError(f"{path} does not describe a memwrap model: {key} is {value:.2g}.")
         _check_numbers(value, path)
 
 
@@ -226,6 +252,7 @@ def read_weights(folder: Path, names: list[str]) -> dict[str, Tensor]:
         except (SafetensorError, OSError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         check_sums(own, metadata, path)
+        check_finite(own, str(path), "it was saved by a training that had failed, or is damaged.")
         for key in own.keys() & tensors.keys():
             raise ValueError(f"{path} holds {key}, which another of the model's files holds too.")
         tensors |= own

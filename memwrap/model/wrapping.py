@@ -12,11 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from memwrap.assets import asset_name
 from memwrap.backbones import Backbone
+from memwrap.io.version import VERSION
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import config_class, memory_class
+from memwrap.model.adapter_switches import changes_base, check_comes_back
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.memory_model import MemoryModelForCausalLM
-from memwrap.model.saving import VERSION, backbone_fingerprint
+from memwrap.model.saving import backbone_fingerprint
 
 
 def wrap(
@@ -47,7 +49,7 @@ def wrap(
 
     Raises:
         ValueError: if the model lacks a part that a memory needs, the memories' places collide,
-            or a setting is wrong.
+            a setting is wrong, or its adapters would not come back from a saved model.
     """
     if isinstance(model, MemoryModelForCausalLM):
         raise ValueError(
@@ -55,6 +57,10 @@ def wrap(
         )
     if isinstance(model, PeftModel):
         model = _inside_peft(model)
+    adapters = getattr(model, "peft_config", None) or {}
+    for adapter in adapters.values():
+        check_comes_back(adapter)
+    begun_anew = any(changes_base(adapter) for adapter in adapters.values())
     if Backbone(model).attached:  # says what a model lacks before anything is built
         raise ValueError(
             f"This {type(model).__name__} is inside another memory model already; memwrap.unwrap "
@@ -70,7 +76,8 @@ def wrap(
         # A copy: transformers resets the attention implementation of a live config put here.
         backbone=copy.deepcopy(model.config),
         base_model=asset_name(getattr(model.config, "_name_or_path", "") or ""),
-        base_fingerprint=backbone_fingerprint(model),
+        # Weights that an adapter changed as it began are nowhere else: they count as changed.
+        base_fingerprint="" if begun_anew else backbone_fingerprint(model),
         memwrap_version=VERSION,
     )
     config.backbone._name_or_path = config.base_model  # a shipped base has no path

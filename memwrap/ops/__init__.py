@@ -131,6 +131,15 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring numbers into another dtype. What float16 has no room for becomes half of the largest
+    number that it has: an infinite one would spread, and the backbone adds to what it is given."""
+    if dtype != torch.float16 or x.dtype == dtype:
+        return x.to(dtype)
+    most = torch.finfo(dtype).max / 2
+    return x.clamp(-most, most).to(dtype)
+
+
 def unsupported_dtypes(memory: Tensor, *inputs: Tensor) -> str:
     """Say why kernels cannot take these dtypes: states in float32, inputs in 16 or 32 bits."""
     if memory.dtype != torch.float32:

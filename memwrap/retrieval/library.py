@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memwrap.chat.turns import Turns
 from memwrap.io.checksums import check_sums, checksums, head_digest
 from memwrap.io.reading import inside, parse_json
 from memwrap.io.whole_folders import rewriting, settle
@@ -209,9 +210,13 @@ class Library:
 
         Args:
             question: ids `(T,)` or text.
-            tokenizer: for text.
+            tokenizer: for text. With a chat template the question is put as a user's turn.
             settings: of `generate`.
         """
+        turns = Turns(tokenizer)
+        if isinstance(question, str) and question.strip() and turns.present:
+            question = turns.ids([{"role": "user", "content": question}])
+            settings = {**turns.stops_for(self.model), **settings}
         ids = _ids_of("question", question, tokenizer).to(self.model.device)
         answer = self.model.generate(ids[None], cache=self.state, **settings)
         if len(answer) != 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from memwrap.state.memory_state import MemoryState
 from memwrap.state.trees import (
     STORE,
+    Tree,
     tree_leaves,
 )
 
@@ -66,6 +67,31 @@ def check_open(state: MemoryState, opened: MemoryState, segment_size: int, vocab
         _check_leaf(f"open.{key}", tensor, like, want, vocab)
     if length and int(state.open.positions.max()) >= length + segment_size:
         raise ValueError("The state's open positions are too large; its file is damaged.")
+
+
+def check_ranges(name: str, tree: Tree, ranges: Iterable[tuple[Tensor, Any, Any]]) -> None:
+    """Refuse whole numbers of a memory's tree that no reading gives.
+
+    Args:
+        name: the memory's.
+        tree: its state.
+        ranges: numbers `(B, ...)`, and the least and the most they may be, for all or `(B,)`.
+
+    Raises:
+        ValueError: names the first tensor that holds another number.
+    """
+    names = {id(tensor): key for key, tensor in tree_leaves(tree)}
+    for tensor, *limits in ranges:
+        if not tensor.numel():
+            continue
+        least, most = (torch.as_tensor(limit).cpu() for limit in limits)
+        rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
+        if bool((rows.amin(1).cpu() < least).any()) or bool((rows.amax(1).cpu() > most).any()):
+            where = names.get(id(tensor), "store")
+            raise ValueError(
+                f"The state's {name}.{where} holds numbers that no reading gives; its file is "
+                "damaged. Read the text again."
+            )
 
 
 def _check_leaf(
@@ -135,6 +161,9 @@ def signature_difference(theirs: dict[str, Any], own: dict[str, Any]) -> str:
     names = [m["name"] for m in theirs["memories"]]
     if names != [m["name"] for m in own["memories"]]:
         return f"its memories are {names}, here {[m['name'] for m in own['memories']]}"
+    used, now = theirs.get("adapters"), own["adapters"]
+    if used != now:
+        return f"it was read with the adapters {used or 'off'} in use, here they are {now or 'off'}"
     for left, right in zip(theirs["memories"], own["memories"], strict=True):
         for key in right:
             if left.get(key) != right[key]:

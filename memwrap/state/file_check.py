@@ -10,7 +10,7 @@ from torch import Tensor
 
 COUNTERS = ("fill", "segments", "tokens_seen")
 COLUMNS = ("positions", "valid", "tokens")  # of an open segment
-_ROWS = {*COUNTERS, *(f"open_{name}" for name in COLUMNS), "ids_hash"}
+_ROWS = {*COUNTERS, *(f"open_{name}" for name in COLUMNS), "ids_hash", "mask_hash"}
 _KINDS = ("open", "memories", "rows")
 _MOST_DEPTH = 16
 _MOST = 2**53
@@ -35,8 +35,11 @@ def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
     memories = signature.get("memories", [])
     good = isinstance(memories, list) and isinstance(signature.get("backbone", {}), dict)
     good = good and all(isinstance(m, dict) and isinstance(m.get("name"), str) for m in memories)
+    good = good and isinstance(signature.get("adapters", []), list)
     if not good or not (weights is None or isinstance(weights, dict)):
         raise _damaged(path, "its signature or weights cannot be read")
+    if not (about["chat"] is None or isinstance(about["chat"], dict)):
+        raise _damaged(path, "its chat cannot be read")
     batch = len(tensors["rows.fill"]) if "rows.fill" in tensors else -1
     for name, tensor in tensors.items():
         kind, *inner = name.split(".")
@@ -44,15 +47,16 @@ def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
         if not known or (kind == "rows" and (len(inner) > 1 or inner[0] not in _ROWS)):
             raise _damaged(path, f"it holds the foreign tensor {name[:80]}")
         if tensor.dim() < 1 or tensor.shape[0] != batch:
-            raise _damaged(path, f"{name} has shape {tuple(tensor.shape)} for {batch} rows")
+            raise _damaged(path, f"{name[:80]} has shape {tuple(tensor.shape)} for {batch} rows")
     check_finite(tensors, f"{path} is damaged: it", "read the text again.")
 
 
 def check_finite(tensors: dict[str, Tensor], what: str, advice: str) -> None:
     """Refuse numbers that are not finite; names the first tensor that has any."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{what} holds numbers in {name} that are not finite; {advice}")
+        wide = tensor.is_floating_point() and tensor.element_size() > 1  # no 8-bit codes
+        if wide and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{what} holds numbers in {name[:80]} that are not finite; {advice}")
 
 
 def check_rows(state: Any, path: Path) -> None:
@@ -63,7 +67,7 @@ def check_rows(state: Any, path: Path) -> None:
     """
     batch = state.batch_size
     positions, valid, tokens = (getattr(state.open, name) for name in COLUMNS)
-    wanted = {name: ((batch,), torch.long) for name in COUNTERS}
+    wanted = {name: ((batch,), torch.long) for name in (*COUNTERS, "mask_hash")}
     for name, (shape, dtype) in wanted.items():
         tensor = getattr(state, name)
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
@@ -79,10 +83,14 @@ def check_rows(state: Any, path: Path) -> None:
     if batch and (int(counts.min()) < 0 or int(counts.max()) > _MOST):
         raise _damaged(path, "a counter is out of range")
     most = int(seen.max()) if batch else 0
-    if bool((segments > seen - fill).any()) or not most <= state.columns <= _MOST:
+    # Where padding fills segments, segments and `fill` count it.
+    columns = any(m.get("count_padding") for m in state.signature.get("memories", []))
+    closed = (state.columns if columns else seen) - fill
+    if bool((segments > closed).any()) or not most <= state.columns <= _MOST:
         raise _damaged(path, "its counters contradict each other")
     here = valid.sum(1)
-    if bool(((here > 0) != (fill > 0)).any()) or bool((here < fill).any()):
+    waits = bool(((here > 0) & (fill == 0)).any())
+    if waits or (not columns and bool((here < fill).any())):
         raise _damaged(path, "its open segment has not the tokens that it counts")
     if valid.numel() and not torch.equal((tokens * valid).amax(1).clamp_min(0), fill):
         raise _damaged(path, "its open segment has not the tokens that it counts")

@@ -29,7 +29,7 @@ from memwrap.state.trees import (
     tree_to,
 )
 
-FORMAT, VERSION = "memwrap-state", 3
+FORMAT, VERSION = "memwrap-state", 4
 
 
 BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers of its own remember
@@ -68,6 +68,7 @@ class MemoryState(Cache):
         hold_open: while true no segment closes (`generate(..., remember=False)`).
         signature: which memories on which backbone the state belongs to.
         weights: fingerprint of the weights that wrote it, or None while training.
+        chat: the open chat turn that the state stands in (`memwrap.chat`), or None.
         recorded: what was read since `activate_past_recording` or the last `crop`.
         owed: `(B, N)` ids that a model reads first at its next call, after a `crop`; or None.
     """
@@ -84,10 +85,12 @@ class MemoryState(Cache):
         self.columns = 0
         self.open = OpenSegment.empty(batch_size)
         self.ids_hash: Tensor | None = torch.zeros(batch_size, dtype=torch.long)
+        self.mask_hash = torch.zeros(batch_size, dtype=torch.long)
         self.hold_open = False
         self.signature = signature or {}
         self.weights: dict[str, str] | None = None
         self.unverified = False
+        self.chat: dict | None = None
         self.record_past = False
         self.recorded: Recorded | None = None
         self.owed: Tensor | None = None
@@ -178,6 +181,7 @@ class MemoryState(Cache):
         new.open = self.open.map(tensors, rows)
         for name in COUNTERS:
             setattr(new, name, rows(getattr(self, name)))
+        new.mask_hash = rows(self.mask_hash)
         for name in ("ids_hash", "owed"):
             value = getattr(self, name)
             setattr(new, name, None if value is None else rows(value))
@@ -235,7 +239,8 @@ class MemoryState(Cache):
             for name in first.memories
         }
         new.open = OpenSegment.cat([s.open for s in states])
-        for name in COUNTERS:
+        new.chat = first.chat if len(states) == 1 else None
+        for name in (*COUNTERS, "mask_hash"):
             setattr(new, name, torch.cat([getattr(s, name) for s in states]))
         new.columns = max(s.columns for s in states)
         same = all(s.ids_hash is not None and s.columns == first.columns for s in states)
@@ -256,6 +261,12 @@ class MemoryState(Cache):
         powers = torch.cumprod(factors, 0)
         mixed = (input_ids + 1) * 2654435761 + (input_ids + 1).square()
         return self.ids_hash.to(input_ids.device) + (mixed * powers).sum(1)
+
+    @staticmethod
+    def mask_hash_of(real: Tensor, before: int = 0) -> Tensor:
+        """Compute what tells which of the columns `(B, T)`, after `before` others, are text."""
+        place = torch.arange(before + 1, before + real.shape[1] + 1)
+        return (real.long() * (place * 2654435761 + place.square() * 40503)).sum(1)
 
     def hash_after(self, input_ids: Tensor | None) -> Tensor | None:
         """Compute the rolling hash after `input_ids` `(B, T)`; the present one for None."""
@@ -295,7 +306,7 @@ class MemoryState(Cache):
         leaves = {f"open.{n}": t for n, t in tree_leaves(self.open.tree)}
         for name, tree in self.memories.items():
             leaves |= {f"memories.{name}.{n}": t for n, t in tree_leaves(tree)}
-        rows = {name: getattr(self, name) for name in COUNTERS}
+        rows = {name: getattr(self, name) for name in (*COUNTERS, "mask_hash")}
         rows |= {f"open_{name}": getattr(self.open, name) for name in COLUMNS}
         leaves |= {f"rows.{name}": tensor for name, tensor in rows.items()}
         if self.ids_hash is not None:
@@ -305,7 +316,7 @@ class MemoryState(Cache):
         about = {
             "columns": self.columns, "noted": self.open.noted, "hold_open": self.hold_open,
             "signature": self.signature, "weights": self.weights,
-            "memories": _count_tensors(self.memories),
+            "memories": _count_tensors(self.memories), "chat": self.chat,
         }  # fmt: skip
         metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
         metadata |= checksums(tensors, about=metadata["about"])
@@ -366,13 +377,13 @@ class MemoryState(Cache):
         positions, valid, read = (rows[f"open_{name}"] for name in COLUMNS)
         noted = bool(about["noted"])
         state.open = OpenSegment(tree.get("open", {}), positions, valid, read, noted)
-        for name in COUNTERS:
+        for name in (*COUNTERS, "mask_hash"):
             setattr(state, name, rows[name])
         state.ids_hash = rows.get("ids_hash")
         state.columns = int(about["columns"])
         state.hold_open = bool(about["hold_open"])
         state.weights = about["weights"]
-        state.unverified = True
+        state.chat, state.unverified = about["chat"], True
         return state
 
 

@@ -65,6 +65,8 @@ def cropped(state: MemoryState, tokens_to_remove: int) -> MemoryState:
         new.fill, new.tokens_seen = state.fill - count, state.tokens_seen - count
         new.open = state.open.cropped(new.fill)
         new.columns -= count
+        taken = torch.ones(state.batch_size, count)
+        new.mask_hash = state.mask_hash - state.mask_hash_of(taken, new.columns)
         new.ids_hash = recorded.before.hash_after(kept) if known else None  # type: ignore
         return new
     if not known:

@@ -78,7 +78,10 @@ class Entries:
             if pairs.shape != (count, 2):
                 raise ValueError(f"`spans` has shape {pairs.shape}; it needs ({count}, 2).")
             columns += [pairs[:, 0], pairs[:, 1]]
-        return cls(*columns)
+        made = cls(*columns)
+        if not made.has_order():
+            raise ValueError("`spans` must be [start, end) with start <= end.")
+        return made
 
     def __len__(self) -> int:
         return len(self.values)
@@ -93,6 +96,10 @@ class Entries:
         return Entries(
             *[np.concatenate([getattr(p, name) for p in parts]) for name in Entries.FIELDS]
         )
+
+    def has_order(self) -> bool:
+        """Tell whether no span ends before it starts."""
+        return not bool((self.ends < self.starts).any())
 
     def check_range(self) -> None:
         """Refuse numbers that the 32 bits they are kept in do not hold.

@@ -31,6 +31,7 @@ from memwrap.stores.files import (
 from memwrap.stores.gpu import GpuCopy
 from memwrap.stores.index_files import (
     INDEX,
+    add_to,
     check_lists,
     index_file,
     is_sane,
@@ -115,7 +116,7 @@ class FaissStore(Store):
         self._selector: Any = None
         if self.path is not None:
             self._begin(self.path)
-        self._shards = Shards(dim, self.dtype, self.path)
+        self._shards = Shards(dim, self.dtype, self.path, self.identity)
         self.cursor = self._shards.cursor
         self._read_index()
 
@@ -272,7 +273,7 @@ class FaissStore(Store):
         for first, block in self._shards.blocks(self._indexed, check=checkpoints):
             for start in range(0, len(block), 16_384):
                 piece = np.ascontiguousarray(block[start : start + 16_384], np.float32)
-                self._index.add(piece)
+                add_to(self._index, piece, self.made_by)
                 bar.update(len(piece))
             self._indexed = first + len(block)
             if checkpoints and time.monotonic() - last > self.checkpoint_seconds:

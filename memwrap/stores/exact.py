@@ -12,7 +12,15 @@ from torch import Tensor
 
 from memwrap.io.reading import inside
 from memwrap.ops import neighbours
-from memwrap.stores.base import Entries, Neighbours, Store, check_k, check_names, nothing_found
+from memwrap.stores.base import (
+    NONE,
+    Entries,
+    Neighbours,
+    Store,
+    check_k,
+    check_names,
+    nothing_found,
+)
 from memwrap.stores.files import read_arrays, write_arrays
 
 FILE = "store.safetensors"
@@ -272,13 +280,19 @@ class TorchStore(Store):
         numbers = arrays["documents"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its documents have no names")
+        if len({*names}) != len(names):
+            raise ValueError("it names a document twice")
         if numbers.size and not -1 <= numbers.min() <= numbers.max() < len(names):
             raise ValueError("it names documents that are not there")
         if not isinstance(about["notes"], dict) or not np.isfinite(arrays["vectors"]).all():
             raise ValueError("its vectors are not finite, or its notes are none")
+        entries = Entries(*[arrays[name].copy() for name in Entries.FIELDS])
+        low = min(getattr(entries, name).min(initial=0) for name in Entries.FIELDS)
+        if low < NONE or not entries.has_order():
+            raise ValueError("its values or spans are out of range")
         self.vectors = torch.from_numpy(arrays["vectors"].copy()).to(self.vectors)
         self.there = torch.from_numpy(there.copy()).to(self.there.device)
         self.counts = torch.from_numpy(counts.copy())
-        self._entries = Entries(*[arrays[name].copy() for name in Entries.FIELDS])
+        self._entries = entries
         self._documents, self.notes = list(names), about["notes"]
         self.cursor, self.identity = about["cursor"], str(about.get("id", ""))

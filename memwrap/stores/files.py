@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from memwrap.io.reading import read_json as read_any_json
 from memwrap.io.whole_folders import SAVED, rewriting
 from memwrap.stores.base import METRICS
 
-FORMAT, VERSION = "memwrap-store", 1
+FORMAT, VERSION = "memwrap-store", 2
 HEADER, LOCK = "store.json", ".lock"
 FILES = ("store.json", "store.safetensors", "index.json", "index-*.faiss", "shard-*.safetensors",
          "removed.safetensors")  # fmt: skip
@@ -38,10 +39,11 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any
     metadata = {
         "format": FORMAT, "version": str(VERSION), "about": json.dumps(about),
         "crc32": str(_checksum(arrays)),
+        "sums": json.dumps({name: _checksum({name: array}) for name, array in arrays.items()}),
     }  # fmt: skip
     codes = {np.dtype(kind): code for code, kind in _TYPES.items()}
     places = {n: [codes[array.dtype], list(array.shape)] for n, array in arrays.items()}
-    metadata["layout"] = str(_text_checksum([metadata["about"], places]))
+    metadata["layout"] = str(_text_checksum([metadata["about"], metadata["sums"], places]))
     with replacing(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
 
@@ -73,8 +75,22 @@ def about_of(path: Path) -> dict[str, Any]:
     return head_of(path)[0]
 
 
+def small_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Read some arrays of a file and check their bytes, without reading the others.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_arrays`.
+    """
+    arrays = [np.array(mapped(path, name)) for name in names]
+    sums = parse_json(_metadata(path)["sums"], path)
+    for name, array in zip(names, arrays, strict=True):
+        if not isinstance(sums, dict) or sums.get(name) != _checksum({name: array}):
+            raise ValueError(f"{path} is damaged: its {name} do not have their checksum.")
+    return arrays
+
+
 def mapped(path: Path, name: str) -> np.ndarray:
-    """Return an array of a file, mapped from disk.
+    """Return an array of a file, mapped from disk; its contents are not checked.
 
     Raises:
         ValueError: if the file has no such array; as `read_arrays`.
@@ -88,6 +104,12 @@ def mapped(path: Path, name: str) -> np.ndarray:
     if 0 in shape:
         return np.empty(shape, kind)
     return np.memmap(path, kind, "r", 8 + first + entry["data_offsets"][0], shape)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a file whose head is right."""
+    with path.open("rb") as file:
+        return json.loads(file.read(8 + _length(path))[8:])["__metadata__"]
 
 
 def _length(path: Path) -> int:
@@ -118,7 +140,7 @@ def head_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
         if metadata["version"] != str(VERSION):
             raise ValueError(f"it has version {metadata['version']}, this memwrap reads {VERSION}")
         places = {name: [entry["dtype"], entry["shape"]] for name, entry in head.items()}
-        if metadata["layout"] != str(_text_checksum([metadata["about"], places])):
+        if metadata["layout"] != str(_text_checksum([metadata["about"], metadata["sums"], places])):
             raise ValueError("its description does not have its checksum")
         end = max((_end_of(entry) for entry in head.values()), default=0)
         if 8 + length + end != size:

@@ -53,6 +53,14 @@ def train_index(index: Any, shards: Shards, factory: str) -> None:
         ) from error
 
 
+def add_to(index: Any, vectors: np.ndarray, factory: str) -> None:
+    """Add float32 vectors to an index; a kind that takes none without numbers is refused."""
+    try:
+        index.add(vectors)
+    except RuntimeError as error:
+        raise ValueError(f"faiss cannot add vectors to an index of {factory!r}.") from error
+
+
 def index_file(folder: Path, shards: Shards) -> tuple[Path, dict[str, Any]]:
     """Return the file of a store's index and what is written about it, which must fit the shards.
 
@@ -120,7 +128,9 @@ def read_index(file: Path, dim: int, metric: str, count: int, *, mmap: bool = Fa
         before = faiss.get_deserialization_vector_byte_limit()
         faiss.set_deserialization_vector_byte_limit(max(2**31, 4 * file.stat().st_size))
     try:
-        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
+        # Lists that an index has in another file are looked for beside it, and then refused.
+        flags = faiss.IO_FLAG_ONDISK_SAME_DIR | (faiss.IO_FLAG_MMAP_IFC if mmap else 0)
+        index = faiss.read_index(str(file), flags)
     except Exception as error:  # RuntimeError, and what SWIG makes of a failed allocation
         raise ValueError(f"{broken} (faiss cannot read it).") from error
     finally:
@@ -129,6 +139,11 @@ def read_index(file: Path, dim: int, metric: str, count: int, *, mmap: bool = Fa
     got, want = (index.d, index.ntotal, index.metric_type), (dim, count, measure_of(metric))
     if got != want or not index.is_trained:
         raise ValueError(f"{broken}: width, entries and metric are {got}, not {want}.")
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is not None and isinstance(
+        faiss.downcast_InvertedLists(lists.invlists), faiss.OnDiskInvertedLists
+    ):
+        raise ValueError(f"{broken}: its lists are in another file.")
     if not mmap:
         _check_numbers(index, file)
     return index
@@ -158,7 +173,7 @@ def _check_numbers(index: Any, file: Path) -> None:
 
 def verify_index(folder: Path, shards: Shards, metric: str) -> None:
     """Read every byte of a store's index, if it has one, and compare a sample of what it holds
-    with the vectors kept, where it holds vectors.
+    with the vectors kept.
 
     Raises:
         ValueError: names the damaged file.
@@ -172,9 +187,18 @@ def verify_index(folder: Path, shards: Shards, metric: str) -> None:
     inner = faiss.downcast_index(index)
     if isinstance(inner, faiss.IndexHNSW):
         inner = faiss.downcast_index(inner.storage)
-    if not isinstance(inner, faiss.IndexFlat) or not index.ntotal:
+    lists = isinstance(inner, faiss.IndexIVF)
+    if not index.ntotal or not (lists or isinstance(inner, faiss.IndexFlat)):
         return
+    if lists:
+        inner.make_direct_map()
     sample = np.unique(np.linspace(0, index.ntotal - 1, min(index.ntotal, 4096)).astype(np.int64))
     held = np.stack([inner.reconstruct(int(number)) for number in sample])
-    if not np.array_equal(held, shards.gather(sample).astype(np.float32)):
+    kept = shards.gather(sample).astype(np.float32)
+    if isinstance(inner, (faiss.IndexFlat, faiss.IndexIVFFlat)):
+        good = np.array_equal(held, kept)
+    else:  # codes: nearer to their own vectors than to others
+        own, other = (np.square(held - x).sum(1).mean() for x in (kept, np.roll(kept, 1, 0)))
+        good = len(sample) < 2 or own <= other
+    if not good:
         raise ValueError(f"{file} is damaged: it does not hold the store's vectors.")

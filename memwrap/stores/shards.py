@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from memwrap.stores.base import NONE, Entries
-from memwrap.stores.files import head_of, mapped, read_arrays, write_arrays
+from memwrap.stores.files import HEADER, head_of, mapped, read_arrays, small_arrays, write_arrays
 
 REMOVED = "removed.safetensors"
 _CODES = {"float16": "F16", "float32": "F32"}
@@ -28,10 +28,11 @@ class Shards:
         dim: width of the vectors.
         dtype: `"float16"` or `"float32"`, as they are kept.
         folder: where the shards are; None keeps all in memory.
+        store: identity of the store that they belong to.
     """
 
-    def __init__(self, dim: int, dtype: str, folder: Path | None = None) -> None:
-        self.dim, self.dtype, self.folder = dim, np.dtype(dtype), folder
+    def __init__(self, dim: int, dtype: str, folder: Path | None = None, store: str = "") -> None:
+        self.dim, self.dtype, self.folder, self.store = dim, np.dtype(dtype), folder, store
         self.documents: list[str] = []
         self.cursor: Any = None
         self.committed = 0
@@ -61,7 +62,7 @@ class Shards:
             self._check_head(path, about, head)
             self._learn(about["documents"])
             self.cursor = about["cursor"]
-            parts.append(Entries(*[np.asarray(mapped(path, n)) for n in Entries.FIELDS]))
+            parts.append(Entries(*small_arrays(path, Entries.FIELDS)))
             self._check_columns(path, parts[-1])
             self._added(path, about["count"], checksum)
         self._entries = Entries.cat(parts)
@@ -75,6 +76,8 @@ class Shards:
     def _check_head(self, path: Path, about: dict[str, Any], head: dict[str, Any]) -> None:
         """Refuse a shard that does not go on where the one before ended, or holds other arrays."""
         count, names = about.get("count"), about.get("documents")
+        if about.get("store") != self.store:
+            raise ValueError(f"{path} is of another store than the {HEADER} beside it.")
         if about.get("first") != self.committed or type(count) is not int or count < 1:
             raise ValueError(f"{path} is damaged or of another store: it begins elsewhere.")
         wanted = {name: ["I32", [count]] for name in Entries.FIELDS}
@@ -96,6 +99,8 @@ class Shards:
         for name in Entries.FIELDS:
             if _outside(getattr(entries, name), NONE, limits.get(name, 2**31)):
                 raise ValueError(f"{path} is damaged: its {name} are out of range.")
+        if not entries.has_order():
+            raise ValueError(f"{path} is damaged: its spans end before they start.")
 
     def _learn(self, names: Iterable[str]) -> None:
         for name in names:
@@ -169,7 +174,8 @@ class Shards:
         block, entries = np.concatenate(self._pending), Entries.cat(self._pending_entries)
         path = self.folder / _name(len(self._paths))
         about = {
-            "first": self.committed, "count": len(block), "cursor": self._pending_cursor,
+            "store": self.store, "first": self.committed, "count": len(block),
+            "cursor": self._pending_cursor,
             "documents": self.documents[self._saved_documents :],
         }  # fmt: skip
         columns = {name: getattr(entries, name).astype(np.int32) for name in Entries.FIELDS}
@@ -274,7 +280,7 @@ class Shards:
             path.unlink()
         if self.folder is not None:
             (self.folder / REMOVED).unlink(missing_ok=True)
-        self.__init__(self.dim, self.dtype.name, self.folder)  # type: ignore[misc]
+        self.__init__(self.dim, self.dtype.name, self.folder, self.store)  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:

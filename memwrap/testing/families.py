@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     Lfm2Config,
     LlamaConfig,
@@ -109,6 +111,19 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
     "opt": _opt,
+    # Cosines and sines of half a head's width, a score more in every softmax.
+    "gpt_oss": _with(
+        GptOssConfig, head_dim=8, sliding_window=WINDOW, layer_types=_MIXED, num_local_experts=4,
+        num_experts_per_tok=2, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    # Complex angles, which turn the last channels; values of another width than keys.
+    "deepseek_v2": _with(
+        DeepseekV2Config, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16,
+        qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=6, first_k_dense_replace=1,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1,
+        topk_group=1, n_shared_experts=1,
+    ),
 }  # fmt: skip
 # With recurrent layers of their own.
 RECURRENT: dict[str, Callable[[], PreTrainedConfig]] = {

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import ProgressCallback
 
 import memwrap
@@ -114,6 +115,7 @@ def preflight(recipe: Recipe) -> Path | None:
     named = asset(name) is not None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     if not named and not Path(name).is_dir():
         raise ValueError(f"`model.name` is {name!r}, and there is no such folder.")
+    _check_trackers(recipe.trainer.trackers)
     if recipe.init_from is not None and not (Path(recipe.init_from) / "config.json").is_file():
         raise ValueError(
             f"`init_from` is {recipe.init_from!r}, which holds no saved model; give the output "
@@ -123,9 +125,19 @@ def preflight(recipe: Recipe) -> Path | None:
     if source != "stdlib" and not source.startswith("datasets:") and not Path(source).exists():
         raise ValueError(
             f"`data.source` is {source!r}, and there is no such file or folder. Give data.source= "
-            "a folder with .txt, .md or .pdf files, 'stdlib' or 'datasets:NAME'."
+            "a folder with text, Markdown, HTML or PDF files, 'stdlib' or 'datasets:NAME'."
         )
     return checkpoint
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Refuse trackers whose packages are missing."""
+    missing = set(names) - set(get_available_reporting_integrations() if names else [])
+    if missing:
+        raise ValueError(
+            f"`trainer.report_to` names {', '.join(sorted(missing))}, which is not installed; "
+            "pip install it, or leave it out."
+        )
 
 
 def _checkpoint(recipe: Recipe, output: Path) -> Path:
@@ -307,7 +319,7 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArgumen
         eval_on_start=evaluates and not recipe.resume,
         dataloader_num_workers=section.workers,
         dataloader_pin_memory=cuda,
-        report_to="none",
+        report_to=section.trackers or "none",
         **extra,
     )
 

@@ -69,6 +69,7 @@ class Recipe(Section):
 
     def __post_init__(self) -> None:
         self.source = ""
+        self.options: list[str] = []
         self.overrides: list[str] = []
         self.output = expanded(self.output)
         self.init_from = self.init_from and expanded(self.init_from)
@@ -121,7 +122,8 @@ class Recipe(Section):
     @property
     def command(self) -> list[str]:
         """The command that runs this recipe again."""
-        return ["memwrap", "train", self.source, *self.overrides]
+        source = [self.source] if self.source else self.options
+        return ["memwrap", "train", *source, *self.overrides]
 
 
 _SECTIONS = {
@@ -183,7 +185,22 @@ def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
             nearest key), a wrong type or value.
     """
     path = find_recipe(path_or_name)
-    file = _read(path)
+    recipe = resolve(_read(path), path, overrides)
+    recipe.source = str(path_or_name)
+    return recipe
+
+
+def resolve(file: dict[str, Any], path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Check the values of a recipe, and make it.
+
+    Args:
+        file: the values.
+        path: where they stand, for errors.
+        overrides: as for `load_recipe`.
+
+    Raises:
+        ValueError: as `load_recipe`.
+    """
     _check_all(file, str(path))
     changes = _dotlist(overrides or [])
     _check_all(changes, "the command line", _memory_name(file))
@@ -203,7 +220,7 @@ def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
         recipe = build(Recipe, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    recipe.source, recipe.overrides = str(path_or_name), list(overrides or [])
+    recipe.overrides = list(overrides or [])
     return recipe
 
 
@@ -211,7 +228,7 @@ def _read(path: Path) -> dict[str, Any]:
     text = read_yaml_text(path)
     try:
         values = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text else None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(values, dict):
@@ -246,12 +263,19 @@ def _check_references(values: Any, path: Path) -> None:
 
 
 def _check_server(values: dict[str, Any], changes: dict[str, Any], path: Path) -> None:
-    """Refuse a server that stands in the file: it would be sent this machine's credentials."""
+    """Refuse a server, or a tracker, that stands in the file: it would be sent this machine's
+    credentials."""
     store, given = ((v.get("memory") or {}).get("store") for v in (values, changes))
     if isinstance(store, str) and is_url(store) and given is None:
         raise ValueError(
             f"{path}: `memory.store` is a server; memwrap connects to none that a file names. Give "
             "it on the command line: memory.store=URL."
+        )
+    trackers, asked = ((v.get("trainer") or {}).get("report_to") for v in (values, changes))
+    if trackers not in (None, "none", "tensorboard") and asked is None:
+        raise ValueError(
+            f"{path}: `trainer.report_to` sends the run elsewhere, which no file may decide. Give "
+            f"it on the command line: trainer.report_to={trackers}."
         )
 
 
@@ -306,4 +330,4 @@ def _memory_name(values: dict[str, Any]) -> str | None:
     return memory.get("name") if isinstance(memory, dict) else None
 
 
-__all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_folders"]
+__all__ = ["Recipe", "find_recipe", "load_recipe", "recipe_folders", "resolve"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from memwrap.io.reading import read_json
 
 
@@ -23,3 +25,17 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         if number.isdecimal():
             found.append((int(number), state.parent))
     return max(found)[1] if found else None
+
+
+def check_loss(loss: Tensor, step: int) -> None:
+    """Stop a training whose loss is not finite: no later step mends it, and transformers would show
+    the mean of earlier losses instead.
+
+    Raises:
+        ValueError: says so.
+    """
+    if not bool(loss.isfinite()):
+        raise ValueError(
+            f"The loss is {float(loss)} in step {step + 1}: the training has failed. Lower "
+            "`learning_rate` or `memory_learning_rate`, and go on from an earlier checkpoint."
+        )

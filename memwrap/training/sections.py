@@ -229,6 +229,8 @@ class TrainerSection(Section):
         save_every: steps between checkpoints (`null`: none; needed to resume).
         eval_every: steps between evaluations (`null`: at the end only).
         workers: processes that prepare batches.
+        report_to: also send losses to `tensorboard`, `wandb`, `trackio` or another that
+            transformers knows, several with commas; `none`: only the run's own files.
     """
 
     prefix = "trainer."
@@ -262,6 +264,7 @@ class TrainerSection(Section):
     save_every: PositiveInt | None = None
     eval_every: PositiveInt | None = None
     workers: NonNegativeInt = 0
+    report_to: Text = "none"
 
     def validate_distillation(self) -> None:
         if self.label_weight != 1 and not self.distillation_weight:
@@ -272,6 +275,19 @@ class TrainerSection(Section):
             raise ValueError(
                 "`trainer.vary_segments` needs `trainer.segment_curriculum`, for example '0:8'."
             )
+
+    def validate_report_to(self) -> None:
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        known = sorted(INTEGRATION_TO_CALLBACK)
+        if self.report_to != "none" and not {*self.trackers} <= set(known):
+            self.refuse("report_to", f"'none' or among {', '.join(known)}")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [] if names == ["none"] else names
 
 
 __all__ = [

@@ -32,7 +32,7 @@ from memwrap.training.batches import (
 )
 from memwrap.training.collating import DocumentCollator
 from memwrap.training.distillation import teacher_of
-from memwrap.training.resuming import last_checkpoint
+from memwrap.training.resuming import check_loss, last_checkpoint
 from memwrap.training.window_dropout import check_window_dropout, windows_dropped
 
 logger = logging.get_logger(__name__)
@@ -253,7 +253,9 @@ class MemoryTrainer(Trainer):
         inputs = self._taught(self.prepare_batch(inputs))
         window = self._stream_window()
         if window is None or not has_labels(inputs):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            check_loss(loss, self.state.global_step)
+            return loss
         model.train()
         prepare = getattr(self.optimizer, "train", None)  # schedule-free optimizers have it
         if callable(prepare):
@@ -265,6 +267,7 @@ class MemoryTrainer(Trainer):
         distributed = isinstance(model, nn.parallel.DistributedDataParallel)
         with self.accelerator.no_sync(model) if distributed else nullcontext():
             loss = self._stream(model, inputs, window, num_items_in_batch)
+        check_loss(loss, self.state.global_step)
         if distributed and self._step_syncs():
             average_gradients(model)
         every = self.args.torch_empty_cache_steps
@@ -334,8 +337,7 @@ class MemoryTrainer(Trainer):
         """
         if has_labels(inputs):
             inputs = {**self.prepare_batch(inputs, trim=False), "use_cache": False}
-            if not prediction_loss_only:
-                inputs["return_logits"] = True
+            inputs["return_logits"] = not prediction_loss_only
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # Optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,12 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from commands import run
 from transformers import AutoTokenizer
 
 import memwrap
+from memwrap.chat import Conversation
 from memwrap.cli import doctor
-from memwrap.model.conversation import Conversation
+from memwrap.cli.catalogue import own_memories
+from memwrap.memories.protocol import places_of
+from memwrap.memories.registry import memory_class
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHERS = {"memwrap", "python", "bitsandbytes"}  # constraints.txt has none of them
@@ -47,7 +52,7 @@ def trained(
 @pytest.fixture(scope="module")
 def state(trained: tuple[Path, str], document: Path) -> Path:
     path = trained[0].parent / "document.safetensors"
-    result = run("read", document, "-o", path, "--model", trained[0])
+    result = run("read", trained[0], document, "-o", path)
     assert f"wrote {path}" in result.output
     return path
 
@@ -82,11 +87,25 @@ def test_a_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
         (("train", "armt_lora_tiny", "memory.num_memory_token=1"), "`memory.num_memory_tokens`"),
         (("train", "armt_lora_tiny", "data.source=/not/there"), "no such file or folder"),
         (("train", "armt_lora_tiny", "model.name=/not/there"), "no such folder"),
-        (("read", "/not/there.txt", "-o", "x", "--model", "tiny-lm"), "no file or folder"),
-        (("read", __file__, "-o", "x", "--model", "tiny-lm"), "convert it to text"),
-        (("chat", "--model", "/not/there", "--ask", "a"), "no folder /not/there"),
-        (("chat", "--model", "tiny-lm", "--ask", "a"), "not a memwrap one"),
-        (("chat", "--model", "tiny-lm", "--max-new-tokens", "0"), "at least 1"),
+        (("train", "armt_lora_tiny", "trainer.report_to=elsewhere"), "`trainer.report_to`"),
+        (("train", "armt_lora_tiny", "trainer.report_to=swanlab"), "not installed"),
+        (("train",), "Give the name of a recipe"),
+        (("train", "--model", "tiny-lm", "--memory", "armt"), "--data FOLDER"),
+        (("train", "--model", "tiny-lm", "--data", "stdlib"), "give --memory"),
+        (("train", "--model", "armt-lm", "--data", "stdlib", "--memory", "armt"), "of its own"),
+        (("train", "--model", "tiny-lm", "--data", "/no", "--memory", "rmt"), "such file or"),
+        (("read", "tiny-lm", "/not/there.txt", "-o", "x"), "no file or folder"),
+        (("read", "tiny-lm", ROOT / "mkdocs.png", "-o", "x"), "no file or folder"),
+        (("read", "tiny-lm", ROOT / "LICENSE", "-o", "x"), "convert it to text"),
+        (("read", "tiny-lm", __file__, "-o", "x"), "model without memory"),
+        (("read", "tiny-lm", __file__, "-o", "x", "--memory", "infllm", "top_kk=1"), "`top_k`"),
+        (("read", "armt-lm", __file__, "-o", "x", "--memory", "infllm"), "a memory of its own"),
+        (("chat", "/not/there", "--ask", "a"), "no folder /not/there"),
+        (("chat", "tiny-lm", "--ask", "a"), "--memory NAME"),
+        (("chat", "tiny-lm", "--max-new-tokens", "0"), "at least 1"),
+        (("eval", "tiny-lm"), "--memory NAME"),
+        (("export", "tiny-lm", "x"), "--memory NAME"),
+        (("fetch", "tiny-lm"), "known: smollm2"),
         (("doctor", "--model", "/not/there"), "cannot be loaded"),
         (("demo", "--minutes", "0"), "must be positive"),
     ],
@@ -108,13 +127,13 @@ def test_reading_continues_a_state(
     trained: tuple[Path, str], state: Path, document: Path, tmp_path: Path
 ) -> None:
     more = tmp_path / "twice.safetensors"
-    run("read", document, "-o", more, "--model", trained[0], "--state", state)
+    run("read", trained[0], document, "-o", more, "--state", state)
     once, twice = (memwrap.MemoryState.load(p) for p in (state, more))
-    assert int(twice.tokens_seen[0]) == 2 * int(once.tokens_seen[0])
+    assert int(twice.tokens_seen[0]) == 2 * int(once.tokens_seen[0]) - 1  # one beginning of text
 
 
 def test_asking(trained: tuple[Path, str], state: Path) -> None:
-    words = ("chat", "--model", trained[0], "--state", state, "--max-new-tokens", "5", "--ask")
+    words = ("chat", trained[0], "--state", state, "--max-new-tokens", "5", "--ask")
     first = run(*words, "Line 3:").stdout
     assert first == run(*words, "Line 3:").stdout
     result = run(*words, " ", expect=2)
@@ -124,9 +143,7 @@ def test_asking(trained: tuple[Path, str], state: Path) -> None:
 def test_talking(trained: tuple[Path, str], state: Path, tmp_path: Path) -> None:
     saved = tmp_path / "talk.safetensors"
     lines = f"Line 3:\n/save {saved}\n/reset\nLine 3:\n/save\n/quit\nnever"
-    result = run(
-        "chat", "--model", trained[0], "--state", state, "--max-new-tokens", "4", stdin=lines
-    )
+    result = run("chat", trained[0], "--state", state, "--max-new-tokens", "4", stdin=lines)
     assert "tokens read" in result.output and "give a file" in result.output
     before, after = (memwrap.MemoryState.load(p) for p in (state, saved))
     assert int(after.tokens_seen[0]) > int(before.tokens_seen[0])
@@ -140,7 +157,7 @@ def test_a_conversation_is_one_text(trained: tuple[Path, str]) -> None:
     talk = Conversation(model, tokenizer, max_new_tokens=12, do_sample=False)
     talk.ask("Line 1: the number")
     # Hold the second question's tokens against one generate over everything before it.
-    state, pending = talk.state, talk._pending
+    state, pending = talk.state, torch.tensor([talk._ids[talk._read :]])
     assert pending.shape == (1, 1)
     question = "\nLine 2: the number"
     ids = tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids
@@ -153,6 +170,97 @@ def test_a_conversation_is_one_text(trained: tuple[Path, str]) -> None:
     assert talk.state is not None and int(talk.state.tokens_seen[0]) == total - 1
     talk.reset()
     assert talk.state is None
+
+
+def test_any_model_takes_a_memory(base: Path, document: Path, tmp_path: Path) -> None:
+    """Files and settings stand in any order; a bad file does not stop the others."""
+    (tmp_path / "page.html").write_text("<head><title>no</title></head><p>Line 41 <b>is</b> last.")
+    (tmp_path / "bad.pdf").write_bytes(b"no pdf")
+    words = ("--memory", "infllm", "segment_size=16", "window_size=32", "block_size=8", "top_k=2")
+    state = tmp_path / "state"
+    result = run("read", base, document, tmp_path, "-o", state, *words)
+    assert "left out:" in result.stderr and "bad.pdf" in result.stderr
+    assert "2 files, 1 left out" in result.stderr
+    ask = ("--max-new-tokens", "4", "--ask", "Line 3:")
+    first = run("chat", base, *words, "--state", state, *ask).stdout
+    again = run("chat", base, "--read", document, tmp_path / "page.html", *words, *ask).stdout
+    assert first == again
+    result = run("read", base, tmp_path / "bad.pdf", "-o", tmp_path / "x", *words, expect=2)
+    assert "Nothing can be read" in result.stderr and not (tmp_path / "x").exists()
+    run("export", base, tmp_path / "out", "--memory", "rmt", "segment_size=16")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_missing_reader_is_said_before_anything_is_read(
+    base: Path, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "page.html").write_text("<p>Text.")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda n, *a: None if n == "bs4" else find(n, *a)
+    )
+    monkeypatch.setattr("memwrap.model.opening.open_model", None)
+    result = run("read", base, document, tmp_path / "page.html", "-o", tmp_path / "x", expect=2)
+    assert "pip install beautifulsoup4" in result.stderr
+
+
+def test_training_without_a_recipe(base: Path, document: Path, tmp_path: Path) -> None:
+    """And then going on with what came out."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    few = ("trainer.steps=1", "trainer.accumulation=1", "trainer.device=cpu")
+    words = ("--model", base, "--data", document, "--memory", "rmt", "segment_size=16")
+    run("train", *words, *few, "num_memory_tokens=2", "-o", first)
+    about = json.loads((first / "run.json").read_text())["command"]
+    assert about.startswith(f"memwrap train --model {base} --data {document} --memory rmt -o")
+    values = yaml.safe_load((first / "recipe.yaml").read_text())
+    assert values["memory"]["num_memory_tokens"] == 2 and values["data"]["max_tokens"] == 128
+    run("train", "--model", first, "--data", document, *few, "learning_rate=0", "-o", second,
+        expect=2)  # fmt: skip
+    run("train", "--model", first, "--data", document, *few, "trainer.learning_rate=0",
+        "trainer.memory_learning_rate=0", "-o", second)  # fmt: skip
+    one, two = (memwrap.load(folder) for folder in (first, second))
+    assert one.fingerprint() == two.fingerprint()
+
+
+def test_the_light_commands_import_no_torch() -> None:
+    """Names, help and version come at once; `list` says what the registry says."""
+    code = (
+        "import sys, memwrap; from memwrap.cli.app import app\n"
+        "from typer.testing import CliRunner\n"
+        "for words in (['--version'], ['--help'], ['list'], ['chat', '--help']):\n"
+        "    done = CliRunner().invoke(app, words); assert done.exit_code == 0, done.output\n"
+        "    print(done.output)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'peft', 'huggingface_hub'} & {*sys.modules}\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"memwrap {memwrap.__version__}" in done.stdout
+    for entry in own_memories():
+        kind = memory_class(entry.name)
+        assert entry.places == ", ".join(places_of(kind))
+        assert entry.summary == " ".join(
+            (memwrap.config_class(entry.name).__doc__ or "").split("\n\n")[0].split()
+        )
+    assert {e.name for e in own_memories()} <= {*memwrap.available()}
+    assert len(own_memories()) >= 17
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["", "from memwrap.training.trainer import MemoryTrainer", "from memwrap import ARMTConfig"],
+)
+def test_auto_classes_know_saved_models_after_a_plain_import(first: str) -> None:
+    code = (
+        f"import memwrap; {first}\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "place = memwrap.assets.asset('armt-lm')\n"
+        "assert AutoConfig.from_pretrained(place).model_type == 'memwrap'\n"
+        "model = AutoModelForCausalLM.from_pretrained(place)\n"
+        "assert type(model) is memwrap.MemoryModelForCausalLM, type(model)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_eval_perplexity(trained: tuple[Path, str], tmp_path: Path) -> None:

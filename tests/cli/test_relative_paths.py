@@ -42,12 +42,12 @@ def load_base(path: str) -> Any:
 
 
 def test_reading_talking_and_exporting(here: Path) -> None:
-    run("read", "texts/a.txt", "-o", "states/a.safetensors", "--model", "model")
-    run("read", "texts", "-o", "b.safetensors", "--model", "model", "--state",
+    run("read", "model", "texts/a.txt", "-o", "states/a.safetensors")
+    run("read", "model", "texts", "-o", "b.safetensors", "--state",
         "states/a.safetensors")  # fmt: skip
-    run("chat", "--model", "model", "--state", "b.safetensors", "--ask", "Line 3",
+    run("chat", "model", "--state", "b.safetensors", "--ask", "Line 3",
         "--max-new-tokens", "2")  # fmt: skip
-    run("chat", "--model", "model", stdin="Line 3\n/save talk.safetensors\n/quit\n")
+    run("chat", "model", stdin="Line 3\n/save talk.safetensors\n/quit\n")
     assert {p.name for p in here.rglob("*.safetensors")} >= {"a.safetensors", "talk.safetensors"}
     output = run("export", "model", "deep/exported").output
     assert "wrote deep/exported" in output and "loads without memwrap" in output

@@ -13,7 +13,7 @@ from cases import Case, Got, Tolerances, both_precisions, compare, names_of, rea
 from torch import Tensor
 
 import memwrap
-from memwrap.backbones.rotary import rotate, unrotate
+from memwrap.backbones.rotary import Rotation, rotate, unrotate
 from memwrap.ops import landmark as ops
 
 MODES = {"per_token_and_head": "token", "max_over_tokens": "call"}
@@ -62,7 +62,8 @@ def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     width = x.shape[-1]
     rates = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = (positions[:, None].double() * rates).repeat(1, 2)[None]
-    return rotate(x, (angles.cos().to(x.dtype), angles.sin().to(x.dtype)))
+    halves = Rotation.halves(x.shape[-1])
+    return rotate(x, halves.angles(angles.cos().to(x.dtype), angles.sin().to(x.dtype)))
 
 
 def retrieve(case: Case) -> Got:

@@ -23,11 +23,12 @@ BASE = '"Qwen/Qwen3-0.6B"'
 
 
 def example() -> str:
-    """The page's first Python block, on the shipped LM."""
-    block = re.search(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    if block is None or block[1].count(BASE) != 1:
+    """The page's Python block that loads a base, on the shipped LM."""
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    block = next((b for b in blocks if b.count(BASE) == 1), None)
+    if block is None:
         raise ValueError(f"{PAGE} has no Python example that loads {BASE}.")
-    return block[1].replace(BASE, repr(str(asset("tiny-lm"))))
+    return block.replace(BASE, repr(str(asset("tiny-lm"))))
 
 
 def run() -> dict[str, Any]:

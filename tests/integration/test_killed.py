@@ -78,7 +78,9 @@ def train(folder: Path) -> list[float]:
 
 
 @pytest.mark.proof("Training killed by SIGKILL and resumed: the same losses", "accelerate")
-@pytest.mark.parametrize("seed", [1])
+@pytest.mark.parametrize(
+    "seed", [1, *(pytest.param(n, marks=pytest.mark.full) for n in range(2, 8))]
+)
 def test_killed_and_resumed_gives_the_same_losses(tmp_path: Path, seed: int) -> None:
     tests = ROOT / "tests"
     done = subprocess.run(

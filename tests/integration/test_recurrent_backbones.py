@@ -48,6 +48,12 @@ ALL: dict[str, dict[str, Any]] = {
         "layer_types": _THIRD, "num_experts": 4, "num_experts_per_token": 2,
         "moe_intermediate_size": 16,
     },
+    "bailing_hybrid": _DELTA | {
+        "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "layer_types": _THIRD, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "lfm2": {"layer_types": _SHORT, "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": _EXPERTS | {"layer_types": _SHORT, "conv_L_cache": 3},
     "granitemoehybrid": _MAMBA | {"num_local_experts": 4, "layer_types": _THIRD},

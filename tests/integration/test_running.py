@@ -157,6 +157,8 @@ def test_quantised_base_trains_lora_and_memory(base: Path, tmp_path: Path, optio
         want = model.eval()(text).logits
         by_name = memwrap.load(tmp_path / "saved", **options())
         assert torch.equal(by_name(text).logits, want)
+        if options is eight_bits:  # quantised again without being asked
+            assert torch.equal(memwrap.load(tmp_path / "saved")(text).logits, want)
         assert torch.equal(memwrap.load(tmp_path / "saved", quantised())(text).logits, want)
     state = by_name.read(text)
     state.save(tmp_path / "state.safetensors")

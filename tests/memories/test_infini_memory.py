@@ -73,11 +73,13 @@ def test_sizes_are_those_of_the_model(family: str) -> None:
     found = parts.attention_sizes()
     assert list(found) == [0, 1]  # recurrent layers have none
     sizes = found.values()
-    assert all(s.num_heads == 4 and s.key_dim == s.value_dim == 8 for s in sizes)
-    expected = 4 if family in ("gpt_neox", "gpt2", "opt") else 2
+    width = 6 if family == "deepseek_v2" else 8
+    assert all(s.num_heads == 4 and s.key_dim == 8 and s.value_dim == width for s in sizes)
+    assert all(s.plain_softmax for s in sizes)
+    expected = 4 if family in ("gpt_neox", "gpt2", "opt", "deepseek_v2") else 2
     assert all(s.num_kv_heads == expected for s in sizes)
-    rotated = {"gpt2": None, "opt": None, "smollm3": {0: True, 1: False}}
-    assert parts.rotary.rotated == rotated.get(family, {0: True, 1: True})
+    rotated = {"gpt2": [False] * 2, "opt": [False] * 2, "smollm3": [True, False]}
+    assert [parts.rotary.rotates(n) for n in found] == rotated.get(family, [True] * 2)
     # Looking leaves no trace.
     assert [m.training for m in base.modules()] == modes and not parts.attached
     assert base.config._attn_implementation == before

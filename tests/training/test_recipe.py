@@ -388,3 +388,17 @@ def test_what_is_wrong_here_is_seen_before_loading(
         preflight(small("armt_lora_tiny", base, tmp_path / "none", tmp_path / "new"))
     with pytest.raises(ValueError, match="no such folder"):
         preflight(small("armt_lora_tiny", tmp_path / "none", documents, tmp_path / "new"))
+
+
+def test_a_file_sends_a_run_nowhere(tmp_path: Path) -> None:
+    """Whoever runs a recipe need not have written it: a tracker stands on the command line."""
+    path = tmp_path / "recipe.yaml"
+    text = (ROOT / "recipes" / "armt_lora_tiny.yaml").read_text()
+    path.write_text(text.replace("trainer:\n", "trainer:\n  report_to: wandb\n"))
+    with pytest.raises(ValueError, match=r"`trainer\.report_to` sends the run elsewhere"):
+        load_recipe(path)
+    loaded = load_recipe(path, ["trainer.report_to=wandb,tensorboard"])
+    assert loaded.trainer.trackers == ["wandb", "tensorboard"]
+    path.write_text(text.replace("trainer:\n", "trainer:\n  report_to: tensorboard\n"))
+    assert load_recipe(path).trainer.trackers == ["tensorboard"]
+    assert load_recipe("armt_lora_tiny").trainer.trackers == []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memwrap.backbones.layer_attention import LayerAttention
+from memwrap.ops import narrowed
 
 
 def merge_attention_states(
@@ -39,8 +40,8 @@ def merge_attention_states(
         keys, cap = count, attention.softcap
         score = cap * torch.atanh(((score - math.log(count)) / cap).clamp(-1 + 1e-6, 1 - 1e-6))
     score = score / attention.rotated_scaling
-    high = score.to(dtype)  # and the rest: half types hold a score too coarsely
-    parts = torch.stack([high, (score - high.to(wide)).to(dtype)], -1)
+    high = narrowed(score, dtype)  # and the rest: half types hold a score too coarsely
+    parts = torch.stack([high, narrowed(score - high.to(wide), dtype)], -1)
     queries = torch.cat([query, parts], -1)
     pad = torch.nn.functional.pad
     summary = key.new_zeros(*key.shape[:2], keys, key.shape[-1] + 2)

@@ -6,6 +6,7 @@ entries that were ever written. C grows with what is read until it is `size`; th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,11 @@ class KeyValueRings:
                 "count": torch.zeros(batch_size, dtype=torch.long, device=device),
             }
         return {"layers": layers}
+
+    def ranges(self, state: Tree) -> Iterator[tuple[Tensor, int, int]]:
+        """Say what the counts in a memory's state may be."""
+        for tree in state["layers"].values():
+            yield tree["count"], 0, ring.most_counted(tree["key"].shape[2], self.size)
 
     def filled(self, state: Tree) -> Tensor:
         """Tell which slots of a layer hold an entry, `(B, C)` bool."""

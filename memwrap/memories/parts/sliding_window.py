@@ -7,7 +7,7 @@ sinks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from memwrap.backbones.positions import MemoryKeyValues
 from memwrap.ops.buffers import take
 from memwrap.ops.buffers.left_aligned import earliest
 from memwrap.ops.buffers.right_aligned import latest, right_valid
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 
@@ -107,6 +108,12 @@ class SlidingWindow:
             tree[f"{name}_key"] = torch.zeros(*shape, dims.key_dim, **make)
             tree[f"{name}_value"] = torch.zeros(*shape, dims.value_dim, **make)
         return tree
+
+    def ranges(self, tree: Tree, progress: Progress) -> Iterator[tuple[Tensor, Any, Any]]:
+        """Say what the whole numbers in a layer's tree may be."""
+        yield tree["tokens"], *progress.closed
+        if "sizes" in tree:
+            yield tree["sizes"], 1, self.size
 
     def attend(
         self, attention: LayerAttention, state: Tree, *, weights: bool = False

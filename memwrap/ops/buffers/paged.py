@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memwrap.ops import narrowed
 from memwrap.ops.buffers.host_prefetch import moved
 
 Pages = dict[str, dict[str, Tensor]]
@@ -35,7 +36,7 @@ def put(buffer: Tensor, at: Tensor, new: Tensor, count: Tensor, dim: int) -> Ten
     shape = [len(at), *[1] * (dim - 1), -1, *[1] * (buffer.dim() - dim - 1)]
     fresh = ((source >= 0) & (source < count[:, None])).view(shape)
     index = source.clamp(0, new.shape[dim] - 1).view(shape).expand_as(buffer)
-    return torch.where(fresh, new.to(buffer.dtype).gather(dim, index), buffer)
+    return torch.where(fresh, narrowed(new, buffer.dtype).gather(dim, index), buffer)
 
 
 def append(pages: Pages, counts: Tensor, new: dict[str, Tensor], more: Tensor, size: int) -> Pages:

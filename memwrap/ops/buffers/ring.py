@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memwrap.ops import narrowed
+
 
 def entries(count: Tensor, capacity: int, size: int) -> Tensor:
     """Give the number of the entry in each slot, `(B, capacity)`; -1 where there is none."""
@@ -44,6 +46,12 @@ def capacity(count: Tensor, present: int, size: int) -> int:
     return max(present, min(size, int(count.max())))
 
 
+def most_counted(present: int, size: int) -> int:
+    """Give the most entries that a buffer of `present` slots can have got: a full ring any number,
+    a younger one no more than it has grown to."""
+    return 2**53 if present >= size else present
+
+
 def store(buffer: Tensor, slot: Tensor, rows: Tensor, capacity: int) -> Tensor:
     """Write rows into a buffer.
 
@@ -62,5 +70,5 @@ def store(buffer: Tensor, slot: Tensor, rows: Tensor, capacity: int) -> Tensor:
     missing = capacity + spare - buffer.shape[2]
     more = buffer.new_zeros(*buffer.shape[:2], missing, buffer.shape[3])
     index = slot.clamp_max(capacity)[:, None, :, None].expand(rows.shape)
-    grown = torch.cat([buffer, more], 2).scatter_(2, index, rows.to(buffer.dtype))
+    grown = torch.cat([buffer, more], 2).scatter_(2, index, narrowed(rows, buffer.dtype))
     return grown[:, :, :capacity].contiguous()

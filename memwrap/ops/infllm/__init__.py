@@ -9,6 +9,7 @@ Nothing here has a gradient: what is selected is a choice.
 from __future__ import annotations
 
 from memwrap.ops.infllm.op import (
+    Selection,
     gather_queries,
     received_products,
     representatives,
@@ -18,5 +19,6 @@ from memwrap.ops.infllm.op import (
 )
 
 __all__ = [
-    "gather_queries", "received_products", "representatives", "select", "settled", "unit_scores",
+    "Selection", "gather_queries", "received_products", "representatives", "select", "settled",
+    "unit_scores",
 ]  # fmt: skip

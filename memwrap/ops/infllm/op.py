@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,19 @@ from memwrap.ops.infllm.naive import (
     representatives_naive,
     select_naive,
 )
+
+
+@dataclass
+class Selection:
+    """The units that the queries of a step see.
+
+    Attributes:
+        marks: `(B, 1 + S, N)` bool; the first are those that were selected before the step.
+        index: `(B, T)`, the selection under which each query stands.
+    """
+
+    marks: Tensor
+    index: Tensor
 
 
 def settled(tokens: Tensor, window: int, sinks: int, block: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,51 @@
+"""Which of transformers' auto classes builds a backbone of a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+# Models that read pictures and sound, too, are kept apart from those of text alone.
+_AUTO = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+}
+
+
+class _One:
+    """One class of transformers, used as an auto class is."""
+
+    def __init__(self, kind: Any) -> None:
+        self.from_pretrained = kind.from_pretrained
+        self._build = kind._from_config
+
+    def from_config(self, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+        options.pop("trust_remote_code", None)
+        return self._build(config, **options)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Find what builds a model of a config: the auto class that makes what `config.architectures`
+    names, or else that class of transformers, or else the first auto class that knows the config.
+    """
+    found: list[tuple[Any, set[str]]] = []
+    for name, mapping_name in _AUTO.items():
+        mapping = getattr(modeling_auto, mapping_name, {})
+        if type(config) in mapping:
+            made = mapping[type(config)]
+            kinds = made if isinstance(made, tuple) else (made,)
+            found.append((getattr(modeling_auto, name), {kind.__name__ for kind in kinds}))
+    wanted = list(config.architectures or ())
+    for auto, classes in found:
+        if classes & set(wanted):
+            return auto
+    for name in wanted:
+        kind: Any = getattr(transformers, name, None)
+        known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+        if known and kind.config_class is type(config) and kind.can_generate():
+            return _One(kind)
+    return found[0][0] if found else AutoModelForCausalLM

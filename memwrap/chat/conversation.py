@@ -1,0 +1,178 @@
+"""A conversation over a memory: read once, ask many times, and remember what was said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from memwrap.backbones.cache_names import CACHE
+from memwrap.chat.first_turn import read_document
+from memwrap.chat.held import Held
+from memwrap.chat.turns import Message, Turns, common_length
+from memwrap.model.memory_model import MemoryModelForCausalLM
+from memwrap.state.memory_state import MemoryState
+
+
+class Conversation:
+    """Questions and answers that continue a state.
+
+    With a chat template what the model has read is, at every moment, what the template makes of
+    the whole conversation: a document in the first turn, one beginning of text, answers that end
+    as answers do. Only what is new is run. Where the template or the tokenizer makes something
+    else of an answer than the model wrote, that answer is read again as it is rendered.
+
+    Examples:
+        >>> import memwrap
+        >>> from memwrap.assets import asset
+        >>> from memwrap.chat import Conversation
+        >>> from transformers import AutoTokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+        >>> talk = Conversation(memwrap.load("armt-lm"), tokenizer, max_new_tokens=4)
+        >>> isinstance(talk.ask("import"), str)
+        True
+
+    Args:
+        model: a memwrap model.
+        tokenizer: the model's. With a chat template questions are put as a user's turn; without
+            one they are plain text that the model continues.
+        state: what has been read so far, one row; None for nothing.
+        settings: for `generate`, such as `max_new_tokens`, `do_sample`, `temperature`.
+
+    Attributes:
+        state: what has been read, the conversation included.
+        turns: messages so far, with a chat template.
+
+    Raises:
+        ValueError: if the state belongs to another model or has several rows.
+    """
+
+    def __init__(
+        self,
+        model: MemoryModelForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        state: MemoryState | None = None,
+        **settings: Any,
+    ) -> None:
+        if state is not None:
+            model.check_state(state)
+            if state.batch_size != 1:
+                raise ValueError(
+                    f"The state has {state.batch_size} rows; a conversation continues one "
+                    "(state.select(torch.tensor([0])))."
+                )
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self._template = Turns(tokenizer)
+        self.first = state
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation, keep what was read before it."""
+        self.state = self.first
+        # Text that was read in some other way stands in front of the chat.
+        started = self.first is not None and self.first.columns > 0
+        self._held = Held.of(self.first, self._template) or Held(behind=started)
+        self.turns: list[Message] = list(self._held.turns)
+        # Ids that were read or drawn, and how many of them were read.
+        self._ids: list[int] = []
+        self._read = self._held.read
+
+    def read(self, text: str, *, progress: bool = False) -> None:
+        """Read a document (`read_document`): `reset` keeps it.
+
+        Raises:
+            ValueError: after a question, and as `read_document`.
+        """
+        if self._ids:
+            raise ValueError("A question was asked already; read documents first, or reset.")
+        self.first = read_document(self.model, self.tokenizer, text, self.first, progress=progress)
+        self.reset()
+
+    def ask(self, text: str, streamer: Any = None) -> str:
+        """Put a question; the answer is remembered with it.
+
+        Args:
+            text: not empty.
+            streamer: of transformers, gets the answer as it grows.
+
+        Raises:
+            ValueError: for an empty text.
+        """
+        if not text.strip():
+            raise ValueError("The question is empty; give some text.")
+        turns = [*self.turns, {"role": "user", "content": text}]
+        template = self._template.present
+        whole = self._rendered(turns) if template else self._continued(text)
+        known, read = self._ids[: self._read], self._read
+        if known and whole[:read] != known:
+            raise ValueError(
+                "The chat template makes another beginning of this conversation than was read."
+            )
+        new = torch.tensor([whole[read:]], device=self.model.device)
+        out: Any = self.model.generate(
+            new,
+            cache=self.state,
+            attention_mask=torch.ones_like(new),
+            streamer=streamer,
+            return_dict_in_generate=True,
+            pad_token_id=self._pad(),
+            **{**self._template.stops_for(self.model), **self.settings},
+        )
+        after = out[CACHE]
+        drawn = out.sequences[0, new.shape[1] :].tolist()
+        answer = self.tokenizer.decode(
+            drawn, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        # The last token was drawn but not read: it is for the next question.
+        count = read + after.columns - (self.state.columns if self.state is not None else 0)
+        if template:
+            self.turns = [*turns, {"role": "assistant", "content": str(answer)}]
+            self._settle(whole[:read], after, (whole + drawn)[:count])
+        else:
+            self._ids, self._read, self.state = whole + drawn, count, after
+        return str(answer)
+
+    def _rendered(self, turns: list[Message]) -> list[int]:
+        """Compute the ids of the whole conversation: with a document, of its last words on."""
+        ids = self._template.ids(self._held.messages(turns))
+        return self._template.without_beginning(ids) if self._held.behind else ids
+
+    def _continued(self, text: str) -> list[int]:
+        """Compute the ids of plain text behind all that was said."""
+        started = bool(self._ids) or self._held.behind
+        tokenizer: Any = self.tokenizer
+        return self._ids + tokenizer(text, add_special_tokens=not started)["input_ids"]
+
+    def _settle(self, before: list[int], after: MemoryState, ids: list[int]) -> None:
+        """Take over the state after an answer.
+
+        Args:
+            before: ids that had been read when the question came.
+            after: the state now.
+            ids: what it has read.
+        """
+        questions = [{"role": "user", "content": text} for text in ("?", "And")]
+        goes_on = common_length(*(self._rendered([*self.turns, q]) for q in questions))
+        settled = self._rendered([*self.turns, questions[0]])[:goes_on]
+        if settled[: len(ids)] != ids:
+            state = self.state
+            if settled[: len(before)] != before:  # earlier turns are rendered in another way now
+                before, state = settled[: self._held.read], self.first
+            rest = settled[len(before) :]
+            if rest or state is None:
+                after = self.model.read(torch.tensor([rest]), state=state)
+            else:
+                after = state.clone()
+            ids = settled
+        self._ids, self._read, self.state = ids, len(ids), after
+        lead = self._template.lead_length()
+        replace(self._held, turns=self.turns, read=len(ids), lead=lead).put(after)
+
+    def _pad(self) -> int | None:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id
+
+
+__all__ = ["Conversation"]

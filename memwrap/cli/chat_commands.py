@@ -1,0 +1,166 @@
+"""The commands `memwrap read` and `memwrap chat`: a document read once, asked many times."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memwrap.cli.shared import (
+    Dtype,
+    MemoryName,
+    ModelName,
+    files_and_settings,
+    load_model,
+    load_tokenizer,
+    plain_errors,
+)
+
+
+@plain_errors
+def read(
+    model: ModelName,
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE... [KEY=VALUE]...", help="Files and folders; settings."),
+    ],
+    output: Annotated[Path, typer.Option("-o", help="State file to write.")],
+    memory: MemoryName = None,
+    state: Annotated[Path | None, typer.Option(help="A state file to continue.")] = None,
+    dtype: Dtype = None,
+) -> None:
+    """Read text, Markdown, HTML, PDF and code into a state file."""
+    import memwrap
+
+    files, settings = files_and_settings(words)
+    texts = read_texts(files)
+    loaded = load_model(model, dtype, memory, settings)
+    current = memwrap.MemoryState.load(state, loaded) if state is not None else None
+    current = _into(loaded, load_tokenizer(model, loaded), texts, current)
+    current.save(output)
+    typer.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+@plain_errors
+def chat(
+    model: ModelName,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE]... [KEY=VALUE]...", help="More files; settings."),
+    ] = None,
+    memory: MemoryName = None,
+    read: Annotated[
+        list[str] | None, typer.Option("--read", help="A file or folder to read first.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="A state file of `memwrap read`.")] = None,
+    ask: Annotated[str | None, typer.Option(help="One question, then leave.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    dtype: Dtype = None,
+) -> None:
+    """Talk with a model about what it read: memwrap chat smollm2 --memory infllm --read FILE.
+
+    Without --ask: /reset, /save FILE and /quit are commands.
+    """
+    import memwrap
+
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError("`--max-new-tokens` must be at least 1, `--temperature` 0 or more.")
+    files, settings = files_and_settings(words)
+    files = [*(read or []), *files]
+    texts = read_texts(files) if files else []
+    loaded = load_model(model, dtype, memory, settings)
+    tokenizer = load_tokenizer(model, loaded)
+    current = memwrap.MemoryState.load(state, loaded) if state is not None else None
+    if texts:
+        current = _into(loaded, tokenizer, texts, current)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    from memwrap.chat import Conversation
+
+    talk = Conversation(loaded, tokenizer, current, max_new_tokens=max_new_tokens, **sampling)
+    if ask is not None:
+        typer.echo(talk.ask(ask))
+        return
+    _converse(talk, tokenizer)
+
+
+def read_texts(names: list[str]) -> list[str]:
+    """Read files and folders, say what was left out and end with a count.
+
+    Raises:
+        ValueError: if nothing can be read.
+        ImportError: if a library for one of them is missing.
+    """
+    from memwrap.data.readers import DOCUMENTS, read_files
+
+    paths: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in DOCUMENTS)
+            paths += [p for p in inside if p.is_file()]
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise ValueError(f"{name!r} is no file or folder.")
+    texts, problems = read_files(paths)
+    if not texts:
+        first = next(iter(problems.values()), f"no file in {', '.join(names)}")
+        raise ValueError(f"Nothing can be read: {first}")
+    for problem in problems.values():
+        typer.echo(f"left out: {problem}", err=True)
+    left = f", {len(problems)} left out" if problems else ""
+    files = "1 file" if len(texts) == 1 else f"{len(texts)} files"
+    typer.echo(f"{files}{left}, {sum(map(len, texts.values())):,} characters", err=True)
+    return list(texts.values())
+
+
+def _into(model: Any, tokenizer: Any, texts: list[str], state: Any) -> Any:
+    """Read texts one after the other; say what it took."""
+    from memwrap.chat import read_document
+
+    start, before = time.monotonic(), 0 if state is None else int(state.tokens_seen[0])
+    for text in texts:
+        state = read_document(model, tokenizer, text, state, progress=True)
+    number, seconds = int(state.tokens_seen[0]) - before, time.monotonic() - start
+    typer.echo(
+        f"read {number:,} tokens in {seconds:.1f} s; the memory holds {state.nbytes / 1e6:.1f} MB",
+        err=True,
+    )
+    return state
+
+
+def _converse(talk: Any, tokenizer: Any) -> None:
+    from transformers import TextStreamer
+
+    seen = int(talk.state.tokens_seen[0]) if talk.state is not None else 0
+    typer.echo(f"{seen:,} tokens read. /reset, /save FILE, /quit")
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/reset":
+            talk.reset()
+        elif line.startswith("/save"):
+            _save(talk, line.removeprefix("/save").strip())
+        elif line:
+            talk.ask(line, streamer)
+
+
+def _save(talk: Any, path: str) -> None:
+    if not path or talk.state is None:
+        typer.echo("give a file (/save FILE), after something was said or read", err=True)
+        return
+    talk.state.save(path)
+    typer.echo(f"wrote {path}")
+
+
+__all__ = ["chat", "read", "read_texts"]

@@ -1,0 +1,102 @@
+"""What the demo compares: the base with what fits, and memories: documents in, answers out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Protocol
+
+import torch
+
+import memwrap
+from memwrap.backbones.cache_names import CACHE
+from memwrap.chat import Conversation, read_document
+from memwrap.chat.first_turn import cut_document
+from memwrap.chat.turns import Turns, under
+
+ANSWER_TOKENS = 20
+
+
+class Reader(Protocol):
+    """Something that has read a document."""
+
+    def ask(self, question: str) -> str:
+        """Answer one question from the document alone."""
+
+
+class BaseReader:
+    """The model as it is, over the last `tokens` tokens of a document.
+
+    Args:
+        base: the model.
+        tokenizer: its tokenizer.
+        document: text.
+        tokens: so many at most, the turn around them not counted.
+    """
+
+    def __init__(self, base: Any, tokenizer: Any, document: str, tokens: int) -> None:
+        self.base, self.tokenizer, self.turns = base, tokenizer, Turns(tokenizer)
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        self.text = document if len(ids) <= tokens else tokenizer.decode(ids[-tokens:]).strip()
+        prefix, _ = cut_document(self.turns, self.text, 0)
+        self.length = len(prefix)
+        with torch.no_grad():
+            out = base(torch.tensor([prefix]), use_cache=True, logits_to_keep=1)
+        self.cache = out[CACHE]
+
+    def ask(self, question: str) -> str:
+        content = under(self.text, question)
+        ids = torch.tensor([self.turns.ids([{"role": "user", "content": content}])])
+        own: dict[str, Any] = {CACHE: copy.deepcopy(self.cache)}
+        out = self.base.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS,
+            do_sample=False, pad_token_id=self.tokenizer.pad_token_id, **own,
+        )  # fmt: skip
+        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+class MemoryReader:
+    """A memory model and the state that a document left.
+
+    Args:
+        model: a memwrap model.
+        tokenizer: its tokenizer.
+        document: text, or a state.
+        progress: show a bar.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        document: str | memwrap.MemoryState,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.state = (
+            read_document(model, tokenizer, document, progress=progress)
+            if isinstance(document, str)
+            else document
+        )
+
+    def ask(self, question: str) -> str:
+        settings = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False}
+        return Conversation(self.model, self.tokenizer, self.state, **settings).ask(question)
+
+
+def nats(model: Any, ids: list[int], piece: int) -> tuple[list[float], list[int]]:
+    """Compute nats of every token after the first, read in pieces, and the state's bytes after
+    each piece."""
+    state, values, sizes = model.new_state(1), [], []
+    row = torch.tensor([ids])
+    targets = row[0, 1:]
+    with torch.no_grad():
+        for first in range(0, len(ids) - 1, piece):
+            part = row[:, first : min(first + piece, len(ids) - 1)]
+            logits = model(part, cache=state).logits[0].float()
+            wanted = targets[first : first + part.shape[1]]
+            values += torch.nn.functional.cross_entropy(logits, wanted, reduction="none").tolist()
+            sizes.append(state.nbytes)
+    return values, sizes
+
+
+__all__ = ["ANSWER_TOKENS", "BaseReader", "MemoryReader", "Reader", "nats"]

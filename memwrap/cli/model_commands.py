@@ -1,0 +1,129 @@
+"""The commands that measure and publish a model: `memwrap eval`, `compare`, `lm_eval`, `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memwrap.cli.shared import (
+    Dtype,
+    MemoryName,
+    ModelName,
+    Settings,
+    load_model,
+    load_tokenizer,
+    plain_errors,
+)
+
+if TYPE_CHECKING:
+    from memwrap.evaluation.run import Results
+
+
+@plain_errors
+def evaluate(
+    model: ModelName,
+    settings: Settings = None,
+    memory: MemoryName = None,
+    task: Annotated[
+        str,
+        typer.Option(help="perplexity, recall, linear-usage, or tasks: passkey,vt,..."),
+    ] = "perplexity",
+    documents: Annotated[
+        str, typer.Option(help="stdlib, a folder, a file, or datasets:NAME.")
+    ] = "stdlib",
+    split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
+    tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 8192,
+    count: Annotated[int, typer.Option(help="Documents.")] = 3,
+    samples: Annotated[
+        int | None, typer.Option(help="Recall: rows at each distance (256). Tasks: texts (20).")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tasks: tokens of the texts.")] = "1024,4096",
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", help="Folder to write (default: eval in a saved model's, ./eval)."),
+    ] = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure a model beside its controls; prints a table, writes JSON, a report and a plot."""
+    from memwrap.assets import asset
+    from memwrap.evaluation import run
+
+    suite = run.suite_tasks(task)
+    loaded = load_model(model, dtype, memory, settings)
+    folder = asset(model) or Path(model)
+    results: Results
+    if task in ("perplexity", "linear-usage"):
+        part = None if split == "all" else split
+        rows = run.documents(documents, part, load_tokenizer(model, loaded), tokens, count)
+        results = (run.perplexity if task == "perplexity" else run.linear_usage)(loaded, rows)
+    elif task == "recall":
+        results = run.recall(loaded, folder, samples or 256)
+    else:
+        tokenizer = load_tokenizer(model, loaded)
+        results = run.tasks(loaded, tokenizer, suite, lengths, samples or 20, model)
+    typer.echo(run.table(results))
+    if output is None:
+        beside = folder.is_dir() and asset(model) is None and memory is None
+        output = folder / "eval" if beside else Path("eval")
+    title = model if memory is None else f"{model} with {memory}"
+    for path in run.write(results, output, title=title):
+        typer.echo(f"wrote {path}")
+
+
+@plain_errors
+def run_harness(context: typer.Context) -> None:
+    """Run EleutherAI's lm_eval with saved models: --model memwrap --model_args pretrained=DIR."""
+    from memwrap.cli import lm_eval_model as harness
+
+    harness.main(context.args)
+
+
+@plain_errors
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="JSON files that `memwrap eval` wrote.")],
+    output: Annotated[Path | None, typer.Option("-o", help="HTML file to write.")] = None,
+) -> None:
+    """Put several results side by side."""
+    from memwrap.evaluation import report
+
+    names = [str(path) for path in results]
+    lines = report.rows({n: report.load_result(p) for n, p in zip(names, results, strict=True)})
+    typer.echo(report.markdown(lines))
+    if output is not None:
+        report.write_comparison(lines, output)
+        typer.echo(f"wrote {output}")
+
+
+@plain_errors
+def export_model(
+    model: ModelName,
+    folder: Annotated[Path, typer.Argument(help="New folder to write.")],
+    settings: Settings = None,
+    memory: MemoryName = None,
+    push: Annotated[str | None, typer.Option(help="Then upload it to this Hub repo.")] = None,
+    licence: Annotated[str | None, typer.Option(help="For the card, as apache-2.0.")] = None,
+    check: Annotated[bool, typer.Option(help="Load it without memwrap and compare.")] = True,
+    dtype: Dtype = None,
+) -> None:
+    """Write a checkpoint that loads with transformers alone (merged adapters, code, card)."""
+    from memwrap import exporting
+    from memwrap.assets import asset
+    from memwrap.exporting.card import about_run
+
+    loaded = load_model(model, dtype, memory, settings)
+    about = about_run(asset(model) or Path(model))
+    about |= {"licence": licence} if licence else {}
+    found = exporting.export(
+        loaded, folder, tokenizer=load_tokenizer(model, loaded), about=about, check=check
+    )
+    if found is not None:
+        same = "the same ids" if found.generates else "other ids (rounding)"
+        typer.echo(f"loads without memwrap: logits within {found.difference:.1e}, generates {same}")
+    typer.echo(f"wrote {folder}")
+    if push:
+        typer.echo(f"pushed {exporting.push(folder, push)}")
+
+
+__all__ = ["compare", "evaluate", "export_model", "run_harness"]

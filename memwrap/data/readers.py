@@ -1,0 +1,110 @@
+"""Files as text: plain text, Markdown and code as they are, PDF and HTML through libraries."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+_TEXT = (
+    ".txt", ".md", ".markdown", ".rst", ".tex", ".org", ".log", ".csv", ".tsv", ".json", ".yaml",
+    ".yml", ".toml", ".xml", ".ini", ".cfg",
+)  # fmt: skip
+_CODE = (
+    ".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cs", ".go", ".java",
+    ".js", ".jsx", ".ts", ".tsx", ".kt", ".lua", ".php", ".pl", ".r", ".rb", ".rs", ".scala",
+    ".sh", ".sql", ".swift",
+)  # fmt: skip
+_HTML = (".html", ".htm", ".xhtml")
+SUFFIXES = (*_TEXT, *_CODE, *_HTML, ".pdf")
+"""Endings of the files that are read."""
+DOCUMENTS = (".txt", ".md", ".markdown", ".rst", *_HTML, ".pdf")
+"""Those that are taken from a folder of documents; others when they are named."""
+_NEEDS = {".pdf": ("pypdf", "pypdf"), **dict.fromkeys(_HTML, ("bs4", "beautifulsoup4"))}
+KINDS = "text, Markdown, HTML, PDF and code"
+
+
+def check_readers(paths: Iterable[Path]) -> None:
+    """Refuse files that need a library which is missing.
+
+    Raises:
+        ImportError: names one such file and what to install.
+    """
+    for path in paths:
+        module, package = _NEEDS.get(path.suffix.lower(), ("", ""))
+        if module and importlib.util.find_spec(module) is None:
+            raise ImportError(f"Reading {path} needs {package}: pip install {package}.")
+
+
+def read_text(path: Path) -> str:
+    """Read the text of a file.
+
+    Raises:
+        ValueError: for another kind of file, or one that cannot be read as its kind.
+        ImportError: if the library for its kind is missing.
+    """
+    suffix = path.suffix.lower()
+    check_readers([path])
+    if suffix == ".pdf":
+        return _pdf(path)
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path} is no file of a kind that is read ({KINDS}); convert it to text.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first.") from error
+    return _html(text) if suffix in _HTML else text
+
+
+def read_files(paths: Iterable[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
+    """Read files; one that cannot be read does not stop the others.
+
+    Returns:
+        The texts, and why the other files have none.
+
+    Raises:
+        ImportError: if a library is missing, before anything is read.
+    """
+    paths = list(paths)
+    check_readers(paths)
+    texts: dict[Path, str] = {}
+    problems: dict[Path, str] = {}
+    for path in paths:
+        try:
+            text = read_text(path)
+        except (ValueError, OSError) as error:
+            problems[path] = str(error)
+            continue
+        if text.strip():
+            texts[path] = text
+        else:
+            problems[path] = f"There is no text in {path}; a scanned PDF needs OCR first."
+    return texts, problems
+
+
+def _pdf(path: Path) -> str:
+    from pypdf import PdfReader
+    from pypdf.errors import PyPdfError
+
+    try:
+        return "\n".join(page.extract_text() for page in PdfReader(path).pages)
+    except (PyPdfError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a PDF ({error}); repair it or convert it to text."
+        ) from error
+
+
+def _html(text: str) -> str:
+    """Return the visible text, a line a block."""
+    from bs4 import BeautifulSoup
+
+    page = BeautifulSoup(text, "html.parser")
+    for hidden in page(["script", "style", "template", "noscript", "head", "title"]):
+        hidden.decompose()
+    for block in page(["p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "h5", "h6", "pre"]):
+        block.append("\n")
+    lines = (line.strip() for line in page.get_text().splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+__all__ = ["DOCUMENTS", "KINDS", "SUFFIXES", "check_readers", "read_files", "read_text"]

@@ -1,0 +1,61 @@
+"""What users and other libraries change at a wrapped model afterwards: casts, checkpointing, frozen
+parameters."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from memwrap.backbones.backbone import memory_dtype
+from memwrap.model.adapter_switches import adapter_layers
+
+
+def follow_casts(model: Any) -> None:
+    """Tell the memories the backbone's dtype, where it was cast after wrapping.
+
+    Raises:
+        ValueError: if the backbone alone was cast to or from float64.
+    """
+    dtype, wide = model.parts.embedding_weight.dtype, memory_dtype(model.backbone)
+    for memory in model.memories.values():
+        sizes = memory.sizes
+        if (sizes.backbone_dtype, sizes.dtype) == (dtype, wide):
+            continue
+        own = next((p.dtype for p in memory.parameters() if p.is_floating_point()), wide)
+        if torch.float64 in (own, wide) and own != wide:
+            raise ValueError(
+                f"The backbone was cast to {dtype}, its memory is {own}: cast the whole model "
+                f"(model.to({dtype}))."
+            )
+        memory.sizes = replace(sizes, backbone_dtype=dtype, dtype=wide)
+
+
+def take_over_checkpointing(backbone: nn.Module) -> bool:
+    """Turn the layers' own checkpointing off, which would drop the open segment; say whether it
+    was on."""
+    found = False
+    for module in backbone.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing, found = False, True  # type: ignore[assignment]
+    return found
+
+
+def warn_if_frozen(model: Any) -> None:
+    """Warn of a PEFT model around this one that trains its adapters and none of the memory."""
+    if "peft_config" not in model.__dict__ or not torch.is_grad_enabled():
+        return
+    memory = list(model.memory_parameters())
+    if not memory or any(p.requires_grad for p in memory):
+        return
+    adapted = (p for _, layer in adapter_layers(model.backbone) for p in layer.parameters())
+    if any(p.requires_grad for p in adapted):
+        warnings.warn(
+            "The adapters are trained, but every parameter of the memory is frozen and would not "
+            "be saved with them: give the PEFT config modules_to_save=['memory_modules'] "
+            "(get_peft_model, SFTTrainer's peft_config), or use model.add_lora instead.",
+            stacklevel=3,
+        )

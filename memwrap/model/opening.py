@@ -1,0 +1,104 @@
+"""Opening what a user names, a saved memory model or any model with a memory, and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from memwrap.assets import asset
+from memwrap.backbones.auto_classes import auto_class
+from memwrap.memories.registry import config_class
+from memwrap.model.memory_model import MemoryModelForCausalLM
+from memwrap.model.wrapping import load, wrap
+
+_CONFIG = "config.json"
+HINT = "give it a memory: --memory NAME, of `memwrap list`; infllm and window need no training"
+
+
+def open_model(
+    name: str | Path,
+    memory: str | None = None,
+    settings: dict[str, Any] | None = None,
+    *,
+    dtype: Any = None,
+) -> MemoryModelForCausalLM:
+    """Open a model on the best device, in evaluation mode.
+
+    Args:
+        name: a folder, a name such as `"smollm2"`, or a repo id on the Hub.
+        memory: for a model without one: the memory to attach. None for a saved memwrap model.
+        settings: fields of the memory's config.
+        dtype: of the backbone; as saved by default.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        ValueError: for a memory beside a model that has its own, none beside one that has not,
+            and as `wrap` and `load`.
+    """
+    options: dict[str, Any] = {"dtype": dtype} if dtype else {}
+    own = is_memory_model(name)
+    if own and (memory or settings):
+        raise ValueError(f"{name} has a memory of its own; leave the memory and its settings out.")
+    if memory is None and not own:
+        raise ValueError(f"{name} is a model without memory; {HINT}.")
+    if memory is None:
+        model = load(name, **options)
+    else:
+        config = config_class(memory).from_dict(settings or {})  # before anything is loaded
+        place = asset(name) or name
+        kind = auto_class(AutoConfig.from_pretrained(place))
+        base = kind.from_pretrained(place, **options)
+        model = wrap(base, config).eval()
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    return model
+
+
+def is_memory_model(name: str | Path) -> bool:
+    """Tell whether a saved model is memwrap's, from its config alone.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: for a folder without a model or a damaged config.
+    """
+    folder = asset(name) or Path(name)
+    if folder.is_dir():
+        path = folder / _CONFIG
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no model: {_CONFIG} is missing.")
+    elif folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
+        raise FileNotFoundError(f"There is no folder {name}; save a model there first.")
+    else:
+        try:
+            path = Path(huggingface_hub.hf_hub_download(str(name), _CONFIG))
+        except OSError as error:
+            raise FileNotFoundError(
+                f"There is no folder {name}, and the Hub does not give such a model here."
+            ) from error
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return isinstance(about, dict) and about.get("model_type") == "memwrap"
+
+
+def open_tokenizer(name: str | Path, model: Any) -> Any:
+    """Load the tokenizer that is saved with a model, else its base's.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for place in (name, model.config.base_model):
+        try:
+            return AutoTokenizer.from_pretrained(asset(place) or place)
+        except (OSError, ValueError):
+            continue
+    raise ValueError(f"{name} has no tokenizer; save it there: tokenizer.save_pretrained(folder).")
+
+
+__all__ = ["HINT", "is_memory_model", "open_model", "open_tokenizer"]

@@ -1,0 +1,80 @@
+"""Invariant 13: whole numbers in a state say how much of a buffer is filled and what was chosen. A
+file with others is refused: every memory declares what they may be (`Memory.ranges`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import memwrap
+from memwrap.memories.protocol import places_of
+from memwrap.memories.registry import memory_class
+from memwrap.model.state_files import progress_of
+from memwrap.state.trees import tree_leaves, tree_map
+from memwrap.testing.families import build
+from memwrap.testing.helpers import SEGMENT, assert_same_states, ids, padded, pairs, tiny, wrapped
+
+
+def state_of(model: Any) -> Any:
+    """Rows that have read much, some and nothing of a segment's end."""
+    rows = [ids(6 * SEGMENT + 5, seed=1), ids(SEGMENT + 3, seed=2), ids(3, seed=3)]
+    text, mask = padded(rows, "left")
+    with torch.no_grad():
+        return model(text, attention_mask=mask).cache
+
+
+def whole_numbers(tree: Any) -> dict[str, Tensor]:
+    return {name: leaf for name, leaf in tree_leaves(tree) if leaf.dtype == torch.long}
+
+
+@pairs()
+def test_whole_numbers_are_declared(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    state = state_of(model)
+    tree = state.memories[memory]
+    progress = progress_of(model, state)
+    declared = {id(t) for t, *_ in model.memories[memory].ranges(tree, progress)}
+    missing = [name for name, leaf in whole_numbers(tree).items() if id(leaf) not in declared]
+    assert not missing, f"{memory}.ranges says nothing of {missing}"
+
+
+@pairs()
+def test_a_state_with_other_numbers_is_refused(memory: str, family: str, tmp_path: Path) -> None:
+    model, path = wrapped(memory, family), tmp_path / "state.safetensors"
+    state = state_of(model)
+    for honest in (state, model.close_segment(state), state.select(torch.tensor([1])),
+                   state.select(torch.tensor([2, 0, 2])), model.new_state(2)):  # fmt: skip
+        honest.save(path)
+        memwrap.MemoryState.load(path, model)
+    for name, leaf in whole_numbers(state.memories[memory]).items():
+        for change in (torch.full_like(leaf, -7), leaf + 1000):
+            wrong = state.clone()
+            wrong.memories = {
+                **state.memories,
+                memory: tree_map(
+                    lambda t, old=leaf, new=change: new if t is old else t, state.memories[memory]
+                ),
+            }
+            wrong.save(path)
+            with pytest.raises(ValueError, match=r"damaged") as caught:
+                memwrap.MemoryState.load(path, model)
+            assert memory in str(caught.value), name
+
+
+@pairs()
+def test_states_beside_counted_padding_and_prompts_load(
+    memory: str, family: str, tmp_path: Path
+) -> None:
+    """Where padding fills segments, and where another memory's prompt stands among the tokens."""
+    models = [wrapped(memory, family, count_padding=True)]
+    if not {"prompt", "inserted"} & set(places_of(memory_class(memory))):
+        models.append(memwrap.wrap(build(family), tiny("rmt"), tiny(memory)).eval())
+    for model in models:
+        state = state_of(model)
+        state.save(tmp_path / "state.safetensors")
+        again = memwrap.MemoryState.load(tmp_path / "state.safetensors", model)
+        assert_same_states(again, state, 0.0)

@@ -1,0 +1,282 @@
+"""Forgeries: files with right checksums and seals, as only somebody who means harm makes them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from attacks import Attack, clear
+from forged_stores import disk_stores, exact_stores, libraries, recipes
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from memwrap.io.checksums import checksums
+from memwrap.model.weight_files import seal
+
+NAN, HUGE = float("nan"), 2**62
+
+
+def forgeries(target: str, port: int) -> list[Attack]:
+    kind = target.partition("-")[0]
+    if kind == "state":
+        return states("state.safetensors")
+    if kind in ("model", "export"):
+        return models(target, port)
+    if target == "store-torch":
+        return exact_stores()
+    if kind == "store":
+        return disk_stores(port)
+    if kind == "library":
+        return libraries()
+    return recipes(port)
+
+
+# States
+
+Tensors = dict[str, Tensor]
+
+
+def forged_state(folder: Path, file: str, edit: Callable[[Tensors, dict[str, Any]], None]) -> None:
+    path = folder / file
+    with safe_open(path, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    tensors, about = load_file(path), json.loads(metadata["about"])
+    edit(tensors, about)
+    metadata["about"] = json.dumps(about)
+    metadata |= checksums(tensors, about=metadata["about"])
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata=metadata)
+
+
+def states(file: str) -> list[Attack]:
+    found = []
+
+    def forge(name: str, edit: Callable[[Tensors, dict[str, Any], random.Random], None]) -> None:
+        def apply(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
+            forged_state(folder, file, lambda tensors, about: edit(tensors, about, chance))
+
+        found.append(Attack(f"{file}, forged: {name}", apply))
+
+    def on_one(name: str, change: Callable[[Tensor], Tensor], prefix: str = "") -> None:
+        def edit(tensors: Tensors, about: dict[str, Any], chance: random.Random) -> None:
+            names = sorted(n for n in tensors if n.startswith(prefix) and tensors[n].numel())
+            chosen = chance.choice(names or sorted(tensors))
+            tensors[chosen] = change(tensors[chosen])
+
+        forge(name, edit)
+
+    for place in ("memories.", "open.", "rows.", ""):
+        on_one(f"another dtype in {place}", _other_dtype, place)
+        on_one(f"a dimension more in {place}", lambda t: t[None], place)
+        on_one(f"a row more in {place}", lambda t: torch.cat([t, t[:1]]), place)
+        on_one(f"the last dimension shorter in {place}", lambda t: t[..., :-1], place)
+        on_one(f"no dimension in {place}", lambda t: t.flatten()[0], place)
+        on_one(f"complex numbers in {place}", lambda t: t.float().to(torch.complex64), place)
+        on_one(f"a flat tensor in {place}", lambda t: t.flatten()[None], place)
+    for value in (NAN, float("inf")):
+        forge(f"{value} in every float", lambda t, a, c, v=value: t.update(
+            {n: torch.full_like(x, v) for n, x in t.items() if x.is_floating_point()}))  # fmt: skip
+    for number in (-1, -HUGE, HUGE, 1000):
+        for name in ("fill", "segments", "tokens_seen", "open_positions"):
+            forge(f"{name} {number}", lambda t, a, c, n=name, v=number: t.update(
+                {f"rows.{n}": torch.full_like(t[f"rows.{n}"], v)}))  # fmt: skip
+        forge(f"every whole number of the memory {number}", lambda t, a, c, v=number: t.update(
+            {n: torch.full_like(x, v) for n, x in t.items()
+             if n.startswith("memories.") and x.dtype == torch.long} or {"strange": torch.ones(1)}
+        ))  # fmt: skip
+        if number != 1000:  # so much padding can have been read
+            forge(f"columns {number}", lambda t, a, c, v=number: a.update(columns=v))
+    for key, value in {
+        "columns": "7",
+        "hold_open": 1,
+        "signature": {},
+        "memories": {},
+        "weights": {"x": "y"},
+    }.items():
+        forge(f"{key} is {value!r}", lambda t, a, c, k=key, v=value: a.update({k: v}))
+    forge("columns is 1e400", lambda t, a, c: a.update(columns=10**400))
+    forge("another memory's name", lambda t, a, c: a.update(
+        memories={"../../x": 1}, signature={"memories": [{"name": "../../x"}]}))  # fmt: skip
+    for name in ("memories.strange.x", "open.strange", "rows.strange", "elsewhere.x", "memories"):
+        forge(f"the tensor {name} more", lambda t, a, c, n=name: t.update({n: torch.ones(1, 2)}))
+    forge("a tensor too few", lambda t, a, c: t.pop(c.choice(sorted(t))))
+    forge("nothing at all", lambda t, a, c: t.clear())
+    forge("half of the open segment not there", lambda t, a, c: t.update(
+        {"rows.open_valid": torch.zeros_like(t["rows.open_valid"])}))  # fmt: skip
+    return found
+
+
+def _other_dtype(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64 if tensor.dtype != torch.float64 else torch.float32)
+
+
+# Models
+
+
+def on_config(name: str, edit: Callable[[dict[str, Any]], Any], *, sealed: bool = True) -> Attack:
+    def apply(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
+        clear(outside)
+        path = folder / "config.json"
+        values = json.loads(path.read_text())
+        before = values.pop("sealed", None)
+        edit(values)
+        path.write_text(json.dumps(values))
+        if sealed and before is not None:
+            seal(folder, before["marks"])
+
+    return Attack(f"config.json, forged: {name}", apply)
+
+
+def nested(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        values = values[int(key)] if isinstance(values, list) else values.setdefault(key, {})
+    values[last] = value
+
+
+BOMBS = ("(a+)+$", "(.*)*x", "^(([a-z_])+.)+[A-Z]([a-z])+$", "(q_proj|q_proj)+", ".*" * 20)
+CONFIGS: dict[str, list[Any]] = {
+    "memories.0.segment_size": [-8, 2**62, 0, 8.5, "8", None, True],
+    "memories.0.name": ["../x", "armt\u202e", "", 3, None, "__init__", "os.system", "nonesuch"],
+    "memories.0.layers": [[10**9], [-3], "all", [0.5], {"0": 1}],
+    "memories.0.strange": [1],
+    "memories": [[], 3, {}, [[]], ["rmt"], None, [{"name": "rmt"}] * 3],
+    "backbone": [None, {}, 3, {"model_type": "hal9000"}, {"model_type": ["llama"]}],
+    "backbone.model_type": ["../llama", "gpt2", "memwrap", "t5", "\u0000"],
+    "backbone.vocab_size": [2**40, 10**9, -1, 0, "64", 3],
+    "backbone.hidden_size": [2**40, 10**6, -32, 0, None],
+    "backbone.num_hidden_layers": [10**9, 10**6, -1, 5000],
+    "backbone.intermediate_size": [2**40, -1],
+    "backbone.num_attention_heads": [0, -4, 10**9, 3],
+    "backbone.num_key_value_heads": [0, 10**9, 3],
+    "backbone.max_position_embeddings": [2**50],
+    "backbone.head_dim": [2**40, -8],
+    "backbone.layer_types": [["x"] * 10, "full_attention"],
+    "backbone.dtype": ["float1000", "os", 3, "int8"],
+    "backbone.rope_parameters": [3, {"rope_type": "x"}],
+    "backbone.attn_implementation": ["kernels-community/flash-attn", "flash_attention_2"],
+    "backbone._attn_implementation": ["kernels-community/evil"],
+    "backbone.quantization_config": [{"quant_method": "bitsandbytes"}, {"quant_method": "x"}],
+    "backbone.rms_norm_eps": ["x"],
+    "attn_implementation": ["kernels-community/evil"],
+    "model_type": ["llama", None, "MEMWRAP", 3],
+    "adapters": [3, [], {"default": 3}, {"default": {}}, {"default": {"peft_type": "NONE"}}],
+    "base_included": ["yes"],
+}  # fmt: skip
+ADAPTER = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
+
+
+def models(target: str, port: int) -> list[Attack]:
+    found = [
+        on_config(f"{key} = {str(value)[:30]}", lambda c, k=key, v=value: nested(c, k, v), sealed=s)
+        for key, values in CONFIGS.items() for value in values for s in (True, False)
+    ]  # fmt: skip
+    places = ("/etc", "/nonesuch/model", "../../outside", f"http://127.0.0.1:{port}/model",
+              f"file:///etc#{port}", "~/model", "a/b/c", "\\\\server\\share", ".", "")  # fmt: skip
+    if target in ("model", "model-with-store"):
+        found += [
+            on_config(f"an adapter for {bomb}", lambda c, b=bomb: c.update(
+                adapters={"default": ADAPTER | {"target_modules": b}})) for bomb in BOMBS
+        ]  # fmt: skip
+        for key, value in {
+            "r": 10**9,
+            "lora_alpha": "x",
+            "rank_pattern": {"(a+)+$": 3},
+            "exclude_modules": "(a+)+$",
+            "layers_pattern": "(a+)+$",
+            "init_lora_weights": "pissa",
+            "megatron_core": "os",
+            "megatron_config": {"a": 1},
+            "modules_to_save": ["lm_head"] * 9,
+            "target_parameters": ["a.b"],
+            "strange": 3,
+            "peft_type": "PROMPT_TUNING",
+            "auto_mapping": {"parent_library": "os", "base_model_class": "x"},
+        }.items():
+            found.append(on_config(f"an adapter with {key} = {value}", lambda c, k=key, v=value: (
+                c.update(adapters={"default": ADAPTER | {k: v}}))))  # fmt: skip
+    if target == "model-with-store":
+        urls = [f"postgresql://u:secret@127.0.0.1:{port}/x", f"postgres://127.0.0.1:{port}/x",
+                f"redis://127.0.0.1:{port}", f"https://127.0.0.1:{port}/"]  # fmt: skip
+        for place in (*places[:3], *urls, "knnlm_store/../../outside", "./../..", 7):
+            found.append(on_config(f"the store {place}", lambda c, p=place: nested(
+                c, "memories.0.store", p)))  # fmt: skip
+        found.append(Attack("knnlm_store: a link out", _store_link))
+    found += [forged_weights(name, edit) for name, edit in WEIGHTS.items()]
+    if target == "model-in-shards":
+        for name in ("../outside/x.safetensors", "/etc/passwd", "x\u0000", "sub/../../x", 3, None,
+                     "model.safetensors", f"http://127.0.0.1:{port}/x.safetensors"):  # fmt: skip
+            found.append(forged_index(name))
+    found.append(Attack("code beside it, and auto_map", _code))
+    return found
+
+
+def _store_link(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
+    clear(outside)
+    (folder / "knnlm_store").rename(outside / "store")
+    (folder / "knnlm_store").symlink_to(outside / "store")
+
+
+def _code(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
+    """Files of code that the config names, as an export has; nobody asked to trust them."""
+    clear(outside)
+    evil = f"import os\nos.mkdir({str(outside / 'CODE-RAN')!r})\n"
+    for name in ("modeling_memwrap.py", "configuration_memwrap.py", "sitecustomize.py"):
+        (folder / name).write_text(evil)
+
+
+def forged_index(place: Any) -> Attack:
+    def apply(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
+        path = folder / "model.safetensors.index.json"
+        values = json.loads(path.read_text())
+        values["weight_map"][sorted(values["weight_map"])[0]] = place
+        path.write_text(json.dumps(values))
+
+    return Attack(f"index, forged: a tensor in {place!r}", apply)
+
+
+def _first(tensors: Tensors, prefix: str) -> str:
+    names = sorted(n for n in tensors if n.startswith(prefix)) or sorted(tensors)
+    return names[0]
+
+
+def _change(prefix: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        if name := (_first(tensors, prefix) if tensors else ""):
+            tensors[name] = change(tensors[name])
+        else:
+            tensors["strange"] = torch.ones(1)
+
+    return edit
+
+
+WEIGHTS: dict[str, Callable[[Tensors], None]] = {
+    "nan in a memory": _change("memory_modules.", lambda t: torch.full_like(t, NAN)),
+    "infinite numbers": _change("backbone.", lambda t: torch.full_like(t, float("inf"))),
+    "whole numbers": _change("", lambda t: t.long()),
+    "complex numbers": _change("", lambda t: t.to(torch.complex64)),
+    "another shape": _change("memory_modules.", lambda t: t[None]),
+    "a shape that would spread": _change("", lambda t: t.flatten()[:1]),
+    "a tensor more": lambda t: t.update(strange=torch.ones(1)),
+    "a tensor too few": lambda t: t.pop(_first(t, ""), None) if t else t.update(x=torch.ones(1)),
+    "none at all": lambda t: t.clear() if t else t.update(x=torch.ones(1)),
+    "a hidden name": lambda t: t.update({"backbone.__class__": torch.ones(1)}),
+}
+
+
+def forged_weights(name: str, edit: Callable[[Tensors], None]) -> Attack:
+    def apply(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
+        path = sorted(folder.glob("model*.safetensors"))[0]
+        tensors = load_file(path)
+        edit(tensors)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path,
+                  metadata={"format": "pt"} | checksums(tensors))  # fmt: skip
+        values = json.loads((folder / "config.json").read_text())
+        if "sealed" in values:
+            seal(folder, values["sealed"]["marks"])
+
+    return Attack(f"weights, forged: {name}", apply)

@@ -1,0 +1,142 @@
+"""Families whose decoder is reached otherwise than most: inside models that see, with ids that
+matter, with layers that get no keyword, with angles that depend on the length fed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from support import assert_pieces_and_padding, refused
+from transformers import (
+    FalconConfig,
+    Gemma3Config,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MambaConfig,
+    PaliGemmaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    StableLmConfig,
+)
+
+import memwrap
+from memwrap.backbones import Backbone
+from memwrap.cli.small_models import small_model
+from memwrap.cli.trying import LIMIT, REFUSED, RIGHT, builder, try_memory
+from memwrap.testing.helpers import assert_close, ids, tiny
+
+PLACES = ("rmt", "armt", "window", "landmark", "knnlm")
+
+
+@cache
+def architecture(name: str) -> Any:
+    configs: dict[str, PreTrainedConfig] = {
+        "gemma3": Gemma3Config(),
+        "llava": LlavaConfig(),
+        # Ids that matter; of four layers two share the keys of others.
+        "gemma4": Gemma4TextConfig(num_kv_shared_layers=18),
+        "gemma3n": Gemma3nTextConfig(),
+        "stablelm": StableLmConfig(),
+    }
+    return builder(lambda: small_model(configs[name]))
+
+
+@pytest.mark.parametrize("memory", PLACES)
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "stablelm"])
+def test_right_at_every_place(name: str, memory: str) -> None:
+    trial = try_memory(memory, architecture(name))
+    assert trial.result == RIGHT, trial.problem
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_models_that_see_read_text_and_refuse_pictures(name: str) -> None:
+    model = memwrap.wrap(architecture(name)(), tiny("armt"))
+    text, pixels = ids(1, 20), torch.zeros(1, 3, 8, 8)
+    with refused("pixel_values", "text alone"):
+        model(input_ids=text, pixel_values=pixels)
+    with refused("pixel_values", "text alone"):
+        model.generate(text, pixel_values=pixels, max_new_tokens=1)
+
+
+@torch.no_grad()
+def test_ids_that_matter_travel_along() -> None:
+    base = architecture("gemma4")()
+    text = ids(2, 20)
+    want = base(text).logits
+    table = base.get_decoder().embed_tokens_per_layer.weight
+    model = memwrap.wrap(base, memwrap.WindowConfig(segment_size=8, window_size=64, num_sinks=0))
+    assert model.parts.ids_matter and model.parts.max_positions is None
+    assert_close(model(text).logits, want, 1e-5)
+    with refused("looks at the ids", "input_ids"):
+        model(inputs_embeds=base.get_input_embeddings()(text))
+    table.mul_(-1)
+    other = base(text).logits
+    assert float((other - want).abs().max()) > 0.1 * float(want.abs().max()), "ids do not matter"
+    assert_close(model(text).logits, other, 1e-5)
+    # A segment that closes without tokens: layers that share keys find them.
+    state = model.close_segment(model.read(text[:, :5]))
+    assert state.segments.tolist() == [1, 1]
+
+
+def test_layers_of_more_than_one_stream_are_refused_by_shape() -> None:
+    with refused("hidden states of shape", "at another place"):
+        memwrap.wrap(architecture("gemma3n")(), tiny("armt"))
+
+
+@torch.no_grad()
+def test_layers_in_chunks() -> None:
+    base = small_model(Llama4TextConfig())
+    text = ids(1, 8)
+    model = memwrap.wrap(base, tiny("infini"))
+    assert_close(model(text).logits, base(text).logits, 1e-5)
+    assert_pieces_and_padding(model)
+
+
+def test_a_window_over_layers_in_chunks_is_said_to_be_limited() -> None:
+    trial = try_memory("window", builder(lambda: small_model(Llama4TextConfig())))
+    assert trial.result == LIMIT and "in chunks" in trial.problem, trial
+
+
+def test_what_cannot_be_read_is_refused_when_it_is_wrapped() -> None:
+    with refused("see those behind them", "causal"):
+        memwrap.wrap(small_model(PaliGemmaConfig()), tiny("rmt"))
+    falcon = small_model(FalconConfig(alibi=True))
+    with refused("FalconForCausalLM"):
+        memwrap.wrap(falcon, tiny("rmt"))
+    plain = small_model(FalconConfig())
+    with refused("transformers' attention functions", "another place"):
+        memwrap.wrap(plain, tiny("window"))
+    assert try_memory("armt", builder(lambda: small_model(FalconConfig()))).result == RIGHT
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_angles_that_depend_on_the_length_fed_limit_segments(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 48, "long_factor": [4.0] * 48}
+        config: PreTrainedConfig = Phi3Config(
+            rope_parameters=rope, max_position_embeddings=128, original_max_position_embeddings=32
+        )
+    else:
+        config = LlamaConfig(rope_parameters=rope, max_position_embeddings=32)
+    base = small_model(config)
+    assert Backbone(base).position_limit.positions == 32  # type: ignore[union-attr]
+    with refused("beyond 32", kind, "at most 26"):
+        memwrap.wrap(base, memwrap.RMTConfig(segment_size=27, num_memory_tokens=3))
+    model = memwrap.wrap(base, memwrap.RMTConfig(segment_size=26, num_memory_tokens=3))
+    assert_pieces_and_padding(model)
+    memwrap.unwrap(model)
+    with pytest.warns(UserWarning, match=f"'ahn' counts positions.*{kind}"):
+        counting = memwrap.wrap(base, tiny("ahn"))
+    with refused("reads at position", "beyond 32"):
+        counting(ids(1, 60))
+
+
+def test_refused_is_what_is_said_of_a_model_that_is_no_text_model() -> None:
+    trial = try_memory("rmt", builder(lambda: small_model(MambaConfig())))
+    assert trial.result == REFUSED and "no attention layers" in trial.problem

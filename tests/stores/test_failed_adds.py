@@ -1,0 +1,117 @@
+"""Adds that fail leave nothing behind, and what a search would stumble over is found before it."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import faiss
+import pytest
+import torch
+
+import memwrap
+import memwrap.stores.shards as shards
+from memwrap.stores import FaissStore, Store, TorchStore, open_store
+from memwrap.stores.files import read_json, write_json
+from memwrap.testing.families import VOCABULARY, build
+from memwrap.testing.helpers import ids
+
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_an_add_whose_shard_cannot_be_written_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FaissStore(4, path=tmp_path / "s", shard_size=10, dtype="float32")
+    store.add(X[:10], values=torch.arange(10), document="a", cursor=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_arrays", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            store.add(X[10:20], values=torch.arange(10, 20), document="b", cursor=2)
+    assert (len(store), store.documents, store.cursor) == (10, ("a",), 1)
+    store.add(X[10:20], values=torch.arange(10, 20), document="b", cursor=2)  # tried again
+    store.build()
+    store.close()
+    again: Any = open_store(tmp_path / "s")
+    again.verify()
+    assert (len(again), again.documents, again.cursor) == (20, ("a", "b"), 2)
+    assert again.search(X[:20], 1).ids.flatten().tolist() == list(range(20))
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "numbers that are not finite": {"vectors": torch.full((3, 4), torch.nan)},
+    "too few values": {"vectors": X[:3], "values": [1, 2]},
+    "spans that end before they start": {"vectors": X[:3], "spans": [[2, 1]] * 3},
+    "a cursor that is no JSON": {"vectors": X[:3], "cursor": object()},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("kind", [TorchStore, FaissStore])
+def test_a_refused_add_changes_nothing(kind: type[Store], what: str) -> None:
+    store = kind(4)
+    store.add(X[:5], values=torch.arange(5), document="a")
+    before = store.search(X[:2], 5)
+    with pytest.raises(ValueError):
+        store.add(**{"document": "b", **WRONG[what]})
+    after = store.search(X[:2], 5)
+    assert torch.equal(before.ids, after.ids) and torch.equal(before.scores, after.scores)
+    assert (len(store), tuple(store.documents)) == (5, ("a",))
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,SQ8", "HNSW8"])
+def test_verify_finds_vectors_under_wrong_numbers(factory: str, tmp_path: Path) -> None:
+    vectors = torch.randn(400, 4, generator=torch.Generator().manual_seed(1))
+    store = FaissStore(4, path=tmp_path, factory=factory, dtype="float32")
+    store.add(vectors)
+    store.build()
+    store.close()
+    opened: Any = open_store(tmp_path)
+    opened.verify()
+    index = faiss.index_factory(4, factory)
+    index.train(vectors.numpy())
+    index.add(vectors.flip(0).numpy())
+    file = next(tmp_path.glob("index-*.faiss"))
+    faiss.write_index(index, str(file))
+    about = read_json(tmp_path / "index.json")
+    about = {k: v for k, v in about.items() if k not in ("format", "version")}
+    data = file.read_bytes()
+    write_json(tmp_path / "index.json", about | {"size": len(data), "crc32": zlib.crc32(data)})
+    again: Any = open_store(tmp_path)
+    with pytest.raises(ValueError, match="does not hold the store's vectors"):
+        again.verify()
+
+
+def test_a_header_beside_shards_of_another_store_is_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        store = FaissStore(4, path=tmp_path / name)
+        store.add(X)
+        store.build()
+        store.close()
+    (tmp_path / "a" / "store.json").write_bytes((tmp_path / "b" / "store.json").read_bytes())
+    with pytest.raises(ValueError, match="is of another store than the store"):
+        open_store(tmp_path / "a")
+
+
+def test_ids_that_the_model_has_not_are_refused() -> None:
+    model = memwrap.wrap(build("llama"), "knnlm", segment_size=8)
+    store = TorchStore(32)
+    store.add(torch.randn(9, 32), values=torch.full((9,), VOCABULARY))
+    model.memories["knnlm"].attach(store)
+    with pytest.raises(ValueError, match=f"holds the id {VOCABULARY}, the model has {VOCABULARY}"):
+        model(ids(1, 5))
+
+
+def test_entries_without_a_token_say_nothing() -> None:
+    """An entry that has no value is no vote for the first token."""
+    model = memwrap.wrap(build("llama"), "knnlm", segment_size=8).eval()
+    want = model(ids(1, 5)).logits
+    store = TorchStore(32)
+    store.add(torch.randn(9, 32))
+    model.memories["knnlm"].attach(store)
+    assert torch.equal(model(ids(1, 5)).logits, want)
