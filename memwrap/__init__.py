@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memwrap.memories.ahn import AHNConfig
     from memwrap.memories.armt import ARMTConfig
     from memwrap.memories.autocompressor import AutoCompressorConfig
+    from memwrap.memories.compact import CompactConfig
     from memwrap.memories.compressive import CompressiveConfig
     from memwrap.memories.config import MemoryConfig
     from memwrap.memories.extended_mind import ExtendedMindConfig
@@ -43,6 +44,7 @@ _PLACES = {
     "AHNConfig": "memwrap.memories.ahn",
     "ARMTConfig": "memwrap.memories.armt",
     "AutoCompressorConfig": "memwrap.memories.autocompressor",
+    "CompactConfig": "memwrap.memories.compact",
     "CompressiveConfig": "memwrap.memories.compressive",
     "ExtendedMindConfig": "memwrap.memories.extended_mind",
     "HMTConfig": "memwrap.memories.hmt",
@@ -92,6 +94,7 @@ __all__ = [
     "AHNConfig",
     "ARMTConfig",
     "AutoCompressorConfig",
+    "CompactConfig",
     "CompressiveConfig",
     "ExtendedMindConfig",
     "HMTConfig",

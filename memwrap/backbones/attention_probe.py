@@ -31,8 +31,9 @@ BEFORE = 3  # of them, seen as a memory's
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """Heads and widths of one layer's attention, its own sliding window if it has one, and whether
-    its output is a softmax over scaled and capped scores and nothing else but sinks."""
+    """Heads and widths of one layer's attention, its own sliding window if it has one, whether
+    its output is a softmax over scaled and capped scores and nothing else but sinks,
+    and its soft cap."""
 
     num_heads: int
     num_kv_heads: int
@@ -40,6 +41,7 @@ class AttentionSizes:
     value_dim: int
     window: int | None = None
     plain_softmax: bool = True
+    softcap: float | None = None
 
 
 def probe(
@@ -151,7 +153,7 @@ class _Probe:
             )
         self.sizes[layer] = AttentionSizes(
             heads, kv_heads, width, attention.value.shape[-1], attention.window,
-            plain_softmax=close(_plain(attention), local),
+            plain_softmax=close(_plain(attention), local), softcap=attention.softcap,
         )  # fmt: skip
         return local
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache
 
 from memwrap.backbones.contexts import reaching
+from memwrap.backbones.key_biases import add_bias, bias_of_keys
 from memwrap.backbones.positions import MemoryKeyValues, Positions
 from memwrap.backbones.rotary import Angles, Rotary, rotate, rotate_static, unrotate
 from memwrap.ops.buffers import take
@@ -203,8 +204,8 @@ class LayerAttention:
         return unrotate(take(self.rotated_key, columns), self._angles(positions, name))
 
     def rotate(self, x: Tensor, positions: Tensor, name: Hashable | None = None) -> Tensor:
-        """Rotate `x` `(B, H, N, Dk)` as the model does at `positions` `(B, N)`; a `name` says that
-        the positions are the same in every layer of the step."""
+        """Rotate `x` `(B, H, N, Dk)` as the model does at `positions` `(B, N)` or `(B, H, N)`; a
+        `name` says that the positions are the same in every layer of the step."""
         return rotate(x, self._angles(positions, name))
 
     def cached_per_step(self, name: Hashable, make: Callable[[], Any]) -> Any:
@@ -249,8 +250,9 @@ class LayerAttention:
             memories: what stands before the segment, in this order, M keys altogether.
             local: `(B, T, K)` bool, further limits who sees whom inside the segment.
             weights: also return the attention weights.
-            name: says that in all layers of the step the keys stand at the same positions, and
-                are visible alike where the model's mask is the same.
+            name: says that in all layers of the step the keys stand at the same positions (where
+                these do not differ by head), and are visible alike where the model's mask is the
+                same.
 
         Returns:
             The output `(B, T, H, Dv)` and the weights `(B, H, T, M + K)` or None.
@@ -265,7 +267,8 @@ class LayerAttention:
             keys = torch.cat([keys, *[torch.zeros_like(keys) for _ in elsewhere]], -1)
         before = []
         for index, memory in enumerate(memories):
-            where = None if name is None else ("memory", index, name)
+            by_head = memory.positions.dim() == 3
+            where = None if name is None or by_head else ("memory", index, name)
             key = self._rotated_keys(memory, where, kept=single)
             empty = torch.zeros_like(key)
             channels = [key if memory.query_positions is None else empty]
@@ -282,6 +285,10 @@ class LayerAttention:
             joint = mask()[0]
         else:  # the model's mask stays alive beside it, so that no other has its id
             joint = self.cached_per_step(("mask", name, id(self.mask), weights), mask)[0]
+        if any(m.bias is not None for m in memories):
+            bias = bias_of_keys(memories, keys)
+            scores = queries, keys, joint
+            queries, keys, joint = add_bias(*scores, bias, self.rotated_scaling, self.softcap)
         return (self.eager if weights else self.function)(queries, keys, values, joint)
 
     def mask_for(self, visible: Tensor, boolean: bool | None = None) -> Tensor:
@@ -376,7 +383,8 @@ class LayerAttention:
             return None
 
         def angles() -> Angles | None:
-            return rotary.angles(positions, self.layer, self.rotated_key)
+            made = rotary.angles(positions.flatten(1), self.layer, self.rotated_key)
+            return made if positions.dim() == 2 or made is None else made.of_heads(positions)
 
         return angles() if name is None else self.cached_per_step(("angles", name, kind), angles)
 

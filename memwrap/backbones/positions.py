@@ -60,12 +60,15 @@ class MemoryKeyValues:
 
     Attributes:
         keys, values: `(B, Hkv, M, Dk)` un-rotated and `(B, Hkv, M, Dv)`.
-        positions: `(B, M)`, where 0 is the segment's first place: negative for the past.
+        positions: `(B, M)`, where 0 is the segment's first place: negative for the past; or, where
+            they differ by KV head, `(B, Hkv, M)`.
         visible: `(B, M)` or, different for each query, `(B, T, M)` bool.
         query_positions: `(B, T)`, where the queries stand as these keys see them; None: where
             they stand in the segment.
         static: the positions are the same for as long as the tensor `keys` lives, so that it need
             not be rotated anew for every token that is decoded.
+        bias: `(B, Hkv, M)`, added to the scores (behind a soft cap); -inf where a KV head does not
+            have the entry. None: nothing.
     """
 
     keys: Tensor
@@ -74,11 +77,14 @@ class MemoryKeyValues:
     visible: Tensor
     query_positions: Tensor | None = None
     static: bool = False
+    bias: Tensor | None = None
 
     def moved_to(self, query_positions: Tensor) -> MemoryKeyValues:
         """Move the keys instead of the queries, as one query a row of the batch, which stands at
         `query_positions` `(B, 1)` in the segment, sees them."""
         if self.query_positions is None:
             return self
-        positions = self.positions + (query_positions - self.query_positions)
+        shift = query_positions - self.query_positions
+        by_head = self.positions.dim() == 3
+        positions = self.positions + (shift[:, None] if by_head else shift)
         return replace(self, positions=positions, query_positions=None)

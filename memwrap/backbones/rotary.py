@@ -103,11 +103,16 @@ def _signed(x: Tensor, signs: tuple[int, ...]) -> Tensor:
 @dataclass(frozen=True)
 class Angles:
     """The factors of a rotation at positions: of the channel itself and of its partner, each
-    `(B, 1, T, N)`."""
+    `(B, 1, T, N)`, or `(B, H, T, N)` where heads have positions of their own."""
 
     rotation: Rotation
     own: Tensor
     other: Tensor
+
+    def of_heads(self, positions: Tensor) -> Angles:
+        """Split angles of `positions` `(B, H, T)`, laid side by side, into those of each head."""
+        own, other = (x[:, 0].unflatten(1, positions.shape[1:]) for x in (self.own, self.other))
+        return Angles(self.rotation, own, other)
 
     def unit(self) -> Angles:
         """Take away what scales the rotation."""

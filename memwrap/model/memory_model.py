@@ -39,6 +39,7 @@ from memwrap.memories.protocol import (
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_switches import adapter_keys, adapters_in_use
 from memwrap.model.building import build_memories
+from memwrap.model.compaction import CompactionMixin
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.decoder import MemoryModules, SegmentDecoder
 from memwrap.model.following import follow_casts, take_over_checkpointing, warn_if_frozen
@@ -53,7 +54,9 @@ from memwrap.state.past import Recorded
 MEMORY_CHILD = "memory_modules"
 
 
-class MemoryModelForCausalLM(SavingMixin, MemoryGenerationMixin, PreTrainedModel):  # type: ignore[misc]
+class MemoryModelForCausalLM(  # type: ignore[misc]
+    SavingMixin, CompactionMixin, MemoryGenerationMixin, PreTrainedModel
+):
     """A causal LM with memories: reads text of any length in bounded space.
 
     Make one with `memwrap.wrap` or `memwrap.load`.

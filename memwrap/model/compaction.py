@@ -1,0 +1,132 @@
+"""A state made small: all that it holds as a few slots, and several states as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from memwrap.engine.inputs import as_batch, check_inputs
+from memwrap.engine.loop import Loop
+from memwrap.engine.step import SegmentReader
+from memwrap.memories.parts.compacting import Compacts
+from memwrap.state.memory_state import MemoryState
+
+
+class CompactionMixin:
+    """The methods of a model for whole states of a memory that `Compacts`."""
+
+    @torch.no_grad()
+    def compact(
+        self,
+        state: MemoryState,
+        slots: int,
+        queries: Literal["own"] | Tensor | str | list = "own",
+        *,
+        tokenizer: Any = None,
+    ) -> MemoryState:
+        """Make a small state of a large one: everything but the sinks becomes slots.
+
+        Each layer is compacted before it attends to the queries, so that later layers' queries
+        are those that will meet the slots. It may be repeated.
+
+        Examples:
+            >>> import memwrap
+            >>> from memwrap.assets import asset
+            >>> from transformers import AutoModelForCausalLM
+            >>> base = AutoModelForCausalLM.from_pretrained(asset("tiny-lm"))
+            >>> model = memwrap.wrap(base, "compact", memory_size=None, slots=32)
+            >>> state = model.read([list(range(300))])  # full attention
+            >>> small = model.compact(state, slots=32)
+            >>> small.nbytes < state.nbytes / 5
+            True
+
+        Args:
+            state: is closed first; it stays as it is.
+            slots: of a KV head (on average, where heads have budgets).
+            queries: what slots are fitted to: the text's `"own"` queries, which a memory with
+                `memory_size=None` keeps, or a text, which is run behind the state: the document
+                itself (to repeat it) or likely questions. One row, or one for each of the state.
+            tokenizer: turns strings into ids.
+
+        Returns:
+            The new state; what is read next stands where it would have stood.
+
+        Raises:
+            ValueError: for a model without such a memory, or `"own"` where no queries are kept.
+        """
+        model: Any = self
+        name, memory = self._compacting_memory()
+        own = isinstance(queries, str) and queries == "own"
+        if not isinstance(slots, int) or slots < 1:
+            raise ValueError(f"`slots` is {slots!r}; it must be an integer of at least 1.")
+        closed = model.close_segment(state)
+        if own and not memory.has_queries(closed.memories[name]):
+            raise ValueError(
+                "The state holds no queries of its text (memory_size=None keeps them until a state "
+                "is compacted); give `queries` a text."
+            )
+        given = torch.zeros(1, 1, dtype=torch.long) if own else queries
+        ids, mask = as_batch(given, None, tokenizer)
+        if len(ids) != closed.batch_size:
+            if len(ids) != 1:
+                raise ValueError(
+                    f"`queries` has {len(ids)} rows, the state {closed.batch_size}; give one row "
+                    "or as many."
+                )
+            ids = ids.expand(closed.batch_size, -1)
+            mask = None if mask is None else mask.expand(closed.batch_size, -1)
+        inputs = check_inputs(ids.to(model.device), None, mask)
+        # All of the queries are one step: the first layer meets them before it is compacted.
+        config = replace(model.memory_configs[0], segment_size=ids.shape[1] + 1)
+        loop = Loop(SegmentReader(model.parts, model.memories), config, False, False)
+        with memory.compacting(slots, own) as request:
+            loop(inputs, closed.clone())
+        new = closed.clone()
+        layers = {**closed.memories[name]["layers"], **request.trees}
+        new.memories = {**closed.memories, name: {**closed.memories[name], "layers": layers}}
+        return new
+
+    @torch.no_grad()
+    def compose(self, states: Sequence[MemoryState]) -> MemoryState:
+        """Join states of several documents: each row remembers what that row of all of them does.
+
+        Every document stands where it stood, right before what is read next; the sinks are those
+        of the first.
+
+        Args:
+            states: of this model, of as many rows each; open segments are closed.
+
+        Raises:
+            ValueError: for no states, other numbers of rows, or a memory that cannot.
+        """
+        model: Any = self
+        name, memory = self._compacting_memory()
+        if len(model.memories) > 1 or model.parts.recurrent:
+            raise ValueError(
+                f"States are joined where {name!r} is all that remembers; this model has more."
+            )
+        closed = [model.close_segment(state) for state in states]
+        if not closed or len({state.batch_size for state in closed}) > 1:
+            rows = [state.batch_size for state in closed]
+            raise ValueError(f"`compose` got states of {rows} rows; it needs some of equally many.")
+        new = closed[0].clone()
+        new.memories = {name: memory.joined([state.memories[name] for state in closed])}
+        for counter in ("segments", "tokens_seen"):
+            setattr(new, counter, sum(getattr(state, counter) for state in closed))
+        new.columns = sum(state.columns for state in closed)
+        new.ids_hash = None
+        return new
+
+    def _compacting_memory(self) -> tuple[str, Compacts]:
+        model: Any = self
+        for name, memory in model.memories.items():
+            if isinstance(memory, Compacts):
+                return name, memory
+        raise ValueError(
+            f"This model's memories are {list(model.memories)}; states are compacted and joined "
+            "where one of them is 'compact' (memwrap.wrap(base, 'compact', memory_size=None))."
+        )
