@@ -481,11 +481,9 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 def full_disk(*args: Any, **kwargs: Any) -> None:
     """Write a part of the file that was asked for, then fail."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, (str, Path)) and not Path(value).is_dir():
-            Path(value).write_bytes(b"half")
-        elif isinstance(value, (str, Path)):
-            (Path(value) / "model.safetensors").write_bytes(b"half")
+    paths = [Path(v) for v in (*args, *kwargs.values()) if isinstance(v, (str, Path))]
+    for path in (p for p in paths if p.is_absolute()):  # a size such as "5GB" is none
+        (path / "model.safetensors" if path.is_dir() else path).write_bytes(b"half")
     raise OSError("No space left on device")
 
 
