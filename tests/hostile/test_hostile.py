@@ -37,3 +37,7 @@ def test_no_hostile_file_does_harm(sample: int) -> None:
 @pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.full)])
 def test_killed_writers_leave_whole_files(kills: int) -> None:
     assert "| library |" in output_of("kills.py", "--kills", str(kills))
+
+
+def test_folders_with_two_writers_or_none() -> None:
+    assert "library: not_writable" in output_of("folders.py")

@@ -1,0 +1,104 @@
+"""Two processes that write one folder, and folders that may not be written.
+
+    python tests/hostile/folders.py
+
+What is there afterwards is what one of the writers wrote, whole; a folder that cannot be written
+stays as it was, and the error is the system's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from kills import Writer, writers
+
+ROUNDS = 6
+NOBODY = 65534
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Start `work` in a process of its own, which ends with 0, with 13 if it was refused, or 1."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            work()
+            code = 0
+        except PermissionError:
+            code = 13
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    return child
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def two_at_once(writer: Writer, folder: Path) -> None:
+    wanted = []
+    for version in (0, 1):
+        writer.write(folder, version)
+        wanted.append(writer.load(folder))
+
+    def work(version: int) -> None:
+        for _ in range(ROUNDS):
+            writer.write(folder, version)
+
+    children = [in_child(lambda n=n: work(n)) for n in (0, 1)]  # type: ignore[misc]
+    while children:
+        child, status = os.waitpid(-1, 0)
+        assert status == 0, f"{writer.name}: a writer failed beside another"
+        children.remove(child)
+        assert writer.load(folder) in wanted, f"{writer.name} is torn"
+    left = [p for p in folder.rglob("*") if p.name.startswith(".") and p.name != ".lock"]
+    assert not left, f"{writer.name} left {left}"
+
+
+def not_writable(writer: Writer, folder: Path) -> None:
+    writer.write(folder, 0)
+    places = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
+    before = contents(folder)
+    for place in places:
+        place.chmod(0o555)
+
+    def work() -> None:
+        if os.getuid() == 0:  # who may write everywhere
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        writer.write(folder, 1)
+
+    assert ended(in_child(work)) == 13, f"{writer.name} was not refused in words"
+    for place in places:
+        place.chmod(0o755)
+    assert contents(folder) == before, f"{writer.name} changed a folder that it may not write"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch).chmod(0o755)
+        for number, writer in enumerate(writers()):
+            for check in (two_at_once, not_writable):
+                folder = Path(scratch) / f"{check.__name__}-{number}"
+                folder.mkdir()
+                check(writer, folder)
+                print(f"{writer.name}: {check.__name__}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
