@@ -47,7 +47,7 @@ def read_text(path: Path) -> str:
     check_readers([path])
     if suffix == ".pdf":
         return _pdf(path)
-    if suffix not in SUFFIXES:
+    if suffix not in SUFFIXES and b"\0" in path.read_bytes():  # LICENSE, and whatever else is text
         raise ValueError(f"{path} is no file of a kind that is read ({KINDS}); convert it to text.")
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -178,9 +178,11 @@ def test_unusable_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 not one")
     with pytest.raises(ValueError, match=r"broken\.pdf cannot be read as a PDF"):
         load_documents(tmp_path / "broken.pdf")
-    (tmp_path / "x.docx").write_bytes(b"")
+    (tmp_path / "x.docx").write_bytes(b"PK\3\4\0\0")
     with pytest.raises(ValueError, match="no file of a kind that is read"):
         load_documents(tmp_path / "x.docx")
+    (tmp_path / "LICENSE").write_text("all of it")
+    assert [d.text for d in load_documents(tmp_path / "LICENSE")] == ["all of it"]
 
 
 def test_missing_pypdf_says_what_to_install(
