@@ -99,7 +99,7 @@ class OneLayer:
 
         mask = torch.full((count, count), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
         self.attention = LayerAttention(
-            module, AttentionCall(context, q), AttentionStep(positions, self.rotary),
+            module, AttentionCall(module, context, q), AttentionStep(positions, self.rotary),
             rotate(q, angles), rotate(k, angles), v, mask.expand(batch, 1, -1, -1),
             module.scaling, call, call,
         )  # fmt: skip

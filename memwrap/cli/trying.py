@@ -137,8 +137,8 @@ def _against_the_base(model: Any, build: Any) -> str:
     vectors = [m.prefix(model.new_state(2).memories[n]) for n, m in _prompts(model)]
     logits = model(ids).logits
     if not vectors:
-        if "landmark" in model.memories:
-            return ""  # its tokens stand among the text's
+        if not all(memory.claims.neutral_start for memory in model.memories.values()):
+            return ""  # untrained, it gives something else
         want = base_logits(base, ids)
     else:
         if model.parts.ids_matter:
