@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ from memwrap.memories.parts.slots import (
     slots_of,
     with_slots,
 )
-from memwrap.memories.protocol import AttentionMemory, Claims
+from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import (
     Fraction,
@@ -39,6 +39,7 @@ from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import compaction as ops
 from memwrap.ops.buffers import filled, take
 from memwrap.ops.buffers.left_aligned import earliest
+from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 
@@ -163,6 +164,19 @@ class CompactMemory(AttentionMemory, Compacts):
                 tree["slot_age"] = torch.zeros_like(tree["slot_place"])
             layers[str(layer)] = tree
         return {"layers": layers}
+
+    def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
+        for tree in state["layers"].values():
+            yield tree["tokens"], 0, progress.closed[1]
+            yield tree["limit"], 1, self._most_slots(tree)
+            for name in ("slot", "sink", "recent"):
+                yield tree[f"{name}_count"], 0, tree[f"{name}_key"].shape[2]
+            if "past_count" in tree:
+                yield tree["past_count"], 0, tree["past_query"].shape[2]
+
+    def _most_slots(self, tree: Tree) -> int:
+        """Give the most slots that a row of a layer's tree may ask for."""
+        return max(self.config.slots, tree["slot_key"].shape[2])
 
     def _recent_size(self, layer: int) -> int | None:
         """Give how many recent rows a layer keeps; None: all. What its own window does not reach is
@@ -333,10 +347,9 @@ class CompactMemory(AttentionMemory, Compacts):
     ) -> Tree:  # fmt: skip
         """Make at most `limit` slots of all that a layer's tree holds but for the sinks."""
         wanted = torch.full_like(state["limit"], limit)
-        state = {**state, "limit": wanted}
         dims = self.sizes.attention[layer]
         if dims.window is not None:
-            return state
+            return {**state, "limit": wanted.clamp_max(self._most_slots(state))}
         rows = self._recent_rows(state)
         first, count = state["tokens"] - state["recent_count"], state["recent_count"]
         state = self._with_sinks(state, (rows.key, rows.value), first, count)
@@ -347,7 +360,8 @@ class CompactMemory(AttentionMemory, Compacts):
             attention, slots_of(state).beside(rows), self._budget(layer, wanted), references,
             self.config.matching, self.config.max_distance, dims.softcap,
         )  # fmt: skip
-        return {**with_slots(state, slots, torch.zeros_like(count)), **self._nothing_recent(state)}
+        new = {**with_slots(state, slots, torch.zeros_like(count)), **self._nothing_recent(state)}
+        return {**new, "limit": wanted.clamp_max(self._most_slots(new))}
 
     def _recent_rows(self, state: Tree) -> Rows:
         count, size = state["recent_count"], state["recent_key"].shape[2]
@@ -385,6 +399,7 @@ class CompactMemory(AttentionMemory, Compacts):
         rows = rows.packed(int(rows.valid.sum(-1).max()))
         new = with_slots(first, rows, torch.zeros_like(first["tokens"]))
         limits = sum(tree["limit"] for tree in trees)
-        new["limit"] = torch.maximum(limits, rows.valid.sum(-1).amax(1))
+        most = torch.maximum(limits, rows.valid.sum(-1).amax(1))
+        new["limit"] = most.clamp_max(self._most_slots(new))
         kept = self.references.joined(trees)
         return {**new, **self._nothing_recent(first), **kept}

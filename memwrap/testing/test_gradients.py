@@ -129,7 +129,8 @@ def test_the_loss_is_the_mean_over_all_targets(memory: str, family: str) -> None
         want = F.cross_entropy(flat.float(), targets)
         out = model(TEXT, labels=labels)
         count = (labels[:, 1:] != -100).sum()
-        assert out.logits is None
+        assert_close(out.logits, logits)  # made when they are looked at
+        assert model(TEXT, labels=labels, return_logits=False).logits is None
         assert out.loss.item() == pytest.approx(want.item(), rel=1e-5)
         ready = model(TEXT, shift_labels=shifted(labels)).loss
         assert ready.item() == pytest.approx(want.item(), rel=1e-5)

@@ -17,6 +17,7 @@ from memwrap.ops import backend, delta, gla
 from memwrap.ops.gla.features import features
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
+    SEGMENT,
     assert_close,
     assert_same_gradients,
     error_of,
@@ -160,7 +161,7 @@ def test_other_layers_keep_their_attention() -> None:
 
 def test_rows_without_a_window() -> None:
     """In training, and in the rows it hits, the recurrence is read alone."""
-    text, model = ids(64, 13), wrapped("liger")
+    text, model = ids(64, SEGMENT - 1), wrapped("liger")
     memory = model.memories["liger"]
     with torch.no_grad():
         both = model(text).logits

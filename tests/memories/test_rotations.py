@@ -135,7 +135,7 @@ def _biased(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -
         pytest.param(lambda: built("GPTJConfig", {"rotary_dim": 4}), "take back", id="table"),
         pytest.param(lambda: built("DiffLlamaConfig", {}), "attends several times", id="twice"),
         pytest.param(lambda: _changed(build("llama"), _moved), "take back", id="by position"),
-        pytest.param(lambda: _changed(build("llama"), _mixed), "take back", id="neighbours"),
+        pytest.param(lambda: _changed(build("llama"), _mixed), "see those behind", id="mixed"),
         pytest.param(
             lambda: _changed(build("llama", attention="eager"), _biased), "distance", id="biases"
         ),
