@@ -96,7 +96,7 @@ def test_a_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
         (("train", "--model", "tiny-lm", "--data", "/no", "--memory", "rmt"), "such file or"),
         (("read", "tiny-lm", "/not/there.txt", "-o", "x"), "no file or folder"),
         (("read", "tiny-lm", ROOT / "mkdocs.png", "-o", "x"), "no file or folder"),
-        (("read", "tiny-lm", ROOT / "docs/figures/comparison.png", "-o", "x"), "convert it to text"),
+        (("read", "tiny-lm", ROOT / "docs/figures/comparison.png", "-o", "x"), "of a kind"),
         (("read", "tiny-lm", __file__, "-o", "x"), "model without memory"),
         (("read", "tiny-lm", __file__, "-o", "x", "--memory", "infllm", "top_kk=1"), "`top_k`"),
         (("read", "armt-lm", __file__, "-o", "x", "--memory", "infllm"), "a memory of its own"),
