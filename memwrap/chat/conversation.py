@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from memwrap.chat.held import Held
 from memwrap.chat.turns import Message, Turns, common_length
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.state.memory_state import MemoryState
+
+_UNDONE = 8
 
 
 class Conversation:
@@ -78,6 +81,18 @@ class Conversation:
         # Ids that were read or drawn, and how many of them were read.
         self._ids: list[int] = []
         self._read = self._held.read
+        # States share what they have in common, so that going back costs what was written since.
+        self._earlier: deque[tuple[Any, ...]] = deque(maxlen=_UNDONE)
+
+    def undo(self) -> None:
+        """Take back the last question and its answer, as if they had not been; up to eight times.
+
+        Raises:
+            ValueError: if there is none to take back.
+        """
+        if not self._earlier:
+            raise ValueError("There is no question to take back.")
+        self.state, self.turns, self._ids, self._read = self._earlier.pop()
 
     def read(self, text: str, *, progress: bool = False) -> None:
         """Read a document (`read_document`): `reset` keeps it.
@@ -127,6 +142,7 @@ class Conversation:
         )
         # The last token was drawn but not read: it is for the next question.
         count = read + after.columns - (self.state.columns if self.state is not None else 0)
+        self._earlier.append((self.state, self.turns, self._ids, self._read))
         if template:
             self.turns = [*turns, {"role": "assistant", "content": str(answer)}]
             self._settle(whole[:read], after, (whole + drawn)[:count])

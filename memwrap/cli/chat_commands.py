@@ -62,7 +62,7 @@ def chat(
 ) -> None:
     """Talk with a model about what it read: memwrap chat smollm2 --memory infllm --read FILE.
 
-    Without --ask: /reset, /save FILE and /quit are commands.
+    Without --ask: /undo, /reset, /save FILE and /quit are commands.
     """
     import memwrap
 
@@ -138,7 +138,7 @@ def _converse(talk: Any, tokenizer: Any) -> None:
     from transformers import TextStreamer
 
     seen = int(talk.state.tokens_seen[0]) if talk.state is not None else 0
-    typer.echo(f"{seen:,} tokens read. /reset, /save FILE, /quit")
+    typer.echo(f"{seen:,} tokens read. /undo, /reset, /save FILE, /quit")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     while True:
         try:
@@ -147,7 +147,12 @@ def _converse(talk: Any, tokenizer: Any) -> None:
             return
         if line in ("/quit", "/exit"):
             return
-        if line == "/reset":
+        if line == "/undo":
+            try:
+                talk.undo()
+            except ValueError as error:
+                typer.echo(str(error), err=True)
+        elif line == "/reset":
             talk.reset()
         elif line.startswith("/save"):
             _save(talk, line.removeprefix("/save").strip())

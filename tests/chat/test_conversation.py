@@ -186,6 +186,25 @@ def test_an_answer_ends_as_the_template_ends_it(model: Any, tokenizer: Any) -> N
     assert Turns(tokenizer).stops_for(model) == {}
 
 
+def test_a_turn_is_taken_back(model: Any, tokenizer: Any) -> None:
+    talk = Conversation(
+        model, with_template(tokenizer, min(TEMPLATES)), do_sample=False, max_new_tokens=5
+    )
+    talk.read(DOCUMENT)
+    first = talk.ask(QUESTIONS[0])
+    turns, state = list(talk.turns), talk.state
+    second = talk.ask(QUESTIONS[1])
+    talk.undo()
+    assert talk.turns == turns and torch.equal(talk.state.ids_hash, state.ids_hash)
+    assert talk.ask(QUESTIONS[1]) == second
+    for _ in range(2):
+        talk.undo()
+    assert talk.turns == [] and talk.ask(QUESTIONS[0]) == first
+    talk.undo()
+    with pytest.raises(ValueError, match="no question"):
+        talk.undo()
+
+
 def test_a_library_is_asked_in_a_turn(tokenizer: Any, model: Any) -> None:
     tokenizer = with_template(tokenizer, "smollm2")
     mind = memwrap.wrap(copy.deepcopy(memwrap.unwrap(model)), "extended_mind", segment_size=32)
