@@ -132,7 +132,12 @@ def _biased(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -
         pytest.param(
             lambda: built("HunYuanDenseV1Config", {"head_dim": 8}), "take back", id="norm"
         ),
-        pytest.param(lambda: built("GPTJConfig", {"rotary_dim": 4}), "take back", id="table"),
+        # In transformers 5.17 its attention cannot be met at all.
+        pytest.param(
+            lambda: built("GPTJConfig", {"rotary_dim": 4}),
+            "take back|attention functions",
+            id="table",
+        ),
         pytest.param(lambda: built("DiffLlamaConfig", {}), "attends several times", id="twice"),
         pytest.param(lambda: _changed(build("llama"), _moved), "take back", id="by position"),
         pytest.param(lambda: _changed(build("llama"), _mixed), "see those behind", id="mixed"),
