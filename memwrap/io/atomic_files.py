@@ -44,7 +44,8 @@ def scratch(path: str | Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        _remove(folder)
+        if _is_still(folder, handle):  # once it was renamed the name may be another writer's
+            _remove(folder)
         unlock(handle)
 
 
@@ -80,6 +81,16 @@ def _made(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _is_still(folder: Path, handle: int) -> bool:
+    """Tell whether a path leads to the folder that was locked."""
+    if handle == NO_LOCKS:
+        return True
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(folder, follow_symlinks=False))
+    except OSError:
+        return False
 
 
 def _remove(folder: Path) -> None:
