@@ -2,8 +2,8 @@
 
     python tests/hostile/folders.py
 
-What is there afterwards is what one of the writers wrote, whole; a folder that cannot be written
-stays as it was, and the error is the system's own.
+What is there afterwards is what one of the writers wrote, whole, and who reads meanwhile gets that
+or an error; a folder that cannot be written stays as it was, and the error is the system's own.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def two_at_once(writer: Writer, folder: Path) -> None:
         child, status = os.waitpid(-1, 0)
         assert status == 0, f"{writer.name}: a writer failed beside another"
         children.remove(child)
-        assert writer.load(folder) in wanted, f"{writer.name} is torn"
+        try:
+            assert writer.load(folder) in wanted, f"{writer.name} is torn"
+        except ValueError:  # files of two saves, met while the other writer moves them: refused
+            assert children, f"{writer.name} is torn"
     left = [p for p in folder.rglob("*") if p.name.startswith(".") and p.name != ".lock"]
     assert not left, f"{writer.name} left {left}"
 
