@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -84,12 +85,16 @@ def probe(
 def _position_calls(
     decoder: nn.Module, layers: Iterable[nn.Module], length: int
 ) -> Iterator[list[PositionCall]]:
-    """Note the calls of modules outside the layers that are given whole numbers `(..., 1, length)`:
-    positions."""
+    """Note this thread's calls of modules outside the layers that are given whole numbers
+    `(..., 1, length)`: positions."""
     inside = {module for layer in layers for module in layer.modules()}
     calls: list[PositionCall] = []
+    here = get_ident()
 
-    def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def note(module: nn.Module, *call: Any) -> None:
+        if get_ident() != here:  # torch may leave out the keywords while the hook comes or goes
+            return
+        args, kwargs, output = call
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         if any(not t.is_floating_point() and t.shape[-2:] == (1, length) for t in given):
             calls.append(PositionCall(module, args, kwargs, output))

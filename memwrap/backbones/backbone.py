@@ -19,7 +19,7 @@ from memwrap.backbones import recurrence as recurrent_place
 from memwrap.backbones import token_ids as token_ids_place
 from memwrap.backbones.attention_probe import AttentionSizes, probe
 from memwrap.backbones.cache_names import find_cache_name
-from memwrap.backbones.class_swaps import give_back, is_lent
+from memwrap.backbones.class_swaps import LOCK, give_back, is_lent
 from memwrap.backbones.contexts import reaching
 from memwrap.backbones.decoders import find_decoder, head_logits
 from memwrap.backbones.masks import (
@@ -91,6 +91,7 @@ class Backbone:
                 "load it with attn_implementation='sdpa' (or 'eager')."
             )
         self.rotary = Rotary(limit=angle_limit(self.config))
+        self._sizes: dict[int, AttentionSizes] | None = None
         self.ids_matter = False
         with explained(type(model).__name__):
             self.ids_matter = self._looks_at_ids()
@@ -296,7 +297,7 @@ class Backbone:
             attention_place.detach(self.model, modules)
 
     def attention_sizes(self) -> dict[int, AttentionSizes]:
-        """Find heads and widths of every layer's attention by running a few tokens through it.
+        """Find heads and widths of every layer's attention by running a few tokens, once.
 
         Raises:
             ValueError: if the model does not offer what the attention place needs.
@@ -305,9 +306,12 @@ class Backbone:
         def run(positions: Tensor, context: Any) -> None:
             self._probe(positions.shape[1], positions, context=context)
 
-        name, number = type(self.model).__name__, len(self.attention_modules)
-        with self.attention_lent(), explained(name):
-            return probe(run, self.decoder, self.layers, number, self.rotary, name)
+        with LOCK:  # a second look would run, and watch, modules that other threads are in
+            if self._sizes is None:
+                name, number = type(self.model).__name__, len(self.attention_modules)
+                with self.attention_lent(), explained(name):
+                    self._sizes = probe(run, self.decoder, self.layers, number, self.rotary, name)
+            return self._sizes
 
     def _probe(self, tokens: int, positions: Tensor | None = None, **passed: Any) -> None:
         """Run one row of noise through the decoder, in evaluation mode."""

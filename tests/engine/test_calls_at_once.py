@@ -107,6 +107,14 @@ def test_the_backbone_alone_beside_a_call(memory: str) -> None:
     assert model.backbone.config._attn_implementation == implementation
 
 
+def test_attention_is_looked_at_once() -> None:
+    """A second look would run and watch modules that another thread is in."""
+    model = wrapped("rmt")
+    found = model.parts.attention_sizes()
+    model.parts.decoder.register_forward_hook(lambda *_: pytest.fail("looked again"))
+    assert model.parts.attention_sizes() is found
+
+
 @pytest.mark.parametrize("memory", [m for m in MEMORIES if memory_class(m).branches])
 def test_a_branch_alone_beside_a_call(memory: str) -> None:
     model = wrapped(memory)
