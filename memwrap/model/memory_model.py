@@ -68,19 +68,19 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
     _supports_attention_backend = True
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
 
-    def __init__(self, config: MemoryModelConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(self, config: MemoryModelConfig, parts: Backbone | None = None) -> None:
         super().__init__(config)
-        if backbone is None:
+        if parts is None:
             kind = auto_class(config.backbone)
-            backbone = kind.from_config(copy.deepcopy(config.backbone))
-        self.parts = Backbone(backbone)
+            parts = Backbone(kind.from_config(copy.deepcopy(config.backbone)))
+        self.parts = parts
         self.parts.check()
         self.memory_configs = [
             config_class(values["name"]).from_dict(values) for values in config.memories or []
         ]
         memories = build_memories(self.parts, self.memory_configs)
         # A base class may initialise what it has not seen initialised: nothing here is new to us.
-        self.backbone = backbone
+        self.backbone = backbone = parts.model
         self.memory_modules = MemoryModules(memories)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]

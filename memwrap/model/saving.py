@@ -15,6 +15,7 @@ import huggingface_hub
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memwrap.backbones import Backbone
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.backbones.vocabulary import extend
 from memwrap.io.atomic_files import SCRATCH
@@ -289,7 +290,7 @@ class SavingMixin(AdapterMixin):
         own.backbone = copy.deepcopy(backbone.config)
         with untouched_if_it_fails(backbone):
             with building(saved.tensors, folder / CONFIG):
-                model = cls(own, backbone)  # type: ignore[call-arg]
+                model = cls(own, Backbone(backbone))  # type: ignore[call-arg]
                 for name, values in (own.adapters or {}).items():
                     model.add_lora(adapter_of(values), name)
                 switch(backbone, own.adapter_switches, merged=own.base_included)

@@ -61,7 +61,8 @@ def wrap(
     for adapter in adapters.values():
         check_comes_back(adapter)
     begun_anew = any(changes_base(adapter) for adapter in adapters.values())
-    if Backbone(model).attached:  # says what a model lacks before anything is built
+    parts = Backbone(model)  # says what a model lacks before anything is built
+    if parts.attached:
         raise ValueError(
             f"This {type(model).__name__} is inside another memory model already; memwrap.unwrap "
             "that one first, or load the backbone again."
@@ -81,7 +82,7 @@ def wrap(
         memwrap_version=VERSION,
     )
     config.backbone._name_or_path = config.base_model  # a shipped base has no path
-    wrapped = MemoryModelForCausalLM(config, model)
+    wrapped = MemoryModelForCausalLM(config, parts)
     for own in configs:
         wrapped.memories[own.name].open_named(own)
     return wrapped.train(model.training)
