@@ -114,7 +114,7 @@ def test_agrees_with_a_reading_token_by_token(score: str, interval: int) -> None
         want = torch.stack([plain.token(t) for t in range(first, first + length)], 1)
         # eager attention takes its softmax in float32
         assert_close(got, want, 1e-6, f"tokens from {first}")
-        chosen = layer.state["chosen"][0]
+        chosen = layer.state["chosen"][0, 0] - 1
         assert chosen[chosen >= 0].tolist() == plain.chosen
         first += length
         layer.close()
