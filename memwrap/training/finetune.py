@@ -42,6 +42,7 @@ from memwrap.training.pretrain import pretrain
 from memwrap.training.recall import recall_data
 from memwrap.training.recipe import Recipe
 from memwrap.training.resuming import last_checkpoint
+from memwrap.training.start import start_layers, start_tokens, text_ids, with_text
 from memwrap.training.tasks import tasks_data
 from memwrap.training.trainer import MemoryTrainer
 
@@ -173,7 +174,11 @@ def build_model(
         ValueError: if the model cannot be loaded or the memory does not fit it.
     """
     base, tokenizer = _base(recipe)
-    model = memwrap.wrap(base, recipe.memory_config())
+    config, text = recipe.memory_config(), recipe.start.text
+    ids = [] if text is None or tokenizer is None else text_ids(text, tokenizer)
+    model = memwrap.wrap(base, with_text(config, ids) if ids else config)
+    if ids:
+        start_tokens(model, ids)
     model.backbone.requires_grad_(recipe.train_backbone)
     lora = recipe.lora
     if lora is not None:
@@ -186,6 +191,9 @@ def build_model(
                 task_type="CAUSAL_LM",
             )
         )
+    if recipe.tasks is not None and tokenizer is not None:
+        names, count = recipe.tasks.names, recipe.start.segments
+        start_layers(model, tokenizer, names, count, recipe.trainer.seed)
     if recipe.init_from is not None:
         try:
             model.take_over(recipe.init_from)

@@ -380,7 +380,9 @@ class MemoryTrainer(Trainer):
             for group in own:
                 params = [p for p in group["params"] if p.requires_grad]
                 if params:
-                    groups.append({"lr": rate, "weight_decay": decay, **group, "params": params})
+                    new = {"lr": rate, "weight_decay": decay, **group, "params": params}
+                    new["lr"] *= new.pop("lr_scale", 1.0)
+                    groups.append(new)
         if not groups and args.memory_learning_rate is None and args.memory_weight_decay is None:
             return []
         taken = {id(p) for group in groups for p in group["params"]}
