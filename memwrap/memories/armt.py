@@ -89,6 +89,10 @@ class ARMTConfig(MemoryConfig):
             self.refuse("value_init", "another one without input_norm: values would not be bounded")
 
     @classmethod
+    def on_pretrained(cls) -> dict[str, Any]:
+        return {"layers": "late"}
+
+    @classmethod
     def tiny(cls) -> ARMTConfig:
         return cls(segment_size=8, num_memory_tokens=2, d_mem=8)
 

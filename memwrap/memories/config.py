@@ -92,6 +92,12 @@ class MemoryConfig(Settings):
         return cls(**values)
 
     @classmethod
+    def on_pretrained(cls) -> dict[str, Any]:
+        """Return fields with which training on a pretrained model begins where it was measured to
+        go well, for `memwrap train --model` (default: the defaults)."""
+        return {}
+
+    @classmethod
     def tiny(cls) -> MemoryConfig:
         """Make a small configuration, as the tests of every memory use it."""
         return cls(segment_size=8)

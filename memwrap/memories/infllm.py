@@ -67,7 +67,7 @@ class InfLLMConfig(MemoryConfig):
 
     name: ClassVar[str] = "infllm"
     not_in_state: ClassVar[frozenset[str]] = frozenset(
-        {"top_k", "retrieval_interval", "cache_size"}
+        {"top_k", "retrieval_interval", "selection", "cache_size"}
     )
 
     window_size: PositiveInt = 4096
