@@ -67,9 +67,9 @@ class LayerContext:
         self.seen.add(layer)
         for name, memory, state in self._at(layer, self.layered):
             read = narrowed(memory.read_layer(layer, hidden, state), hidden.dtype)
-            own = self.suffixes.get(name, slice(0))
-            if self.closing and not memory.suffix_reads and own != slice(0):
-                read = _with_columns(read, hidden, own)
+            suffix = self.suffixes.get(name, slice(0))
+            if self.closing and not memory.suffix_reads and suffix != slice(0):
+                read = _with_columns(read, hidden, suffix)
             hidden = read
         return hidden
 

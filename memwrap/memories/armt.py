@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import Claims, LayerMemory, SoftPrompt
 from memwrap.memories.registry import register
-from memwrap.memories.settings import LayerList, PositiveInt
+from memwrap.memories.settings import GateLogit, LayerList, PositiveInt
 from memwrap.memories.sizes import Sizes, chosen_layers, late_layers, memory_tokens
 from memwrap.ops import accumulation_dtype, associative
 from memwrap.state.trees import Tree
@@ -67,7 +67,7 @@ class ARMTConfig(MemoryConfig):
     value_init: Literal["zero", "normal", "identity"] = "zero"
     layers: LayerList | Literal["late"] | None = None
     read_scale: Literal["hidden", "raw"] = "hidden"
-    gate_init: float = 1.0
+    gate_init: GateLogit = 1.0
     written_tokens: PositiveInt | None = None
     tokens_read: bool = True
     train_tokens: bool = True

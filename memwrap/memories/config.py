@@ -54,8 +54,8 @@ class MemoryConfig(Settings):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        own = vars(cls).get("not_in_state", frozenset())
-        for name in sorted(own - {entry.name for entry in fields(cls)}):
+        free = vars(cls).get("not_in_state", frozenset())
+        for name in sorted(free - {entry.name for entry in fields(cls)}):
             raise TypeError(f"{cls.__name__}.not_in_state names {name!r}, which is no field of it.")
 
     @classmethod

@@ -52,11 +52,11 @@ class InfLLMConfig(MemoryConfig):
             while it was in the window (as the published code has it), or `"dot_product"`, its
             inner products with the queries behind it (as the paper has it).
         selection: `"causal"`: units are selected at every `retrieval_interval`-th token of a
-            segment, by the mean query since the last selection; or `"block"`: by the mean query
-            of all tokens of a segment that a call brings, as published. That looks ahead, and
-            its results depend on how text is fed.
-        retrieval_interval: tokens that share one selection; 1 is what the published code does
-            while it generates.
+            segment, by the mean query since the last selection; `"block"`: by the mean query of
+            all tokens of a segment that a call brings, as published: it looks ahead, and depends on
+            how text is fed; `"question"`: as `"block"`, but single tokens, as they are generated,
+            keep what the question selected.
+        retrieval_interval: tokens that share one selection; published: 1 while generating.
         window_mask: `"corrected"`, or `"published"`, where the first queries of an execution block
             see tokens at the window's edge twice.
         offload: keep units in the host's memory.
@@ -76,7 +76,7 @@ class InfLLMConfig(MemoryConfig):
     top_k: PositiveInt = 16
     num_representatives: PositiveInt = 4
     score: Literal["attention", "dot_product"] = "attention"
-    selection: Literal["causal", "block"] = "causal"
+    selection: Literal["causal", "block", "question"] = "causal"
     retrieval_interval: PositiveInt = 8
     window_mask: Literal["corrected", "published"] = "corrected"
     offload: bool = False
@@ -203,8 +203,8 @@ class InfLLMMemory(AttentionMemory):
         rows = torch.arange(len(valid), device=valid.device)
         _, units = self._settled(state["tokens"])
         noted: Tree = {}
-        if config.selection == "block":
-            index = valid.long()
+        if config.selection != "causal":
+            index = valid.long() * (config.selection == "block" or valid.shape[1] > 1)
             query = attention.query.detach().to(state["query_sum"].dtype) * valid[:, None, :, None]
             means = (query.sum(2) / valid.sum(1).clamp_min(1)[:, None, None])[:, None]
         else:

@@ -264,11 +264,7 @@ class SoftPrompt(Memory):
         return state
 
     def start_tokens(self, embeds: Tensor) -> None:
-        """Begin training with the embeddings `(num_suffix, D)` of a text as the suffix.
-
-        Raises:
-            ValueError: for a memory that has no such tokens.
-        """
+        """Begin training with a text's embeddings `(num_suffix, D)` as the suffix, or refuse."""
         raise ValueError(f"{self.config.name!r} has no memory tokens that a text could begin.")
 
 
@@ -276,8 +272,7 @@ class LayerMemory(Memory):
     """A place: the input of decoder layers, and their outputs at the memory's own suffix.
 
     Attributes:
-        suffix_reads: the memory's own suffix is given what `read_layer` makes of it; otherwise it
-            sees the segment as it was without that.
+        suffix_reads: what `read_layer` makes of its input reaches the memory's own suffix too.
     """
 
     suffix_reads: bool = True

@@ -188,7 +188,7 @@ def plain_prose(training: bool) -> list[str]:
 @register("told_facts", others=0)
 @register("told_facts_5", others=4)
 class ToldFacts(Task):
-    """Where a thing is, told once; `others` more facts of other things stand elsewhere.
+    """The place of a thing, told once; `others` more facts of other things stand elsewhere.
 
     The text is cut into blocks of `block` tokens, the length of a memory's segment, and a fact lies
     inside one block; the last block ends with the question. Seeds of training and of evaluation

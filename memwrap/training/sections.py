@@ -199,7 +199,7 @@ class TasksSection(Section):
 
 
 class StartSection(Section):
-    """What a memory begins with, before the first step.
+    """The start of a memory, before the first step.
 
     Attributes:
         text: memory tokens are the embeddings of this text, as many as it has.
