@@ -46,8 +46,8 @@ class ARMTConfig(MemoryConfig):
             RMS of the hidden state that it is added to. `"raw"`: added as it is, as published.
         gate_init: that gate at the start.
         written_tokens: only the last so many memory tokens are written (`None`: all).
-        tokens_read: memory tokens read the matrix before they write to it, as published. Off: they
-            see the segment alone, so that what was read is not written once more.
+        tokens_read: memory tokens read the matrix before they write to it, as published. Off: what
+            they write is not what they have just read, once more.
         train_tokens: off leaves the memory tokens as they began, such as the embeddings of a text
             (`start.text` of a recipe).
     """

@@ -63,7 +63,7 @@ def recipe_from_words(
             "max_tokens": _SEGMENTS * size, "min_tokens": 2 * size,
         },
         "trainer": {
-            "steps": 1000, "accumulation": 4, "learning_rate": 1e-4, "memory_learning_rate": 1e-3,
+            "steps": 1000, "accumulation": 1, "learning_rate": 1e-4, "memory_learning_rate": 1e-3,
             "warmup_steps": 5, "schedule": "constant_with_warmup", "save_every": 200,
             "log_every": 5,
         },

@@ -27,27 +27,25 @@ class LossWatch:
         self.wrong: int | None = None
         self.lost = False
         self._step = -1
-        self._first: list[float] = []
+        self._first: float | None = None
         self._last: deque[float] = deque(maxlen=LAST)
 
     def add(self, loss: float, step: int) -> None:
         """Note the loss of a step; several of one step are added up."""
         if step == self._step and self._last:
             self._last[-1] += loss
-            if len(self._first) <= FIRST and self._first:
-                self._first[-1] += loss
             return
         self._judge()
         self._step = step
         self._last.append(loss)
-        if len(self._first) < FIRST:
-            self._first.append(loss)
 
     def _judge(self) -> None:
         """Judge the steps that are complete."""
-        if len(self._first) < FIRST or len(self._last) < LAST:
+        if len(self._last) == FIRST and self._first is None:
+            self._first = sum(self._last) / FIRST
+        if self._first is None or len(self._last) < LAST:
             return
-        first, last = sum(self._first) / FIRST, sum(self._last) / LAST
+        first, last = self._first, sum(self._last) / LAST
         self.lost = self.lost or last > 2 * first + 1
         if self.wrong is None and last > first + 0.5 + first / 8:
             self.wrong = self._step + 1
