@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +10,9 @@ import memwrap
 from memwrap.backbones.cache_names import CACHE
 from memwrap.chat import Conversation, read_document
 from memwrap.chat.first_turn import cut_document
+from memwrap.chat.held import Held
 from memwrap.chat.turns import Turns, under
+from memwrap.cli.demo_texts import Fact, question
 
 ANSWER_TOKENS = 20
 
@@ -21,6 +22,23 @@ class Reader(Protocol):
 
     def ask(self, question: str) -> str:
         """Answer one question from the document alone."""
+
+    def knows(self, fact: Fact) -> bool:
+        """Tell whether each token of the fact's answer is the most likely one, in a turn that
+        answers the question and has begun as the fact does."""
+
+
+def _answer(turns: Turns, messages: list[dict[str, str]], fact: Fact) -> tuple[list[int], int]:
+    """Compute the ids of a chat up to the end of the answer, and how many of them are that."""
+    before, _, _ = fact.sentence.partition(fact.answer)
+    begun = turns.text(messages) + before.rstrip()
+    ids = turns.encode(f"{begun} {fact.answer}")
+    return ids, len(ids) - len(turns.encode(begun))
+
+
+def _first_choices(logits: torch.Tensor, ids: list[int], count: int) -> bool:
+    """Tell whether the last ids are what logits `(T, V)` of the tokens so far have chosen."""
+    return logits[-count - 1 : -1].argmax(-1).tolist() == ids[-count:]
 
 
 class BaseReader:
@@ -43,14 +61,24 @@ class BaseReader:
             out = base(torch.tensor([prefix]), use_cache=True, logits_to_keep=1)
         self.cache = out[CACHE]
 
+    @torch.no_grad()
+    def knows(self, fact: Fact) -> bool:
+        content = under(self.text, question(fact))
+        ids, count = _answer(self.turns, [{"role": "user", "content": content}], fact)
+        new = torch.tensor([ids[self.length :]])
+        logits = self.base(new, **{CACHE: self.cache}, logits_to_keep=count + 1).logits[0]
+        self.cache.crop(self.length)
+        return _first_choices(logits, ids, count)
+
     def ask(self, question: str) -> str:
         content = under(self.text, question)
         ids = torch.tensor([self.turns.ids([{"role": "user", "content": content}])])
-        own: dict[str, Any] = {CACHE: copy.deepcopy(self.cache)}
         out = self.base.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS,
-            do_sample=False, pad_token_id=self.tokenizer.pad_token_id, **own,
+            do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
+            **{CACHE: self.cache},
         )  # fmt: skip
+        self.cache.crop(self.length)
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
@@ -77,6 +105,18 @@ class MemoryReader:
             if isinstance(document, str)
             else document
         )
+
+    @torch.no_grad()
+    def knows(self, fact: Fact) -> bool:
+        turns = Turns(self.tokenizer)
+        held = Held.of(self.state, turns)
+        if held is None:
+            raise ValueError("The state was not read as a document in a chat turn.")
+        asked = held.messages([{"role": "user", "content": question(fact)}])
+        ids, count = _answer(turns, asked, fact)
+        own: dict[str, Any] = {CACHE: self.state.clone()}
+        logits = self.model(torch.tensor([ids[held.read :]]), **own, logits_to_keep=count + 1).logits
+        return _first_choices(logits[0], ids, count)
 
     def ask(self, question: str) -> str:
         settings = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False}

@@ -18,18 +18,7 @@ class Fact:
     answer: str
 
 
-STORY = (
-    Fact("The lighthouse keeper of Port Ellery is called Marta Quill.",
-         "What is the lighthouse keeper of Port Ellery called?", "Marta Quill"),
-    Fact("In 1931 the archive of Lindholm was moved to the city of Varberg.",
-         "To which city was the archive of Lindholm moved in 1931?", "Varberg"),
-    Fact("The key to the boat house hangs behind the green piano.",
-         "Where does the key to the boat house hang?", "piano"),
-)  # fmt: skip
-"""Three facts in the long document, at 10, 50 and 85 % of it."""
-STORY_DEPTHS = (0.10, 0.50, 0.85)
-
-PLANTED = (
+FACTS = (
     Fact("The Tarn regatta was won by a boat with the name Silver Wren.",
          "What is the name of the boat that won the Tarn regatta?", "Silver Wren"),
     Fact("The baker of Ostrava puts cardamom into every loaf.",
@@ -39,9 +28,20 @@ PLANTED = (
     Fact("The violin of Aunt Henrike was made in the town of Mittenwald.",
          "In which town was the violin of Aunt Henrike made?", "Mittenwald"),
     Fact("The favourite food of the old tiger in the zoo of Lublin is smoked herring.",
-         "What is the favourite food of the old tiger in the zoo of Lublin?", "herring"),
+         "What is the favourite food of the old tiger in the zoo of Lublin?", "smoked herring"),
+    Fact("The lighthouse keeper of Port Ellery is called Marta Quill.",
+         "What is the lighthouse keeper of Port Ellery called?", "Marta Quill"),
+    Fact("In 1931 the archive of Lindholm was moved to the city of Varberg.",
+         "To which city was the archive of Lindholm moved in 1931?", "Varberg"),
+    Fact("The key to the boat house hangs behind the green piano.",
+         "Where does the key to the boat house hang?", "green piano"),
+    Fact("The mountain hut on the Gralspitze is heated with dried peat.",
+         "What is the mountain hut on the Gralspitze heated with?", "dried peat"),
+    Fact("The youngest daughter of Captain Brandt became a glassblower.",
+         "What did the youngest daughter of Captain Brandt become?", "glassblower"),
 )  # fmt: skip
-"""Facts in the middle of each fifth of a text."""
+"""Facts, each in the middle of its tenth of a text."""
+DEPTHS = tuple((place + 0.5) / len(FACTS) for place in range(len(FACTS)))
 
 
 def question(fact: Fact) -> str:
@@ -77,15 +77,10 @@ def planted(text: str, facts: tuple[Fact, ...], depths: tuple[float, ...]) -> st
     return ". ".join(sentences)
 
 
-def document(
-    tokenizer: Any, tokens: int, facts: tuple[Fact, ...], depths: tuple[float, ...]
-) -> str:
-    """Cut a document of about so many tokens, with facts in it."""
+def document(tokenizer: Any, tokens: int) -> str:
+    """Cut a document of about so many tokens, with all the facts in it."""
     ids = tokenizer(prose(), add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-    return planted(tokenizer.decode(ids), facts, depths)
+    return planted(tokenizer.decode(ids), FACTS, DEPTHS)
 
 
-__all__ = [
-    "PLANTED", "STORY", "STORY_DEPTHS", "Fact", "document", "found", "planted", "prose",
-    "question",
-]  # fmt: skip
+__all__ = ["DEPTHS", "FACTS", "Fact", "document", "found", "planted", "prose", "question"]
