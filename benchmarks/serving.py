@@ -1,14 +1,15 @@
-"""The server as its users meet it: a process, a document of 16,000 tokens, and many clients.
+"""The server as its users meet it: a process, a document of 16,000 tokens, many clients.
 
-    python benchmarks/serving.py [--model smollm2] [--memory infllm] [--tokens 16000] [KEY=VALUE ...]
+    python benchmarks/serving.py [--model smollm2] [--memory infllm] [--tokens 16000] [KEY=VALUE]...
 
-1. `memwrap chat` reads a document and is asked; `memwrap serve` reads it into a state, and `curl` asks
-   twice: what each request ran is in its usage.
+1. `memwrap serve` reads a document into a state, and `curl` asks twice: what each request ran is in
+   its usage. `memwrap chat` asks the state's file.
 2. The server is killed with SIGKILL, once idle and once while it writes a state, and started again:
    the saved states answer as before.
 3. 8 clients x 20 requests: every answer is compared with that of `generate` alone.
 
-Writes benchmarks/results/serving.json, and what was typed and printed into docs/howto/serve.md.
+Writes benchmarks/results/serving.json, and what was typed and printed into
+docs/howto/serve.md.
 """
 
 from __future__ import annotations
@@ -111,11 +112,9 @@ def long_document(
     asked: Any, words: list[str], folder: Path, spoken: Transcript, tokenizer: Any
 ) -> dict:
     """Talk about one long document, by `memwrap chat` and by `curl`; kill the server twice."""
-    facts, states = texts.PLANTED, folder / "states"
-    depths = tuple((i + 0.5) / len(facts) for i in range(len(facts)))
-    report = folder / "report.md"
-    report.write_text(texts.document(tokenizer, asked.tokens, facts, depths))
-    questions = [texts.question(fact) for fact in facts[:2]]
+    states, report = folder / "states", folder / "report.md"
+    report.write_text(texts.document(tokenizer, asked.tokens))
+    questions = [texts.question(texts.FACTS[place]) for place in (6, 8)]
     log = folder / "serve.log"
     server = Server([*words, "--states", str(states)], log)
     body = json.dumps({"name": "report", "save": True, "text": report.read_text()})
@@ -149,7 +148,9 @@ def long_document(
     if name in names:
         server.ask(name, "What is it?")  # whole, or there would be an error
     server.kill()
-    shown = f"memwrap chat {' '.join(words)} --state states/report.safetensors --ask '{questions[0]}'"
+    shown = (
+        f"memwrap chat {' '.join(words)} --state states/report.safetensors --ask '{questions[0]}'"
+    )
     command = [sys.executable, "-m", "memwrap", "chat", *words, "--max-new-tokens", "12",
                "--state", str(states / "report.safetensors"), "--ask", questions[0]]  # fmt: skip
     chat = spoken.run(shown, command)
@@ -165,9 +166,7 @@ def long_document(
 
 def many_clients(asked: Any, words: list[str], folder: Path, model: Any, tokenizer: Any) -> dict:
     """Let 8 clients send 20 requests each; compare with `generate`."""
-    facts = (*texts.PLANTED, *texts.STORY)
-    depths = tuple((i + 0.5) / len(facts) for i in range(len(facts)))
-    text = texts.document(tokenizer, SHORT, facts, depths)
+    facts, text = texts.FACTS, texts.document(tokenizer, SHORT)
     state = read_document(model, tokenizer, text)
     settings = {"max_new_tokens": ASKED["max_tokens"], "do_sample": False}
     wanted = {}
@@ -188,36 +187,45 @@ def many_clients(asked: Any, words: list[str], folder: Path, model: Any, tokeniz
         right = [good for found in pool.map(client, range(CLIENTS)) for good in found]
     seconds = time.monotonic() - start
     server.kill()
-    return {"clients": CLIENTS, "requests": len(right), "wrong": right.count(False),
-            "different_answers": len(set(wanted.values())), "seconds": round(seconds, 1)}  # fmt: skip
+    return {
+        "clients": CLIENTS, "requests": len(right), "wrong": right.count(False),
+        "different_answers": len(set(wanted.values())), "seconds": round(seconds, 1),
+    }  # fmt: skip
 
 
 def publish(found: dict[str, Any], lines: list[str]) -> None:
     """Write results and transcript into the page."""
     document, clients = found["document"], found["clients"]
-    second = document["usage"][1]
-    cached = second["prompt_tokens_details"]["cached_tokens"]
-    new = second["prompt_tokens"] - cached
+    first, second = document["asked_again"], document["usage"][1]
+    kept = ("after_kill", "after_kill_while_saving", "same_again", "chat_same")
+    same = "yes" if all(document[name] for name in kept) else "**no**"
     text = "\n".join(lines).strip()
     body = f"""`python benchmarks/serving.py`, {found["model"]} with {found["memory"]}
-({found["machine"]}, one thread on a busy machine):
+({found["machine"]["cpu"]}, one thread on a busy machine):
 
 ```console
 {text}
 ```
 
-- {document["tokens"]:,} tokens were read in {document["seconds"]:.0f} s into {document["bytes"] / 1e6:,.0f} MB. The second question
-  ran {new} new tokens and found {cached:,} cached; the first one asked again ran {document["asked_again"]["prompt_tokens"] - document["asked_again"]["prompt_tokens_details"]["cached_tokens"]}.
-- After `kill -9`, idle and while a state was being written, a new server gave the same answers from the saved state: {_yes(document["after_kill"] and document["after_kill_while_saving"])}.
-- {clients["clients"]} clients sent {clients["requests"]} requests in {clients["seconds"]:.0f} s; {clients["wrong"]} answers differed from those of `generate`."""
+- {document["tokens"]:,} tokens were read once, in {document["seconds"]:.0f} s, into
+  {document["bytes"] / 1e6:,.0f} MB. Of the second question's prompt {_cached(second):,} tokens were
+  cached and {_new(second)} were run; of the first question, asked again, {_new(first)}.
+- After `kill -9`, idle and while a state was being written, a new server gave the same answers
+  from the saved state, and so did `memwrap chat`: {same}.
+- {clients["clients"]} clients sent {clients["requests"]} requests about a short text in
+  {clients["seconds"]:.0f} s; {clients["wrong"]} answers differed from those of `generate`."""
     begin, end = MARKS
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
     PAGE.write_text(f"{before}{begin}\n\n{body}\n\n{end}{after}", encoding="utf-8")
 
 
-def _yes(true: bool) -> str:
-    return "yes" if true else "no"
+def _cached(usage: dict[str, Any]) -> int:
+    return usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def _new(usage: dict[str, Any]) -> int:
+    return usage["prompt_tokens"] - _cached(usage)
 
 
 def main() -> None:
@@ -233,7 +241,11 @@ def main() -> None:
     model = open_model(asked.model, asked.memory, settings, dtype=torch.float32)
     tokenizer = open_tokenizer(asked.model, model)
     spoken, path = Transcript(), RESULTS / "serving.json"
-    found: dict[str, Any] = {"model": asked.model, "memory": " ".join(words[2:]), "machine": machine()}
+    found: dict[str, Any] = {
+        "model": asked.model,
+        "memory": " ".join(words[2:]),
+        "machine": machine(),
+    }
     with tempfile.TemporaryDirectory() as folder:
         found["clients"] = many_clients(asked, words, Path(folder), model, tokenizer)
         print(json.dumps(found["clients"]), flush=True)

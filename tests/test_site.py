@@ -21,8 +21,8 @@ pytestmark = pytest.mark.full
 CUT = """() => {
   const scrolls = (e) => ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
   const wrong = [];
-  const all = ".md-content pre, .md-content table, .md-content img, .md-content .katex-display, .md-content code";
-  for (const element of document.querySelectorAll(all)) {
+  const page = document.querySelector(".md-content");
+  for (const element of page.querySelectorAll("pre, code, table, img, .katex-display")) {
     let around = element, held = false;
     const box = element.getBoundingClientRect();
     if (!box.width) continue;

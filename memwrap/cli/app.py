@@ -151,6 +151,9 @@ def demo(
         "demo-output"
     ),
     minutes: Annotated[float, typer.Option(help="Stop beginning new parts after so many.")] = 6.0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run into this folder ended.")
+    ] = False,
 ) -> None:
     """Read a long document with a real model, ask about it, and measure the memory."""
     from memwrap.cli import demo as room
@@ -158,7 +161,7 @@ def demo(
     if minutes <= 0:
         raise ValueError(f"`--minutes` is {minutes}; it must be positive.")
     quiet()
-    room.main(output, minutes)
+    room.main(output, minutes, resume)
 
 
 app.command()(read)

@@ -26,10 +26,12 @@ from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
 
 MODEL = "smollm2"
 MEMORY = "infllm"
-SETTINGS: dict[str, Any] = {
-    "segment_size": 512, "window_size": 512, "block_size": 64, "num_sinks": 64, "top_k": 16,
-    "retrieval_interval": 32,
+READING: dict[str, Any] = {
+    "segment_size": 512, "window_size": 512, "block_size": 64, "num_sinks": 64, "top_k": 2,
+    "retrieval_interval": 256,
 }  # fmt: skip
+ASKING: dict[str, Any] = {"top_k": 64, "retrieval_interval": 1}
+"""What a question looks up; nothing in a state depends on it."""
 LOOKS = 512 + 64 * 64
 """Tokens that a question sees through the memory, and that the window with sinks keeps."""
 TRUNCATED = 1_024
@@ -42,6 +44,7 @@ SEGMENT, ROWS = 256, 512
 """Of the memories whose nats are measured: tokens at once, and entries that each may keep."""
 MEASURED = (4_096, 2_048, 1_024)
 """Tokens that nats are measured on, the first that time allows."""
+RESULTS = "results.json"
 MARKS = ("<!-- demo:begin -->", "<!-- demo:end -->")
 CURVES = ("memory", "base, truncated", "base, whole", "window + sinks")
 # What a reading costs beside the base's own, which is measured first.
@@ -79,7 +82,23 @@ class Run:
         """Write what was measured so far."""
         self.results["seconds"] = round(time.monotonic() - self.begun, 1)
         self.results["processor_seconds"] = round(time.process_time() - self.processor, 1)
-        write_text(self.folder / "results.json", json.dumps(self.results, indent=2) + "\n")
+        write_text(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
+
+    def take_up(self, earlier: dict[str, Any]) -> None:
+        """Go on from the results of an earlier run.
+
+        Raises:
+            ValueError: if it had other settings.
+        """
+        if earlier.get("settings") != self.results["settings"]:
+            raise ValueError(f"{self.folder} holds a run with other settings; give another folder.")
+        self.results = earlier
+        self.begun -= earlier["seconds"]
+        self.processor -= earlier["processor_seconds"]
+
+    def known(self, curve: str, length: int) -> dict[str, Any] | None:
+        """Find what was counted already."""
+        return next((c for c in self.results["facts"] if _key(c) == (curve, length)), None)
 
 
 def say(text: str = "") -> None:
@@ -87,12 +106,13 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
-def main(output: Path, minutes: float = 6.0) -> dict[str, Any]:
+def main(output: Path, minutes: float = 6.0, resume: bool = False) -> dict[str, Any]:
     """Run the demo.
 
     Args:
         output: folder for the state, pictures and results.
         minutes: how long it may take.
+        resume: go on where an earlier run into this folder ended.
 
     Returns:
         What was measured, as in `results.json`.
@@ -103,14 +123,17 @@ def main(output: Path, minutes: float = 6.0) -> dict[str, Any]:
     base: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(place)
     run = Run(output, minutes, base, tokenizer, _speed(base, tokenizer))
-    run.results["facts"] = []
+    settings = {"reading": READING, "asking": ASKING, "lengths": LENGTHS}
+    run.results |= {"settings": json.loads(json.dumps(settings)), "facts": []}
+    if resume and (output / RESULTS).is_file():
+        run.take_up(json.loads((output / RESULTS).read_text(encoding="utf-8")))
     say(f"{MODEL}: SmolLM2-135M-Instruct; it reads {run.speed:.0f} tokens a second here.")
     fitting = [n for n in LENGTHS[1:] if run.fits(n * _COST["memory"], 0.35)]
     longest = max(fitting, default=LENGTHS[1])
-    for part in (_read, _find):
-        part(run, longest)
-        run.write()
+    _read(run, longest)
+    _find(run, longest)
     _measure(run)
+    run.results["done"] = True
     run.write()
     _conclude(run)
     return run.results
@@ -128,36 +151,53 @@ def _speed(base: Any, tokenizer: Any) -> float:
 def _read(run: Run, length: int) -> None:
     """Read a document once, save and load what it left, ask, beside the base alone."""
     say(f"\n=== 1. Read {length:,} tokens once (the model was trained on 8,192), ask later\n")
+    if "document" not in run.results:
+        run.results["document"] = _read_and_ask(run, length)
+        run.write()
+    document = run.results["document"]
+    say(f"{MEMORY}, no training: {document['tokens']:,} tokens in {document['seconds']:.0f} s; "
+        f"{document['bytes'] / 1e6:,.0f} MB, saved and loaded")  # fmt: skip
+    for row in document["questions"]:
+        say(f"\n{row['question']} (told at {row['depth']:.0%}: {row['answer']})")
+        for name, text in row["answers"].items():
+            say(f"  {name:<40}{text}")
+
+
+def _read_and_ask(run: Run, length: int) -> dict[str, Any]:
+    """Read with the memory, save, load; ask it and the base for the facts that are shown, and
+    count all of them."""
     document = texts.document(run.tokenizer, length)
-    model = memwrap.wrap(run.base, MEMORY, **SETTINGS).eval()
+    model = memwrap.wrap(run.base, MEMORY, **READING).eval()
     start = time.monotonic()
     state = MemoryReader(model, run.tokenizer, document, progress=True).state
     seconds = time.monotonic() - start
     path = run.folder / "document.safetensors"
     state.save(path)
-    memory = MemoryReader(model, run.tokenizer, memwrap.MemoryState.load(path, model))
-    size, count = path.stat().st_size, int(state.tokens_seen[0])
-    say(f"{MEMORY}, no training: {count:,} tokens in {seconds:.0f} s; {path} "
-        f"({size / 1e6:,.0f} MB), saved and loaded")  # fmt: skip
+    count = int(state.tokens_seen[0])
+    state = memwrap.MemoryState.load(path, model)
+    model.memory_settings(MEMORY, **ASKING)
     shown = [texts.FACTS[place] for place in SHOWN]
-    answers = {"memory": [memory.ask(texts.question(fact)) for fact in shown]}
-    _count(run, memory, "memory", length)
+    answers: dict[str, list[str]] = {}
+
+    def ask(name: str, reader: Any, curve: str) -> None:
+        _count(run, reader, curve, length)
+        run.write()
+        answers[name] = [" ".join(reader.ask(texts.question(f)).split()) for f in shown]
+
+    ask("memory", MemoryReader(model, run.tokenizer, state), "memory")
     memwrap.unwrap(model)
-    del memory, state, model  # hundreds of MB
+    del state, model  # hundreds of MB
     for curve in ("base, truncated", "base, whole"):
         reader: Any = _reader(run, document, curve)
-        name = f"{curve} (last {reader.length:,} tokens)"
-        answers[name] = [reader.ask(texts.question(fact)) for fact in shown]
-        _count(run, reader, curve, length)
-    rows = []
-    for index, (place, fact) in enumerate(zip(SHOWN, shown, strict=True)):
-        say(f"\n{fact.question} (told at {texts.DEPTHS[place]:.0%}: {fact.answer})")
-        given = {name: " ".join(all_of[index].split()) for name, all_of in answers.items()}
-        for name, text in given.items():
-            say(f"  {name:<40}{text}")
-        rows.append({"question": fact.question, "answer": fact.answer, "answers": given})
-    run.results["document"] = {
-        "tokens": count, "seconds": round(seconds, 1), "bytes": size, "questions": rows,
+        ask(f"{curve} (last {reader.length:,} tokens)", reader, curve)
+    rows = [
+        {"question": fact.question, "answer": fact.answer, "depth": texts.DEPTHS[place],
+         "answers": {name: all_of[index] for name, all_of in answers.items()}}
+        for index, (place, fact) in enumerate(zip(SHOWN, shown, strict=True))
+    ]  # fmt: skip
+    return {
+        "tokens": count, "seconds": round(seconds, 1), "bytes": path.stat().st_size,
+        "questions": rows,
     }  # fmt: skip
 
 
@@ -169,14 +209,15 @@ def _find(run: Run, longest: int) -> None:
         for curve in CURVES:
             if curve == "window + sinks" and length <= LOOKS:
                 continue  # it would hold the whole text, as the base does
-            known = [c for c in run.results["facts"] if _key(c) == (curve, length)]
-            if known:
-                _print(known[0])
+            known = run.known(curve, length)
+            if known is not None:
+                _print(known)
             elif run.fits(length * _COST[curve] + 1500, 0.8):
                 reader = _reader(run, texts.document(run.tokenizer, length), curve)
                 _print(_count(run, reader, curve, length))
                 if isinstance(reader, MemoryReader):
                     memwrap.unwrap(reader.model)
+                run.write()
             else:
                 skipped.append((curve, length))
     cells = sorted(run.results["facts"], key=lambda cell: CURVES.index(cell["curve"]))
@@ -198,7 +239,9 @@ def _print(cell: dict[str, Any]) -> None:
 
 
 def _count(run: Run, reader: Reader, curve: str, length: int) -> dict[str, Any]:
-    """Ask a reader for all facts and note what it knows."""
+    """Ask a reader for all facts and note what it knows, once."""
+    if (cell := run.known(curve, length)) is not None:
+        return cell
     hits = [float(reader.knows(fact)) for fact in texts.FACTS]
     cell = {"curve": curve, "length": length, "depth": hits}
     run.results["facts"].append(cell)
@@ -210,15 +253,18 @@ def _reader(run: Run, document: str, curve: str) -> Reader:
         most = TRUNCATED if curve == "base, truncated" else CONTEXT
         return BaseReader(run.base, run.tokenizer, document, most)
     if curve == "memory":
-        model = memwrap.wrap(run.base, MEMORY, **SETTINGS)
-    else:
-        config = memwrap.WindowConfig(segment_size=512, window_size=LOOKS - 4, num_sinks=4)
-        model = memwrap.wrap(run.base, config)
-    return MemoryReader(model.eval(), run.tokenizer, document)
+        model = memwrap.wrap(run.base, MEMORY, **READING).eval()
+        reader = MemoryReader(model, run.tokenizer, document)
+        model.memory_settings(MEMORY, **ASKING)
+        return reader
+    config = memwrap.WindowConfig(segment_size=512, window_size=LOOKS - 4, num_sinks=4)
+    return MemoryReader(memwrap.wrap(run.base, config).eval(), run.tokenizer, document)
 
 
 def _measure(run: Run) -> None:
     """Compare nats per token of memories whose states have the same size."""
+    if "nats" in run.results:
+        return
     slots = ROWS // 4
     configs: dict[str, memwrap.MemoryConfig] = {
         "window + sinks": memwrap.WindowConfig(
@@ -306,7 +352,7 @@ def publish(folder: Path, readme: Path) -> None:
         folder: of the run.
         readme: the page.
     """
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     figures = readme.parent / "docs" / "figures"
     for name in ("facts", "nats"):
         (figures / f"demo_{name}.png").write_bytes((folder / f"{name}.png").read_bytes())

@@ -67,7 +67,7 @@ class BaseReader:
         ids, count = _answer(self.turns, [{"role": "user", "content": content}], fact)
         new = torch.tensor([ids[self.length :]])
         logits = self.base(new, **{CACHE: self.cache}, logits_to_keep=count + 1).logits[0]
-        self.cache.crop(self.length)
+        self._back()
         return _first_choices(logits, ids, count)
 
     def ask(self, question: str) -> str:
@@ -78,8 +78,12 @@ class BaseReader:
             do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
             **{CACHE: self.cache},
         )  # fmt: skip
-        self.cache.crop(self.length)
+        self._back()
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def _back(self) -> None:
+        """Take the question and its answer back."""
+        self.cache.crop(self.length - self.cache.get_seq_length())
 
 
 class MemoryReader:
@@ -115,7 +119,9 @@ class MemoryReader:
         asked = held.messages([{"role": "user", "content": question(fact)}])
         ids, count = _answer(turns, asked, fact)
         own: dict[str, Any] = {CACHE: self.state.clone()}
-        logits = self.model(torch.tensor([ids[held.read :]]), **own, logits_to_keep=count + 1).logits
+        logits = self.model(
+            torch.tensor([ids[held.read :]]), **own, logits_to_keep=count + 1
+        ).logits
         return _first_choices(logits[0], ids, count)
 
     def ask(self, question: str) -> str:

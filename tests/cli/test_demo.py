@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from support import save_small_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
-from memwrap.cli import demo, demo_texts
+from memwrap.cli import demo, demo_readers, demo_texts
 from memwrap.cli.demo_readers import BaseReader, MemoryReader
 
 TEMPLATE = (
@@ -27,14 +28,16 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer.save_pretrained(folder)
     small = {"TRUNCATED": 64, "CONTEXT": 200, "SEGMENT": 32, "ROWS": 64, "MEASURED": (200,),
              "LOOKS": 600, "LENGTHS": (100, 150, 700),
-             "SETTINGS": {"segment_size": 32, "window_size": 64, "block_size": 16}}  # fmt: skip
+             "READING": {"segment_size": 32, "window_size": 64, "block_size": 16, "top_k": 2}}  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "fetch", lambda name: folder)
     return tmp_path / "out"
 
 
-def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
+def test_all_parts_run(
+    small: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = demo.main(small, 60)
     assert json.loads((small / "results.json").read_text()) == json.loads(json.dumps(results))
     printed = capsys.readouterr().out
@@ -47,6 +50,13 @@ def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
     assert len(cells) == len(results["facts"]) and results["skipped"] == []
     for name in ("facts.png", "nats.png"):
         assert (small / name).stat().st_size > 1000
+    monkeypatch.setattr(demo, "_count", lambda *_: pytest.fail("counted already"))
+    again = demo.main(small, 60, resume=True)
+    assert {**again, "seconds": 0, "processor_seconds": 0} == {
+        **json.loads(json.dumps(results)), "seconds": 0, "processor_seconds": 0}  # fmt: skip
+    monkeypatch.setattr(demo, "ASKING", {"top_k": 3})
+    with pytest.raises(ValueError, match="other settings"):
+        demo.main(small, 60, resume=True)
     page = small.parent / "README.md"
     page.write_text("# A\n<!-- demo:begin -->\nBEFORE\n<!-- demo:end -->\nZ\n")
     (small.parent / "docs" / "figures").mkdir(parents=True)
@@ -58,21 +68,39 @@ def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
     assert max(sizes) < 2 * min(sizes)
 
 
-def test_what_fits_in_context_is_known_to_all_readers_alike(small: Path) -> None:
-    """A reader that sees the whole text gives what the base gives, asked by one pass or by
-    `generate`: nothing of the chat turn is lost on the way."""
+def test_what_fits_in_context_is_known_to_all_readers_alike(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A memory that sees the whole text is asked what the base is asked, in one pass and by
+    `generate`; asking leaves both as they were."""
     folder = demo.fetch("smollm2")
     base = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    document = demo_texts.document(tokenizer, 60)
+    document, fact = demo_texts.document(tokenizer, 60), demo_texts.FACTS[0]
+    given: list[tuple] = []
+    monkeypatch.setattr(demo_readers, "_first_choices", lambda *seen: bool(given.append(seen)))
     plain = BaseReader(base, tokenizer, document, 10_000)
-    fact = demo_texts.FACTS[0]
-    likely = plain.ask(demo_texts.question(fact)).split()[0]
     model = memwrap.wrap(base, "window", segment_size=5000, window_size=5000).eval()
     memory = MemoryReader(model, tokenizer, document)
-    assert memory.ask(demo_texts.question(fact)) == plain.ask(demo_texts.question(fact))
-    asked = [demo_texts.Fact(f"{likely} it is", fact.question, likely), fact]
-    assert [memory.knows(f) for f in asked] == [plain.knows(f) for f in asked] == [True, False]
+    memwrap.unwrap(model)
+    asked = []
+    for _ in range(2):
+        plain.knows(fact)
+        asked.append(plain.ask(demo_texts.question(fact)))
+    model = memwrap.wrap(base, "window", segment_size=5000, window_size=5000).eval()
+    memory = MemoryReader(model, tokenizer, memory.state)
+    memory.knows(fact)
+    asked.append(memory.ask(demo_texts.question(fact)))
+    assert asked == asked[:1] * 3
+    for logits, ids, count in given:
+        assert tokenizer.decode(ids[-count:]).strip() == fact.answer
+        torch.testing.assert_close(logits[-count - 1 :], given[0][0][-count - 1 :])
+
+
+def test_a_first_choice_is_the_most_likely_token_at_each_place() -> None:
+    logits = torch.eye(6)[[3, 1, 4, 0]]
+    assert demo_readers._first_choices(logits, [9, 1, 4], 2)  # chosen by the two rows before
+    assert not demo_readers._first_choices(logits, [9, 1, 0], 2)
 
 
 def test_a_slow_machine_is_told_what_was_left_out(
