@@ -27,12 +27,12 @@ from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
 MODEL = "smollm2"
 MEMORY = "infllm"
 READING: dict[str, Any] = {
-    "segment_size": 512, "window_size": 512, "block_size": 64, "num_sinks": 64, "top_k": 2,
+    "segment_size": 512, "window_size": 512, "block_size": 16, "num_sinks": 64, "top_k": 2,
     "retrieval_interval": 256,
 }  # fmt: skip
-ASKING: dict[str, Any] = {"top_k": 64, "retrieval_interval": 1}
+ASKING: dict[str, Any] = {"top_k": 256, "retrieval_interval": 1}
 """What a question looks up; nothing in a state depends on it."""
-LOOKS = 512 + 64 * 64
+LOOKS = 512 + 256 * 16
 """Tokens that a question sees through the memory, and that the window with sinks keeps."""
 TRUNCATED = 1_024
 CONTEXT = 8_192 - 128

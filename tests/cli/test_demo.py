@@ -28,7 +28,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer.save_pretrained(folder)
     small = {"TRUNCATED": 64, "CONTEXT": 200, "SEGMENT": 32, "ROWS": 64, "MEASURED": (200,),
              "LOOKS": 600, "LENGTHS": (100, 150, 700),
-             "READING": {"segment_size": 32, "window_size": 64, "block_size": 16, "top_k": 2}}  # fmt: skip
+             "READING": {"segment_size": 32, "window_size": 64, "block_size": 16, "top_k": 2},
+             }  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "fetch", lambda name: folder)
