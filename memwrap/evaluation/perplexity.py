@@ -28,6 +28,7 @@ from memwrap.evaluation.controls import (
     SHUFFLED,
     TRUNCATED,
     WINDOW,
+    own_context,
     windowed,
 )
 from memwrap.evaluation.measure import peak_memory
@@ -130,7 +131,7 @@ def perplexity_by_position(
         controls: which curves stand beside "memory". For a memory with branches (a linearized
             model) also "only window" and "only recurrent".
         window: tokens of a window of "base, truncated", and of window and sinks together
-            (default: the backbone's context, at most 2,048).
+            (default: the backbone's context).
         full_context_tokens: how far "base, full context" is followed (default: 4 windows).
         piece_tokens: tokens fed at once, rounded to whole segments; changes no result.
         base: an empty dict takes up what the base alone gave on these documents, a filled one
@@ -153,7 +154,7 @@ def perplexity_by_position(
         allowed = ", ".join([*CURVES[1:], *branches])
         raise ValueError(f"Unknown controls {unknown}; allowed: {allowed}.")
     size = model.segment_size
-    window = window or min(model.parts.config.max_position_embeddings, 2048)
+    window = window or own_context(model)
     rows = [torch.as_tensor(d) for d in documents]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
     lengths = torch.tensor([len(r) for r in rows])

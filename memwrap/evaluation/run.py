@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from memwrap.data.documents import load_documents, long_documents
-from memwrap.evaluation.controls import CURVES, FULL, SHUFFLED, SINKS, WINDOW
+from memwrap.evaluation.controls import CURVES, FULL, SHUFFLED, SINKS, WINDOW, own_context
 from memwrap.evaluation.perplexity import BRANCH, PerplexityResult, perplexity_by_position
 from memwrap.evaluation.plots import plot_perplexity, plot_recall
 from memwrap.evaluation.recall import RecallResult, evaluate_recall
@@ -133,7 +133,7 @@ def linear_usage(model: MemoryModelForCausalLM, rows: list[Tensor]) -> dict[str,
     controls = [BRANCH + name for name in found[0].branches if size or name != "window"]
     result = perplexity_by_position(
         model, rows, controls=(*controls, FULL, WINDOW), window=max(1, size) + SINKS,
-        full_context_tokens=min(2048, model.parts.config.max_position_embeddings),
+        full_context_tokens=own_context(model),
     )  # fmt: skip
     return {"linear-usage": result}
 

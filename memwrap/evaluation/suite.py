@@ -24,6 +24,7 @@ from memwrap.evaluation.controls import (
     SHUFFLED,
     TRUNCATED,
     WINDOW,
+    own_context,
     windowed,
 )
 from memwrap.evaluation.measure import Costs
@@ -146,7 +147,7 @@ def evaluate_tasks(
             "memory shuffled" (another text's memory), and the backbone without adapters on the
             last window of the text, on all of it as far as 4 windows and its positions reach, and
             with window and sinks.
-        window: of the base (default: the backbone's context, at most 2,048).
+        window: of the base (default: the backbone's context).
         seed: of the samples.
         name: of the model, for reports.
         progress: show a bar.
@@ -159,7 +160,7 @@ def evaluate_tasks(
         raise ValueError(f"Unknown controls {unknown}; allowed: {', '.join(CURVES[1:])}.")
     if samples < 1:
         raise ValueError(f"`samples` is {samples}; at least 1.")
-    window = window or min(model.parts.config.max_position_embeddings, 2048)
+    window = window or own_context(model)
     result = SuiteResult(name, seed, window, model.segment_size)
     was_training = model.training
     model.eval()

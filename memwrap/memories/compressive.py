@@ -51,6 +51,7 @@ class CompressiveConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "compressive"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
 
     memory_size: PositiveInt = 512
     compressed_size: PositiveInt = 512

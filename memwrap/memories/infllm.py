@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
@@ -51,11 +52,11 @@ class InfLLMConfig(MemoryConfig):
             while it was in the window (as the published code has it), or `"dot_product"`, its
             inner products with the queries behind it (as the paper has it).
         selection: `"causal"`: units are selected at every `retrieval_interval`-th token of a
-            segment, by the mean query since the last selection; or `"block"`: by the mean query
-            of all tokens of a segment that a call brings, as published. That looks ahead, and
-            its results depend on how text is fed.
-        retrieval_interval: tokens that share one selection; 1 is what the published code does
-            while it generates.
+            segment, by the mean query since the last selection; `"block"`: by the mean query of
+            all tokens of a segment that a call brings, as published: it looks ahead, and depends on
+            how text is fed; `"question"`: as `"block"`, but single tokens, as they are generated,
+            keep what the question selected.
+        retrieval_interval: tokens that share one selection; published: 1 while generating.
         window_mask: `"corrected"`, or `"published"`, where the first queries of an execution block
             see tokens at the window's edge twice.
         offload: keep units in the host's memory.
@@ -65,6 +66,9 @@ class InfLLMConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "infllm"
+    not_in_state: ClassVar[frozenset[str]] = frozenset(
+        {"top_k", "retrieval_interval", "selection", "cache_size"}
+    )
 
     window_size: PositiveInt = 4096
     num_sinks: NonNegativeInt = 128
@@ -72,7 +76,7 @@ class InfLLMConfig(MemoryConfig):
     top_k: PositiveInt = 16
     num_representatives: PositiveInt = 4
     score: Literal["attention", "dot_product"] = "attention"
-    selection: Literal["causal", "block"] = "causal"
+    selection: Literal["causal", "block", "question"] = "causal"
     retrieval_interval: PositiveInt = 8
     window_mask: Literal["corrected", "published"] = "corrected"
     offload: bool = False
@@ -104,7 +108,7 @@ class InfLLMMemory(AttentionMemory):
     and tokens past the window stand at the constant distance l_L - 1 from every query.
     """
 
-    claims = Claims(neutral_start=True, bounded=False)
+    claims = Claims(neutral_start=True, bounded=False, lengthens=True)
     counts_positions = True
 
     config: InfLLMConfig
@@ -116,11 +120,15 @@ class InfLLMMemory(AttentionMemory):
         chosen = free or list(sizes.attention)
         self.retrieving = set(chosen if config.layers is None else attending_layers(config, sizes))
         self.where = HOST if config.offload else "units"
-        self.slots = {n: SlotCache(config.cache_size) for n in self.retrieving if config.offload}
+        self.resettled({"cache_size"})
         size = sizes.backbone_dtype.itemsize
         for dims in (sizes.attention[n] for n in self.retrieving):
             self.bytes_per_token += dims.num_kv_heads * (dims.key_dim + dims.value_dim) * size
             self.bytes_per_token += dims.num_heads * dims.key_dim * size / config.block_size
+
+    def resettled(self, changed: set[str]) -> None:
+        size, offload = self.config.cache_size, self.config.offload
+        self.slots = {n: SlotCache(size) for n in self.retrieving if offload}
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         return {
@@ -146,7 +154,8 @@ class InfLLMMemory(AttentionMemory):
         tree["open_score"] = torch.zeros(batch, dims.num_heads, config.window_size, **sums)
         tree["query_sum"] = torch.zeros(batch, dims.num_heads, dims.key_dim, **sums)
         tree["query_count"] = torch.zeros_like(tree["tokens"])
-        tree["chosen"] = tree["tokens"].new_full((batch, config.top_k), -1)
+        # Numbers from 1 of the units chosen last, 0 for none; no state depends on `top_k`.
+        tree["chosen"] = tree["tokens"].new_zeros(batch, 1, 0)
         if config.offload:
             make = {**make, "device": "cpu"}
         block = (batch, 0, dims.num_kv_heads, config.block_size)
@@ -162,8 +171,8 @@ class InfLLMMemory(AttentionMemory):
             yield tree["tokens"], *progress.closed
             units = self._settled(tree["tokens"])[1]
             if "chosen" in tree:
-                yield tree["query_count"], 0, self.config.retrieval_interval
-                yield tree["chosen"], -1, units - 1
+                yield tree["query_count"], 0, progress.read[1]
+                yield tree["chosen"], 0, units
                 for pages in (tree[self.where][STORE], tree["index"][STORE]):
                     yield units, 0, number_of(pages)
 
@@ -194,8 +203,8 @@ class InfLLMMemory(AttentionMemory):
         rows = torch.arange(len(valid), device=valid.device)
         _, units = self._settled(state["tokens"])
         noted: Tree = {}
-        if config.selection == "block":
-            index = valid.long()
+        if config.selection != "causal":
+            index = valid.long() * (config.selection == "block" or valid.shape[1] > 1)
             query = attention.query.detach().to(state["query_sum"].dtype) * valid[:, None, :, None]
             means = (query.sum(2) / valid.sum(1).clamp_min(1)[:, None, None])[:, None]
         else:
@@ -209,10 +218,8 @@ class InfLLMMemory(AttentionMemory):
         carried = torch.zeros(len(rows), 1, number, dtype=torch.bool, device=valid.device)
         if not number:
             return ops.Selection(carried, torch.zeros_like(index)), noted
-        chosen = state["chosen"]
-        carried = carried[:, 0].scatter(1, chosen.clamp_min(0), chosen >= 0)[:, None]
-        # Where nothing is chosen the place 0 stands for nothing.
-        carried[:, 0, 0] = (chosen == 0).any(1)
+        chosen = state["chosen"][:, 0]  # column 0 takes what is no choice
+        carried = pad(carried[:, 0], (1, 0)).scatter(1, chosen, True)[:, None, 1:]
         place = torch.full(
             (len(rows), means.shape[1]), self._reach(attention) - 1, device=index.device
         )
@@ -222,10 +229,9 @@ class InfLLMMemory(AttentionMemory):
         )
         marks = torch.cat([carried, ops.select(scores, units, config.top_k)], 1)
         last = marks[rows, index.amax(1) if index.shape[1] else 0]
-        most = min(config.top_k, number)
+        most = min(max(config.top_k, chosen.shape[1]), number)
         chosen_units = earliest(last, most)
-        chosen_units = chosen_units.masked_fill(~last.gather(1, chosen_units), -1)
-        noted["chosen"] = torch.nn.functional.pad(chosen_units, (0, config.top_k - most), value=-1)
+        noted["chosen"] = ((chosen_units + 1) * last.gather(1, chosen_units))[:, None]
         return ops.Selection(marks, index), noted
 
     def _attend_part(
@@ -293,11 +299,9 @@ class InfLLMMemory(AttentionMemory):
         if not mask.shape[2] or not bool(mask.any()):
             return []
         origin = torch.zeros(batch, mask.shape[2], dtype=torch.long, device=tokens.device)
-        query_positions = attention.query_positions.new_full(
-            (batch, length), self._reach(attention) - 1
-        )
+        place = attention.query_positions.new_full((batch, length), self._reach(attention) - 1)
         key, value = torch.cat(keys, 2), torch.cat(values, 2)
-        return [MemoryKeyValues(key, value, origin, mask, query_positions)]
+        return [MemoryKeyValues(key, value, origin, mask, place)]
 
     def _fetched(
         self, layer: int, state: Tree, selection: ops.Selection | None, parts: list[slice]
@@ -399,9 +403,8 @@ class InfLLMMemory(AttentionMemory):
     def _kept(self, pool: Tree, left: Tensor, count: Tensor) -> Tree:
         """Take the rows of the pool that stay, at the right end of the buffers."""
         missing = max(0, self.kept - left.shape[1])
-        left = torch.nn.functional.pad(left, (missing, 0))
+        left = pad(left, (missing, 0))
         index, valid = latest(left, self.kept), right_valid(count, self.kept)
-        pad = torch.nn.functional.pad
         return {n: take_rows(pad(x, (0, 0, missing, 0)), index, valid) for n, x in pool.items()}
 
     def _new_units(self, layer: int, state: Tree, pool: Tree, first: Tensor, more: Tensor) -> Tree:

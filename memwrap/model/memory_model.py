@@ -44,6 +44,7 @@ from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.decoder import MemoryModules, SegmentDecoder
 from memwrap.model.following import follow_casts, take_over_checkpointing, warn_if_frozen
 from memwrap.model.generation import MemoryGenerationMixin
+from memwrap.model.memory_settings import MemorySettingsMixin
 from memwrap.model.outputs import LaterLogits, MemoryModelOutput, one_cache
 from memwrap.model.saving import SavingMixin, plain_name
 from memwrap.model.state_files import check_file_state
@@ -55,7 +56,7 @@ MEMORY_CHILD = "memory_modules"
 
 
 class MemoryModelForCausalLM(  # type: ignore[misc]
-    SavingMixin, CompactionMixin, MemoryGenerationMixin, PreTrainedModel
+    SavingMixin, MemorySettingsMixin, CompactionMixin, MemoryGenerationMixin, PreTrainedModel
 ):
     """A causal LM with memories: reads text of any length in bounded space.
 
@@ -168,7 +169,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         config = self.parts.config
         names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
         return {
-            "memories": [c.to_dict() for c in self.memory_configs],
+            "memories": [c.signature() for c in self.memory_configs],
             "backbone": {name: getattr(config, name) for name in names}
             | {"dtype": str(self.parts.embedding_weight.dtype).removeprefix("torch.")},
             "adapters": adapters_in_use(self) if self.adapters() else [],

@@ -12,7 +12,11 @@ from transformers import AutoConfig, AutoTokenizer
 
 from memwrap.assets import asset
 from memwrap.backbones.auto_classes import auto_class
+from memwrap.io.reading import read_json
 from memwrap.memories.registry import config_class
+from memwrap.model.base_loading import find_folder
+from memwrap.model.configuration import MemoryModelConfig
+from memwrap.model.cpu_dtype import quick_dtype
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.model.wrapping import load, wrap
 
@@ -33,7 +37,8 @@ def open_model(
         name: a folder, a name such as `"smollm2"`, or a repo id on the Hub.
         memory: for a model without one: the memory to attach. None for a saved memwrap model.
         settings: fields of the memory's config.
-        dtype: of the backbone; as saved by default.
+        dtype: of the backbone; by default as saved, but float32 on a CPU where that is much
+            quicker (`memwrap.model.cpu_dtype`).
 
     Raises:
         FileNotFoundError: if nothing is there.
@@ -47,16 +52,24 @@ def open_model(
     if memory is None and not own:
         raise ValueError(f"{name} is a model without memory; {HINT}.")
     if memory is None:
-        model = load(name, **options)
+        quick = None if dtype else quick_dtype(_backbone_of(name))
+        model = load(name, **options, **({"dtype": quick} if quick else {}))
     else:
         config = config_class(memory).from_dict(settings or {})  # before anything is loaded
         place = asset(name) or name
-        kind = auto_class(AutoConfig.from_pretrained(place))
-        base = kind.from_pretrained(place, **options)
+        about = AutoConfig.from_pretrained(place)
+        quick = None if dtype else quick_dtype(about)
+        options |= {"dtype": quick} if quick else {}
+        base = auto_class(about).from_pretrained(place, **options)
         model = wrap(base, config).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return model
+
+
+def _backbone_of(name: str | Path) -> Any:
+    """Read the backbone's config of a saved model."""
+    return MemoryModelConfig.from_dict(read_json(find_folder(name) / _CONFIG)).backbone
 
 
 def is_memory_model(name: str | Path) -> bool:

@@ -29,7 +29,7 @@ from memwrap.state.trees import (
     tree_to,
 )
 
-FORMAT, VERSION = "memwrap-state", 4
+FORMAT, VERSION = "memwrap-state", 5
 
 
 BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers of its own remember

@@ -28,6 +28,7 @@ from memwrap.training.sections import (
     ModelSection,
     RecallSection,
     Section,
+    StartSection,
     TasksSection,
     TrainerSection,
     expanded,
@@ -43,8 +44,8 @@ class Recipe(Section):
         task: `finetune` (documents), `recall` (associative recall), `tasks` (tasks of the
             evaluation suite) or `pretrain` (a small LM from scratch).
         output: folder for everything the run writes.
-        model, memory, lora, data, recall, tasks, pretrain, trainer: see the sections; `memory`
-            holds a memory's `name` and the fields of its config.
+        model, memory, lora, data, recall, tasks, start, pretrain, trainer: see the sections;
+            `memory` holds a memory's `name` and the fields of its config.
         train_backbone: train the backbone's own weights too (without LoRA).
         init_from: output folder of an earlier run with the same kind of memory, whose weights
             this run starts from: a stage of training hands over to the next.
@@ -62,6 +63,7 @@ class Recipe(Section):
     data: DataSection | None = None
     recall: RecallSection | None = None
     tasks: TasksSection | None = None
+    start: StartSection = field(default_factory=StartSection)
     pretrain: PretrainConfig | None = None
     trainer: TrainerSection = field(default_factory=TrainerSection)
     resume: bool = False
@@ -129,7 +131,16 @@ class Recipe(Section):
 _SECTIONS = {
     "finetune": ("model", "memory", "lora", "train_backbone", "init_from", "data", "trainer"),
     "recall": ("model", "memory", "lora", "train_backbone", "init_from", "recall", "trainer"),
-    "tasks": ("model", "memory", "lora", "train_backbone", "init_from", "tasks", "trainer"),
+    "tasks": (
+        "model",
+        "memory",
+        "lora",
+        "train_backbone",
+        "init_from",
+        "tasks",
+        "start",
+        "trainer",
+    ),
     "pretrain": ("pretrain",),
 }
 
