@@ -20,6 +20,7 @@ import memwrap
 from memwrap.assets.fetching import fetch
 from memwrap.cli import demo_texts as texts
 from memwrap.cli.demo_readers import BaseReader, MemoryReader, Reader, nats
+from memwrap.cli.demo_trained import ADAPTER, trained
 from memwrap.evaluation.plots import plot_depths
 from memwrap.io.atomic_files import write_text
 from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
@@ -133,6 +134,7 @@ def main(output: Path, minutes: float = 6.0, resume: bool = False) -> dict[str, 
     _read(run, longest)
     _find(run, longest)
     _measure(run)
+    _show_trained(run)
     run.results["done"] = True
     run.write()
     _conclude(run)
@@ -304,6 +306,18 @@ def _measure(run: Run) -> None:
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     _save(figure, run.folder / "nats.png")
+
+
+def _show_trained(run: Run) -> None:
+    """Measure the shipped trained memory, where there is one."""
+    found = run.results.get("trained") or trained(run.base, run.tokenizer)
+    if found is None:
+        return
+    run.results["trained"] = found
+    say(f"\n=== 4. {ADAPTER}, a trained memory: share of facts known, by tokens of text\n")
+    for curve, shares in found["curves"].items():
+        parts = "   ".join(f"{int(n):>5,}: {share:.2f}" for n, share in shares.items())
+        say(f"  {curve:<22}{parts}")
 
 
 def conclusions(results: dict[str, Any]) -> list[str]:

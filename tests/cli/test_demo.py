@@ -11,7 +11,8 @@ from support import save_small_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
-from memwrap.cli import demo, demo_readers, demo_texts
+from memwrap.assets import asset
+from memwrap.cli import demo, demo_readers, demo_texts, demo_trained
 from memwrap.cli.demo_readers import BaseReader, MemoryReader
 
 TEMPLATE = (
@@ -102,6 +103,24 @@ def test_a_first_choice_is_the_most_likely_token_at_each_place() -> None:
     logits = torch.eye(6)[[3, 1, 4, 0]]
     assert demo_readers._first_choices(logits, [9, 1, 4], 2)  # chosen by the two rows before
     assert not demo_readers._first_choices(logits, [9, 1, 0], 2)
+
+
+def test_a_trained_memory_is_shown_where_one_is_shipped(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+    base = AutoModelForCausalLM.from_pretrained(asset("tiny-lm"), dtype=torch.float32)
+    if asset(demo_trained.ADAPTER) is None:
+        assert demo_trained.trained(base, tokenizer) is None
+    monkeypatch.setattr(demo_trained, "ADAPTER", "armt-lm")
+    monkeypatch.setattr(demo_trained, "SAMPLES", 2)
+    monkeypatch.setattr(demo_trained, "SEGMENTS", (3,))
+    run = demo.Run(Path(), 1, base, tokenizer, 1)
+    demo._show_trained(run)
+    curves = run.results["trained"]["curves"]
+    assert list(curves) == ["memory", *demo_trained.CONTROLS]
+    assert all(0 <= share <= 1 for shares in curves.values() for share in shares.values())
+    assert "memory shuffled" in capsys.readouterr().out
 
 
 def test_a_slow_machine_is_told_what_was_left_out(
