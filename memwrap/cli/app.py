@@ -159,9 +159,6 @@ def demo(
         "demo-output"
     ),
     minutes: Annotated[float, typer.Option(help="Stop beginning new parts after so many.")] = 6.0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a run into this folder ended.")
-    ] = False,
 ) -> None:
     """Read a long document with a real model, ask about it, and measure the memory."""
     from memwrap.cli import demo as room
@@ -169,7 +166,7 @@ def demo(
     if minutes <= 0:
         raise ValueError(f"`--minutes` is {minutes}; it must be positive.")
     quiet()
-    room.main(output, minutes, resume)
+    room.main(output, minutes)
 
 
 app.command()(read)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
 from memwrap.assets.fetching import fetch
+from memwrap.chat import read_document
 from memwrap.cli import demo_texts as texts
 from memwrap.cli.demo_readers import BaseReader, MemoryReader, Reader, nats
 from memwrap.cli.demo_trained import ADAPTER, trained
@@ -35,12 +36,13 @@ ASKING: dict[str, Any] = {"top_k": 256, "retrieval_interval": 1}
 """What a question looks up; nothing in a state depends on it."""
 LOOKS = 512 + 256 * 16
 """Tokens that a question sees through the memory, and that the window with sinks keeps."""
-TRUNCATED = 1_024
 CONTEXT = 8_192 - 128
 """Tokens of a document that the base's trained context holds beside a question."""
+BASES = {"base, truncated": 1_024, "base, whole": CONTEXT}
+"""Tokens at the end of a document that the base alone is given."""
 LENGTHS = (2_000, 8_000, 16_000)
-SHOWN = (0, 4, 8)
-"""Facts that are asked for in words, in the longest text."""
+SHOWN = (0, 3, 6)
+"""Facts of the longest text that are asked for in words."""
 SEGMENT, ROWS = 256, 512
 """Of the memories whose nats are measured: tokens at once, and entries that each may keep."""
 MEASURED = (4_096, 2_048, 1_024)
@@ -49,7 +51,7 @@ RESULTS = "results.json"
 MARKS = ("<!-- demo:begin -->", "<!-- demo:end -->")
 CURVES = ("memory", "base, truncated", "base, whole", "window + sinks")
 # What a reading costs beside the base's own, which is measured first.
-_COST = {"memory": 2.0, "base, truncated": 0.0, "base, whole": 1.3, "window + sinks": 1.7}
+_COST = {"memory": 2.5, "window + sinks": 1.7}
 
 
 @dataclass
@@ -85,35 +87,18 @@ class Run:
         self.results["processor_seconds"] = round(time.process_time() - self.processor, 1)
         write_text(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
 
-    def take_up(self, earlier: dict[str, Any]) -> None:
-        """Go on from the results of an earlier run.
-
-        Raises:
-            ValueError: if it had other settings.
-        """
-        if earlier.get("settings") != self.results["settings"]:
-            raise ValueError(f"{self.folder} holds a run with other settings; give another folder.")
-        self.results = earlier
-        self.begun -= earlier["seconds"]
-        self.processor -= earlier["processor_seconds"]
-
-    def known(self, curve: str, length: int) -> dict[str, Any] | None:
-        """Find what was counted already."""
-        return next((c for c in self.results["facts"] if _key(c) == (curve, length)), None)
-
 
 def say(text: str = "") -> None:
     """Print a line at once."""
     print(text, flush=True)
 
 
-def main(output: Path, minutes: float = 6.0, resume: bool = False) -> dict[str, Any]:
+def main(output: Path, minutes: float = 6.0) -> dict[str, Any]:
     """Run the demo.
 
     Args:
         output: folder for the state, pictures and results.
         minutes: how long it may take.
-        resume: go on where an earlier run into this folder ended.
 
     Returns:
         What was measured, as in `results.json`.
@@ -124,18 +109,17 @@ def main(output: Path, minutes: float = 6.0, resume: bool = False) -> dict[str, 
     base: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(place)
     run = Run(output, minutes, base, tokenizer, _speed(base, tokenizer))
-    settings = {"reading": READING, "asking": ASKING, "lengths": LENGTHS}
-    run.results |= {"settings": json.loads(json.dumps(settings)), "facts": []}
-    if resume and (output / RESULTS).is_file():
-        run.take_up(json.loads((output / RESULTS).read_text(encoding="utf-8")))
+    settings = {"memory": MEMORY, "reading": READING, "asking": ASKING}
+    run.results |= {"settings": settings, "facts": [], "skipped": []}
     say(f"{MODEL}: SmolLM2-135M-Instruct; it reads {run.speed:.0f} tokens a second here.")
-    fitting = [n for n in LENGTHS[1:] if run.fits(n * _COST["memory"], 0.35)]
-    longest = max(fitting, default=LENGTHS[1])
-    _read(run, longest)
-    _find(run, longest)
+    count = max(2, sum(run.fits(n * _COST["memory"], 0.45) for n in LENGTHS))
+    parts = texts.parts(tokenizer, LENGTHS[:count])
+    run.results["skipped"] += [[curve, n] for n in LENGTHS[count:] for curve in CURVES]
+    for part in (_read, _find):
+        part(run, parts)
+        run.write()
     _measure(run)
     _show_trained(run)
-    run.results["done"] = True
     run.write()
     _conclude(run)
     return run.results
@@ -150,123 +134,108 @@ def _speed(base: Any, tokenizer: Any) -> float:
     return ids.shape[1] / (time.monotonic() - start)
 
 
-def _read(run: Run, length: int) -> None:
-    """Read a document once, save and load what it left, ask, beside the base alone."""
+def _read(run: Run, parts: texts.Parts) -> None:
+    """Read the document once, ask on the way, save and load what it left, ask in words."""
+    length, whole = parts.lengths[-1], "\n\n".join(parts.texts)
     say(f"\n=== 1. Read {length:,} tokens once (the model was trained on 8,192), ask later\n")
-    if "document" not in run.results:
-        run.results["document"] = _read_and_ask(run, length)
-        run.write()
-    document = run.results["document"]
-    say(f"{MEMORY}, no training: {document['tokens']:,} tokens in {document['seconds']:.0f} s; "
-        f"{document['bytes'] / 1e6:,.0f} MB, saved and loaded")  # fmt: skip
-    for row in document["questions"]:
-        say(f"\n{row['question']} (told at {row['depth']:.0%}: {row['answer']})")
-        for name, text in row["answers"].items():
-            say(f"  {name:<40}{text}")
-
-
-def _read_and_ask(run: Run, length: int) -> dict[str, Any]:
-    """Read with the memory, save, load; ask it and the base for the facts that are shown, and
-    count all of them."""
-    document = texts.document(run.tokenizer, length)
     model = memwrap.wrap(run.base, MEMORY, **READING).eval()
-    start = time.monotonic()
-    state = MemoryReader(model, run.tokenizer, document, progress=True).state
-    seconds = time.monotonic() - start
+    state, seconds = _in_parts(run, parts, "memory", model)
     path = run.folder / "document.safetensors"
     state.save(path)
-    count = int(state.tokens_seen[0])
+    size, count = path.stat().st_size, int(state.tokens_seen[0])
+    say(f"{MEMORY}, no training: {count:,} tokens in {seconds:.0f} s; {path} "
+        f"({size / 1e6:,.0f} MB), saved and loaded")  # fmt: skip
     state = memwrap.MemoryState.load(path, model)
     model.memory_settings(MEMORY, **ASKING)
-    shown = [texts.FACTS[place] for place in SHOWN]
-    answers: dict[str, list[str]] = {}
-
-    def ask(name: str, reader: Any, curve: str) -> None:
-        _count(run, reader, curve, length)
-        run.write()
-        answers[name] = [" ".join(reader.ask(texts.question(f)).split()) for f in shown]
-
-    ask("memory", MemoryReader(model, run.tokenizer, state), "memory")
+    shown = [(parts.facts[-1][n], texts.depths(len(parts.facts[-1]))[n]) for n in SHOWN]
+    answers = {"memory": _words(MemoryReader(model, run.tokenizer, state), shown)}
     memwrap.unwrap(model)
     del state, model  # hundreds of MB
-    for curve in ("base, truncated", "base, whole"):
-        reader: Any = _reader(run, document, curve)
-        ask(f"{curve} (last {reader.length:,} tokens)", reader, curve)
-    rows = [
-        {"question": fact.question, "answer": fact.answer, "depth": texts.DEPTHS[place],
-         "answers": {name: all_of[index] for name, all_of in answers.items()}}
-        for index, (place, fact) in enumerate(zip(SHOWN, shown, strict=True))
-    ]  # fmt: skip
-    return {
-        "tokens": count, "seconds": round(seconds, 1), "bytes": path.stat().st_size,
-        "questions": rows,
+    for curve, most in BASES.items():
+        reader = BaseReader(run.base, run.tokenizer, whole, most)
+        answers[f"{curve} (last {reader.length:,} tokens)"] = _words(reader, shown)
+        _count(run, reader, curve, length, parts.facts[-1])
+    rows = []
+    for index, (fact, depth) in enumerate(shown):
+        say(f"\n{fact.question} (told at {depth:.0%}: {fact.answer})")
+        given = {name: all_of[index] for name, all_of in answers.items()}
+        for name, text in given.items():
+            say(f"  {name:<40}{text}")
+        rows.append({"question": fact.question, "answer": fact.answer, "answers": given})
+    run.results["document"] = {
+        "tokens": count, "seconds": round(seconds, 1), "bytes": size, "questions": rows,
     }  # fmt: skip
 
 
-def _find(run: Run, longest: int) -> None:
-    """Count the facts that are found in texts of several lengths."""
-    say(f"\n=== 2. {len(texts.FACTS)} facts in each of several texts: which are found\n")
-    skipped: list[tuple[str, int]] = [(c, n) for n in LENGTHS if n > longest for c in CURVES]
-    for length in (n for n in LENGTHS if n <= longest):
-        for curve in CURVES:
-            if curve == "window + sinks" and length <= LOOKS:
-                continue  # it would hold the whole text, as the base does
-            known = run.known(curve, length)
-            if known is not None:
-                _print(known)
-            elif run.fits(length * _COST[curve] + 1500, 0.8):
-                reader = _reader(run, texts.document(run.tokenizer, length), curve)
-                _print(_count(run, reader, curve, length))
-                if isinstance(reader, MemoryReader):
-                    memwrap.unwrap(reader.model)
-                run.write()
-            else:
-                skipped.append((curve, length))
-    cells = sorted(run.results["facts"], key=lambda cell: CURVES.index(cell["curve"]))
+def _words(reader: Reader, shown: list[tuple[texts.Fact, float]]) -> list[str]:
+    return [" ".join(reader.ask(texts.question(fact)).split()) for fact, _ in shown]
+
+
+def _in_parts(
+    run: Run, parts: texts.Parts, curve: str, model: Any
+) -> tuple[memwrap.MemoryState, float]:
+    """Read the document once, and at each of the lengths ask for that length's facts.
+
+    Returns:
+        What the whole document left, and the seconds of reading.
+    """
+    state, seconds = None, 0.0
+    for text, length, facts in zip(parts.texts, parts.lengths, parts.facts, strict=True):
+        start = time.monotonic()
+        state = read_document(model, run.tokenizer, text, state, progress=curve == "memory")
+        seconds += time.monotonic() - start
+        if curve == "memory":
+            before = model.memory_settings(MEMORY, **ASKING)
+            _count(run, MemoryReader(model, run.tokenizer, state), curve, length, facts)
+            model.memory_settings(MEMORY, **before)
+        elif length > LOOKS:  # a shorter text it holds as a whole, as the base does
+            _count(run, MemoryReader(model, run.tokenizer, state), curve, length, facts)
+    return state, seconds  # type: ignore[return-value]
+
+
+def _find(run: Run, parts: texts.Parts) -> None:
+    """Ask the controls for the same facts, and show which were found by whom."""
+    say(f"\n=== 2. {len(parts.facts[0])} facts at each of several lengths: which are found\n")
+    for index, (length, facts) in enumerate(zip(parts.lengths, parts.facts, strict=True)):
+        if length == parts.lengths[-1]:
+            continue  # counted already
+        text = "\n\n".join(parts.texts[: index + 1])
+        for curve, most in BASES.items():
+            _count(run, BaseReader(run.base, run.tokenizer, text, most), curve, length, facts)
+    if run.fits(parts.lengths[-1] * _COST["window + sinks"], 0.7):
+        config = memwrap.WindowConfig(segment_size=512, window_size=LOOKS - 4, num_sinks=4)
+        model = memwrap.wrap(run.base, config).eval()
+        _in_parts(run, parts, "window + sinks", model)
+        memwrap.unwrap(model)
+    else:
+        run.results["skipped"].append(["window + sinks", parts.lengths[-1]])
+    cells = run.results["facts"]
+    cells.sort(key=lambda cell: (CURVES.index(cell["curve"]), cell["length"]))
+    for cell in cells:
+        marks = " ".join("x" if hit else "." for hit in cell["depth"])
+        say(f"  {cell['curve']:<18}{cell['length']:>6,} tokens  {sum(cell['depth']):.0f} of "
+            f"{len(cell['depth'])}   by depth: {marks}")  # fmt: skip
     plot_depths([SimpleNamespace(**cell) for cell in cells], run.folder / "facts.png")
-    run.results["skipped"] = skipped
-    if skipped:
-        names = "; ".join(f"{curve} at {length:,}" for curve, length in skipped)
+    if run.results["skipped"]:
+        names = "; ".join(f"{curve} at {length:,}" for curve, length in run.results["skipped"])
         say(f"  (left out, as the time is short here: {names})")
+
+
+def _count(
+    run: Run, reader: Reader, curve: str, length: int, facts: tuple[texts.Fact, ...]
+) -> None:
+    """Ask a reader for facts and note which it knows."""
+    hits = [float(reader.knows(fact)) for fact in facts]
+    run.results["facts"].append({"curve": curve, "length": length, "depth": hits})
+    run.write()
 
 
 def _key(cell: dict[str, Any]) -> tuple[str, int]:
     return cell["curve"], cell["length"]
 
 
-def _print(cell: dict[str, Any]) -> None:
-    marks = " ".join("x" if hit else "." for hit in cell["depth"])
-    say(f"  {cell['length']:>6,} tokens  {cell['curve']:<18}{sum(cell['depth']):>2.0f} of "
-        f"{len(cell['depth'])}   by depth: {marks}")  # fmt: skip
-
-
-def _count(run: Run, reader: Reader, curve: str, length: int) -> dict[str, Any]:
-    """Ask a reader for all facts and note what it knows, once."""
-    if (cell := run.known(curve, length)) is not None:
-        return cell
-    hits = [float(reader.knows(fact)) for fact in texts.FACTS]
-    cell = {"curve": curve, "length": length, "depth": hits}
-    run.results["facts"].append(cell)
-    return cell
-
-
-def _reader(run: Run, document: str, curve: str) -> Reader:
-    if curve.startswith("base"):
-        most = TRUNCATED if curve == "base, truncated" else CONTEXT
-        return BaseReader(run.base, run.tokenizer, document, most)
-    if curve == "memory":
-        model = memwrap.wrap(run.base, MEMORY, **READING).eval()
-        reader = MemoryReader(model, run.tokenizer, document)
-        model.memory_settings(MEMORY, **ASKING)
-        return reader
-    config = memwrap.WindowConfig(segment_size=512, window_size=LOOKS - 4, num_sinks=4)
-    return MemoryReader(memwrap.wrap(run.base, config).eval(), run.tokenizer, document)
-
-
 def _measure(run: Run) -> None:
     """Compare nats per token of memories whose states have the same size."""
-    if "nats" in run.results:
-        return
     slots = ROWS // 4
     configs: dict[str, memwrap.MemoryConfig] = {
         "window + sinks": memwrap.WindowConfig(
@@ -310,7 +279,7 @@ def _measure(run: Run) -> None:
 
 def _show_trained(run: Run) -> None:
     """Measure the shipped trained memory, where there is one."""
-    found = run.results.get("trained") or trained(run.base, run.tokenizer)
+    found = trained(run.base, run.tokenizer)
     if found is None:
         return
     run.results["trained"] = found
@@ -336,7 +305,7 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         f"A document of {document['tokens']:,} tokens was read once, in {document['seconds']:.0f} "
         f"s, into a file of {document['bytes'] / 1e6:,.0f} MB; of {total} facts in it the memory "
         f"found {counts['memory', longest]}, the base with all that its context holds "
-        f"{counts['base, whole', longest]}, with the last {TRUNCATED:,} tokens "
+        f"{counts['base, whole', longest]}, with the last {BASES['base, truncated']:,} tokens "
         f"{counts['base, truncated', longest]}."
     )
     second = f"By length of the text the memory found {row('memory')} tokens, the base with the "

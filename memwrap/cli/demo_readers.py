@@ -8,7 +8,7 @@ import torch
 
 import memwrap
 from memwrap.backbones.cache_names import CACHE
-from memwrap.chat import Conversation, read_document
+from memwrap.chat import Conversation
 from memwrap.chat.first_turn import cut_document
 from memwrap.chat.held import Held
 from memwrap.chat.turns import Turns, under
@@ -87,28 +87,16 @@ class BaseReader:
 
 
 class MemoryReader:
-    """A memory model and the state that a document left.
+    """A memory model and the state that a document left (`memwrap.chat.read_document`).
 
     Args:
         model: a memwrap model.
         tokenizer: its tokenizer.
-        document: text, or a state.
-        progress: show a bar.
+        state: the state.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        document: str | memwrap.MemoryState,
-        progress: bool = False,
-    ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.state = (
-            read_document(model, tokenizer, document, progress=progress)
-            if isinstance(document, str)
-            else document
-        )
+    def __init__(self, model: Any, tokenizer: Any, state: memwrap.MemoryState) -> None:
+        self.model, self.tokenizer, self.state = model, tokenizer, state
 
     @torch.no_grad()
     def knows(self, fact: Fact) -> bool:

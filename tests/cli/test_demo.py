@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
 from memwrap.assets import asset
+from memwrap.chat import read_document
 from memwrap.cli import demo, demo_readers, demo_texts, demo_trained
 from memwrap.cli.demo_readers import BaseReader, MemoryReader
 
@@ -27,8 +28,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    small = {"TRUNCATED": 64, "CONTEXT": 200, "SEGMENT": 32, "ROWS": 64, "MEASURED": (200,),
-             "LOOKS": 600, "LENGTHS": (100, 150, 700),
+    small = {"BASES": {"base, truncated": 64, "base, whole": 200}, "CONTEXT": 200,
+             "SEGMENT": 32, "ROWS": 64, "MEASURED": (200,), "LOOKS": 600,
+             "LENGTHS": (100, 150, 700),
              "READING": {"segment_size": 32, "window_size": 64, "block_size": 16, "top_k": 2},
              }  # fmt: skip
     for name, value in small.items():
@@ -37,9 +39,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "out"
 
 
-def test_all_parts_run(
-    small: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
     results = demo.main(small, 60)
     assert json.loads((small / "results.json").read_text()) == json.loads(json.dumps(results))
     printed = capsys.readouterr().out
@@ -52,13 +52,6 @@ def test_all_parts_run(
     assert len(cells) == len(results["facts"]) and results["skipped"] == []
     for name in ("facts.png", "nats.png"):
         assert (small / name).stat().st_size > 1000
-    monkeypatch.setattr(demo, "_count", lambda *_: pytest.fail("counted already"))
-    again = demo.main(small, 60, resume=True)
-    assert {**again, "seconds": 0, "processor_seconds": 0} == {
-        **json.loads(json.dumps(results)), "seconds": 0, "processor_seconds": 0}  # fmt: skip
-    monkeypatch.setattr(demo, "ASKING", {"top_k": 3})
-    with pytest.raises(ValueError, match="other settings"):
-        demo.main(small, 60, resume=True)
     page = small.parent / "README.md"
     page.write_text("# A\n<!-- demo:begin -->\nBEFORE\n<!-- demo:end -->\nZ\n")
     (small.parent / "docs" / "figures").mkdir(parents=True)
@@ -78,19 +71,19 @@ def test_what_fits_in_context_is_known_to_all_readers_alike(
     folder = demo.fetch("smollm2")
     base = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    document, fact = demo_texts.document(tokenizer, 60), demo_texts.FACTS[0]
+    parts, fact = demo_texts.parts(tokenizer, (40, 60)), demo_texts.FACTS[0]
     given: list[tuple] = []
     monkeypatch.setattr(demo_readers, "_first_choices", lambda *seen: bool(given.append(seen)))
-    plain = BaseReader(base, tokenizer, document, 10_000)
-    model = memwrap.wrap(base, "window", segment_size=5000, window_size=5000).eval()
-    memory = MemoryReader(model, tokenizer, document)
-    memwrap.unwrap(model)
+    plain = BaseReader(base, tokenizer, "\n\n".join(parts.texts), 10_000)
     asked = []
     for _ in range(2):
         plain.knows(fact)
         asked.append(plain.ask(demo_texts.question(fact)))
     model = memwrap.wrap(base, "window", segment_size=5000, window_size=5000).eval()
-    memory = MemoryReader(model, tokenizer, memory.state)
+    state = None
+    for text in parts.texts:
+        state = read_document(model, tokenizer, text, state)
+    memory = MemoryReader(model, tokenizer, state)
     memory.knows(fact)
     asked.append(memory.ask(demo_texts.question(fact)))
     assert asked == asked[:1] * 3
@@ -128,19 +121,23 @@ def test_a_slow_machine_is_told_what_was_left_out(
 ) -> None:
     monkeypatch.setattr(demo, "_speed", lambda *_: 0.01)
     results = demo.main(small, 0.1)
-    assert {length for _, length in results["skipped"]} == {100, 700}
+    assert {length for _, length in results["skipped"]} == {150, 700}
     assert "memory at 700" in capsys.readouterr().out
 
 
 def test_facts_stand_where_they_are_planted() -> None:
-    text = ". ".join(f"Sentence {n}" for n in range(100))
-    facts, depths = demo_texts.FACTS, demo_texts.DEPTHS
-    planted = demo_texts.planted(text, facts, depths).split(". ")
-    for fact, depth in zip(facts, depths, strict=True):
-        place = planted.index(fact.sentence.rstrip("."))
-        assert abs(place / len(planted) - depth) < 0.05
-        assert fact.answer in fact.sentence and fact.answer not in fact.question
-    assert len({fact.sentence for fact in facts}) == len(facts) == 10
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+    parts = demo_texts.parts(tokenizer, (1000, 4000, 8000))
+    for index, (length, facts) in enumerate(zip(parts.lengths, parts.facts, strict=True)):
+        document = "\n\n".join(parts.texts[: index + 1])
+        assert abs(len(tokenizer(document).input_ids) / length - 1) < 0.15
+        for fact, depth in zip(facts, demo_texts.depths(len(facts)), strict=True):
+            assert document.count(fact.sentence) == 1
+            assert abs(document.index(fact.sentence) / len(document) - depth) < 0.06
+    sentences = [fact.sentence for facts in parts.facts for fact in facts]
+    assert sorted(sentences) == sorted({fact.sentence for fact in demo_texts.FACTS})
+    for fact in demo_texts.FACTS:
+        assert fact.sentence.count(fact.answer) == 1 and fact.answer not in fact.question
 
 
 @pytest.mark.parametrize("best", ["window + sinks", "extended_mind"])
