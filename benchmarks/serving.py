@@ -1,12 +1,12 @@
 """The server as its users meet it: a process, a document of 16,000 tokens, many clients.
 
-    python benchmarks/serving.py [--model smollm2] [--memory infllm] [--tokens 16000] [KEY=VALUE]...
+    python benchmarks/serving.py [--tokens 16000] [--state FILE]
 
-1. `memwrap serve` reads a document into a state, and `curl` asks twice: what each request ran is in
-   its usage. `memwrap chat` asks the state's file.
-2. The server is killed with SIGKILL, once idle and once while it writes a state, and started again:
-   the saved states answer as before.
-3. 8 clients x 20 requests: every answer is compared with that of `generate` alone.
+1. 8 clients x 20 requests: every answer is compared with that of `generate` alone.
+2. `memwrap read` reads a document (`--state`: the demo's `document.safetensors` instead), `memwrap
+   serve` serves its state, and `curl` asks twice: what each request ran is in its usage.
+3. The server is killed with SIGKILL, once idle and once while it writes a state, and started again:
+   the saved state answers as before, and `memwrap chat` over the file answers the same.
 
 Writes benchmarks/results/serving.json, and what was typed and printed into
 docs/howto/serve.md.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,15 +34,17 @@ import torch
 from common import RESULTS
 
 from memwrap.chat import Conversation, read_document
+from memwrap.cli import demo
 from memwrap.cli import demo_texts as texts
 from memwrap.evaluation.measure import machine
 from memwrap.model.opening import open_model, open_tokenizer
 
 PAGE = Path(__file__).parents[1] / "docs" / "howto" / "serve.md"
 MARKS = ("<!-- serving:begin -->", "<!-- serving:end -->")
+MODEL = ["smollm2", "--memory", demo.MEMORY]
 CLIENTS, REQUESTS = 8, 20
 SHORT = 300  # tokens of the text that the many requests are about
-ASKED = {"max_tokens": 12, "temperature": 0}
+ASKED = {"max_tokens": 16, "temperature": 0}
 
 
 class Server:
@@ -108,65 +111,78 @@ class Transcript:
         return out
 
 
-def long_document(
-    asked: Any, words: list[str], folder: Path, spoken: Transcript, tokenizer: Any
-) -> dict:
-    """Talk about one long document, by `memwrap chat` and by `curl`; kill the server twice."""
-    states, report = folder / "states", folder / "report.md"
-    report.write_text(texts.document(tokenizer, asked.tokens))
-    questions = [texts.question(texts.FACTS[place]) for place in (6, 8)]
-    log = folder / "serve.log"
-    server = Server([*words, "--states", str(states)], log)
-    body = json.dumps({"name": "report", "save": True, "text": report.read_text()})
+def words_of(settings: dict[str, Any]) -> list[str]:
+    """Write settings of the memory as the command line takes them."""
+    return [f"{name}={value}" for name, value in settings.items()]
+
+
+def long_document(asked: Any, folder: Path, spoken: Transcript, tokenizer: Any) -> dict:
+    """Ask about one long document by `curl` and `memwrap chat`; kill the server twice."""
+    states, parts = folder / "states", texts.parts(tokenizer, (asked.tokens,))
+    states.mkdir()
+    file = states / "report.safetensors"
+    command = [sys.executable, "-m", "memwrap"]
+    reading = [*MODEL, *words_of(demo.READING)]
+    if asked.state is None:
+        report = folder / "report.md"
+        report.write_text(parts.texts[0])
+        shown = f"memwrap read {' '.join(reading)} report.md -o states/report.safetensors"
+        spoken.run(shown, [*command, "read", *reading, str(report), "-o", str(file)])
+    else:
+        shutil.copy(asked.state, file)
+    words = [*MODEL, *words_of({**demo.READING, **demo.ASKING})]
+    serving = [*words, "--states", str(states)]
+    log, facts = folder / "serve.log", texts.FACTS[2::3]
+    questions = [texts.question(facts[place]) for place in (0, 3)]
+    server = Server(serving, log)
+    spoken.lines += [f"$ memwrap serve {' '.join(words)} --states states &", ""]
     head = ["curl", "-s", "-H", "Content-Type: application/json"]
-    made = json.loads(spoken.run(
-        "jq -Rs '{name: \"report\", save: true, text: .}' report.md | curl -s $url/states "
-        "-H 'Content-Type: application/json' -d @-",
-        [*head, f"{server.url}/states", "-d", "@-"], body))  # fmt: skip
+    made = json.loads(spoken.run("curl -s $url/states/report",
+                                 ["curl", "-s", f"{server.url}/states/report"]))  # fmt: skip
     answers = []
     for question in questions:
         request = {"state": "report", "messages": [{"role": "user", "content": question}], **ASKED}
         sent = json.dumps(request)
         shown = f"curl -s $url/chat/completions -H 'Content-Type: application/json' -d '{sent}'"
-        command = [*head, f"{server.url}/chat/completions", "-d", "@-"]
-        answers.append(json.loads(spoken.run(shown, command, sent)))
+        post = [*head, f"{server.url}/chat/completions", "-d", "@-"]
+        answers.append(json.loads(spoken.run(shown, post, sent)))
     asked_again = server.ask("report", questions[0])
     server.kill()  # idle
-    server = Server([*words, "--states", str(states)], log)
-    after = [text_of(server.ask("report", q)) for q in questions]
+    server = Server(serving, log)
+    said, after = (
+        [text_of(answer) for answer in answers],
+        text_of(server.ask("report", questions[0])),
+    )
+    server.post("/states", {"name": "second", "text": "The rain went on. " * 50})
     with ThreadPoolExecutor(1) as pool:  # while it writes a state
-        name = "second"
-        reading = pool.submit(server.post, "/states", {"name": name, "text": "A. " * 50})
-        reading.result()
-        saving = pool.submit(server.post, f"/states/{name}/save", {})
+        saving = pool.submit(server.post, "/states/second/save", {})
         time.sleep(0.005)
         server.kill()
         saving.exception()
-    server = Server([*words, "--states", str(states)], log)
+    server = Server(serving, log)
     names = [state["name"] for state in server.get("/states")["data"]]
-    last = [text_of(server.ask("report", q)) for q in questions]
-    if name in names:
-        server.ask(name, "What is it?")  # whole, or there would be an error
+    last = text_of(server.ask("report", questions[1]))
+    if "second" in names:
+        server.ask("second", "What went on?")  # whole, or there would be an error
     server.kill()
-    shown = (
-        f"memwrap chat {' '.join(words)} --state states/report.safetensors --ask '{questions[0]}'"
-    )
-    command = [sys.executable, "-m", "memwrap", "chat", *words, "--max-new-tokens", "12",
-               "--state", str(states / "report.safetensors"), "--ask", questions[0]]  # fmt: skip
-    chat = spoken.run(shown, command)
-    said = [text_of(answer) for answer in answers]
+    shown = f"memwrap chat {' '.join(words)} --state states/report.safetensors"
+    shown += f" --max-new-tokens {ASKED['max_tokens']} --ask '{questions[0]}'"
+    chat = spoken.run(shown, [*command, "chat", *words, "--max-new-tokens",
+                              str(ASKED["max_tokens"]), "--state", str(file), "--ask",
+                              questions[0]])  # fmt: skip
     return {
-        "tokens": made["tokens"], "bytes": made["bytes"], "seconds": made["seconds"],
-        "answers": said, "usage": [answer["usage"] for answer in answers],
-        "asked_again": asked_again["usage"], "same_again": text_of(asked_again) == said[0],
-        "after_kill": after == said, "after_kill_while_saving": last == said,
-        "states_after": names, "chat_same": said[0].strip() in chat,
+        "tokens": made["tokens"], "bytes": made["bytes"], "answers": said,
+        "usage": [answer["usage"] for answer in answers], "asked_again": asked_again["usage"],
+        "same_again": text_of(asked_again) == said[0], "after_kill": after == said[0],
+        "after_kill_while_saving": last == said[1], "states_after": names,
+        "chat_same": said[0].strip() in chat,
     }  # fmt: skip
 
 
-def many_clients(asked: Any, words: list[str], folder: Path, model: Any, tokenizer: Any) -> dict:
+def many_clients(folder: Path, model: Any, tokenizer: Any) -> dict:
     """Let 8 clients send 20 requests each; compare with `generate`."""
-    facts, text = texts.FACTS, texts.document(tokenizer, SHORT)
+    facts, text = texts.FACTS, texts.parts(tokenizer, (SHORT,)).texts[0]
+    words = [*MODEL, *words_of({**demo.READING, **demo.ASKING})]
     state = read_document(model, tokenizer, text)
     settings = {"max_new_tokens": ASKED["max_tokens"], "do_sample": False}
     wanted = {}
@@ -200,16 +216,16 @@ def publish(found: dict[str, Any], lines: list[str]) -> None:
     kept = ("after_kill", "after_kill_while_saving", "same_again", "chat_same")
     same = "yes" if all(document[name] for name in kept) else "**no**"
     text = "\n".join(lines).strip()
-    body = f"""`python benchmarks/serving.py`, {found["model"]} with {found["memory"]}
-({found["machine"]["cpu"]}, one thread on a busy machine):
+    body = f"""`python benchmarks/serving.py` ({found["machine"]["cpu"]}, one thread on a busy
+machine):
 
 ```console
 {text}
 ```
 
-- {document["tokens"]:,} tokens were read once, in {document["seconds"]:.0f} s, into
-  {document["bytes"] / 1e6:,.0f} MB. Of the second question's prompt {_cached(second):,} tokens were
-  cached and {_new(second)} were run; of the first question, asked again, {_new(first)}.
+- The state holds {document["tokens"]:,} tokens in {document["bytes"] / 1e6:,.0f} MB. Of the second
+  question's prompt {_cached(second):,} tokens were cached and {_new(second)} were run; of the
+  first question, asked again, {_new(first)}.
 - After `kill -9`, idle and while a state was being written, a new server gave the same answers
   from the saved state, and so did `memwrap chat`: {same}.
 - {clients["clients"]} clients sent {clients["requests"]} requests about a short text in
@@ -230,30 +246,21 @@ def _new(usage: dict[str, Any]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--memory", default="infllm")
     parser.add_argument("--tokens", type=int, default=16_000)
-    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--state", type=Path, help="a state that was read with the demo's settings")
     asked = parser.parse_args()
     os.environ["PYTHONUNBUFFERED"] = "1"
-    words = [asked.model, "--memory", asked.memory, *asked.settings]
-    settings = {key: json.loads(value) for key, value in (s.split("=") for s in asked.settings)}
-    model = open_model(asked.model, asked.memory, settings, dtype=torch.float32)
-    tokenizer = open_tokenizer(asked.model, model)
-    spoken, path = Transcript(), RESULTS / "serving.json"
-    found: dict[str, Any] = {
-        "model": asked.model,
-        "memory": " ".join(words[2:]),
-        "machine": machine(),
-    }
+    model = open_model(MODEL[0], MODEL[2], {**demo.READING, **demo.ASKING}, dtype=torch.float32)
+    tokenizer = open_tokenizer(MODEL[0], model)
+    spoken, found = Transcript(), {"machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
-        found["clients"] = many_clients(asked, words, Path(folder), model, tokenizer)
+        found["document"] = long_document(asked, Path(folder), spoken, tokenizer)
+        print(json.dumps(found["document"]), flush=True)
+        found["clients"] = many_clients(Path(folder), model, tokenizer)
         print(json.dumps(found["clients"]), flush=True)
-        found["document"] = long_document(asked, words, Path(folder), spoken, tokenizer)
     found["transcript"] = spoken.lines
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "serving.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     publish(found, spoken.lines)
-    print(json.dumps(found["document"]))
 
 
 if __name__ == "__main__":
