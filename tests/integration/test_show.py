@@ -1,5 +1,5 @@
-"""What people do with the models they have, one after the other: wrap, train a step, generate, save,
-and load in a fresh process."""
+"""What people do with the models they have: wrap, train a step, generate, save, and load in a fresh
+process."""
 
 from __future__ import annotations
 
