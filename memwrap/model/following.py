@@ -1,4 +1,4 @@
-"""What users and other libraries change at a wrapped model: casts, checkpointing, what is trained."""
+"""What users and other libraries change at a wrapped model: casts, checkpointing, training."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from memwrap.assets import asset
-from memwrap.backbones.auto_classes import auto_class
+from memwrap.backbones.auto_classes import load_backbone
 from memwrap.memories.registry import config_class
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.model.wrapping import load, wrap
@@ -50,10 +50,7 @@ def open_model(
         model = load(name, **options)
     else:
         config = config_class(memory).from_dict(settings or {})  # before anything is loaded
-        place = asset(name) or name
-        kind = auto_class(AutoConfig.from_pretrained(place))
-        base = kind.from_pretrained(place, **options)
-        model = wrap(base, config).eval()
+        model = wrap(load_backbone(asset(name) or name, **options), config).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return model

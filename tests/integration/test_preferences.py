@@ -1,5 +1,5 @@
-"""TRL's trainers that compare with a reference model, and SFTTrainer with PEFT: on a memwrap model as
-on its base, or refused by name."""
+"""TRL's trainers that compare with a reference model, and SFTTrainer with PEFT: as on the base, or
+refused by name."""
 
 from __future__ import annotations
 
