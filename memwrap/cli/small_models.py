@@ -67,9 +67,12 @@ def small_model(config: PreTrainedConfig, seed: int = 0, auto: Any = None) -> Pr
         ValueError: if none can be built; says what the architecture complained of.
     """
     problem = ""
-    for reduced in _reductions(config):
-        try:
-            return _build(reduced, seed, auto or auto_class(config))
+    wide = {key: 512 if value == 64 else value for key, value in _SMALL.items()} | {"head_dim": 128}
+    for widths, cut in (
+        (_SMALL, "all"), (_SMALL, "text"), (_SMALL, ""), (wide, "all"), (wide, "text"), ({}, "all"),
+    ):  # fmt: skip
+        try:  # ever less reduced: not every architecture can be narrowed
+            return _build(reduced(config, widths, cut=cut), seed, auto or auto_class(config))
         except Exception as error:  # whatever a foreign architecture raises is a "no"
             problem = problem or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     raise ValueError(f"No small {config.model_type!r} model can be built: {problem}")
@@ -87,20 +90,8 @@ def _build(config: PreTrainedConfig, seed: int, auto: Any) -> PreTrainedModel:
             for parameter in model.parameters():
                 if parameter.dim() >= 2:  # logits that are not flat
                     parameter.mul_(4)
-            model(torch.ones(1, 4, dtype=torch.long))
+            model(input_ids=torch.ones(1, 4, dtype=torch.long))
     return model
-
-
-def _reductions(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Make ever less reduced copies of a config: not every architecture can be narrowed."""
-    wide = {key: 512 if value == 64 else value for key, value in _SMALL.items()} | {"head_dim": 128}
-    for widths, cut in (
-        (_SMALL, "all"), (_SMALL, "text"), (_SMALL, ""), (wide, "all"), (wide, "text"), ({}, "all"),
-    ):  # fmt: skip
-        try:
-            yield reduced(config, widths, cut=cut)
-        except Exception:
-            continue
 
 
 def reduced(

@@ -37,7 +37,8 @@ def _with_memory(name: str, config: KnnLMConfig, dtype: str | None, *, own: bool
         own: whether the config was asked for in words, which a saved model has already.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from memwrap.backbones.auto_classes import load_backbone
 
     quiet()
     place = asset(name) or Path(name)
@@ -57,7 +58,7 @@ def _with_memory(name: str, config: KnnLMConfig, dtype: str | None, *, own: bool
             )
         return model
     options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    base: Any = AutoModelForCausalLM.from_pretrained(asset(name) or name, **options)
+    base: Any = load_backbone(asset(name) or name, **options)
     if torch.accelerator.is_available():
         base.to(torch.accelerator.current_accelerator())
     return memwrap.wrap(base, config).eval()

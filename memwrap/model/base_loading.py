@@ -10,7 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from memwrap.assets import asset
@@ -123,7 +123,7 @@ def load_base(saved: SavedModel, base: Any, options: dict[str, Any]) -> PreTrain
                 copy.deepcopy(config.backbone), dtype=dtype, trust_remote_code=trust, **chosen
             )
     place = base_place(config, folder) if base is None else asset(base) or base
-    kind = AutoModelForCausalLM if trust else auto_class(config.backbone)
+    kind = auto_class(config.backbone)
     if base is None and "quantization_config" not in options:
         options = options | _quantised_as_before(config.backbone, place, options)
     return kind.from_pretrained(place, dtype=dtype, **options)

@@ -1,5 +1,4 @@
-"""What users and other libraries change at a wrapped model afterwards: casts, checkpointing, frozen
-parameters."""
+"""What users and other libraries change at a wrapped model: casts, checkpointing, training."""
 
 from __future__ import annotations
 
@@ -44,9 +43,19 @@ def take_over_checkpointing(backbone: nn.Module) -> bool:
     return found
 
 
-def warn_if_frozen(model: Any) -> None:
-    """Warn of a PEFT model around this one that trains its adapters and none of the memory."""
-    if "peft_config" not in model.__dict__ or not torch.is_grad_enabled():
+def warn_of_training(model: Any) -> None:
+    """Warn of what training leaves out: a memory that a PEFT model around this one froze, and a
+    loss that balances experts."""
+    if not torch.is_grad_enabled():
+        return
+    balanced = getattr(model.parts.config, "output_router_logits", False)
+    if balanced and any(p.requires_grad for p in model.backbone.parameters()):
+        warnings.warn(
+            "`output_router_logits` is set in the backbone's config, but the loss that balances "
+            "experts is not computed across segments: the experts are trained without it.",
+            stacklevel=3,
+        )
+    if "peft_config" not in model.__dict__:
         return
     memory = list(model.memory_parameters())
     if not memory or any(p.requires_grad for p in memory):

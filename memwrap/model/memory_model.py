@@ -42,7 +42,7 @@ from memwrap.model.building import build_memories
 from memwrap.model.compaction import CompactionMixin
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.decoder import MemoryModules, SegmentDecoder
-from memwrap.model.following import follow_casts, take_over_checkpointing, warn_if_frozen
+from memwrap.model.following import follow_casts, take_over_checkpointing, warn_of_training
 from memwrap.model.generation import MemoryGenerationMixin
 from memwrap.model.memory_settings import MemorySettingsMixin
 from memwrap.model.outputs import LaterLogits, MemoryModelOutput, one_cache
@@ -218,7 +218,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         if training and take_over_checkpointing(self.backbone):  # turned on after wrapping
             self.gradient_checkpointing = True
         if self.training:
-            warn_if_frozen(self)
+            warn_of_training(self)
         checkpointing = self.gradient_checkpointing and self.training
         reader = SegmentReader(self.parts, self.memories)
         return Loop(reader, self.memory_configs[0], checkpointing, self.training)

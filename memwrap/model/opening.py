@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from memwrap.assets import asset
-from memwrap.backbones.auto_classes import auto_class
+from memwrap.backbones.auto_classes import load_backbone
 from memwrap.memories.registry import config_class
 from memwrap.model.cpu_dtype import quick_dtype
 from memwrap.model.memory_model import MemoryModelForCausalLM
@@ -55,11 +55,9 @@ def open_model(
     else:
         config = config_class(memory).from_dict(settings or {})  # before anything is loaded
         place = asset(name) or name
-        about = AutoConfig.from_pretrained(place)
-        quick = None if dtype else quick_dtype(about)
+        quick = None if dtype else quick_dtype(AutoConfig.from_pretrained(place))
         options |= {"dtype": quick} if quick else {}
-        base = auto_class(about).from_pretrained(place, **options)
-        model = wrap(base, config).eval()
+        model = wrap(load_backbone(place, **options), config).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return model

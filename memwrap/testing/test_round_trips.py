@@ -64,6 +64,10 @@ def test_neutral_start(memory: str, family: str) -> None:
     assert_memory_matters(model, TEXT)
     fresh = memwrap.wrap(build(family), tiny(memory))
     assert_close(logits_of(fresh, text[:1])[0], want)
+    whole = memory_class(memory).claims.whole
+    if whole and fresh.parts.max_positions is None:  # learned positions begin anew
+        seeing = memwrap.wrap(build(family), memory, segment_size=SEGMENT, **whole)
+        assert_close(logits_of(seeing), build(family)(TEXT).logits.detach())
 
 
 def facts(model: Any) -> dict[str, Any]:
