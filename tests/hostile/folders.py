@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kills import Writer, writers
+from writers import Writer, writers
 
 ROUNDS = 6
 NOBODY = 65534
@@ -95,7 +95,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch).chmod(0o755)
-        for number, writer in enumerate(writers()):
+        for number, writer in enumerate(writers(Path(scratch))):
             for check in (two_at_once, not_writable):
                 folder = Path(scratch) / f"{check.__name__}-{number}"
                 folder.mkdir()
