@@ -125,7 +125,8 @@ def strangers() -> list[Attack]:
     return [
         *(beside(name, lambda p: p.write_bytes(b"x" * 99)) for name in (
             ".hidden.safetensors", "-dash.safetensors", "a b.safetensors", "index.json",
-            "x" * 200 + ".safetensors", "first.safetensors.json", "\u202efirst.safetensors", "first.SAFETENSORS",
+            "x" * 200 + ".safetensors", "first.safetensors.json", "\u202efirst.safetensors",
+            "first.SAFETENSORS",
         )),
         beside("third.safetensors", Path.mkdir),
         beside("pipe.safetensors", lambda p: os.mkfifo(p)),
