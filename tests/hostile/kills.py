@@ -138,6 +138,12 @@ class Kills:
         wanted, longest = self._versions(writer, folder)
         found, torn = [0, 0], 0
 
+        def begin() -> None:
+            """Without what a dead writer left, which the next one would remove first."""
+            shutil.rmtree(folder)
+            folder.mkdir()
+            writer.write(folder, 0)
+
         def look() -> None:
             nonlocal torn
             try:
@@ -146,12 +152,12 @@ class Kills:
                 print(f"{writer.name}: {type(error).__name__}: {error}", file=sys.stderr)
                 torn += 1
 
-        writer.write(folder, 0)
+        begin()
         calls = calls_of(lambda: writer.write(folder, 1), folder)
         assert calls, f"{writer.name} makes no calls"
         places = spread(calls, self.kills)
         for number in places:
-            writer.write(folder, 0)
+            begin()
             assert calls_of(lambda: writer.write(folder, 1), folder, number) == -1
             look()
 
