@@ -22,7 +22,7 @@ from memwrap.chat.turns import Turns
 from memwrap.io.checksums import check_sums, checksums, head_digest
 from memwrap.io.reading import inside, parse_json
 from memwrap.io.whole_folders import rewriting, settle
-from memwrap.memories.extended_mind import ExtendedMindMemory, Retrieved, retrieved
+from memwrap.memories.extended_mind import GIVEN, ExtendedMindMemory, Retrieved, retrieved
 from memwrap.memories.protocol import InsertsTokens, SoftPrompt
 from memwrap.state.memory_state import MemoryState
 from memwrap.state.trees import Tree
@@ -154,6 +154,7 @@ class Library:
                 entries.append(torch.stack([torch.full_like(token, number), token], 1))
             bar.update(len(batch))
         bar.close()
+        state.memories["extended_mind"][GIVEN] = next(iter(layers.values()))["count"]
         state.weights = None if model.training else model.fingerprint()
         return cls(model, state, texts, torch.cat(entries))
 

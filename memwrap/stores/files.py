@@ -253,6 +253,13 @@ def copy_folder(source: Path, target: Path) -> None:
         shutil.copytree(source, new, symlinks=True, ignore=left_out, dirs_exist_ok=True)
 
 
+def clear_files(folder: Path) -> None:
+    """Delete all that a store on disk holds but its header."""
+    for pattern in FILES:
+        for file in folder.glob(pattern) if pattern != HEADER else ():
+            file.unlink()
+
+
 def lock(folder: Path) -> int | None:
     """Lock a store's folder for writing; the system gives it back when the process ends.
 

@@ -90,6 +90,8 @@ def write_index(folder: Path, index: Any, factory: str, shards: Shards) -> None:
     """Put an index beside its shards: first the file, then what points to it."""
     count = index.ntotal
     name = f"index-{count:012d}.faiss"
+    if (folder / INDEX).is_file() and read_json(folder / INDEX).get("file") == name:
+        name = f"index-{count:012d}0.faiss"  # another index of as many: the old one stays meanwhile
     with replacing(folder / name) as temporary:
         faiss_module().write_index(index, str(temporary))
         size, checksum = temporary.stat().st_size, file_checksum(temporary)

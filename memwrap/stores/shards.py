@@ -275,11 +275,7 @@ class Shards:
             write_arrays(self.folder / REMOVED, {"ids": array}, {})
 
     def clear(self) -> None:
-        """Forget everything, the last shard first: what is left after a crash is whole."""
-        for path in [*reversed(self._paths)]:
-            path.unlink()
-        if self.folder is not None:
-            (self.folder / REMOVED).unlink(missing_ok=True)
+        """Forget everything. Files of it have gone before."""
         self.__init__(self.dim, self.dtype.name, self.folder, self.store)  # type: ignore[misc]
 
     @property
