@@ -144,7 +144,12 @@ class SlidingWindow:
         new = {**state, "tokens": tokens}
         segment = {"window_key": attention.key, "window_value": attention.value}
         for name, rows in (segment | (beside or {})).items():
-            new[name] = take(torch.cat([state[name], rows.to(state[name])], 2), kept, valid)
+            more, old = rows.shape[2], state[name]
+            if kept is None:  # without padding what stays are the last rows
+                parts = [old[:, :, more:], rows[:, :, max(0, more - self.kept) :].to(old)]
+                new[name] = torch.cat(parts, 2)
+            else:
+                new[name] = take(torch.cat([old, rows.to(old)], 2), kept, valid)
         if self.num_sinks:
             new["sink_key"], new["sink_value"] = self._sinks(attention, state)
         return new
@@ -174,11 +179,15 @@ class SlidingWindow:
         within = bool(inside.any())  # seldom in decoding: asked once a step, for all layers
         return Evicted(positions, positions - sizes, kept, columns, inside if within else None)
 
-    def _kept(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
+    def _kept(
+        self, attention: LayerAttention, state: Tree
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Choose what stays: tokens read, which of kept rows and the segment's stay, `(B, W)`, and
-        which of these are real."""
+        which of these are real; None: the last rows, where rows that are not real hold zeros."""
         before, valid = state["tokens"], attention.key_valid
         tokens = before + valid.sum(1)
+        if attention.positions.ordered:
+            return tokens, None, None
         rows = latest(torch.cat([right_valid(before, self.kept), valid], 1), self.kept)
         return tokens, rows, right_valid(tokens, self.kept)
 
