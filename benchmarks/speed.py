@@ -1,6 +1,6 @@
 """What memories cost beside the bare model: reading a segment, decoding a token, operations.
 
-    python benchmarks/speed.py [tiny-lm|smollm2] [memories with commas]
+    python benchmarks/speed.py [tiny-lm|smollm2] [memories with commas, default all] [results' name]
 
 Everything runs in turn in one process on one thread, and CPU time is counted, so that a busy
 machine disturbs all alike: a ratio is the median over the rounds. Buffers are full before the
@@ -12,6 +12,7 @@ tokens; `operations` are those that torch dispatches for it.
 from __future__ import annotations
 
 import copy
+import json
 import statistics
 import sys
 import time
@@ -87,14 +88,14 @@ def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
 
 
 @torch.no_grad()
-def measure(base: Any, segment: int, chosen: list[str], rounds: int) -> dict[str, Any]:
-    """Measure memories on one model."""
+def measure(base: Any, segment: int, name: str, rounds: int) -> dict[str, Any]:
+    """Measure a memory on one model."""
     vocab, made = base.config.vocab_size, torch.Generator().manual_seed(0)
 
     def ids(count: int) -> torch.Tensor:
         return torch.randint(4, vocab, (1, count), generator=made)
 
-    piece, token, long = ids(segment), ids(1), ids(max(12 * segment, 2048))
+    piece, token, long = ids(segment), ids(1), ids(max(6 * segment, 2048))
     past = base(input_ids=ids(512), use_cache=True)[CACHE]
     legacy = [(layer.keys, layer.values) for layer in past.layers]
 
@@ -104,45 +105,43 @@ def measure(base: Any, segment: int, chosen: list[str], rounds: int) -> dict[str
     def read_base() -> None:
         base.model(input_ids=piece, use_cache=False)
 
-    result: dict[str, Any] = {"segment": segment, "base_operations": operations(decode_base)}
-    for name, config in configs(segment).items():
-        if chosen and name not in chosen:
-            continue
-        model = memwrap.wrap(copy.deepcopy(base), config).eval()
-        full = model.read(long)
-        state = model.read(piece[:, :8], state=full)  # moves on as generation does
+    model = memwrap.wrap(copy.deepcopy(base), configs(segment)[name]).eval()
+    full = model.read(long)
+    state = model.read(piece[:, :8], state=full)  # moves on as generation does
 
-        def read(model: Any = model, state: Any = full) -> None:
-            model.read(piece, state=state)
+    def decode() -> None:
+        model(input_ids=token, cache=state)
 
-        def first(model: Any = model) -> None:
-            model.read(piece)
-
-        def decode(model: Any = model, state: Any = state) -> None:
-            model(input_ids=token, cache=state)
-
-        reading = medians({"base": read_base, "read": read, "first": first}, rounds)
-        decoding = medians({"base": decode_base, "decode": decode}, 4 * rounds)
-        result[name] = {
+    reads = {
+        "base": read_base,
+        "read": lambda: model.read(piece, state=full),
+        "first": lambda: model.read(piece),
+    }
+    reading = medians(reads, rounds)
+    decoding = medians({"base": decode_base, "decode": decode}, 4 * rounds)
+    return {
+        "segment": segment,
+        "base_operations": operations(decode_base),
+        name: {
             "read": ratio(reading, "read", "base"),
             "first": ratio(reading, "first", "base"),
             "decode": ratio(decoding, "decode", "base"),
             "operations": operations(decode),
-        }
-        print(name, result[name], flush=True)
-    return result
+        },
+    }
 
 
 def main(model: str = "tiny-lm", memories: str = "", name: str = "") -> None:
     torch.set_num_threads(1)
     base = AutoModelForCausalLM.from_pretrained(asset(model), dtype=torch.float32).eval()
     small = model == "tiny-lm"
-    chosen = [m for m in memories.split(",") if m]
-    result = measure(base, 128 if small else 512, chosen, 15 if small else 5)
-    if chosen and not name:
-        print(result)
-    else:
-        save(name or f"speed_{model}", result)
+    name = name or f"speed_{model}"
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text()) if path.is_file() and memories else {}
+    chosen = [m for m in memories.split(",") if m] or list(configs(1))
+    for memory in chosen:  # each is written down as soon as it is measured
+        known |= measure(base, 128 if small else 512, memory, 15 if small else 3)
+        save(name, {k: v for k, v in known.items() if k not in ("benchmark", "machine")})
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from torch.nn.functional import pad
 
 from memwrap.backbones.key_biases import add_bias, bias_of_keys
 from memwrap.backbones.positions import MemoryKeyValues
-from memwrap.backbones.rotary import rotate_static
-from memwrap.ops import flash
+from memwrap.ops import accumulation_dtype, flash
+from memwrap.ops.buffers.kept import kept_beside
 
 if TYPE_CHECKING:
     from memwrap.backbones.layer_attention import LayerAttention
@@ -31,9 +31,25 @@ def join(
     name: Hashable | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Do what `LayerAttention.join` says."""
+    single = attention.rotated_query.shape[2] == 1  # a token is decoded
     if flashes(attention) and not weights:
-        return _join_by_flash(attention, memories, local, name), None
-    if attention.rotated_query.shape[2] == 1:  # a token is decoded
+        if single:
+            memories = [_moved(attention, m, index, name) for index, m in enumerate(memories)]
+        plan = _once(attention, "plan", name, lambda: _plan(attention, memories, local))
+        groups, width = _groups(attention, memories, plan, name), attention.value.shape[-1]
+        return flash.attend(groups, attention.rotated_scaling, width=width)[0], None
+    return _join_by_the_model(attention, memories, local, weights, name)
+
+
+def _join_by_the_model(
+    attention: LayerAttention,
+    memories: Sequence[MemoryKeyValues],
+    local: Tensor | None,
+    weights: bool,
+    name: Hashable | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Let the model's own attention do it."""
+    if attention.rotated_query.shape[2] == 1:
         memories = [m.moved_to(attention.query_positions) for m in memories]
     queries, keys = attention.rotated_query, attention.rotated_key
     elsewhere = [m for m in memories if m.query_positions is not None]
@@ -110,26 +126,51 @@ class _Plan:
     apart: list[list[flash.Sight | None]]
 
 
-def _join_by_flash(
-    attention: LayerAttention,
-    memories: Sequence[MemoryKeyValues],
-    local: Tensor | None,
-    name: Hashable | None,
-) -> Tensor:
-    """Do what `LayerAttention.join` says, where it `flashes`. Keys that see the queries elsewhere
-    are a group of their own; what no query sees is left out.
+def join_received(
+    attention: LayerAttention, memories: Sequence[MemoryKeyValues], local: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Do what `LayerAttention.join_received` says."""
+    if not flashes(attention):
+        out, weights = _join_by_the_model(attention, memories, local, True, None)
+        own, start = [], 0
+        for memory in memories:
+            stop = start + memory.keys.shape[2]
+            own += [] if memory.query_positions is not None else [slice(start, stop)]
+            start = stop
+        counted = attention.query_valid[:, None, :, None]
+        wide = accumulation_dtype(out)
+        whole = (weights.detach().to(wide) * counted).sum(2)  # type: ignore[union-attr]
+        return out, torch.cat([*(whole[..., columns] for columns in own), whole[..., start:]], -1)
+    plan = _plan(attention, memories, local)
+    groups = _groups(attention, memories, plan, None)
+    scaling, width = attention.rotated_scaling, attention.value.shape[-1]
+    out, log = flash.attend(groups, scaling, width=width)
+    found = flash.received(groups[0], scaling, log, attention.query_valid)
+    parts, start = [], 0  # zeros for the columns that were left out
+    for memory, columns in zip(memories, plan.columns, strict=True):
+        total = memory.keys.shape[2]
+        if memory.query_positions is not None:
+            continue
+        columns = slice(0, 0) if columns is None else columns
+        count = columns.stop - columns.start
+        got = found[..., start : start + count]
+        parts.append(pad(got, (columns.start, total - columns.stop)))
+        start += count
+    return out, torch.cat([*parts, found[..., start:]], -1)
 
-    Returns:
-        `(B, T, H, Dv)`.
-    """
-    single = attention.rotated_query.shape[2] == 1
-    if single:
-        memories = [_moved(attention, m, index, name) for index, m in enumerate(memories)]
-    plan = _once(attention, "plan", name, lambda: _plan(attention, memories, local))
+
+def _groups(
+    attention: LayerAttention, memories: Sequence[MemoryKeyValues], plan: _Plan,
+    name: Hashable | None,
+) -> list[flash.Group]:  # fmt: skip
+    """Make the groups of keys: first the segment's, behind memories' that see the queries where
+    they stand; then one for each memory whose keys see them elsewhere. What no query sees is left
+    out."""
     keys: list[Tensor] = []
     values: list[Tensor] = []
     biases: list[tuple[int, Tensor | None]] = []
     apart: list[flash.Group] = []
+    turned: dict[int, Tensor] = {}
     for index, (memory, columns) in enumerate(zip(memories, plan.columns, strict=True)):
         if columns is None:
             continue
@@ -137,16 +178,17 @@ def _join_by_flash(
         key = _rotated_keys(attention, memory, where, columns)
         value = _columns(memory.values, columns).to(attention.value.dtype)
         bias = key.shape[2], None if memory.bias is None else memory.bias[..., columns]
-        if memory.query_positions is None:
+        at = memory.query_positions
+        if at is None:
             keys, values, biases = [*keys, key], [*values, value], [*biases, bias]
-        else:
-            query = attention.turned(memory.query_positions, where)
-            apart.append(_group(attention, query, key, value, plan.apart[len(apart)], [bias]))
+            continue
+        if id(at) not in turned:
+            turned[id(at)] = attention.turned(at, where)
+        query, sights = turned[id(at)], plan.apart[len(apart)]
+        apart.append(_group(attention, query, key, value, sights, [bias]))
     key = torch.cat([*keys, attention.rotated_key], 2) if keys else attention.rotated_key
     value = torch.cat([*values, attention.value], 2) if keys else attention.value
-    own = _group(attention, attention.rotated_query, key, value, plan.own, biases)
-    width = attention.value.shape[-1]
-    return flash.attend([own, *apart], attention.rotated_scaling, width=width)[0]
+    return [_group(attention, attention.rotated_query, key, value, plan.own, biases), *apart]
 
 
 def _group(
@@ -198,6 +240,8 @@ def _visible(
 
 def _name(memory: MemoryKeyValues, index: int, name: Hashable | None) -> Hashable | None:
     """Name a memory's positions, where they are the same in all layers with this `name`."""
+    if memory.name is not None:
+        return "memory", memory.name
     return None if name is None or memory.positions.dim() == 3 else ("memory", index, name)
 
 
@@ -207,9 +251,10 @@ def _rotated_keys(
     """Rotate some of a memory's keys; where a token is decoded, static ones are kept for later."""
     dtype = attention.rotated_key.dtype
     if memory.static and attention.rotated_query.shape[2] == 1:
-        whole = rotate_static(
-            memory.keys, dtype, lambda x: attention.rotate(x, memory.positions, name)
-        )
+        whole = kept_beside(
+            memory.keys, ("rotated", memory.name, dtype),
+            lambda: attention.rotate(memory.keys.to(dtype), memory.positions, name),
+        )  # fmt: skip
         return _columns(whole, columns)
     name = None if name is None else (name, columns.start, columns.stop)
     return attention.rotate(

@@ -195,6 +195,15 @@ class LayerAttention:
             self._key = self._unrotated(self.rotated_key, self.key_positions, "keys")
         return self._key
 
+    @property
+    def step_key(self) -> Tensor:
+        """The keys `(B, Hkv, T, Dk)` of the step's own columns, without rotation."""
+        length, total = self.rotated_query.shape[2], self.rotated_key.shape[2]
+        if self._key is not None or length == total:
+            return self.key[:, :, total - length :]
+        positions = self.key_positions[:, total - length :]
+        return self._unrotated(self.rotated_key[:, :, total - length :], positions, "step")
+
     def keys_at(self, columns: Tensor, name: Hashable | None = None) -> Tensor:
         """Take the keys `(B, Hkv, N, Dk)` of columns `(B, N)`, without rotation; a `name` says
         that the columns are the same in every layer of the step."""
@@ -260,6 +269,17 @@ class LayerAttention:
             The output `(B, T, H, Dv)` and the weights `(B, H, T, M + K)` or None.
         """
         return joining.join(self, memories, local, weights, name)
+
+    def join_received(
+        self, *memories: MemoryKeyValues, local: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend as `join`, and sum the weights that keys got from the step's queries.
+
+        Returns:
+            The output `(B, T, H, Dv)`, and without a gradient `(B, H, M + K)`: what the keys of
+            memories that see the queries in the segment and the segment's own got from real ones.
+        """
+        return joining.join_received(self, memories, local)
 
     def mask_for(self, visible: Tensor, boolean: bool | None = None) -> Tensor:
         """Make the mask that the model's attention takes of who sees whom, a bool tensor; `boolean`

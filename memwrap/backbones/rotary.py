@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from memwrap.backbones.position_limits import PositionLimit
 
@@ -166,24 +165,6 @@ class Angles:
 def rotate(x: Tensor, angles: Angles | None) -> Tensor:
     """Rotate `x` `(B, H, T, D)`."""
     return x if angles is None else angles.turn(x)
-
-
-# Weak: what is kept goes with the tensor that it was made of. Calls in several threads may share
-# it: whichever writes last has written the same.
-_ROTATED: Any = WeakIdKeyDictionary()
-
-
-def rotate_static(x: Tensor, dtype: torch.dtype, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """Rotate `x` in `dtype` by `make`, which does always the same to this very tensor, which nobody
-    writes to. The result is kept beside it, except where gradients are recorded."""
-    if torch.is_grad_enabled():
-        return make(x.to(dtype))
-    rotated = _ROTATED.get(x)
-    if rotated is None or rotated.dtype != dtype:
-        rotated = make(x.to(dtype))
-        if rotated is not x:
-            _ROTATED[x] = rotated
-    return rotated
 
 
 @dataclass(frozen=True)

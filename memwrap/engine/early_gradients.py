@@ -35,8 +35,8 @@ class EarlyGradients:
 
         Returns:
             False where that would not be the same, and nothing was done: float16 needs the scale
-            that the final loss has, sharded weights their own backward pass, and hooks of weights
-            run once a call.
+            that the final loss has, sharded weights their own backward pass, and hooks run once
+            a call.
         """
         inputs = self._inputs(loss)
         if inputs is None or not all(map(_usual, inputs)):
@@ -84,7 +84,7 @@ class EarlyGradients:
 
 def _usual(tensor: Tensor) -> bool:
     """Tell whether a tensor's gradient is the same when it comes in parts, and early."""
-    hooked = bool(tensor._backward_hooks) and tensor.is_leaf
+    hooked = bool(tensor._backward_hooks) or tensor.retains_grad
     kind = tensor.device.type
     half = tensor.dtype == torch.float16 or (
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16

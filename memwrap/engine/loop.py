@@ -203,7 +203,8 @@ class Loop:
         """Run the steps: give what is asked of each, and the state after them. Losses in front of a
         cut go to `early`."""
         states, segment = state.memories, state.open
-        results, new = [], state.clone()
+        results: list[Any] = []
+        new = state.clone()
         apart: Trees = {}
         begun = 0 if early is not None and not _in_graph(states, segment) else None
         for index, step in enumerate(steps):

@@ -121,6 +121,35 @@ def attend(
     return _Attention.apply(plan, scaling, width, out, log, *tensors)
 
 
+@torch.no_grad()
+def received(group: Group, scaling: float, log: Tensor, counted: Tensor) -> Tensor:
+    """Sum the weights that the keys of a group get from the queries.
+
+    Args:
+        group: the keys and who sees them; scaling: of the scores.
+        log: `(B, H, T)` of each query's softmax's sum, from `attend`.
+        counted: `(B, T)` bool, queries that count.
+
+    Returns:
+        `(B, H, K)`, in the log's dtype.
+    """
+    query, key = group.query, group.key
+    batch, heads, length, _ = query.shape
+    total = log.new_zeros(batch, heads, key.shape[2])
+    for sight, piece in zip(group.sights, pieces(length), strict=True):
+        if sight is None:
+            continue
+        folded = _folded(query[:, :, piece], key.shape[1])
+        scores = (folded @ _columns(key, sight).mT).to(log.dtype)
+        most = log[:, :, piece].masked_fill(~counted[:, None, piece], torch.inf)
+        scores = scores.mul_(scaling).sub_(_folded(most, key.shape[1])[..., None])
+        if sight.mask is not None:
+            scores += sight.mask
+        weights = scores.exp_().unflatten(2, (-1, piece.stop - piece.start))
+        total[:, :, sight.keys] += weights.sum(3).flatten(1, 2)
+    return total
+
+
 def _decoded(
     group: Group, sight: Sight, scaling: float, width: int | None
 ) -> tuple[Tensor, Tensor]:

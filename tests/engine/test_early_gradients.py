@@ -84,17 +84,23 @@ def test_the_graph_does_not_grow() -> None:
     assert most[1] < 1.05 * most[0], most
 
 
-def test_gradients_of_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("retained", [False, True])
+def test_gradients_of_embeddings(retained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings that are computed get their gradient themselves, and so does what made them."""
-    model = wrapped("armt", bptt_segments=2)
+    model = wrapped("armt", bptt_segments=2).train()
     found = []
     for graph in (loop.EarlyGradients, KeptGraph):
         monkeypatch.setattr(loop, "EarlyGradients", graph)
         scale = torch.ones(1, requires_grad=True)
         embeds = model.get_input_embeddings()(TEXT).detach() * scale
-        embeds.retain_grad()
-        gradients_of(model, inputs_embeds=embeds, labels=TEXT)
-        found.append((embeds.grad, scale.grad))
+        if retained:
+            embeds.retain_grad()
+        loss = model(inputs_embeds=embeds, labels=TEXT).loss
+        if retained:
+            loss.backward()
+            found.append((embeds.grad, scale.grad))
+        else:
+            found.append(torch.autograd.grad(loss, (embeds, scale)))
     for early, kept in zip(*found, strict=True):
         assert_close(early, kept, 1e-5)
 

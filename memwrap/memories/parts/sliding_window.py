@@ -34,6 +34,7 @@ class Evicted:
         kept: `(B, T)` that row among the ones kept before the segment.
         columns: `(B, T)` its column in the segment, where it is one of the segment's.
         inside: `(B, T)` bool, where it is; None: nowhere.
+        run: they are these rows, one after the other, among the ones kept; None: they may not be.
     """
 
     query_positions: Tensor
@@ -41,10 +42,13 @@ class Evicted:
     kept: Tensor
     columns: Tensor
     inside: Tensor | None
+    run: slice | None
 
     def rows(self, kept: Tensor, segment_rows: Callable[[], Tensor]) -> Tensor:
         """Take what left, `(B, H, T, D)`: of the kept rows `(B, H, W, D)` and, where it is inside,
         of what `segment_rows` gives for `columns`, `(B, H, T, D)`."""
+        if self.run is not None:
+            return kept[:, :, self.run]
         before = take(kept, self.kept)
         if self.inside is None:
             return before
@@ -177,7 +181,12 @@ class SlidingWindow:
         positions = state["tokens"][:, None] + rank
         inside = column >= 0
         within = bool(inside.any())  # seldom in decoding: asked once a step, for all layers
-        return Evicted(positions, positions - sizes, kept, columns, inside if within else None)
+        run = None
+        if attention.positions.ordered and "sizes" not in state and not within:
+            first = valid.shape[1] - length - self.size + self.kept
+            run = slice(first, first + length)
+        some = inside if within else None
+        return Evicted(positions, positions - sizes, kept, columns, some, run)
 
     def _kept(
         self, attention: LayerAttention, state: Tree
