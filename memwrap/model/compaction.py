@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from memwrap.engine.inputs import as_batch, check_inputs
 from memwrap.engine.loop import Loop
 from memwrap.engine.step import SegmentReader
 from memwrap.memories.parts.compacting import Compacts
+from memwrap.model.prefixes import load_prefix, save_prefix
 from memwrap.state.memory_state import MemoryState
 
 
@@ -120,6 +122,38 @@ class CompactionMixin:
         new.columns = sum(state.columns for state in closed)
         new.ids_hash = None
         return new
+
+    def load_prefix(self, folder: str | Path) -> MemoryState:
+        """Make a state of keys and values that PEFT trained: a folder of a `CARTRIDGE` or of prefix
+        tuning. What is read next stands behind them, as PEFT has it; logits are the same.
+
+        Args:
+            folder: with `adapter_config.json` and `adapter_model.safetensors`.
+
+        Returns:
+            A state of one row (`state.repeat`); the first `num_sinks` are sinks, the others slots.
+
+        Raises:
+            ValueError: for another adapter, or one that does not fit this model.
+        """
+        return load_prefix(self, *self._compacting_memory(), Path(folder))
+
+    def save_prefix(self, state: MemoryState, folder: str | Path, kind: str = "CARTRIDGE") -> None:
+        """Write a state as a folder that PEFT loads (`PeftModel.from_pretrained`), with the same
+        logits.
+
+        Args:
+            state: of one row, with slots or without.
+            folder: files of an adapter in it are replaced.
+            kind: `"CARTRIDGE"`, or `"PREFIX_TUNING"`, which older versions of PEFT know too.
+
+        Raises:
+            ValueError: where it cannot be done exactly: slots with biases (`bias_bound=0` fits
+                without), heads of different numbers of rows, layers without slots.
+        """
+        name, memory = self._compacting_memory()
+        self.check_state(state)  # type: ignore[attr-defined]
+        save_prefix(self, name, memory, state, Path(folder), kind)
 
     def _compacting_memory(self) -> tuple[str, Compacts]:
         model: Any = self

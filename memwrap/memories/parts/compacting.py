@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
+from memwrap.memories.parts.slots import Rows
 from memwrap.memories.protocol import Memory
 from memwrap.state.trees import Tree
 
@@ -30,7 +32,14 @@ _request: ContextVar[Request | None] = ContextVar("memwrap_compact_request", def
 
 
 class Compacts(Memory):
-    """A memory whose states can be compacted and joined as a whole."""
+    """A memory whose states can be compacted and joined as a whole.
+
+    Attributes:
+        chosen: layers that have slots, but for those with a window of their own.
+    """
+
+    config: Any
+    chosen: Sequence[int]
 
     def has_queries(self, tree: Tree) -> bool:
         """Tell whether all rows of a state hold queries of their text."""
@@ -39,6 +48,14 @@ class Compacts(Memory):
     def joined(self, trees: Sequence[Tree]) -> Tree:
         """Join the trees of several states of as many rows each, so that one row holds what all of
         its row hold."""
+        raise NotImplementedError
+
+    def rows_of(self, layer: int, tree: Tree) -> Rows:
+        """Take all rows of a layer's tree, in the order of the text."""
+        raise NotImplementedError
+
+    def with_rows(self, layer: int, tree: Tree, rows: Rows) -> Tree:
+        """Put rows into an empty layer's tree."""
         raise NotImplementedError
 
     @contextmanager

@@ -7,7 +7,7 @@ filled from the left, and `limit` `(B,)`, how many slots a row may have on avera
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,12 @@ class References:
     query: Tensor
     place: Tensor
     weight: Tensor
+
+    def asked_again(self, tokens: Tensor) -> References:
+        """Move them behind a text of `tokens` `(B,)`, as if it came again: there, behind all rows,
+        is where slots will be read. At their own places some stand in front of rows that they are
+        to judge, and beside others that later queries never see so near."""
+        return replace(self, place=self.place + tokens[:, None])
 
 
 def empty_slots(
