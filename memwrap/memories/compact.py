@@ -196,7 +196,7 @@ class CompactMemory(AttentionMemory, WholeStates):
         total = config.slots * len(names)
         return {
             n: torch.tensor(
-                [int(config.budgets[f"L{n}H{h}"] * total) for h in range(len(even[n]))]
+                [int(config.budgets[f"L{n}H{h}"] * total + 1e-6) for h in range(len(even[n]))]
             ).clamp_min(1)
             for n in self.chosen
         }

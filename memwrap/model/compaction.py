@@ -13,7 +13,7 @@ from torch import Tensor
 from memwrap.engine.inputs import as_batch, check_inputs
 from memwrap.engine.loop import Loop
 from memwrap.engine.step import SegmentReader
-from memwrap.memories.parts.compacting import Compacts
+from memwrap.memories.parts.compacting import Compacts, Request
 from memwrap.model.prefixes import load_prefix, save_prefix
 from memwrap.state.memory_state import MemoryState
 
@@ -60,37 +60,29 @@ class CompactionMixin:
         Raises:
             ValueError: for a model without such a memory, or `"own"` where no queries are kept.
         """
-        model: Any = self
-        name, memory = self._compacting_memory()
-        own = isinstance(queries, str) and queries == "own"
-        if not isinstance(slots, int) or slots < 1:
-            raise ValueError(f"`slots` is {slots!r}; it must be an integer of at least 1.")
-        closed = model.close_segment(state)
-        if own and not memory.has_queries(closed.memories[name]):
-            raise ValueError(
-                "The state holds no queries of its text (memory_size=None keeps them until a state "
-                "is compacted); give `queries` a text."
-            )
-        given = torch.zeros(1, 1, dtype=torch.long) if own else queries
-        ids, mask = as_batch(given, None, tokenizer)
-        if len(ids) != closed.batch_size:
-            if len(ids) != 1:
-                raise ValueError(
-                    f"`queries` has {len(ids)} rows, the state {closed.batch_size}; give one row "
-                    "or as many."
-                )
-            ids = ids.expand(closed.batch_size, -1)
-            mask = None if mask is None else mask.expand(closed.batch_size, -1)
-        inputs = check_inputs(ids.to(model.device), None, mask)
-        # All of the queries are one step: the first layer meets them before it is compacted.
-        config = replace(model.memory_configs[0], segment_size=ids.shape[1] + 1)
-        loop = Loop(SegmentReader(model.parts, model.memories), config, False, False)
-        with memory.compacting(slots, own) as request:
-            loop(inputs, closed.clone())
+        closed, request = self._compacted(state, slots, queries, tokenizer)
+        name, _ = self._compacting_memory()
         new = closed.clone()
         layers = {**closed.memories[name]["layers"], **request.trees}
         new.memories = {**closed.memories, name: {**closed.memories[name], "layers": layers}}
         return new
+
+    @torch.no_grad()
+    def compaction_errors(
+        self,
+        state: MemoryState,
+        slots: int,
+        queries: Literal["own"] | Tensor | str | list = "own",
+        *,
+        tokenizer: Any = None,
+    ) -> dict[int, Tensor]:
+        """Measure what each KV head would lose by `compact`, which takes the same arguments.
+
+        Returns:
+            `(Hkv,)` by layer: the mean square error of the heads' output, in parts of what all
+            heads of their layer give.
+        """
+        return self._compacted(state, slots, queries, tokenizer, measures=True)[1].errors
 
     @torch.no_grad()
     def compose(self, states: Sequence[MemoryState]) -> MemoryState:
@@ -154,6 +146,40 @@ class CompactionMixin:
         name, memory = self._compacting_memory()
         self.check_state(state)  # type: ignore[attr-defined]
         save_prefix(self, name, memory, state, Path(folder), kind)
+
+    def _compacted(
+        self, state: MemoryState, slots: int, queries: Any, tokenizer: Any, measures: bool = False
+    ) -> tuple[MemoryState, Request]:
+        """Run the queries behind a state while its layers are compacted: the state that was
+        closed for it, and what the layers gave."""
+        model: Any = self
+        name, memory = self._compacting_memory()
+        own = isinstance(queries, str) and queries == "own"
+        if not isinstance(slots, int) or slots < 1:
+            raise ValueError(f"`slots` is {slots!r}; it must be an integer of at least 1.")
+        closed = model.close_segment(state)
+        if own and not memory.has_queries(closed.memories[name]):
+            raise ValueError(
+                "The state holds no queries of its text (memory_size=None keeps them until a state "
+                "is compacted); give `queries` a text."
+            )
+        given = torch.zeros(1, 1, dtype=torch.long) if own else queries
+        ids, mask = as_batch(given, None, tokenizer)
+        if len(ids) != closed.batch_size:
+            if len(ids) != 1:
+                raise ValueError(
+                    f"`queries` has {len(ids)} rows, the state {closed.batch_size}; give one row "
+                    "or as many."
+                )
+            ids = ids.expand(closed.batch_size, -1)
+            mask = None if mask is None else mask.expand(closed.batch_size, -1)
+        inputs = check_inputs(ids.to(model.device), None, mask)
+        # All of the queries are one step: the first layer meets them before it is compacted.
+        config = replace(model.memory_configs[0], segment_size=ids.shape[1] + 1)
+        loop = Loop(SegmentReader(model.parts, model.memories), config, False, False)
+        with memory.compacting(slots, own, measures) as request:
+            loop(inputs, closed.clone())
+        return closed, request
 
     def _compacting_memory(self) -> tuple[str, Compacts]:
         model: Any = self

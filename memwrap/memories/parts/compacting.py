@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from memwrap.memories.parts.slots import Rows
 from memwrap.memories.protocol import Memory
 from memwrap.state.trees import Tree
@@ -20,12 +22,17 @@ class Request:
     Attributes:
         limit: slots of a KV head.
         kept: the fit is to the queries that were kept; otherwise to the step's own.
+        measures: the layers also say what that costs.
         trees: the layers' new trees, by number.
+        errors: `(Hkv,)` of the layers' heads, by number: the mean square error of their output, in
+            parts of what all heads of the layer give.
     """
 
     limit: int
     kept: bool
+    measures: bool = False
     trees: dict[str, Tree] = field(default_factory=dict)
+    errors: dict[int, Tensor] = field(default_factory=dict)
 
 
 _request: ContextVar[Request | None] = ContextVar("memwrap_compact_request", default=None)
@@ -59,10 +66,10 @@ class Compacts(Memory):
         raise NotImplementedError
 
     @contextmanager
-    def compacting(self, limit: int, kept: bool) -> Iterator[Request]:
+    def compacting(self, limit: int, kept: bool, measures: bool = False) -> Iterator[Request]:
         """Let a step inside the block (in this thread) compact every layer before it attends, so
         that later layers see what is already compacted."""
-        request = Request(limit, kept)
+        request = Request(limit, kept, measures)
         token = _request.set(request)
         try:
             yield request

@@ -15,6 +15,7 @@ from memwrap.memories.parts.slots import (
     Rows,
     clamped,
     compacted,
+    errors_of,
     slots_of,
     with_slots,
 )
@@ -85,10 +86,18 @@ class WholeStates(Compacts):
         number = torch.arange(rows.key.shape[2], device=count.device)
         behind = number + first[:, None] >= self.config.num_sinks
         rows = Rows(rows.key, rows.value, rows.bias, rows.place, rows.valid & behind[:, None])
+        pool, farthest = slots_of(state).beside(rows), self.config.max_distance
         slots = compacted(
-            attention, slots_of(state).beside(rows), self._budget(layer, wanted), references,
-            self.config.matching, self.config.max_distance, dims.softcap,
+            attention, pool, self._budget(layer, wanted), references, self.config.matching,
+            farthest, dims.softcap,
         )  # fmt: skip
+        request = self.request
+        if request is not None and request.measures:
+            stay = self._sinks(state)
+            sinks = Rows.plain(stay.keys, stay.values, stay.positions, stay.visible)
+            request.errors[layer] = errors_of(
+                attention, pool, slots, sinks, references, farthest, dims.softcap
+            )
         new = {**with_slots(state, slots, torch.zeros_like(count)), **self._nothing_recent(state)}
         return {**new, "limit": wanted.clamp_max(self._most_slots(new))}
 
@@ -131,7 +140,8 @@ class WholeStates(Compacts):
             )
             for part in (slice(sinks), slice(sinks, None))
         ]
-        new = with_slots(tree, parts[1], torch.zeros_like(tree["tokens"]))
+        slots = parts[1].padded(tree["slot_key"].shape[2])
+        new = with_slots(tree, slots, torch.zeros_like(tree["tokens"]))
         for name in ("key", "value"):
             x = torch.zeros_like(tree[f"sink_{name}"])
             x[:, :, :sinks] = getattr(parts[0], name)
