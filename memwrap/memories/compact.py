@@ -63,7 +63,8 @@ class CompactConfig(MemoryConfig):
             can become a prefix of PEFT (`model.save_prefix`).
         ridge: of the fits, towards the old values; in units of the mean eigenvalue.
         similarity: of `"mean"`: cosine from which on a token joins a slot.
-        reference_every: every so many tokens of a segment one is a reference query.
+        reference_every: every so many tokens of a segment one is a reference query (`None`: each;
+            every fourth where all of a text is kept).
         share_weights: a reference query counts by the share of attention that the folded rows have.
         max_distance: slots and sinks are seen at most so far before the segment (`None`: where
             they stood, however far that is).
@@ -83,7 +84,7 @@ class CompactConfig(MemoryConfig):
     bias_bound: NonNegativeFloat = 3.0
     ridge: NonNegativeFloat = 1e-3
     similarity: Fraction = 0.9
-    reference_every: PositiveInt = 4
+    reference_every: PositiveInt | None = None
     share_weights: bool = False
     max_distance: PositiveInt | None = 4096
     budgets: dict | None = None
@@ -128,9 +129,9 @@ class CompactMemory(AttentionMemory, WholeStates):
     def __init__(self, config: CompactConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.chosen = attending_layers(config, sizes)
-        self.references = ReferenceQueries(
-            config.reference_every, config.segment_size, config.memory_size is None
-        )
+        whole = config.memory_size is None
+        every = config.reference_every or (4 if whole else 1)
+        self.references = ReferenceQueries(every, config.segment_size, whole)
         self.budgets = self._budgets()
         if config.memory_size is None:
             dims = (self.sizes.attention[n] for n in self.chosen)
