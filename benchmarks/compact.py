@@ -5,11 +5,11 @@
 Texts are of three kinds that every machine with Python has, `--each` of every kind, in an order
 drawn by the seed: topics of its manual, source of its library, and a module's docstrings. They
 are read in segments, and the loss is that of the tokens after `--first`. All variants are one
-memory; K keys of a KV head are 4 sinks, slots and recent rows altogether. A segment is as long as
-the recent rows, so that its queries stand behind all rows that they judge; the window is read in
-the same segments. Full attention and no context beyond the segment stand beside them, and every
-variant's paired difference to the window with its standard error. `results/compact.json` keeps
-every text's numbers, is written after each variant, and a run goes on from it.
+memory; K keys of a KV head are 4 sinks, slots (half of K where nothing else is said) and recent
+rows altogether. Segments have 3/4 K tokens, for the window too. Full attention and no context
+beyond the segment stand beside them, and every variant's paired difference to the window with its
+standard error. `results/compact.json` keeps every text's numbers, is written after each variant,
+and a run goes on from it.
 """
 
 from __future__ import annotations
@@ -37,26 +37,29 @@ SINKS, ROWS = 4, 8
 LEFT_OUT = {"site-packages", "test", "tests", "encodings", "pydoc_data", "idlelib"}
 
 
-def variants(keys: int) -> dict[str, dict[str, Any]]:
-    """Settings by name."""
-    quarter = keys // 4
-    recent = keys - quarter - SINKS
-    slots = {"slots": quarter, "memory_size": recent, "reference_every": 1}
-    half = keys // 2
-    halves = {"slots": half, "memory_size": keys - half - SINKS, "reference_every": 1}
+def variants(keys: int, shares: dict[str, float] | None = None) -> dict[str, dict[str, Any]]:
+    """Settings by name; `shares` of `memwrap eval --task head-budgets`."""
+
+    def split(slots: int) -> dict[str, Any]:
+        return {"slots": slots, "memory_size": keys - slots - SINKS}
+
+    half = split(keys // 2)
     found = {
-        "window": {"slots": 1, "memory_size": keys - SINKS - 1, "merge": "select"},
+        "window": {**split(1), "merge": "select"},
         "no context": {"slots": 1, "memory_size": 1, "merge": "select", "num_sinks": 0},
-        "select": {**slots, "merge": "select"},
-        "match": slots,
-        "select, half": {**halves, "merge": "select"},
-        "match, half": halves,
-        "match, share weights": {**slots, "share_weights": True},
-        "match, no sinks": {**slots, "num_sinks": 0, "slots": quarter + SINKS},
-        "match, every 4th query": {**slots, "reference_every": 4},
-        "mean": {**slots, "merge": "mean"},
+        "select": {**half, "merge": "select"},
+        "match": half,
+        "match, fewer slots": split(keys // 4),
+        "match, more slots": split(3 * keys // 4),
+        "match, values alone": {**half, "bias_bound": 0},
+        "match, share weights": {**half, "share_weights": True},
+        "match, no sinks": {**half, "num_sinks": 0, "slots": half["slots"] + SINKS},
+        "match, every 4th query": {**half, "reference_every": 4},
+        "mean": {**half, "merge": "mean"},
     }  # fmt: skip
-    return {name: {"segment_size": recent, **settings} for name, settings in found.items()}
+    if shares is not None:
+        found["match, budgets"] = {**half, "budgets": shares}
+    return {name: {"segment_size": 3 * keys // 4, **settings} for name, settings in found.items()}
 
 
 def texts_of(tokenizer: Any, each: int, tokens: int, seed: int) -> list[Tensor]:
@@ -105,7 +108,8 @@ def measure(base: Any, texts: list[Tensor], first: int, settings: dict[str, Any]
         found += nats(model, torch.stack(texts[at : at + ROWS]), first)
     seconds = (time.process_time() - start) / len(texts)
     memwrap.unwrap(model)
-    return {"nats": found, "cpu_seconds_a_text": round(seconds, 2), "settings": settings}
+    told = {name: value for name, value in settings.items() if name != "budgets"}
+    return {"nats": found, "cpu_seconds_a_text": round(seconds, 2), "settings": told}
 
 
 def summary(found: dict[str, dict]) -> str:
@@ -129,6 +133,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=384)
     parser.add_argument("--keys", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--only", nargs="+", default=None)
+    parser.add_argument("--budgets", type=Path, help="file of `memwrap eval --task head-budgets`")
     parser.add_argument("--name", default="compact")
     given = parser.parse_args()
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
@@ -140,7 +145,8 @@ def main() -> None:
     results = old["keys"] if all(old.get(n) == v for n, v in about.items()) else {}
     for keys in given.keys:
         found = results.setdefault(str(keys), {})
-        wanted = variants(keys) | {"full": {"memory_size": None, "segment_size": 256}}
+        shares = json.loads(given.budgets.read_text())["shares"] if given.budgets else None
+        wanted = variants(keys, shares) | {"full": {"memory_size": None, "segment_size": 256}}
         for name, settings in wanted.items():
             if name in found or (given.only is not None and name not in given.only):
                 continue
