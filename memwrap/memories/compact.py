@@ -209,7 +209,9 @@ class CompactMemory(AttentionMemory, WholeStates):
         request = self.request
         if request is not None:
             if request.kept:
-                given = self.references.kept(state).asked_again(state["tokens"])
+                given = self.references.kept(state)
+                first = torch.nn.functional.pad(given.place, (0, 1)).amin(1)  # of all documents
+                given = given.asked_again(-first)
             else:
                 given = self.references.of_step(attention)
             state = self._compact_layer(layer, attention, state, request.limit, given)
