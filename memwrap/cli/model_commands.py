@@ -28,7 +28,9 @@ def evaluate(
     memory: MemoryName = None,
     task: Annotated[
         str,
-        typer.Option(help="perplexity, recall, linear-usage, or tasks: passkey,vt,..."),
+        typer.Option(
+            help="perplexity, recall, linear-usage, head-budgets, or tasks: passkey,vt,..."
+        ),
     ] = "perplexity",
     documents: Annotated[
         str, typer.Option(help="stdlib, a folder, a file, or datasets:NAME.")
@@ -51,12 +53,23 @@ def evaluate(
     from memwrap.evaluation import run
 
     suite = run.suite_tasks(task)
+    if task == "head-budgets" and memory == "compact":
+        settings = ["memory_size=null", *(settings or [])]
     loaded = load_model(model, dtype, memory, settings)
     folder = asset(model) or Path(model)
     results: Results
-    if task in ("perplexity", "linear-usage"):
+    if task in ("perplexity", "linear-usage", "head-budgets"):
         part = None if split == "all" else split
         rows = run.documents(documents, part, load_tokenizer(model, loaded), tokens, count)
+        if task == "head-budgets":
+            from memwrap.evaluation.head_budgets import head_budgets
+
+            found = head_budgets(loaded, rows)
+            typer.echo(found.table())
+            path = (output or Path("eval")) / "head-budgets.json"
+            found.save(path)
+            typer.echo(f"wrote {path}: its `shares` are the setting `budgets`")
+            return
         results = (run.perplexity if task == "perplexity" else run.linear_usage)(loaded, rows)
     elif task == "recall":
         results = run.recall(loaded, folder, samples or 256)

@@ -24,7 +24,7 @@ from memwrap.tasks import available
 from memwrap.training.recall import recall_tasks
 from memwrap.training.recipe import load_recipe
 
-TASKS = ("perplexity", "recall", "linear-usage")
+TASKS = ("perplexity", "recall", "linear-usage", "head-budgets")
 Results = dict[str, PerplexityResult] | dict[str, RecallResult] | dict[str, SuiteResult]
 
 
