@@ -32,15 +32,15 @@ def auto_class(config: PreTrainedConfig) -> Any:
     """Find what builds a model of a config: the auto class that makes what `config.architectures`
     names, or else that class of transformers, or else the first auto class that knows the config.
     """
-    candidates: list[tuple[Any, set[str]]] = []
+    found: list[tuple[Any, set[str]]] = []
     for name, mapping_name in _AUTO.items():
         mapping = getattr(modeling_auto, mapping_name, {})
         if type(config) in mapping:
             made = mapping[type(config)]
             kinds = made if isinstance(made, tuple) else (made,)
-            candidates.append((getattr(modeling_auto, name), {kind.__name__ for kind in kinds}))
+            found.append((getattr(modeling_auto, name), {kind.__name__ for kind in kinds}))
     wanted = list(config.architectures or ())
-    for auto, classes in candidates:
+    for auto, classes in found:
         if classes & set(wanted):
             return auto
     for name in wanted:
@@ -48,4 +48,4 @@ def auto_class(config: PreTrainedConfig) -> Any:
         known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
         if known and kind.config_class is type(config) and kind.can_generate():
             return _One(kind)
-    return candidates[0][0] if candidates else AutoModelForCausalLM
+    return found[0][0] if found else AutoModelForCausalLM

@@ -84,17 +84,17 @@ class SavingMixin:
                 f"device_map={device_map!r} spreads the model over devices; give one device."
             )
         saved = SavedModel(cls, folder)
-        config = saved.config
+        own = saved.config
         options = (
             {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         )
-        kind = config.backbone.dtype if dtype in (None, "auto") else dtype
+        kind = own.backbone.dtype if dtype in (None, "auto") else dtype
         with building(saved.tensors, folder / CONFIG):
             base = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config.backbone), dtype=kind, trust_remote_code=False, **options
+                copy.deepcopy(own.backbone), dtype=kind, trust_remote_code=False, **options
             )
-            config.backbone = copy.deepcopy(base.config)
-            model: Any = cls(config, base)  # type: ignore[call-arg]
+            own.backbone = copy.deepcopy(base.config)
+            model: Any = cls(own, base)  # type: ignore[call-arg]
         check_names(model, saved.tensors, set(model.state_dict()), folder)
         put_weights(model, saved.tensors, folder)
         if saved.generation_config is not None:
