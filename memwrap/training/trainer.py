@@ -138,7 +138,7 @@ class MemoryTrainer(Trainer):
         """The config that decides segments, truncation and loss, as in the model's own loop."""
         return self.memory_model.memory_configs[0]
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *given: Any, **named: Any):
         """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is
         whole, whatever a killed run left half written behind it.
 
@@ -146,17 +146,17 @@ class MemoryTrainer(Trainer):
             ValueError: if there is none.
         """
         if resume_from_checkpoint is True:
-            checkpoint = last_checkpoint(self.args.output_dir)  # type: ignore[arg-type]
-            if checkpoint is None:
+            found = last_checkpoint(self.args.output_dir)  # type: ignore[arg-type]
+            if found is None:
                 raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
-            resume_from_checkpoint = str(checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, *given, **named)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, *given: Any, **named: Any) -> Any:
         """Compute the loss as `Trainer` does, in training with `window_dropout`."""
         done = self.state.global_step / max(1, self.state.max_steps)
         with windows_dropped(self.memory_model, self.args, done):
-            return super().compute_loss(*args, **kwargs)
+            return super().compute_loss(*given, **named)
 
     # What a step trains on
 
@@ -376,8 +376,8 @@ class MemoryTrainer(Trainer):
         decay = args.weight_decay if args.memory_weight_decay is None else args.memory_weight_decay
         groups: list[dict[str, Any]] = []
         for memory in self.memory_model.memories.values():
-            memory_groups = memory.optimizer_groups() if hasattr(memory, "optimizer_groups") else []
-            for group in memory_groups:
+            own = memory.optimizer_groups() if hasattr(memory, "optimizer_groups") else []
+            for group in own:
                 params = [p for p in group["params"] if p.requires_grad]
                 if params:
                     groups.append({"lr": rate, "weight_decay": decay, **group, "params": params})

@@ -42,13 +42,13 @@ class Evicted:
     columns: Tensor
     inside: Tensor | None
 
-    def rows(self, window_rows: Tensor, segment_rows: Callable[[], Tensor]) -> Tensor:
+    def rows(self, kept: Tensor, segment_rows: Callable[[], Tensor]) -> Tensor:
         """Take what left, `(B, H, T, D)`: of the kept rows `(B, H, W, D)` and, where it is inside,
         of what `segment_rows` gives for `columns`, `(B, H, T, D)`."""
-        before = take(window_rows, self.kept)
+        before = take(kept, self.kept)
         if self.inside is None:
             return before
-        return torch.where(self.inside[:, None, :, None], segment_rows().to(window_rows), before)
+        return torch.where(self.inside[:, None, :, None], segment_rows().to(kept), before)
 
 
 @dataclass(frozen=True)
