@@ -45,10 +45,10 @@ def open_model(
             and as `wrap` and `load`.
     """
     options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    own = is_memory_model(name)
-    if own and (memory or settings):
+    has_memory = is_memory_model(name)
+    if has_memory and (memory or settings):
         raise ValueError(f"{name} has a memory of its own; leave the memory and its settings out.")
-    if memory is None and not own:
+    if memory is None and not has_memory:
         raise ValueError(f"{name} is a model without memory; {HINT}.")
     if memory is None:
         model = load(name, **options)

@@ -83,8 +83,8 @@ def wrap(
     )
     config.backbone._name_or_path = config.base_model  # a shipped base has no path
     wrapped = MemoryModelForCausalLM(config, parts)
-    for own in configs:
-        wrapped.memories[own.name].open_named(own)
+    for memory_config in configs:
+        wrapped.memories[memory_config.name].open_named(memory_config)
     return wrapped.train(model.training)
 
 

@@ -77,10 +77,10 @@ def test_states_do_not_grow(memory: str, family: str) -> None:
     # What opens a segment may grow through the first few (accumulated summaries, a first prompt).
     sizes = {n: model.read(ids(2, n * SEGMENT + 3)).nbytes for n in (4, 5, 8, 64)}
     closed = {n: model.read(ids(2, n * SEGMENT)).nbytes for n in (1, 8, 64)}
-    for found in (sizes, closed):
-        for (few, before), (many, after) in pairwise(found.items()):
+    for nbytes in (sizes, closed):
+        for (few, before), (many, after) in pairwise(nbytes.items()):
             most = 2 * declared(model, (many - few + 1) * SEGMENT)
-            assert 0 <= after - before <= most, found
+            assert 0 <= after - before <= most, nbytes
     assert not grows or closed[64] > closed[1]
     assert closed[8] < sizes[8]
     # An open segment never holds more than a segment and the memory tokens.

@@ -257,14 +257,14 @@ def _check_references(values: Any, path: Path) -> None:
     and what it resolves to is written into the run's files. Overrides may use all of OmegaConf."""
     count = 0
     for text in _texts(values):
-        found = _REFERENCE.findall(text)
+        references = _REFERENCE.findall(text)
         count += text.count("${")
-        if len(found) != text.count("${") or count > _MOST_REFERENCES:
+        if len(references) != text.count("${") or count > _MOST_REFERENCES:
             raise ValueError(
                 f"{path}: {text[:60]!r}: a recipe may refer to its own keys, such as "
                 "${trainer.steps}, and to nothing else; give that on the command line."
             )
-        for key in found:
+        for key in references:
             target: Any = values
             for name in key.split("."):
                 target = target.get(name) if isinstance(target, dict) else None
