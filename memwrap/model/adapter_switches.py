@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -51,11 +52,14 @@ def check_comes_back(config: PeftConfig) -> None:
             )
 
 
-def changes_base(config: PeftConfig) -> bool:
-    """Tell whether the adapter, as it began, changed the weights that it was put beside."""
+def changes_base(config: PeftConfig, base: nn.Module) -> bool:
+    """Tell whether the adapter, as it began or as it is trained (biases), changes the weights of
+    the base that it was put beside."""
     begins = getattr(config, "init_lora_weights", True)
     changed = isinstance(begins, str) and begins not in _HARMLESS
-    return changed or bool(getattr(config, "kasa_config", None))
+    trained = getattr(config, "bias", "none") != "none"
+    trained = trained and any(name.endswith("bias") for name, _ in base.named_parameters())
+    return changed or trained or bool(getattr(config, "kasa_config", None))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -87,7 +91,7 @@ def adapter_keys(backbone: nn.Module, idle: bool = False) -> set[str]:
             continue
         heads = [f"{name}.{part}" if name else part for part in parts]
         if idle:
-            unused = adapters_in(layer) - set(_used(layer))
+            unused = adapters_in(layer) - set(_counting(layer))
             heads = [f"{head}.{adapter}" for head in heads for adapter in unused]
             ends = tuple(heads), tuple(f"{head}." for head in heads)
             keys |= {k for k in own if k in ends[0] or k.startswith(ends[1])}
@@ -101,16 +105,41 @@ def adapters_in_use(model: nn.Module) -> list[str]:
     layers differ, the layer stands beside the name."""
     found = [(name, adapters_in(layer), _used(layer)) for name, layer in adapter_layers(model)]
     every = list(dict.fromkeys(adapter for _, _, used in found for adapter in used))
-    odd = {a for _, held, used in found for a in every if a in held and a not in used}
+    odd = {a for _, held, used in found for a in every if _name(a) in held and a not in used}
     same = [adapter for adapter in every if adapter not in odd]
     return same + [f"{a} in {n}" for n, _, used in found for a in used if a in odd]
 
 
 def _used(layer: Any) -> list[str]:
-    """List a layer's own adapters that count in what it computes."""
+    """List a layer's own adapters that count in what it computes, with the factor of scaled
+    ones."""
+    factors = _factors(layer)
+    return [f"{a} x {factors[a]}" if a in factors else a for a in _counting(layer)]
+
+
+def _name(used: str) -> str:
+    return used.rpartition(" x ")[0] or used
+
+
+def _counting(layer: Any) -> list[str]:
     active = [] if layer._disable_adapters else list(layer.active_adapters)
     merged = list(getattr(layer, "merged_adapters", ()))
     return [a for a in dict.fromkeys([*merged, *active]) if a in adapters_in(layer)]
+
+
+def _factors(layer: Any) -> dict[str, float]:
+    """Give the factors that adapters were scaled by afterwards (PEFT's `set_scale`), by name."""
+    alphas = getattr(layer, "lora_alpha", None) or getattr(layer, "alpha", None)
+    if not isinstance(alphas, dict) or not hasattr(layer, "set_scale"):
+        return {}
+    rooted = getattr(layer, "use_rslora", {})
+    found = {}
+    for name, scale in layer.scaling.items():
+        rank = layer.r[name] ** (0.5 if rooted.get(name) else 1)
+        factor = round(scale * rank / alphas[name], 6) if alphas[name] else 1.0
+        if factor != 1:
+            found[name] = factor
+    return found
 
 
 def switches_of(backbone: nn.Module) -> dict[str, Any]:
@@ -139,6 +168,7 @@ def _switches(layer: Any) -> dict[str, Any]:
         "active": list(layer.active_adapters),
         "disabled": bool(layer._disable_adapters),
         "merged": list(getattr(layer, "merged_adapters", ())),
+        **({"factors": _factors(layer)} if _factors(layer) else {}),
     }
 
 
@@ -169,10 +199,23 @@ def switch(backbone: nn.Module, switches: Any, merged: bool) -> None:
         if own.get("merged") and not merged:
             raise ValueError("An adapter is said to be merged, but the base's weights are missing.")
         _set(layer, own["active"])
+        _scale(layer, own.get("factors", {}))
         if own.get("merged"):
             layer.merged_adapters = list(own["merged"])
         if own.get("disabled"):
             layer.enable_adapters(False)
+
+
+def _scale(layer: Any, factors: Any) -> None:
+    known = getattr(layer, "scaling", {})
+    right = isinstance(factors, dict) and all(
+        name in known and type(f) in (int, float) and math.isfinite(f)
+        for name, f in factors.items()
+    )
+    if not right:
+        raise ValueError(f"The saved state of the adapters scales {factors}, which is no adapter.")
+    for name, factor in factors.items():
+        layer.set_scale(name, factor)
 
 
 def _set(layer: Any, names: list[str]) -> None:
@@ -214,6 +257,11 @@ class AdapterMixin:
     def memories(self) -> dict[str, Any]:
         """The memory modules by name."""
         raise NotImplementedError
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie what the backbone ties, unless adapters hold it, which keep it tied themselves."""
+        if not self.adapters():
+            super().tie_weights(*args, **kwargs)  # type: ignore[misc]
 
     def adapters(self) -> dict[str, PeftConfig]:
         """Give the PEFT configs of the adapters in the backbone, by name."""
