@@ -122,7 +122,7 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabulary: bool) -> None:
     values = vars(text)
     heterogeneous = "_heterogeneity_spec" in values
-    own = text.to_dict().get("per_layer_config") if heterogeneous else None
+    per_layer = text.to_dict().get("per_layer_config") if heterogeneous else None
     kept = _cut(text) if cut else []
     before = dict(values)
     alike = values.get("num_key_value_heads") in (None, values.get("num_attention_heads"))
@@ -147,8 +147,8 @@ def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabular
             _set(text, key, 0 if key[:3] in ("pad", "bos", "eos") else VOCABULARY - 1)
         if key == "eos_token_id" and isinstance(value, list):
             _set(text, key, 0)
-    if own and kept:
-        _keep_own(text, own, kept)
+    if per_layer and kept:
+        _keep_per_layer(text, per_layer, kept)
 
 
 def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
@@ -182,9 +182,9 @@ def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
             rotary["mrope_section"] = [*parts, total - sum(parts)]
 
 
-def _keep_own(text: PreTrainedConfig, own: dict[Any, Any], chosen: list[int]) -> None:
+def _keep_per_layer(text: PreTrainedConfig, per_layer: dict[Any, Any], chosen: list[int]) -> None:
     """Leave the chosen layers of what a config says of single ones."""
-    given = {int(key): layer for key, layer in own.items()}
+    given = {int(key): layer for key, layer in per_layer.items()}
     settings = {n: dict(given.get(old, {})) for n, old in enumerate(chosen)}
     for layer in settings.values():
         for key, value in layer.items():

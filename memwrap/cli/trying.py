@@ -209,9 +209,9 @@ def _gradients(model: Any, build: Any) -> str:
         model.eval()
     wanted = [p for p in model.memory_parameters() if p.requires_grad]
     wanted = wanted or [model.get_input_embeddings().weight]
-    found = [p.grad for p in wanted if p.grad is not None]
-    problem = "" if found else "no parameter of the memory gets one"
-    if any(not bool(g.isfinite().all()) for g in found) or not bool(loss.isfinite()):
+    grads = [p.grad for p in wanted if p.grad is not None]
+    problem = "" if grads else "no parameter of the memory gets one"
+    if any(not bool(g.isfinite().all()) for g in grads) or not bool(loss.isfinite()):
         problem = "they are not finite"
     model.zero_grad(set_to_none=True)
     return problem

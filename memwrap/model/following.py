@@ -24,11 +24,11 @@ def follow_casts(model: Any) -> None:
         sizes = memory.sizes
         if (sizes.backbone_dtype, sizes.dtype) == (dtype, wide):
             continue
-        own = next((p.dtype for p in memory.parameters() if p.is_floating_point()), wide)
-        if torch.float64 in (own, wide) and own != wide:
+        param_dtype = next((p.dtype for p in memory.parameters() if p.is_floating_point()), wide)
+        if torch.float64 in (param_dtype, wide) and param_dtype != wide:
             raise ValueError(
-                f"The backbone was cast to {dtype}, its memory is {own}: cast the whole model "
-                f"(model.to({dtype}))."
+                f"The backbone was cast to {dtype}, its memory is {param_dtype}: "
+                f"cast the whole model (model.to({dtype}))."
             )
         memory.sizes = replace(sizes, backbone_dtype=dtype, dtype=wide)
 
@@ -36,11 +36,11 @@ def follow_casts(model: Any) -> None:
 def take_over_checkpointing(backbone: nn.Module) -> bool:
     """Turn the layers' own checkpointing off, which would drop the open segment; say whether it
     was on."""
-    found = False
+    was_on = False
     for module in backbone.modules():
         if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing, found = False, True  # type: ignore[assignment]
-    return found
+            module.gradient_checkpointing, was_on = False, True  # type: ignore[assignment]
+    return was_on
 
 
 def warn_of_training(model: Any) -> None:
