@@ -53,6 +53,7 @@ class ExtendedMindConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "extended_mind"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"top_k", "similarity_threshold"})
 
     segment_size: PositiveInt = 1024
     cache_size: PositiveInt = 100_000

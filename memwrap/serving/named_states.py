@@ -29,13 +29,21 @@ class NamedStates:
         model: the memwrap model that they belong to.
         folder: where files are written; None keeps all in memory.
         most_bytes: of the states that are held in memory.
+        save_all: write every state to its file at once, so that other servers of the folder see it.
+
+    Raises:
+        ValueError: for `save_all` without a folder.
     """
 
-    def __init__(self, model: Any, folder: str | Path | None, most_bytes: int) -> None:
-        self.model, self.most_bytes = model, most_bytes
+    def __init__(
+        self, model: Any, folder: str | Path | None, most_bytes: int, save_all: bool = False
+    ) -> None:
+        self.model, self.most_bytes, self.save_all = model, most_bytes, save_all
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+        elif save_all:
+            self.check_folder()
         self._held: OrderedDict[str, MemoryState] = OrderedDict()
         self._saved: dict[str, int] = {}  # when the file was written that a held state equals
         self._versions: dict[str, int] = {}
@@ -82,6 +90,8 @@ class NamedStates:
             self._saved.pop(name, None)
             self._versions[name] = next(self._count)
             self._hold(name, state)
+            if self.save_all:
+                self.save(name)
 
     def save(self, name: str) -> Path:
         """Write a state to its file.

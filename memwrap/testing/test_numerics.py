@@ -70,10 +70,10 @@ def test_training_in_bfloat16(memory: str, family: str) -> None:
     loss = model(text, labels=text).loss
     assert bool(loss.isfinite())
     loss.backward()
-    found = gradients(model)
-    assert found and all(bool(g.isfinite().all()) for g in found.values())
-    names = [n for n, _ in model.named_parameters() if n.startswith("memory")] or list(found)
-    assert any(float(found[n].abs().max()) > 0 for n in names)
+    grads = gradients(model)
+    assert grads and all(bool(g.isfinite().all()) for g in grads.values())
+    names = [n for n, _ in model.named_parameters() if n.startswith("memory")] or list(grads)
+    assert any(float(grads[n].abs().max()) > 0 for n in names)
 
 
 def test_training_where_the_whole_text_is_padding_or_one_row_is(memory: str) -> None:

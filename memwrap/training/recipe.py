@@ -27,6 +27,7 @@ from memwrap.training.sections import (
     ModelSection,
     RecallSection,
     Section,
+    StartSection,
     TasksSection,
     TrainerSection,
     expanded,
@@ -42,8 +43,8 @@ class Recipe(Section):
         task: `finetune` (documents), `recall` (associative recall), `tasks` (tasks of the
             evaluation suite) or `pretrain` (a small LM from scratch).
         output: folder for everything the run writes.
-        model, memory, lora, data, recall, tasks, pretrain, trainer: see the sections; `memory`
-            holds a memory's `name` and the fields of its config.
+        model, memory, lora, data, recall, tasks, start, pretrain, trainer: see the sections;
+            `memory` holds a memory's `name` and the fields of its config.
         train_backbone: train the backbone's own weights too (without LoRA).
         init_from: output folder of an earlier run with the same kind of memory, whose weights
             this run starts from: a stage of training hands over to the next.
@@ -61,6 +62,7 @@ class Recipe(Section):
     data: DataSection | None = None
     recall: RecallSection | None = None
     tasks: TasksSection | None = None
+    start: StartSection = field(default_factory=StartSection)
     pretrain: PretrainConfig | None = None
     trainer: TrainerSection = field(default_factory=TrainerSection)
     resume: bool = False
@@ -128,7 +130,16 @@ class Recipe(Section):
 _SECTIONS = {
     "finetune": ("model", "memory", "lora", "train_backbone", "init_from", "data", "trainer"),
     "recall": ("model", "memory", "lora", "train_backbone", "init_from", "recall", "trainer"),
-    "tasks": ("model", "memory", "lora", "train_backbone", "init_from", "tasks", "trainer"),
+    "tasks": (
+        "model",
+        "memory",
+        "lora",
+        "train_backbone",
+        "init_from",
+        "tasks",
+        "start",
+        "trainer",
+    ),
     "pretrain": ("pretrain",),
 }
 
@@ -246,14 +257,14 @@ def _check_references(values: Any, path: Path) -> None:
     and what it resolves to is written into the run's files. Overrides may use all of OmegaConf."""
     count = 0
     for text in _texts(values):
-        found = _REFERENCE.findall(text)
+        references = _REFERENCE.findall(text)
         count += text.count("${")
-        if len(found) != text.count("${") or count > _MOST_REFERENCES:
+        if len(references) != text.count("${") or count > _MOST_REFERENCES:
             raise ValueError(
                 f"{path}: {text[:60]!r}: a recipe may refer to its own keys, such as "
                 "${trainer.steps}, and to nothing else; give that on the command line."
             )
-        for key in found:
+        for key in references:
             target: Any = values
             for name in key.split("."):
                 target = target.get(name) if isinstance(target, dict) else None
