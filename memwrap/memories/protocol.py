@@ -196,8 +196,7 @@ class Memory(nn.Module):
         yield from ()
 
     def resettled(self, changed: set[str]) -> None:
-        """Follow fields of the config, outside a state's signature, that were changed
-        (`model.memory_settings`): for what was made of them when the memory was built."""
+        """Follow fields of the config that `model.memory_settings` changed."""
 
     def open_named(self, config: MemoryConfig) -> None:
         """Open what the caller of `wrap` names in a config. A loaded model's config opens nothing:
@@ -272,11 +271,8 @@ class SoftPrompt(Memory):
 
 
 class LayerMemory(Memory):
-    """A place: the input of decoder layers, and their outputs at the memory's own suffix.
-
-    Attributes:
-        suffix_reads: what `read_layer` makes of its input reaches the memory's own suffix too.
-    """
+    """A place: the input of decoder layers, and their outputs at the memory's own suffix, which
+    is given what `read_layer` makes of it only if `suffix_reads`."""
 
     suffix_reads: bool = True
 
