@@ -45,8 +45,7 @@ class Claims:
         lengthens: tensors of the state may become longer in dimension 2, filled from its
             beginning.
         linearizes: it takes the place of the attention (`memwrap.linearize`).
-        whole: settings with which it gives what the base gives of 128 tokens, in segments of any
-            size; empty where there are none.
+        whole: settings with which it reads 128 tokens as the base does; empty: there are none.
     """
 
     neutral_start: bool = False
@@ -196,7 +195,7 @@ class Memory(nn.Module):
         yield from ()
 
     def resettled(self, changed: set[str]) -> None:
-        """Follow fields of the config that `model.memory_settings` changed."""
+        """Follow `changed` fields that no state depends on (`model.memory_settings`)."""
 
     def open_named(self, config: MemoryConfig) -> None:
         """Open what the caller of `wrap` names in a config. A loaded model's config opens nothing:
@@ -228,8 +227,7 @@ class Memory(nn.Module):
         return {}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """Return parameter groups with settings of their own (`lr`, `weight_decay`, or `lr_scale`:
-        a multiple of the memory's rate); parameters not named get the default."""
+        """Return parameter groups with an own `lr`, `weight_decay` or `lr_scale` (times `lr`)."""
         return []
 
 
@@ -271,8 +269,11 @@ class SoftPrompt(Memory):
 
 
 class LayerMemory(Memory):
-    """A place: the input of decoder layers, and their outputs at the memory's own suffix, which
-    is given what `read_layer` makes of it only if `suffix_reads`."""
+    """A place: the input of decoder layers, and their outputs at the memory's own suffix.
+
+    Attributes:
+        suffix_reads: what `read_layer` makes of its input reaches the memory's own suffix too.
+    """
 
     suffix_reads: bool = True
 
@@ -287,7 +288,7 @@ class LayerMemory(Memory):
 
     def start_layer(self, layer: int, hidden: Tensor, worth: Tensor) -> None:
         """Begin training from what the layer gives at the suffix, `(N, num_suffix, D)` of N
-        segments; `worth` `(N,)` bool says which of them hold what is to be remembered."""
+        segments; `worth` `(N,)` bool: they hold what is to be remembered."""
 
 
 class AttentionMemory(Memory):
