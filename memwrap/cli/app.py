@@ -121,7 +121,15 @@ def train(
     about = json.loads((folder / RUN).read_text(encoding="utf-8"))
     facts = [f"{about['seconds']:.0f} s"]
     if "steps" in about:
-        facts = [f"{about['steps']} steps (until {about['stopped_by']})", *facts]
+        steps = f"{about['steps']} of {about['planned_steps']} steps"
+        facts = [f"{steps} (until {about['stopped_by']})", *facts]
+        from memwrap.training.held_out import gain_in_words
+
+        text, warning = gain_in_words(about)
+        if text:
+            typer.echo(text)
+        if warning:
+            typer.echo(warning, err=True)
     facts += [f"{k} {about[k]:.4f}" for k in ("loss", "eval_loss") if about.get(k) is not None]
     typer.echo(f"saved {folder}: {', '.join(facts)}")
 

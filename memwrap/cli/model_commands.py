@@ -128,12 +128,14 @@ def export_model(
     loaded = load_model(model, dtype, memory, settings)
     about = about_run(asset(model) or Path(model))
     about |= {"licence": licence} if licence else {}
-    found = exporting.export(
+    result = exporting.export(
         loaded, folder, tokenizer=load_tokenizer(model, loaded), about=about, check=check
     )
-    if found is not None:
-        same = "the same ids" if found.generates else "other ids (rounding)"
-        typer.echo(f"loads without memwrap: logits within {found.difference:.1e}, generates {same}")
+    if result is not None:
+        same = "the same ids" if result.generates else "other ids (rounding)"
+        typer.echo(
+            f"loads without memwrap: logits within {result.difference:.1e}, generates {same}"
+        )
     typer.echo(f"wrote {folder}")
     if push:
         typer.echo(f"pushed {exporting.push(folder, push)}")

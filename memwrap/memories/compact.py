@@ -75,6 +75,7 @@ class CompactConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "compact"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"max_distance"})
 
     slots: PositiveInt = 128
     memory_size: PositiveInt | None = 512

@@ -51,6 +51,7 @@ class CompressiveConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "compressive"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
 
     memory_size: PositiveInt = 512
     compressed_size: PositiveInt = 512
@@ -150,8 +151,9 @@ class CompressiveMemory(AttentionMemory):
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         parts = [self._key_values(attention, state, part) for part in reversed(PARTS)]
-        counting = "usage" in state
-        out, weights = attention.join(*parts, weights=counting)
+        counting = "usage" in state  # then places differ from layer to layer
+        name = None if counting else ("compressive", self)
+        out, weights = attention.join(*parts, weights=counting, name=name)
         if counting and weights is not None:
             state = {**state, "usage": state["usage"] + self._usage(attention, weights)}
         return out, state

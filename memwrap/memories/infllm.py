@@ -8,9 +8,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts import block_units
+from memwrap.memories.parts.block_units import HELD, UNITS_A_PAGE
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
@@ -18,17 +21,16 @@ from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import infllm as ops
 from memwrap.ops.buffers import take as take_rows
 from memwrap.ops.buffers.host_prefetch import prefetch
+from memwrap.ops.buffers.kept import kept_beside
 from memwrap.ops.buffers.left_aligned import earliest
-from memwrap.ops.buffers.paged import SlotCache, append, number_of, put, take
-from memwrap.ops.buffers.right_aligned import latest, right_valid
+from memwrap.ops.buffers.paged import SlotCache, append, number_of, put
+from memwrap.ops.buffers.right_aligned import right_valid
 from memwrap.state.progress import Progress
 from memwrap.state.trees import HOST, STORE, Tree
 
-# Queries that attend together: the units that any of them selected are laid out at once.
-QUERIES_AT_ONCE = 128
-HELD = ("key", "value")
+QUERIES_AT_ONCE = 128  # the units that any of them selected are laid out together
 Units = tuple[Tensor, ...]
-UNITS_A_PAGE, REPRESENTATIVES_A_PAGE = 16, 256
+REPRESENTATIVES_A_PAGE = 256
 
 
 class InfLLMConfig(MemoryConfig):
@@ -51,11 +53,11 @@ class InfLLMConfig(MemoryConfig):
             while it was in the window (as the published code has it), or `"dot_product"`, its
             inner products with the queries behind it (as the paper has it).
         selection: `"causal"`: units are selected at every `retrieval_interval`-th token of a
-            segment, by the mean query since the last selection; or `"block"`: by the mean query
-            of all tokens of a segment that a call brings, as published. That looks ahead, and
-            its results depend on how text is fed.
-        retrieval_interval: tokens that share one selection; 1 is what the published code does
-            while it generates.
+            segment, by the mean query since the last selection; `"block"`: by the mean query of
+            all tokens of a segment that a call brings, as published: it looks ahead, and depends on
+            how text is fed; `"question"`: as `"block"`, but single tokens, as they are generated,
+            keep what the question selected.
+        retrieval_interval: tokens that share one selection; published: 1 while generating.
         window_mask: `"corrected"`, or `"published"`, where the first queries of an execution block
             see tokens at the window's edge twice.
         offload: keep units in the host's memory.
@@ -65,6 +67,9 @@ class InfLLMConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "infllm"
+    not_in_state: ClassVar[frozenset[str]] = frozenset(
+        {"top_k", "retrieval_interval", "selection", "cache_size"}
+    )
 
     window_size: PositiveInt = 4096
     num_sinks: NonNegativeInt = 128
@@ -72,7 +77,7 @@ class InfLLMConfig(MemoryConfig):
     top_k: PositiveInt = 16
     num_representatives: PositiveInt = 4
     score: Literal["attention", "dot_product"] = "attention"
-    selection: Literal["causal", "block"] = "causal"
+    selection: Literal["causal", "block", "question"] = "causal"
     retrieval_interval: PositiveInt = 8
     window_mask: Literal["corrected", "published"] = "corrected"
     offload: bool = False
@@ -104,7 +109,7 @@ class InfLLMMemory(AttentionMemory):
     and tokens past the window stand at the constant distance l_L - 1 from every query.
     """
 
-    claims = Claims(neutral_start=True, bounded=False)
+    claims = Claims(neutral_start=True, bounded=False, lengthens=True)
     counts_positions = True
 
     config: InfLLMConfig
@@ -116,11 +121,15 @@ class InfLLMMemory(AttentionMemory):
         chosen = free or list(sizes.attention)
         self.retrieving = set(chosen if config.layers is None else attending_layers(config, sizes))
         self.where = HOST if config.offload else "units"
-        self.slots = {n: SlotCache(config.cache_size) for n in self.retrieving if config.offload}
+        self.resettled({"cache_size"})
         size = sizes.backbone_dtype.itemsize
         for dims in (sizes.attention[n] for n in self.retrieving):
             self.bytes_per_token += dims.num_kv_heads * (dims.key_dim + dims.value_dim) * size
             self.bytes_per_token += dims.num_heads * dims.key_dim * size / config.block_size
+
+    def resettled(self, changed: set[str]) -> None:
+        size, offload = self.config.cache_size, self.config.offload
+        self.slots = {n: SlotCache(size) for n in self.retrieving if offload}
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         return {
@@ -146,7 +155,8 @@ class InfLLMMemory(AttentionMemory):
         tree["open_score"] = torch.zeros(batch, dims.num_heads, config.window_size, **sums)
         tree["query_sum"] = torch.zeros(batch, dims.num_heads, dims.key_dim, **sums)
         tree["query_count"] = torch.zeros_like(tree["tokens"])
-        tree["chosen"] = tree["tokens"].new_full((batch, config.top_k), -1)
+        # Numbers from 1 of the units chosen last, 0 for none; no state depends on `top_k`.
+        tree["chosen"] = tree["tokens"].new_zeros(batch, 1, 0)
         if config.offload:
             make = {**make, "device": "cpu"}
         block = (batch, 0, dims.num_kv_heads, config.block_size)
@@ -160,10 +170,10 @@ class InfLLMMemory(AttentionMemory):
     def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
         for tree in state["layers"].values():
             yield tree["tokens"], *progress.closed
-            units = self._settled(tree["tokens"])[1]
+            units = self._counted(tree["tokens"])[1]
             if "chosen" in tree:
-                yield tree["query_count"], 0, self.config.retrieval_interval
-                yield tree["chosen"], -1, units - 1
+                yield tree["query_count"], 0, progress.read[1]
+                yield tree["chosen"], 0, units
                 for pages in (tree[self.where][STORE], tree["index"][STORE]):
                     yield units, 0, number_of(pages)
 
@@ -184,23 +194,31 @@ class InfLLMMemory(AttentionMemory):
             received = received + scores if scores is not None else None
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         if received is not None:
-            noted |= self._scored(attention, state, received)
+            noted |= block_units.add_received(attention, state, received, self.config.window_size)
         return out, {**state, **noted}
 
     def _select(self, attention: LayerAttention, state: Tree) -> tuple[ops.Selection, Tree]:
-        """Select the units that the step's queries see, and note it in the state."""
-        config = self.config
-        valid = attention.query_valid
+        """Select the units that the step's queries see, and note it in the state. Where nothing is
+        selected, there are no marks: what was chosen before stands."""
+        config, valid = self.config, attention.query_valid
         rows = torch.arange(len(valid), device=valid.device)
-        _, units = self._settled(state["tokens"])
+        _, units = self._settled(attention, state)
         noted: Tree = {}
-        if config.selection == "block":
+        if config.selection == "question" and valid.shape[1] == 1:
+            return ops.Selection(valid.new_zeros(len(valid), 0, 0), valid.long() * 0), noted
+        if config.selection != "causal":
             index = valid.long()
             query = attention.query.detach().to(state["query_sum"].dtype) * valid[:, None, :, None]
             means = (query.sum(2) / valid.sum(1).clamp_min(1)[:, None, None])[:, None]
         else:
-            starts = valid & (attention.query_positions % config.retrieval_interval == 0)
-            index = starts.long().cumsum(1)
+            starts, index, some = attention.cached_per_step(
+                (self, "starts"), lambda: self._starts(attention)
+            )
+            if not some:
+                query = attention.query.detach().to(state["query_sum"].dtype)
+                noted["query_sum"] = state["query_sum"] + (query * valid[:, None, :, None]).sum(2)
+                noted["query_count"] = state["query_count"] + valid.sum(1)
+                return ops.Selection(valid.new_zeros(len(valid), 0, 0), index), noted
             means, noted["query_sum"], noted["query_count"] = ops.gather_queries(
                 attention.query, starts, valid, state["query_sum"], state["query_count"]
             )
@@ -209,48 +227,48 @@ class InfLLMMemory(AttentionMemory):
         carried = torch.zeros(len(rows), 1, number, dtype=torch.bool, device=valid.device)
         if not number:
             return ops.Selection(carried, torch.zeros_like(index)), noted
-        chosen = state["chosen"]
-        carried = carried[:, 0].scatter(1, chosen.clamp_min(0), chosen >= 0)[:, None]
-        # Where nothing is chosen the place 0 stands for nothing.
-        carried[:, 0, 0] = (chosen == 0).any(1)
-        place = torch.full(
-            (len(rows), means.shape[1]), self._reach(attention) - 1, device=index.device
-        )
+        chosen = state["chosen"][:, 0]  # column 0 takes what is no choice
+        carried = pad(carried[:, 0], (1, 0)).scatter(1, chosen, True)[:, None, 1:]
+        place = index.new_full((len(rows), means.shape[1]), self._reach(attention) - 1)
         query = attention.rotate(means.transpose(1, 2), place).transpose(1, 2)
-        scores = torch.cat(
-            [ops.unit_scores(query, pages[str(n)]["rep"]) for n in range(len(pages))], 2
-        )
+        representatives = (pages[str(n)]["rep"] for n in range(len(pages)))
+        scores = torch.cat([ops.unit_scores(query, rep) for rep in representatives], 2)
         marks = torch.cat([carried, ops.select(scores, units, config.top_k)], 1)
         last = marks[rows, index.amax(1) if index.shape[1] else 0]
-        most = min(config.top_k, number)
+        most = min(max(config.top_k, chosen.shape[1]), number)
         chosen_units = earliest(last, most)
-        chosen_units = chosen_units.masked_fill(~last.gather(1, chosen_units), -1)
-        noted["chosen"] = torch.nn.functional.pad(chosen_units, (0, config.top_k - most), value=-1)
+        noted["chosen"] = ((chosen_units + 1) * last.gather(1, chosen_units))[:, None]
         return ops.Selection(marks, index), noted
+
+    def _starts(self, attention: LayerAttention) -> tuple[Tensor, Tensor, bool]:
+        """Find where units are selected, `(B, T)` bool, how often up to each token, and whether."""
+        interval, valid = self.config.retrieval_interval, attention.query_valid
+        starts = valid & (attention.query_positions % interval == 0)
+        return starts, starts.long().cumsum(1), bool(starts.any())
 
     def _attend_part(
         self, attention: LayerAttention, state: Tree, units: Units | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the output of some queries, and the score that recent and own columns received
-        from them, `(B, H, recent + K)`."""
+        """Compute some queries' output, and what other columns received, `(B, H, recent + K)`."""
         reach = self._reach(attention)
-        recent, valid = self._recent(state)
+        recent, valid = self._recent(state, whole=attention.rotated_query.shape[2] == 1)
         count = valid.shape[1]
         positions = torch.arange(-count, 0, device=valid.device).expand(len(valid), -1)
         distance = attention.query_positions[:, :, None] - positions[:, None]
         visible = valid[:, None] & (distance < reach)
         rows = self._far_rows(attention, state, units, (recent, valid, distance))
-        before = sum(r.positions.shape[1] for r in rows)
         if count:
-            rows.append(MemoryKeyValues(recent["key"], recent["value"], positions, visible))
+            cached: Any = {"static": count == self.kept, "name": ("recent", self, count)}
+            rows.append(
+                MemoryKeyValues(recent["key"], recent["value"], positions, visible, **cached)
+            )
         local = attention.query_positions[:, :, None] - attention.key_positions[:, None] < reach
-        counting = units is not None and self.config.score == "attention"
-        out, weights = attention.join(*rows, local=local, weights=counting)
+        if units is not None and self.config.score == "attention":
+            out, received = attention.join_received(*rows, local=local)
+            return out, received.to(state["score"].dtype)
+        out, _ = attention.join(*rows, local=local)
         if units is None:
             return out, None
-        if weights is not None and counting:
-            received = weights.detach()[..., before:].to(state["score"].dtype)
-            return out, (received * attention.query_valid[:, None, :, None]).sum(2)
         keys = torch.cat([recent["key"].to(attention.key.dtype), attention.key], 2)
         place = torch.cat([positions, attention.key_positions], 1)
         distance = attention.query_positions[:, :, None] - place[:, None]
@@ -263,16 +281,16 @@ class InfLLMMemory(AttentionMemory):
         self, attention: LayerAttention, state: Tree, units: Units | None,
         around: tuple[Tree, Tensor, Tensor],
     ) -> list[MemoryKeyValues]:  # fmt: skip
-        """Collect the keys that stand at the constant distance: units, sinks, and tokens past the
-        window."""
+        """Collect the keys at the constant distance: units, sinks, tokens past the window."""
         config, window = self.config, self.config.window_size
         if units is None and attention.window is not None:
             return []
         recent, valid, distance = around
-        batch, length = distance.shape[:2]
-        tokens, sinks = state["tokens"], self._settled(state["tokens"])[0]
+        length = distance.shape[1]
+        tokens, sinks = state["tokens"], self._settled(attention, state)[0]
         # Only the first columns can be past the window: a place is less than K.
         past = max(0, min(valid.shape[1], valid.shape[1] + attention.value.shape[2] - window))
+        past = valid.shape[1] if past and length == 1 else past  # whole buffers stay rotated
         outside = valid[:, None, :past] & (distance[..., :past] >= window)
         if units is None:
             absolute = tokens[:, None] + torch.arange(-valid.shape[1], 0, device=tokens.device)
@@ -283,21 +301,22 @@ class InfLLMMemory(AttentionMemory):
             outside = valid[:, :past] & (torch.arange(past, device=tokens.device) < first[:, None])
             outside = outside[:, None].expand(-1, length, -1)
         visible = torch.arange(config.num_sinks, device=tokens.device) < sinks[:, None]
-        keys = [state["sink_key"], recent["key"][:, :, :past]]
-        values = [state["sink_value"], recent["value"][:, :, :past]]
-        masks = [visible[:, None].expand(-1, length, -1), outside]
-        if units is not None:
-            key, value, shown = units
-            keys, values, masks = [key, *keys], [value, *values], [shown, *masks]
-        mask = torch.cat(masks, 2)
-        if not mask.shape[2] or not bool(mask.any()):
-            return []
-        origin = torch.zeros(batch, mask.shape[2], dtype=torch.long, device=tokens.device)
-        query_positions = attention.query_positions.new_full(
-            (batch, length), self._reach(attention) - 1
-        )
-        key, value = torch.cat(keys, 2), torch.cat(values, 2)
-        return [MemoryKeyValues(key, value, origin, mask, query_positions)]
+        visible = visible[:, None].expand(-1, length, -1)
+        far: Units = (state["sink_key"], state["sink_value"], visible)
+        if units is not None and units[0].shape[2]:
+            far = block_units.behind(units, far)
+        at = attention.query_positions.new_full((len(tokens), length), self._reach(attention) - 1)
+        return [
+            MemoryKeyValues(
+                key, value, torch.zeros_like(at[:, :1]).expand(-1, mask.shape[2]), mask, at,
+                static=static, name=(part, self, self._reach(attention), mask.shape[2]),
+            )
+            for part, static, (key, value, mask) in (
+                ("far", True, far),
+                ("past", past == self.kept, (*(recent[n][:, :, :past] for n in HELD), outside)),
+            )
+            if mask.shape[2] and bool(mask.any())
+        ]  # fmt: skip
 
     def _fetched(
         self, layer: int, state: Tree, selection: ops.Selection | None, parts: list[slice]
@@ -315,41 +334,31 @@ class InfLLMMemory(AttentionMemory):
         and tell which query sees which token `(B, T, U b)`."""
         block = self.config.block_size
         index, marks = selection.index[:, columns], selection.marks
+        if not marks.shape[1]:
+            return self._chosen_units(layer, state, index)
         shown = marks.gather(1, index[..., None].expand(-1, -1, marks.shape[2]))
         used = shown.any(1)
         most = int(used.sum(1).max()) if used.shape[1] else 0
         units = earliest(used, most)
-        batch = len(units)
         shown = shown.gather(2, units[:, None].expand(-1, index.shape[1], -1))
-        rows = [row for row in range(batch) for _ in range(most)]
-        numbers = units.flatten().tolist()
         pages = state[self.where][STORE]
-        if layer in self.slots:
-            cache = self.slots[layer]
-            taken = cache.take(pages, HELD, rows, numbers, UNITS_A_PAGE, index.device)
-        else:
-            taken = take(pages, HELD, rows, numbers, UNITS_A_PAGE)
-        key, value = (
-            t.unflatten(0, (batch, most)).transpose(1, 2).flatten(2, 3) if most
-            else state[f"recent_{name}"][:, :, :0]
-            for name, t in zip(HELD, taken, strict=True)
-        )  # fmt: skip
+        key, value = block_units.take_units(pages, units, self.slots.get(layer))
         return key, value, shown.repeat_interleave(block, 2)
 
-    def _scored(self, attention: LayerAttention, state: Tree, received: Tensor) -> Tree:
-        """Add to the scores what recent and own columns received."""
-        total = attention.value.shape[2]
-        count = received.shape[2] - total
-        recent, segment = received[..., :count], received[..., count:]
-        score = state["score"]
-        score = torch.cat(
-            [score[..., : self.kept - count], score[..., self.kept - count :] + recent], 2
-        )
-        window = self.config.window_size
-        inside = (attention.key_positions < window) & attention.key_valid
-        index = attention.key_positions.clamp(0, window - 1)[:, None].expand_as(segment)
-        segment = segment * inside[:, None]
-        return {"score": score, "open_score": state["open_score"].scatter_add(2, index, segment)}
+    def _chosen_units(self, layer: int, state: Tree, index: Tensor) -> Units:
+        """Take as `_units` those that were chosen before, gathered once while the choice stands."""
+        chosen, pages = state["chosen"], state[self.where][STORE]
+
+        def gathered() -> tuple[Tensor, Tensor, Tensor]:
+            taken = chosen > 0
+            most = int(taken.sum(2).max()) if len(chosen) else 0
+            shown = taken[..., :most].repeat_interleave(self.config.block_size, 2)
+            units = (chosen[:, 0, :most] - 1).clamp_min(0)
+            return *block_units.take_units(pages, units, self.slots.get(layer)), shown
+
+        offloaded = layer in self.slots
+        units = gathered() if offloaded else kept_beside(chosen, "units", gathered)
+        return *units[:2], units[2].expand(-1, index.shape[1], -1)
 
     # Writing
 
@@ -358,15 +367,18 @@ class InfLLMMemory(AttentionMemory):
         recent, recent_valid = self._recent(state)
         before = state["tokens"]
         tokens = before + valid.sum(1)
-        (old_sinks, old_units), (sinks, units) = self._settled(before), self._settled(tokens)
+        (old_sinks, old_units), (sinks, units) = self._counted(before), self._counted(tokens)
         pool_valid = torch.cat([recent_valid, valid], 1)
         order = earliest(pool_valid, pool_valid.shape[1])
         total = recent_valid.sum(1) + valid.sum(1)
         segment = {"key": attention.key, "value": attention.value}
         pool = {
-            name: take_rows(torch.cat([recent[name], rows.to(recent[name].dtype)], 2), order)
+            name: torch.cat([recent[name], rows.to(recent[name].dtype)], 2)
             for name, rows in segment.items()
         }
+        in_order = attention.cached_per_step((self, "order"), lambda: bool(pool_valid.all()))
+        if not in_order:
+            pool = {name: take_rows(rows, order) for name, rows in pool.items()}
         new: Tree = {"tokens": tokens}
         for name, rows in pool.items():
             buffer = state[f"sink_{name}"]
@@ -387,38 +399,25 @@ class InfLLMMemory(AttentionMemory):
             scores = torch.cat(
                 [state["score"][..., self.kept - count :], opened * inside[:, None]], 2
             )
-            pool["score"] = take_rows(scores.transpose(1, 2), order).transpose(1, 2)[..., None]
+            pool["score"] = scores[..., None]
+            if not in_order:
+                pool["score"] = take_rows(pool["score"], order)
             new |= self._new_units(layer, state, pool, first, more)
             new["open_score"] = torch.zeros_like(state["open_score"])
-        kept = self._kept(pool, left, total - start)
+        kept = block_units.kept_rows(pool, left, total - start, self.kept)
         new |= {f"recent_{name}": kept[name] for name in HELD}
         if scores is not None:
             new["score"] = kept["score"].squeeze(-1)
         return {**state, **new}
 
-    def _kept(self, pool: Tree, left: Tensor, count: Tensor) -> Tree:
-        """Take the rows of the pool that stay, at the right end of the buffers."""
-        missing = max(0, self.kept - left.shape[1])
-        left = torch.nn.functional.pad(left, (missing, 0))
-        index, valid = latest(left, self.kept), right_valid(count, self.kept)
-        pad = torch.nn.functional.pad
-        return {n: take_rows(pad(x, (0, 0, missing, 0)), index, valid) for n, x in pool.items()}
-
     def _new_units(self, layer: int, state: Tree, pool: Tree, first: Tensor, more: Tensor) -> Tree:
         """Append to the stores the units made of the pool's rows from `first` on."""
-        block = self.config.block_size
-        most = int(more.max())
-        if not most:
+        if not bool(more.any()):
             return {}
-        index = first[:, None] + torch.arange(most * block, device=first.device)
-        index = index.clamp_max(pool["key"].shape[2] - 1)
-        blocks = {
-            name: take_rows(rows, index).unflatten(2, (most, block)).transpose(1, 2)
-            for name, rows in pool.items()
-        }
+        blocks = block_units.blocks_of(pool, first, more, self.config.block_size)
         scores = blocks.pop("score").squeeze(-1)
         rep = ops.representatives(blocks["key"], scores, self.config.num_representatives)
-        units = self._settled(state["tokens"])[1]
+        units = self._counted(state["tokens"])[1]
         pages, index = state[self.where][STORE], state["index"][STORE]
         return {
             self.where: {STORE: append(pages, units, blocks, more, UNITS_A_PAGE)},
@@ -427,21 +426,25 @@ class InfLLMMemory(AttentionMemory):
 
     # Places
 
-    def _settled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        return ops.settled(tokens, config.window_size, config.num_sinks, config.block_size)
+    def _counted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.config
+        return ops.settled(tokens, c.window_size, c.num_sinks, c.block_size)
+
+    def _settled(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor]:
+        """Count the sinks and units of a state, which all layers have alike."""
+        return attention.cached_per_step((self, "settled"), lambda: self._counted(state["tokens"]))
 
     def _reach(self, attention: LayerAttention) -> int:
-        """Count the tokens that the layer sees in order: the window, or the layer's own smaller
-        one."""
+        """Count the tokens that a layer sees in order: the smaller one of two windows."""
         return min(self.config.window_size, attention.window or self.config.window_size)
 
-    def _recent(self, state: Tree) -> tuple[Tree, Tensor]:
+    def _recent(self, state: Tree, whole: bool = False) -> tuple[Tree, Tensor]:
         """Take recent keys and values `(B, Hkv, R, D)`, at the right end, and which are there `(B,
-        R)`; columns that no row needs are left out."""
-        tokens = state["tokens"]
-        sinks, units = self._settled(tokens)
-        live = tokens - sinks - units * self.config.block_size
+        R)`; columns that no row needs are left out, unless the `whole` buffers are wanted."""
+        sinks, units = self._counted(state["tokens"])
+        live = state["tokens"] - sinks - units * self.config.block_size
+        if whole:
+            return {n: state[f"recent_{n}"] for n in HELD}, right_valid(live, self.kept)
         count = int(live.max()) if len(live) else 0
         rows = {name: state[f"recent_{name}"][:, :, self.kept - count :] for name in HELD}
         return rows, right_valid(live, count)

@@ -40,9 +40,9 @@ class Rows:
         places = place[:, None].expand(shape).float()
         return cls(key, value, torch.zeros_like(places), places, valid[:, None].expand(shape))
 
-    def beside(self, *others: Rows) -> Rows:
+    def beside(self, *rows: Rows) -> Rows:
         """Put rows behind these."""
-        parts = (self, *others)
+        parts = (self, *rows)
         tensors = {
             name: torch.cat([getattr(p, name).to(getattr(self, name)) for p in parts], 2)
             for name in (*NAMES, "valid")
@@ -200,24 +200,24 @@ def output_of(
 def share_of(
     attention: LayerAttention,
     folded: Rows,
-    others: Rows,
+    other_rows: Rows,
     references: References,
     farthest: int | None,
     softcap: float | None,
 ) -> Tensor:
     """Compute the share `(B, H, R)` of each reference query's attention that rows to be folded get,
-    beside the `others` that it sees."""
+    beside the `other_rows` that it sees."""
     heads, wide = folded.key.shape[1], torch.promote_types(folded.key.dtype, torch.float32)
     query = attention.rotate(references.query.to(wide), references.place)
     query = ops.stack_groups(query, heads)
     masses = []
-    for rows in (folded, others):
+    for rows in (folded, other_rows):
         key = attention.rotate(rows.key.to(wide), clamped(rows.place, farthest))
         block = ops.KeyValueBlock(query, key, key, attention.scaling, softcap=softcap)
         logits = block.logits(query, key, rows.bias.to(wide)).masked_fill(
             ~rows.valid[:, :, None], torch.finfo(wide).min
         )
-        if rows is others:
+        if rows is other_rows:
             place = references.place[:, None].expand(references.query.shape[:3])
             place = ops.stack_groups(place[..., None], heads)
             logits = logits.masked_fill(rows.place[:, :, None] > place, torch.finfo(wide).min)
