@@ -18,28 +18,40 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memwrap
 from memwrap.assets.fetching import fetch
+from memwrap.chat import read_document
 from memwrap.cli import demo_texts as texts
 from memwrap.cli.demo_readers import BaseReader, MemoryReader, Reader, nats
+from memwrap.cli.demo_trained import ADAPTER, trained
 from memwrap.evaluation.plots import plot_depths
 from memwrap.io.atomic_files import write_text
 from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
 
 MODEL = "smollm2"
-MEMORY, SETTINGS = "extended_mind", {"segment_size": 512}
-WINDOW = 1024
-"""Tokens that the truncated base and the window with sinks see."""
-CONTEXT = 8192 - 128
+MEMORY = "infllm"
+READING: dict[str, Any] = {
+    "segment_size": 512, "window_size": 512, "block_size": 16, "num_sinks": 64, "top_k": 2,
+    "retrieval_interval": 256,
+}  # fmt: skip
+ASKING: dict[str, Any] = {"top_k": 256, "retrieval_interval": 1}
+"""What a question looks up; nothing in a state depends on it."""
+LOOKS = 512 + 256 * 16
+"""Tokens that a question sees through the memory, and that the window with sinks keeps."""
+CONTEXT = 8_192 - 128
 """Tokens of a document that the base's trained context holds beside a question."""
+BASES = {"base, truncated": 1_024, "base, whole": CONTEXT}
+"""Tokens at the end of a document that the base alone is given."""
+LENGTHS = (2_000, 8_000, 16_000)
+SHOWN = (0, 3, 6)
+"""Facts of the longest text that are asked for in words."""
 SEGMENT, ROWS = 256, 512
 """Of the memories whose nats are measured: tokens at once, and entries that each may keep."""
 MEASURED = (4_096, 2_048, 1_024)
 """Tokens that nats are measured on, the first that time allows."""
-LENGTHS = (2_000, 7_600, 15_600)
-DOCUMENTS = (24_600, 16_400, 8_200)
+RESULTS = "results.json"
 MARKS = ("<!-- demo:begin -->", "<!-- demo:end -->")
 CURVES = ("memory", "base, truncated", "base, whole", "window + sinks")
 # What a reading costs beside the base's own, which is measured first.
-_COST = {"memory": 2.0, "base, truncated": 0.0, "base, whole": 1.3, "window + sinks": 2.2}
+_COST = {"memory": 2.5, "window + sinks": 1.7}
 
 
 @dataclass
@@ -49,24 +61,31 @@ class Run:
     Attributes:
         folder: for files.
         minutes: how long it may take.
+        base, tokenizer: the model.
         speed: tokens that the base reads in a second here.
+        begun, processor: when it began, and the processor's seconds until then.
         results: everything measured.
     """
 
     folder: Path
     minutes: float
-    speed: float = 0.0
+    base: Any
+    tokenizer: Any
+    speed: float
     begun: float = field(default_factory=time.monotonic)
+    processor: float = field(default_factory=time.process_time)
     results: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left."""
-        return self.minutes * 60 - (time.monotonic() - self.begun)
 
     def fits(self, tokens: float, share: float = 1.0) -> bool:
         """Tell whether reading so many tokens at the base's speed fits a share of what is left."""
-        return tokens / self.speed <= self.left * share
+        left = self.minutes * 60 - (time.monotonic() - self.begun)
+        return tokens / self.speed <= left * share
+
+    def write(self) -> None:
+        """Write what was measured so far."""
+        self.results["seconds"] = round(time.monotonic() - self.begun, 1)
+        self.results["processor_seconds"] = round(time.process_time() - self.processor, 1)
+        write_text(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
 
 
 def say(text: str = "") -> None:
@@ -87,16 +106,21 @@ def main(output: Path, minutes: float = 6.0) -> dict[str, Any]:
     torch.manual_seed(0)
     output.mkdir(parents=True, exist_ok=True)
     place = fetch(MODEL)
-    run = Run(output, minutes)
     base: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(place)
-    run.speed = _speed(base, tokenizer)
+    run = Run(output, minutes, base, tokenizer, _speed(base, tokenizer))
+    settings = {"memory": MEMORY, "reading": READING, "asking": ASKING}
+    run.results |= {"settings": settings, "facts": [], "skipped": []}
     say(f"{MODEL}: SmolLM2-135M-Instruct; it reads {run.speed:.0f} tokens a second here.")
-    _ask(run, base, tokenizer)
-    _find(run, base, tokenizer)
-    _measure(run, base, tokenizer)
-    run.results["seconds"] = round(time.monotonic() - run.begun, 1)
-    write_text(output / "results.json", json.dumps(run.results, indent=2) + "\n")
+    count = max(2, sum(run.fits(n * _COST["memory"], 0.45) for n in LENGTHS))
+    parts = texts.parts(tokenizer, LENGTHS[:count])
+    run.results["skipped"] += [[curve, n] for n in LENGTHS[count:] for curve in CURVES]
+    for part in (_read, _find):
+        part(run, parts)
+        run.write()
+    _measure(run)
+    _show_trained(run)
+    run.write()
     _conclude(run)
     return run.results
 
@@ -110,111 +134,139 @@ def _speed(base: Any, tokenizer: Any) -> float:
     return ids.shape[1] / (time.monotonic() - start)
 
 
-def _ask(run: Run, base: Any, tokenizer: Any) -> None:
-    """Read a document once, save and load what it left, ask, beside the base alone."""
-    cost = _COST["memory"]
-    length: int = next((n for n in DOCUMENTS if run.fits(n * cost + CONTEXT, 0.45)), DOCUMENTS[-1])
-    document = texts.document(tokenizer, length, texts.STORY, texts.STORY_DEPTHS)
-    say(f"\n=== 1. Read {length:,} tokens once (its context: 8,192), ask later\n")
-    model = memwrap.wrap(base, MEMORY, **SETTINGS).eval()
-    start = time.monotonic()
-    state = MemoryReader(model, tokenizer, document, progress=True).state
-    seconds = time.monotonic() - start
+def _read(run: Run, parts: texts.Parts) -> None:
+    """Read the document once, ask on the way, save and load what it left, ask in words."""
+    length, whole = parts.lengths[-1], "\n\n".join(parts.texts)
+    say(f"\n=== 1. Read {length:,} tokens once (the model was trained on 8,192), ask later\n")
+    model = memwrap.wrap(run.base, MEMORY, **READING).eval()
+    state, seconds = _in_parts(run, parts, "memory", model)
     path = run.folder / "document.safetensors"
     state.save(path)
-    reader = MemoryReader(model, tokenizer, memwrap.MemoryState.load(path, model))
-    size = path.stat().st_size
-    say(f"{MEMORY}, no training: {int(state.tokens_seen[0]):,} tokens in {seconds:.0f} s; "
-        f"{path} ({size / 1e6:,.0f} MB), saved and loaded")  # fmt: skip
-    answers = [reader.ask(texts.question(fact)) for fact in texts.STORY]
+    size, count = path.stat().st_size, int(state.tokens_seen[0])
+    say(f"{MEMORY}, no training: {count:,} tokens in {seconds:.0f} s; {path} "
+        f"({size / 1e6:,.0f} MB), saved and loaded")  # fmt: skip
+    state = memwrap.MemoryState.load(path, model)
+    model.memory_settings(MEMORY, **ASKING)
+    shown = [(parts.facts[-1][n], texts.depths(len(parts.facts[-1]))[n]) for n in SHOWN]
+    answers = {"memory": _words(MemoryReader(model, run.tokenizer, state), shown)}
     memwrap.unwrap(model)
-    short = BaseReader(base, tokenizer, document, WINDOW)
-    whole = BaseReader(base, tokenizer, document, CONTEXT)
+    del state, model  # hundreds of MB
+    for curve, most in BASES.items():
+        reader = BaseReader(run.base, run.tokenizer, whole, most)
+        answers[f"{curve} (last {reader.length:,} tokens)"] = _words(reader, shown)
+        _count(run, reader, curve, length, parts.facts[-1])
     rows = []
-    for fact, depth, answer in zip(texts.STORY, texts.STORY_DEPTHS, answers, strict=True):
-        asked = texts.question(fact)
-        given = {"memory": answer, f"base, last {short.length:,} tokens": short.ask(asked),
-                 f"base, last {whole.length:,} tokens": whole.ask(asked)}  # fmt: skip
+    for index, (fact, depth) in enumerate(shown):
         say(f"\n{fact.question} (told at {depth:.0%}: {fact.answer})")
+        given = {name: all_of[index] for name, all_of in answers.items()}
         for name, text in given.items():
-            mark = "found" if texts.found(fact, text) else "-"
-            say(f"  {name:<26}{mark:<7}{' '.join(text.split())}")
-        rows.append({"question": fact.question, "depth": depth, "answers": given,
-                     "found": [texts.found(fact, text) for text in given.values()]})  # fmt: skip
+            say(f"  {name:<40}{text}")
+        rows.append({"question": fact.question, "answer": fact.answer, "answers": given})
     run.results["document"] = {
-        "tokens": length, "seconds": round(seconds, 1), "bytes": size, "questions": rows,
+        "tokens": count, "seconds": round(seconds, 1), "bytes": size, "questions": rows,
     }  # fmt: skip
 
 
-def _find(run: Run, base: Any, tokenizer: Any) -> None:
-    """Ask for facts at five depths of texts of several lengths."""
-    depths = tuple((i + 0.5) / len(texts.PLANTED) for i in range(len(texts.PLANTED)))
-    say(f"\n=== 2. {len(depths)} facts in texts of several lengths: how many are found\n")
-    cells: list[SimpleNamespace] = []
-    skipped: list[int] = []
-    for length in LENGTHS:
-        needed = [name for name in CURVES if name != "base, whole" or length <= CONTEXT]
-        if cells and not run.fits(length * sum(_COST[name] for name in needed) + 2000, 0.7):
-            skipped.append(length)
-            continue
-        document = texts.document(tokenizer, length, texts.PLANTED, depths)
-        for curve in needed:
-            model = _of_curve(base, curve)
-            reader: Reader = (
-                MemoryReader(model, tokenizer, document) if model is not None
-                else BaseReader(base, tokenizer, document, WINDOW if "trunc" in curve else CONTEXT)
-            )  # fmt: skip
-            hits = [float(texts.found(f, reader.ask(texts.question(f)))) for f in texts.PLANTED]
-            if model is not None:
-                memwrap.unwrap(model)
-            cells.append(SimpleNamespace(curve=curve, length=length, depth=hits))
-            say(f"  {length:>6,} tokens  {curve:<18}{sum(hits):.0f} of {len(hits)}   "
-                f"by depth: {' '.join('x' if h else '.' for h in hits)}")  # fmt: skip
-    plot_depths(cells, run.folder / "facts.png")
-    run.results["facts"] = [vars(cell) for cell in cells]
-    run.results["skipped"] = skipped
-    if skipped:
-        say(f"  (left out, as the time is short here: {', '.join(f'{n:,}' for n in skipped)})")
+def _words(reader: Reader, shown: list[tuple[texts.Fact, float]]) -> list[str]:
+    return [" ".join(reader.ask(texts.question(fact)).split()) for fact, _ in shown]
 
 
-def _of_curve(base: Any, curve: str) -> Any:
-    if curve == "memory":
-        return memwrap.wrap(base, MEMORY, **SETTINGS).eval()
-    if curve == "window + sinks":
-        config = memwrap.WindowConfig(segment_size=WINDOW // 2, window_size=WINDOW - 4, num_sinks=4)
-        return memwrap.wrap(base, config).eval()
-    return None
+def _in_parts(
+    run: Run, parts: texts.Parts, curve: str, model: Any
+) -> tuple[memwrap.MemoryState, float]:
+    """Read the document once, and at each of the lengths ask for that length's facts.
+
+    Returns:
+        What the whole document left, and the seconds of reading.
+    """
+    state, seconds = None, 0.0
+    for text, length, facts in zip(parts.texts, parts.lengths, parts.facts, strict=True):
+        start = time.monotonic()
+        state = read_document(model, run.tokenizer, text, state, progress=curve == "memory")
+        seconds += time.monotonic() - start
+        if curve == "memory":
+            before = model.memory_settings(MEMORY, **ASKING)
+            _count(run, MemoryReader(model, run.tokenizer, state), curve, length, facts)
+            model.memory_settings(MEMORY, **before)
+        elif length > LOOKS:  # a shorter text it holds as a whole, as the base does
+            _count(run, MemoryReader(model, run.tokenizer, state), curve, length, facts)
+    return state, seconds  # type: ignore[return-value]
 
 
-def _measure(run: Run, base: Any, tokenizer: Any) -> None:
+def _find(run: Run, parts: texts.Parts) -> None:
+    """Ask the controls for the same facts, and show which were found by whom."""
+    say(f"\n=== 2. {len(parts.facts[0])} facts at each of several lengths: which are found\n")
+    for index, (length, facts) in enumerate(zip(parts.lengths, parts.facts, strict=True)):
+        if length == parts.lengths[-1]:
+            continue  # counted already
+        text = "\n\n".join(parts.texts[: index + 1])
+        for curve, most in BASES.items():
+            _count(run, BaseReader(run.base, run.tokenizer, text, most), curve, length, facts)
+    if run.fits(parts.lengths[-1] * _COST["window + sinks"], 0.7):
+        config = memwrap.WindowConfig(segment_size=512, window_size=LOOKS - 4, num_sinks=4)
+        model = memwrap.wrap(run.base, config).eval()
+        _in_parts(run, parts, "window + sinks", model)
+        memwrap.unwrap(model)
+    else:
+        run.results["skipped"].append(["window + sinks", parts.lengths[-1]])
+    cells = run.results["facts"]
+    cells.sort(key=lambda cell: (CURVES.index(cell["curve"]), cell["length"]))
+    for cell in cells:
+        marks = " ".join("x" if hit else "." for hit in cell["depth"])
+        say(f"  {cell['curve']:<18}{cell['length']:>6,} tokens  {sum(cell['depth']):.0f} of "
+            f"{len(cell['depth'])}   by depth: {marks}")  # fmt: skip
+    plot_depths([SimpleNamespace(**cell) for cell in cells], run.folder / "facts.png")
+    if run.results["skipped"]:
+        names = "; ".join(f"{curve} at {length:,}" for curve, length in run.results["skipped"])
+        say(f"  (left out, as the time is short here: {names})")
+
+
+def _count(
+    run: Run, reader: Reader, curve: str, length: int, facts: tuple[texts.Fact, ...]
+) -> None:
+    """Ask a reader for facts and note which it knows."""
+    hits = [float(reader.knows(fact)) for fact in facts]
+    run.results["facts"].append({"curve": curve, "length": length, "depth": hits})
+    run.write()
+
+
+def _key(cell: dict[str, Any]) -> tuple[str, int]:
+    return cell["curve"], cell["length"]
+
+
+def _measure(run: Run) -> None:
     """Compare nats per token of memories whose states have the same size."""
+    slots = ROWS // 4
     configs: dict[str, memwrap.MemoryConfig] = {
         "window + sinks": memwrap.WindowConfig(
             segment_size=SEGMENT, window_size=ROWS - 4, num_sinks=4
         ),
+        "compact": memwrap.CompactConfig(
+            segment_size=SEGMENT, memory_size=ROWS - slots - 4, slots=slots, num_sinks=4
+        ),
+        "extended_mind": memwrap.ExtendedMindConfig(segment_size=SEGMENT, cache_size=ROWS),
         "compressive (mean)": memwrap.CompressiveConfig(
             segment_size=SEGMENT, memory_size=ROWS // 2, compressed_size=ROWS // 2
         ),
-        "extended_mind": memwrap.ExtendedMindConfig(segment_size=SEGMENT, cache_size=ROWS),
     }
     fitting = (n for n in MEASURED if run.fits(n * 2.2 * len(configs), 0.9))
     length = next(fitting, MEASURED[-1])
     say(f"\n=== 3. Nats per token of {length:,} tokens, with {ROWS} entries a layer each\n")
-    ids = tokenizer(texts.prose(), add_special_tokens=False, verbose=False)["input_ids"][:length]
+    ids = run.tokenizer(texts.prose(), add_special_tokens=False, verbose=False)["input_ids"]
     step = length // 4
-    found: dict[str, dict[str, Any]] = {}
+    costs: dict[str, dict[str, Any]] = {}
     for name, config in configs.items():
-        model = memwrap.wrap(base, config).eval()
-        values, sizes = nats(model, ids, SEGMENT)
+        model = memwrap.wrap(run.base, config).eval()
+        values, sizes = nats(model, ids[:length], SEGMENT)
         memwrap.unwrap(model)
         means = [sum(values[a : a + step]) / len(values[a : a + step])
                  for a in range(0, length - 1, step)]  # fmt: skip
-        found[name] = {"nats": means, "mean": sum(values) / len(values), "bytes": max(sizes)}
+        costs[name] = {"nats": means, "mean": sum(values) / len(values), "bytes": max(sizes)}
         say(f"  {name:<20}{max(sizes) / 1e6:>5.0f} MB   "
-            f"{'  '.join(f'{m:.3f}' for m in means)}   mean {found[name]['mean']:.3f}")  # fmt: skip
-    run.results["nats"] = {"tokens": length, "step": step, "memories": found}
+            f"{'  '.join(f'{m:.3f}' for m in means)}   mean {costs[name]['mean']:.3f}")  # fmt: skip
+    run.results["nats"] = {"tokens": length, "step": step, "memories": costs}
     figure, (panel,) = _figure(1)
-    for index, (name, of) in enumerate(found.items()):
+    for index, (name, of) in enumerate(costs.items()):
         places = [step * (i + 0.5) for i in range(len(of["nats"]))]
         panel.plot(places, of["nats"], label=f"{name}, {of['bytes'] / 1e6:.0f} MB",
                    color=COLOURS[index], marker=MARKERS[index], markersize=4)  # fmt: skip
@@ -225,20 +277,44 @@ def _measure(run: Run, base: Any, tokenizer: Any) -> None:
     _save(figure, run.folder / "nats.png")
 
 
+def _show_trained(run: Run) -> None:
+    """Measure the shipped trained memory, where there is one."""
+    found = trained(run.base, run.tokenizer)
+    if found is None:
+        return
+    run.results["trained"] = found
+    say(f"\n=== 4. {ADAPTER}, a trained memory: share of facts known, by tokens of text\n")
+    for curve, shares in found["curves"].items():
+        parts = "   ".join(f"{int(n):>5,}: {share:.2f}" for n, share in shares.items())
+        say(f"  {curve:<22}{parts}")
+
+
 def conclusions(results: dict[str, Any]) -> list[str]:
     """Say in three sentences what the numbers of a run show."""
     document, cells = results["document"], results["facts"]
-    told = [row["found"] for row in document["questions"]]
-    memory, short, whole = (sum(column) for column in zip(*told, strict=True))
+    counts = {_key(cell): int(sum(cell["depth"])) for cell in cells}
+    lengths = sorted({cell["length"] for cell in cells})
+    total = len(cells[0]["depth"])
+
+    def row(curve: str) -> str:
+        known = [(counts[curve, n], n) for n in lengths if (curve, n) in counts]
+        return ", ".join(f"{count} at {n:,}" for count, n in known)
+
+    longest = lengths[-1]
     first = (
-        f"Of {len(told)} facts in {document['tokens']:,} tokens the memory found {memory}, the "
-        f"base with the last {WINDOW:,} tokens {short}, with all its context holds {whole}; it "
-        f"was read once, in {document['seconds']:.0f} s, into {document['bytes'] / 1e6:,.0f} MB."
+        f"A document of {document['tokens']:,} tokens was read once, in {document['seconds']:.0f} "
+        f"s, into a file of {document['bytes'] / 1e6:,.0f} MB; of {total} facts in it the memory "
+        f"found {counts['memory', longest]}, the base with all that its context holds "
+        f"{counts['base, whole', longest]}, with the last {BASES['base, truncated']:,} tokens "
+        f"{counts['base, truncated', longest]}."
     )
-    longest = max(cell["length"] for cell in cells)
-    counts = {c["curve"]: int(sum(c["depth"])) for c in cells if c["length"] == longest}
-    parts = ", ".join(f"{name} {count}" for name, count in counts.items())
-    second = f"At {longest:,} tokens {len(cells[0]['depth'])} facts were asked for: {parts}."
+    second = f"By length of the text the memory found {row('memory')} tokens, the base with the "
+    second += f"whole text or its last {CONTEXT:,} tokens {row('base, whole')}"
+    if row("window + sinks"):
+        second += f", a window of {LOOKS:,} with sinks {row('window + sinks')}"
+    if ("memory", lengths[0]) in counts:
+        lost = counts["memory", lengths[0]] - counts["memory", longest]
+        second += f"; from the shortest to the longest the memory lost {max(lost, 0)}"
     means = {name: values["mean"] for name, values in results["nats"]["memories"].items()}
     best = min(means, key=lambda name: means[name])
     gap = means["window + sinks"] - means[best]
@@ -249,7 +325,7 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         else f"With states of the same size {best} predicts the next word best, by {gap:.3f} nats "
         "a token over the window with sinks."
     )
-    return [first, second, third]
+    return [first, second + ".", third]
 
 
 def publish(folder: Path, readme: Path) -> None:
@@ -259,32 +335,34 @@ def publish(folder: Path, readme: Path) -> None:
         folder: of the run.
         readme: the page.
     """
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     figures = readme.parent / "docs" / "figures"
     for name in ("facts", "nats"):
         (figures / f"demo_{name}.png").write_bytes((folder / f"{name}.png").read_bytes())
     depths = len(results["facts"][0]["depth"])
     lengths = sorted({cell["length"] for cell in results["facts"]})
-    counts = {(c["curve"], c["length"]): f"{sum(c['depth']):.0f}" for c in results["facts"]}
+    counts = {_key(cell): f"{sum(cell['depth']):.0f}" for cell in results["facts"]}
     rows = [
-        ["of " + str(depths), *(f"{n:,} tokens" for n in lengths)],
+        [f"found of {depths}", *(f"{n:,} tokens" for n in lengths)],
         ["---"] * (1 + len(lengths)),
     ]
     rows += [[curve, *(counts.get((curve, n), "-") for n in lengths)] for curve in CURVES]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     text = "\n".join(f"- {sentence}" for sentence in conclusions(results))
+    picture = "![Facts found by depth and length](docs/figures/demo_facts.png)"
     begin, end = MARKS
     before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
-    write_text(readme, f"{before}{begin}\n\n{table}\n\n{text}\n\n{end}{after}")
+    write_text(readme, f"{before}{begin}\n\n{table}\n\n{picture}\n\n{text}\n\n{end}{after}")
 
 
 def _conclude(run: Run) -> None:
     say("\n=== What this run shows\n")
     for sentence in conclusions(run.results):
         say(sentence)
-    seconds = run.results["seconds"]
-    say(f"\n{seconds:.0f} s in all; pictures and numbers are in {run.folder}")
+    seconds, processor = run.results["seconds"], run.results["processor_seconds"]
+    say(f"\n{seconds:.0f} s in all, {processor:.0f} s of processors; pictures and numbers are in "
+        f"{run.folder}")  # fmt: skip
 
 
 __all__ = ["Run", "conclusions", "main", "publish"]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Protocol
 
 import torch
 
 import memwrap
 from memwrap.backbones.cache_names import CACHE
-from memwrap.chat import Conversation, read_document
+from memwrap.chat import Conversation
 from memwrap.chat.first_turn import cut_document
+from memwrap.chat.held import Held
 from memwrap.chat.turns import Turns, under
+from memwrap.cli.demo_texts import Fact, question
 
 ANSWER_TOKENS = 20
 
@@ -21,6 +22,23 @@ class Reader(Protocol):
 
     def ask(self, question: str) -> str:
         """Answer one question from the document alone."""
+
+    def knows(self, fact: Fact) -> bool:
+        """Tell whether each token of the fact's answer is the most likely one, in a turn that
+        answers the question and has begun as the fact does."""
+
+
+def _answer(turns: Turns, messages: list[dict[str, str]], fact: Fact) -> tuple[list[int], int]:
+    """Compute the ids of a chat up to the end of the answer, and how many of them are that."""
+    before, _, _ = fact.sentence.partition(fact.answer)
+    begun = turns.text(messages) + before.rstrip()
+    ids = turns.encode(f"{begun} {fact.answer}")
+    return ids, len(ids) - len(turns.encode(begun))
+
+
+def _first_choices(logits: torch.Tensor, ids: list[int], count: int) -> bool:
+    """Tell whether the last ids are what logits `(T, V)` of the tokens so far have chosen."""
+    return logits[-count - 1 : -1].argmax(-1).tolist() == ids[-count:]
 
 
 class BaseReader:
@@ -43,40 +61,56 @@ class BaseReader:
             out = base(torch.tensor([prefix]), use_cache=True, logits_to_keep=1)
         self.cache = out[CACHE]
 
+    @torch.no_grad()
+    def knows(self, fact: Fact) -> bool:
+        content = under(self.text, question(fact))
+        ids, count = _answer(self.turns, [{"role": "user", "content": content}], fact)
+        new = torch.tensor([ids[self.length :]])
+        logits = self.base(new, **{CACHE: self.cache}, logits_to_keep=count + 1).logits[0]
+        self._back()
+        return _first_choices(logits, ids, count)
+
     def ask(self, question: str) -> str:
         content = under(self.text, question)
         ids = torch.tensor([self.turns.ids([{"role": "user", "content": content}])])
-        own: dict[str, Any] = {CACHE: copy.deepcopy(self.cache)}
         out = self.base.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS,
-            do_sample=False, pad_token_id=self.tokenizer.pad_token_id, **own,
+            do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
+            **{CACHE: self.cache},
         )  # fmt: skip
+        self._back()
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def _back(self) -> None:
+        """Take the question and its answer back."""
+        self.cache.crop(self.length - self.cache.get_seq_length())
 
 
 class MemoryReader:
-    """A memory model and the state that a document left.
+    """A memory model and the state that a document left (`memwrap.chat.read_document`).
 
     Args:
         model: a memwrap model.
         tokenizer: its tokenizer.
-        document: text, or a state.
-        progress: show a bar.
+        state: the state.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        document: str | memwrap.MemoryState,
-        progress: bool = False,
-    ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.state = (
-            read_document(model, tokenizer, document, progress=progress)
-            if isinstance(document, str)
-            else document
-        )
+    def __init__(self, model: Any, tokenizer: Any, state: memwrap.MemoryState) -> None:
+        self.model, self.tokenizer, self.state = model, tokenizer, state
+
+    @torch.no_grad()
+    def knows(self, fact: Fact) -> bool:
+        turns = Turns(self.tokenizer)
+        held = Held.of(self.state, turns)
+        if held is None:
+            raise ValueError("The state was not read as a document in a chat turn.")
+        asked = held.messages([{"role": "user", "content": question(fact)}])
+        ids, count = _answer(turns, asked, fact)
+        own: dict[str, Any] = {CACHE: self.state.clone()}
+        logits = self.model(
+            torch.tensor([ids[held.read :]]), **own, logits_to_keep=count + 1
+        ).logits
+        return _first_choices(logits[0], ids, count)
 
     def ask(self, question: str) -> str:
         settings = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False}

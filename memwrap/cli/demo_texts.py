@@ -18,18 +18,7 @@ class Fact:
     answer: str
 
 
-STORY = (
-    Fact("The lighthouse keeper of Port Ellery is called Marta Quill.",
-         "What is the lighthouse keeper of Port Ellery called?", "Marta Quill"),
-    Fact("In 1931 the archive of Lindholm was moved to the city of Varberg.",
-         "To which city was the archive of Lindholm moved in 1931?", "Varberg"),
-    Fact("The key to the boat house hangs behind the green piano.",
-         "Where does the key to the boat house hang?", "piano"),
-)  # fmt: skip
-"""Three facts in the long document, at 10, 50 and 85 % of it."""
-STORY_DEPTHS = (0.10, 0.50, 0.85)
-
-PLANTED = (
+FACTS = (
     Fact("The Tarn regatta was won by a boat with the name Silver Wren.",
          "What is the name of the boat that won the Tarn regatta?", "Silver Wren"),
     Fact("The baker of Ostrava puts cardamom into every loaf.",
@@ -39,9 +28,47 @@ PLANTED = (
     Fact("The violin of Aunt Henrike was made in the town of Mittenwald.",
          "In which town was the violin of Aunt Henrike made?", "Mittenwald"),
     Fact("The favourite food of the old tiger in the zoo of Lublin is smoked herring.",
-         "What is the favourite food of the old tiger in the zoo of Lublin?", "herring"),
+         "What is the favourite food of the old tiger in the zoo of Lublin?", "smoked herring"),
+    Fact("The lighthouse keeper of Port Ellery is called Marta Quill.",
+         "What is the lighthouse keeper of Port Ellery called?", "Marta Quill"),
+    Fact("In 1931 the archive of Lindholm was moved to the city of Varberg.",
+         "To which city was the archive of Lindholm moved in 1931?", "Varberg"),
+    Fact("The key to the boat house hangs behind the green piano.",
+         "Where does the key to the boat house hang?", "green piano"),
+    Fact("The mountain hut on the Gralspitze is heated with dried peat.",
+         "What is the mountain hut on the Gralspitze heated with?", "dried peat"),
+    Fact("The youngest daughter of Captain Brandt became a glassblower.",
+         "What did the youngest daughter of Captain Brandt become?", "glassblower"),
+    Fact("The clock of the town hall in Kessel always stops at a quarter past nine.",
+         "When does the clock of the town hall in Kessel always stop?", "quarter past nine"),
+    Fact("The painter Ines Valdor mixed her blue from crushed mussels.",
+         "What did the painter Ines Valdor mix her blue from?", "crushed mussels"),
+    Fact("The ferry to the island of Sarn leaves from the harbour of Dunmore.",
+         "From which harbour does the ferry to the island of Sarn leave?", "Dunmore"),
+    Fact("The winter coat of the postman in Halden is lined with rabbit fur.",
+         "What is the winter coat of the postman in Halden lined with?", "rabbit fur"),
+    Fact("Professor Lindqvist wrote his letters with a pencil made of cedar.",
+         "What was the pencil of Professor Lindqvist made of?", "cedar"),
+    Fact("The cellar of the monastery at Corvin holds nine thousand bottles of cider.",
+         "What do the bottles in the cellar of the monastery at Corvin hold?", "cider"),
+    Fact("The horse of the miller in Tolna is called Barnaby.",
+         "What is the horse of the miller in Tolna called?", "Barnaby"),
+    Fact("The bridge over the river Asker was built by prisoners from Malta.",
+         "Where did the prisoners come from who built the bridge over the river Asker?", "Malta"),
+    Fact("The choir of Saint Odile sings every Thursday in the railway station.",
+         "Where does the choir of Saint Odile sing every Thursday?", "railway station"),
+    Fact("The gardener of Castle Rhune grows black tulips in copper kettles.",
+         "What does the gardener of Castle Rhune grow in copper kettles?", "black tulips"),
+    Fact("The last passenger of the night train to Zagora carried a stuffed owl.",
+         "What did the last passenger of the night train to Zagora carry?", "stuffed owl"),
+    Fact("The school in Nordvik was painted yellow after the great storm.",
+         "Which colour was the school in Nordvik painted after the great storm?", "yellow"),
+    Fact("The secret of Mrs Abernathy's soup is a spoonful of honey.",
+         "What is the secret of Mrs Abernathy's soup?", "spoonful of honey"),
+    Fact("The watchmaker Emil Faro lost his left thumb in Lisbon.",
+         "In which city did the watchmaker Emil Faro lose his left thumb?", "Lisbon"),
 )  # fmt: skip
-"""Facts in the middle of each fifth of a text."""
+"""Invented facts. Each length that the demo asks at has its own: every third of them."""
 
 
 def question(fact: Fact) -> str:
@@ -63,29 +90,50 @@ def prose() -> str:
     return "\n\n".join(" ".join(d.text.split()) for d in chapters)
 
 
-def planted(text: str, facts: tuple[Fact, ...], depths: tuple[float, ...]) -> str:
-    """Put facts between the sentences of a text.
+@dataclass(frozen=True)
+class Parts:
+    """A document in parts, each of which ends where the demo asks.
+
+    Attributes:
+        texts: the parts; a document as long as `lengths[n]` is the first `n + 1` of them.
+        lengths: tokens of these documents, about.
+        facts: of each length: its facts, in the middle of equal shares of the document.
+    """
+
+    texts: list[str]
+    lengths: tuple[int, ...]
+    facts: list[tuple[Fact, ...]]
+
+
+def parts(tokenizer: Any, lengths: tuple[int, ...]) -> Parts:
+    """Plant the facts of every length between the sentences of one document.
 
     Args:
-        text: sentences.
-        facts: one for each depth.
-        depths: shares of the text before each.
+        tokenizer: counts.
+        lengths: where it is asked, from the shortest to the whole.
     """
-    sentences = text.split(". ")
-    for fact, depth in sorted(zip(facts, depths, strict=True), key=lambda x: -x[1]):
-        sentences.insert(round(depth * len(sentences)), fact.sentence.rstrip("."))
-    return ". ".join(sentences)
+    total = lengths[-1]
+    ids = tokenizer(prose(), add_special_tokens=False, verbose=False)["input_ids"][:total]
+    sentences = tokenizer.decode(ids).split(". ")
+    facts = [FACTS[index :: len(lengths)] for index in range(len(lengths))]
+    cuts = [round(length / total * len(sentences)) for length in lengths]
+    places: list[tuple[int, str]] = []
+    for cut, own in zip(cuts, facts, strict=True):
+        places += [(round(depth * cut), fact.sentence.rstrip(".")) for depth, fact in
+                   zip(depths(len(own)), own, strict=True)]  # fmt: skip
+    texts = []
+    for begin, end in zip([0, *cuts], cuts, strict=False):
+        part = sentences[begin:end]
+        inside = sorted(((n, s) for n, s in places if begin <= n < end), reverse=True)
+        for place, sentence in inside:
+            part.insert(place - begin, sentence)
+        texts.append(". ".join(part) + ".")
+    return Parts(texts, lengths, facts)
 
 
-def document(
-    tokenizer: Any, tokens: int, facts: tuple[Fact, ...], depths: tuple[float, ...]
-) -> str:
-    """Cut a document of about so many tokens, with facts in it."""
-    ids = tokenizer(prose(), add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-    return planted(tokenizer.decode(ids), facts, depths)
+def depths(count: int) -> list[float]:
+    """Say where facts stand: in the middle of equal shares of a document."""
+    return [(place + 0.5) / count for place in range(count)]
 
 
-__all__ = [
-    "PLANTED", "STORY", "STORY_DEPTHS", "Fact", "document", "found", "planted", "prose",
-    "question",
-]  # fmt: skip
+__all__ = ["FACTS", "Fact", "Parts", "depths", "found", "parts", "prose", "question"]

@@ -29,6 +29,9 @@ def serve(
     states: Annotated[
         Path | None, typer.Option(help="Folder of the named states' files; may be shared.")
     ] = None,
+    save_all: Annotated[
+        bool, typer.Option("--save-all", help="Write every state to its file at once.")
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name for clients.")] = None,
@@ -66,7 +69,7 @@ def serve(
     )
     loaded = load_model(model, dtype, memory, settings)
     tokenizer = load_tokenizer(model, loaded)
-    named = NamedStates(loaded, states, limits.state_bytes)
+    named = NamedStates(loaded, states, limits.state_bytes, save_all)
     application = create_app(
         Engine(loaded, tokenizer, limits), named, name=name or Path(model).name, api_key=key
     )

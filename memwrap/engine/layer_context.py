@@ -65,8 +65,12 @@ class LayerContext:
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         self.seen.add(layer)
-        for _, memory, state in self._at(layer, self.layered):
-            hidden = narrowed(memory.read_layer(layer, hidden, state), hidden.dtype)
+        for name, memory, state in self._at(layer, self.layered):
+            read = narrowed(memory.read_layer(layer, hidden, state), hidden.dtype)
+            suffix = self.suffixes.get(name, slice(0))
+            if self.closing and not memory.suffix_reads and suffix != slice(0):
+                read = _with_columns(read, hidden, suffix)
+            hidden = read
         return hidden
 
     def after_layer(self, layer: int, hidden: Tensor) -> None:
@@ -149,6 +153,12 @@ class LayerContext:
 
 def _with_layers(tree: Tree, layers: Tree) -> Tree:
     return {**tree, "layers": {**tree["layers"], **layers}} if layers else tree
+
+
+def _with_columns(x: Tensor, other: Tensor, columns: slice) -> Tensor:
+    """Take `columns` of `x` `(B, T, D)` from another tensor."""
+    first, end, _ = columns.indices(x.shape[1])
+    return torch.cat([x[:, :first], other[:, first:end], x[:, end:]], 1)
 
 
 @dataclass

@@ -28,6 +28,11 @@ CURVES = (MEMORY, OFF, SHUFFLED, TRUNCATED, FULL, WINDOW)
 SINKS = 4
 
 
+def own_context(model: MemoryModelForCausalLM) -> int:
+    """Count the tokens that the backbone alone was trained to see at once."""
+    return int(model.parts.config.max_position_embeddings)
+
+
 @contextmanager
 def windowed(
     model: MemoryModelForCausalLM, window: int, batch: int
@@ -66,5 +71,5 @@ def windowed(
 
 __all__ = [
     "CURVES", "FULL", "MEMORY", "OFF", "SHUFFLED", "SINKS", "TRUNCATED", "WINDOW",
-    "lora_disabled", "windowed",
+    "lora_disabled", "own_context", "windowed",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from memwrap.evaluation.controls import (
     SHUFFLED,
     TRUNCATED,
     WINDOW,
+    own_context,
     windowed,
 )
 from memwrap.evaluation.measure import peak_memory
@@ -87,9 +88,9 @@ class PerplexityResult:
         """
         if values.get("format") != "memwrap-perplexity" or values.get("version") != VERSION:
             raise ValueError("This is no perplexity result of this version of memwrap.")
-        own = {k: v for k, v in values.items() if k not in ("format", "version")}
-        own["curves"] = {name: Curve(**curve) for name, curve in own["curves"].items()}
-        return cls(**own)
+        fields = {k: v for k, v in values.items() if k not in ("format", "version")}
+        fields["curves"] = {name: Curve(**curve) for name, curve in fields["curves"].items()}
+        return cls(**fields)
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON."""
@@ -130,7 +131,7 @@ def perplexity_by_position(
         controls: which curves stand beside "memory". For a memory with branches (a linearized
             model) also "only window" and "only recurrent".
         window: tokens of a window of "base, truncated", and of window and sinks together
-            (default: the backbone's context, at most 2,048).
+            (default: the backbone's context).
         full_context_tokens: how far "base, full context" is followed (default: 4 windows).
         piece_tokens: tokens fed at once, rounded to whole segments; changes no result.
         base: an empty dict takes up what the base alone gave on these documents, a filled one
@@ -153,7 +154,7 @@ def perplexity_by_position(
         allowed = ", ".join([*CURVES[1:], *branches])
         raise ValueError(f"Unknown controls {unknown}; allowed: {allowed}.")
     size = model.segment_size
-    window = window or min(model.parts.config.max_position_embeddings, 2048)
+    window = window or own_context(model)
     rows = [torch.as_tensor(d) for d in documents]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
     lengths = torch.tensor([len(r) for r in rows])
@@ -171,19 +172,19 @@ def perplexity_by_position(
         readers[name] = partial(_branch, model, ids, mask, piece, branch, progress)
     was_training = model.training
     model.eval()
-    found: dict[str, Reading] = {}
+    readings: dict[str, Reading] = {}
     try:
         with torch.no_grad():
             for name in (MEMORY, *controls):
                 known = (base or {}).get(name)
-                found[name] = _timed(readers[name], model.device) if known is None else known
+                readings[name] = _timed(readers[name], model.device) if known is None else known
                 if base is not None and name in (TRUNCATED, FULL, WINDOW):
-                    base[name] = found[name]
+                    base[name] = readings[name]
     finally:
         model.train(was_training)
     result = PerplexityResult(_edges(size, ids.shape[1]), size, window, len(rows))
-    for name, reading in found.items():
-        result.curves[name] = _curve(reading, found[MEMORY][0], result.edges)
+    for name, reading in readings.items():
+        result.curves[name] = _curve(reading, readings[MEMORY][0], result.edges)
     return result
 
 
@@ -231,9 +232,9 @@ def _memory(
     state, loop = model.new_state(ids.shape[0]), model.loop()
     name = MEMORY if control is None else f"memory {control}"
     for first in tqdm(range(0, ids.shape[1], piece), desc=name, disable=not progress):
-        part, own = ids[:, first : first + piece], mask[:, first : first + piece]
+        part, part_mask = ids[:, first : first + piece], mask[:, first : first + piece]
         reading = loop(
-            check_inputs(part, None, own),
+            check_inputs(part, None, part_mask),
             state,
             hidden_from=0,
             collect=model._collected,

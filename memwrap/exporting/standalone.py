@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from memwrap.backbones import Backbone
+from memwrap.backbones.auto_classes import auto_class
 from memwrap.io.whole_folders import rewriting
 from memwrap.model.limits import building
 from memwrap.model.weight_files import (
@@ -90,11 +92,11 @@ class SavingMixin:
         )
         kind = own.backbone.dtype if dtype in (None, "auto") else dtype
         with building(saved.tensors, folder / CONFIG):
-            base = AutoModelForCausalLM.from_config(
+            base = auto_class(own.backbone).from_config(
                 copy.deepcopy(own.backbone), dtype=kind, trust_remote_code=False, **options
             )
             own.backbone = copy.deepcopy(base.config)
-            model: Any = cls(own, base)  # type: ignore[call-arg]
+            model: Any = cls(own, Backbone(base))  # type: ignore[call-arg]
         check_names(model, saved.tensors, set(model.state_dict()), folder)
         put_weights(model, saved.tensors, folder)
         if saved.generation_config is not None:

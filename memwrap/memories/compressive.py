@@ -38,8 +38,8 @@ class CompressiveConfig(MemoryConfig):
         compressed_size: n_cm, compressed rows.
         compression_rate: c.
         compression: `"mean"` or `"max"` pooling and `"most_used"` (the rows that got the most
-            attention stay) need no training; `"conv"` and `"dilated_conv"` are learned and start
-            as mean pooling.
+            attention stay) have nothing to train; `"conv"` and `"dilated_conv"` are learned and
+            start as mean pooling.
         store: `"kv"`, un-rotated keys and values, or `"hidden"`, the attention's inputs, which
             are projected again at every read (they follow a W_k and W_v in training).
         positions: a row's place: `"index"`, one place a row, which stays in the trained range, or
@@ -51,6 +51,7 @@ class CompressiveConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "compressive"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
 
     memory_size: PositiveInt = 512
     compressed_size: PositiveInt = 512

@@ -34,6 +34,12 @@ class MemoryConfig(Settings):
     """
 
     name: ClassVar[str] = ""
+    not_in_state: ClassVar[frozenset[str]] = frozenset(
+        {"bptt_segments", "loss_on", "length_spread"}
+    )
+    """Fields of this class on which no state depends, beside those of its base classes: how much is
+    looked up, how it is mixed in, how it is trained. A state that was read with other values of
+    them can be continued; `model.memory_settings` changes them. All others are in the signature."""
 
     segment_size: PositiveInt = 512
     bptt_segments: PositiveInt | None = None
@@ -45,6 +51,22 @@ class MemoryConfig(Settings):
     def detach_before(self, segment: int) -> bool:
         """Tell whether gradients are cut between segment `segment - 1` and `segment` of a call."""
         return self.bptt_segments is not None and segment % self.bptt_segments == 0
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        free = vars(cls).get("not_in_state", frozenset())
+        for name in sorted(free - {entry.name for entry in fields(cls)}):
+            raise TypeError(f"{cls.__name__}.not_in_state names {name!r}, which is no field of it.")
+
+    @classmethod
+    def free_fields(cls) -> frozenset[str]:
+        """Collect the fields on which no state depends."""
+        return frozenset().union(*(vars(c).get("not_in_state", ()) for c in cls.__mro__))
+
+    def signature(self) -> dict[str, Any]:
+        """Return what a state must have been read with: the fields on which it depends."""
+        free = self.free_fields()
+        return {name: value for name, value in self.to_dict().items() if name not in free}
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict with the memory's `name`."""
@@ -68,6 +90,12 @@ class MemoryConfig(Settings):
                 hint = f"did you mean `{near[0]}`?" if near else f"allowed: {', '.join(known)}."
                 raise ValueError(f"{cls.__name__} has no field `{key}`; {hint}")
         return cls(**values)
+
+    @classmethod
+    def on_pretrained(cls) -> dict[str, Any]:
+        """Return fields with which training on a pretrained model begins where it was measured to
+        go well, for `memwrap train --model` (default: the defaults)."""
+        return {}
 
     @classmethod
     def tiny(cls) -> MemoryConfig:

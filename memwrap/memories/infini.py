@@ -39,6 +39,7 @@ class InfiniConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "infini"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"gate_init", "gate_learning_rate"})
 
     update: Literal["linear", "delta"] = "linear"
     gate_init: GateLogit = -3.0

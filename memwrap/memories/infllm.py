@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
@@ -52,11 +53,11 @@ class InfLLMConfig(MemoryConfig):
             while it was in the window (as the published code has it), or `"dot_product"`, its
             inner products with the queries behind it (as the paper has it).
         selection: `"causal"`: units are selected at every `retrieval_interval`-th token of a
-            segment, by the mean query since the last selection; or `"block"`: by the mean query
-            of all tokens of a segment that a call brings, as published. That looks ahead, and
-            its results depend on how text is fed.
-        retrieval_interval: tokens that share one selection; 1 is what the published code does
-            while it generates.
+            segment, by the mean query since the last selection; `"block"`: by the mean query of
+            all tokens of a segment that a call brings, as published: it looks ahead, and depends on
+            how text is fed; `"question"`: as `"block"`, but single tokens, as they are generated,
+            keep what the question selected.
+        retrieval_interval: tokens that share one selection; published: 1 while generating.
         window_mask: `"corrected"`, or `"published"`, where the first queries of an execution block
             see tokens at the window's edge twice.
         offload: keep units in the host's memory.
@@ -66,6 +67,9 @@ class InfLLMConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "infllm"
+    not_in_state: ClassVar[frozenset[str]] = frozenset(
+        {"top_k", "retrieval_interval", "selection", "cache_size"}
+    )
 
     window_size: PositiveInt = 4096
     num_sinks: NonNegativeInt = 128
@@ -73,7 +77,7 @@ class InfLLMConfig(MemoryConfig):
     top_k: PositiveInt = 16
     num_representatives: PositiveInt = 4
     score: Literal["attention", "dot_product"] = "attention"
-    selection: Literal["causal", "block"] = "causal"
+    selection: Literal["causal", "block", "question"] = "causal"
     retrieval_interval: PositiveInt = 8
     window_mask: Literal["corrected", "published"] = "corrected"
     offload: bool = False
@@ -105,7 +109,7 @@ class InfLLMMemory(AttentionMemory):
     and tokens past the window stand at the constant distance l_L - 1 from every query.
     """
 
-    claims = Claims(neutral_start=True, bounded=False)
+    claims = Claims(neutral_start=True, bounded=False, lengthens=True)
     counts_positions = True
 
     config: InfLLMConfig
@@ -117,11 +121,15 @@ class InfLLMMemory(AttentionMemory):
         chosen = free or list(sizes.attention)
         self.retrieving = set(chosen if config.layers is None else attending_layers(config, sizes))
         self.where = HOST if config.offload else "units"
-        self.slots = {n: SlotCache(config.cache_size) for n in self.retrieving if config.offload}
+        self.resettled({"cache_size"})
         size = sizes.backbone_dtype.itemsize
         for dims in (sizes.attention[n] for n in self.retrieving):
             self.bytes_per_token += dims.num_kv_heads * (dims.key_dim + dims.value_dim) * size
             self.bytes_per_token += dims.num_heads * dims.key_dim * size / config.block_size
+
+    def resettled(self, changed: set[str]) -> None:
+        size, offload = self.config.cache_size, self.config.offload
+        self.slots = {n: SlotCache(size) for n in self.retrieving if offload}
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         return {
@@ -147,7 +155,8 @@ class InfLLMMemory(AttentionMemory):
         tree["open_score"] = torch.zeros(batch, dims.num_heads, config.window_size, **sums)
         tree["query_sum"] = torch.zeros(batch, dims.num_heads, dims.key_dim, **sums)
         tree["query_count"] = torch.zeros_like(tree["tokens"])
-        tree["chosen"] = tree["tokens"].new_full((batch, config.top_k), -1)
+        # Numbers from 1 of the units chosen last, 0 for none; no state depends on `top_k`.
+        tree["chosen"] = tree["tokens"].new_zeros(batch, 1, 0)
         if config.offload:
             make = {**make, "device": "cpu"}
         block = (batch, 0, dims.num_kv_heads, config.block_size)
@@ -163,8 +172,8 @@ class InfLLMMemory(AttentionMemory):
             yield tree["tokens"], *progress.closed
             units = self._counted(tree["tokens"])[1]
             if "chosen" in tree:
-                yield tree["query_count"], 0, self.config.retrieval_interval
-                yield tree["chosen"], -1, units - 1
+                yield tree["query_count"], 0, progress.read[1]
+                yield tree["chosen"], 0, units
                 for pages in (tree[self.where][STORE], tree["index"][STORE]):
                     yield units, 0, number_of(pages)
 
@@ -191,12 +200,13 @@ class InfLLMMemory(AttentionMemory):
     def _select(self, attention: LayerAttention, state: Tree) -> tuple[ops.Selection, Tree]:
         """Select the units that the step's queries see, and note it in the state. Where nothing is
         selected, there are no marks: what was chosen before stands."""
-        config = self.config
-        valid = attention.query_valid
+        config, valid = self.config, attention.query_valid
         rows = torch.arange(len(valid), device=valid.device)
         _, units = self._settled(attention, state)
         noted: Tree = {}
-        if config.selection == "block":
+        if config.selection == "question" and valid.shape[1] == 1:
+            return ops.Selection(valid.new_zeros(len(valid), 0, 0), valid.long() * 0), noted
+        if config.selection != "causal":
             index = valid.long()
             query = attention.query.detach().to(state["query_sum"].dtype) * valid[:, None, :, None]
             means = (query.sum(2) / valid.sum(1).clamp_min(1)[:, None, None])[:, None]
@@ -217,23 +227,17 @@ class InfLLMMemory(AttentionMemory):
         carried = torch.zeros(len(rows), 1, number, dtype=torch.bool, device=valid.device)
         if not number:
             return ops.Selection(carried, torch.zeros_like(index)), noted
-        chosen = state["chosen"]
-        carried = carried[:, 0].scatter(1, chosen.clamp_min(0), chosen >= 0)[:, None]
-        # Where nothing is chosen the place 0 stands for nothing.
-        carried[:, 0, 0] = (chosen == 0).any(1)
-        place = torch.full(
-            (len(rows), means.shape[1]), self._reach(attention) - 1, device=index.device
-        )
+        chosen = state["chosen"][:, 0]  # column 0 takes what is no choice
+        carried = pad(carried[:, 0], (1, 0)).scatter(1, chosen, True)[:, None, 1:]
+        place = index.new_full((len(rows), means.shape[1]), self._reach(attention) - 1)
         query = attention.rotate(means.transpose(1, 2), place).transpose(1, 2)
-        scores = torch.cat(
-            [ops.unit_scores(query, pages[str(n)]["rep"]) for n in range(len(pages))], 2
-        )
+        representatives = (pages[str(n)]["rep"] for n in range(len(pages)))
+        scores = torch.cat([ops.unit_scores(query, rep) for rep in representatives], 2)
         marks = torch.cat([carried, ops.select(scores, units, config.top_k)], 1)
         last = marks[rows, index.amax(1) if index.shape[1] else 0]
-        most = min(config.top_k, number)
+        most = min(max(config.top_k, chosen.shape[1]), number)
         chosen_units = earliest(last, most)
-        chosen_units = chosen_units.masked_fill(~last.gather(1, chosen_units), -1)
-        noted["chosen"] = torch.nn.functional.pad(chosen_units, (0, config.top_k - most), value=-1)
+        noted["chosen"] = ((chosen_units + 1) * last.gather(1, chosen_units))[:, None]
         return ops.Selection(marks, index), noted
 
     def _starts(self, attention: LayerAttention) -> tuple[Tensor, Tensor, bool]:
@@ -245,8 +249,7 @@ class InfLLMMemory(AttentionMemory):
     def _attend_part(
         self, attention: LayerAttention, state: Tree, units: Units | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the output of some queries, and the score that recent and own columns received
-        from them, `(B, H, recent + K)`."""
+        """Compute some queries' output, and what other columns received, `(B, H, recent + K)`."""
         reach = self._reach(attention)
         recent, valid = self._recent(state, whole=attention.rotated_query.shape[2] == 1)
         count = valid.shape[1]
@@ -255,12 +258,10 @@ class InfLLMMemory(AttentionMemory):
         visible = valid[:, None] & (distance < reach)
         rows = self._far_rows(attention, state, units, (recent, valid, distance))
         if count:
+            cached: Any = {"static": count == self.kept, "name": ("recent", self, count)}
             rows.append(
-                MemoryKeyValues(
-                    recent["key"], recent["value"], positions, visible,
-                    static=count == self.kept, name=("recent", self, count),
-                )
-            )  # fmt: skip
+                MemoryKeyValues(recent["key"], recent["value"], positions, visible, **cached)
+            )
         local = attention.query_positions[:, :, None] - attention.key_positions[:, None] < reach
         if units is not None and self.config.score == "attention":
             out, received = attention.join_received(*rows, local=local)
@@ -280,8 +281,7 @@ class InfLLMMemory(AttentionMemory):
         self, attention: LayerAttention, state: Tree, units: Units | None,
         around: tuple[Tree, Tensor, Tensor],
     ) -> list[MemoryKeyValues]:  # fmt: skip
-        """Collect the keys that stand at the constant distance: units and sinks, and tokens past
-        the window."""
+        """Collect the keys at the constant distance: units, sinks, tokens past the window."""
         config, window = self.config, self.config.window_size
         if units is None and attention.window is not None:
             return []
@@ -350,15 +350,15 @@ class InfLLMMemory(AttentionMemory):
         chosen, pages = state["chosen"], state[self.where][STORE]
 
         def gathered() -> tuple[Tensor, Tensor, Tensor]:
-            there = chosen >= 0
-            most = int(there.sum(1).max()) if len(chosen) else 0
-            shown = there[:, None, :most].repeat_interleave(self.config.block_size, 2)
-            units = chosen[:, :most].clamp_min(0)
+            taken = chosen > 0
+            most = int(taken.sum(2).max()) if len(chosen) else 0
+            shown = taken[..., :most].repeat_interleave(self.config.block_size, 2)
+            units = (chosen[:, 0, :most] - 1).clamp_min(0)
             return *block_units.take_units(pages, units, self.slots.get(layer)), shown
 
         offloaded = layer in self.slots
-        found = gathered() if offloaded else kept_beside(chosen, "units", gathered)
-        return *found[:2], found[2].expand(-1, index.shape[1], -1)
+        units = gathered() if offloaded else kept_beside(chosen, "units", gathered)
+        return *units[:2], units[2].expand(-1, index.shape[1], -1)
 
     # Writing
 

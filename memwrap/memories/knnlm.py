@@ -54,6 +54,9 @@ class KnnLMConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "knnlm"
+    not_in_state: ClassVar[frozenset[str]] = frozenset(
+        {"store", "top_k", "interpolation", "temperature", "adaptive", "distance_scale"}
+    )
 
     store: Annotated[str, Kind("text that names a folder or a URL", bool)] | None = None
     top_k: PositiveInt = 64
@@ -129,6 +132,11 @@ class KnnLMMemory(LogitsMemory, SeesSegment):
             if kind != self.config.key:
                 raise ValueError(f"The store's keys are {kind!r}, `key` is {self.config.key!r}.")
         self.store = opened
+
+    def resettled(self, changed: set[str]) -> None:
+        if "store" in changed:
+            self.store = None
+            self.open_named(self.config)
 
     def open_named(self, config: MemoryConfig) -> None:
         if isinstance(config, KnnLMConfig) and config.store is not None:

@@ -58,6 +58,7 @@ class LandmarkConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "landmark"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"top_k"})
 
     block_size: PositiveInt = 64
     top_k: PositiveInt = 4

@@ -53,6 +53,7 @@ class LoLCATsConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "lolcats"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"window_weight", "stage", "loss_weight"})
 
     window_size: PositiveInt = 64
     feature_size: PositiveInt | None = None

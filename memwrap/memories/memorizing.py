@@ -48,6 +48,7 @@ class MemorizingConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "memorizing"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"top_k", "gate_init", "gate_learning_rate"})
 
     cache_size: PositiveInt = 8192
     top_k: PositiveInt = 32

@@ -53,6 +53,7 @@ class NeurocacheConfig(MemoryConfig):
     """
 
     name: ClassVar[str] = "neurocache"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"top_k", "neighborhood_size"})
 
     cache_size: PositiveInt = 16384
     compression_factor: PositiveInt = 4

@@ -19,7 +19,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -45,12 +45,14 @@ class Claims:
         lengthens: tensors of the state may become longer in dimension 2, filled from its
             beginning.
         linearizes: it takes the place of the attention (`memwrap.linearize`).
+        whole: settings with which it reads 128 tokens as the base does; empty: there are none.
     """
 
     neutral_start: bool = False
     bounded: bool = True
     lengthens: bool = False
     linearizes: bool = False
+    whole: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,9 @@ class Memory(nn.Module):
         """
         yield from ()
 
+    def resettled(self, changed: set[str]) -> None:
+        """Follow `changed` fields that no state depends on (`model.memory_settings`)."""
+
     def open_named(self, config: MemoryConfig) -> None:
         """Open what the caller of `wrap` names in a config. A loaded model's config opens nothing:
         somebody else may have written it."""
@@ -222,8 +227,7 @@ class Memory(nn.Module):
         return {}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """Return parameter groups with settings of their own; parameters not named get the
-        default."""
+        """Return parameter groups with an own `lr`, `weight_decay` or `lr_scale` (times `lr`)."""
         return []
 
 
@@ -259,9 +263,19 @@ class SoftPrompt(Memory):
         states of the memory's own suffix."""
         return state
 
+    def start_tokens(self, embeds: Tensor) -> None:
+        """Begin training with a text's embeddings `(num_suffix, D)` as the suffix, or refuse."""
+        raise ValueError(f"{self.config.name!r} has no memory tokens that a text could begin.")
+
 
 class LayerMemory(Memory):
-    """A place: the input of decoder layers, and their outputs at the memory's own suffix."""
+    """A place: the input of decoder layers, and their outputs at the memory's own suffix.
+
+    Attributes:
+        suffix_reads: what `read_layer` makes of its input reaches the memory's own suffix too.
+    """
+
+    suffix_reads: bool = True
 
     def read_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
         """Compute what decoder layer `layer` is given instead of `hidden` `(B, T, D)`."""
@@ -271,6 +285,10 @@ class LayerMemory(Memory):
         """Write the layer's state as a segment closes; `hidden` `(B, num_suffix, D)` is the layer's
         output at the memory's own suffix."""
         return state
+
+    def start_layer(self, layer: int, hidden: Tensor, worth: Tensor) -> None:
+        """Begin training from what the layer gives at the suffix, `(N, num_suffix, D)` of N
+        segments; `worth` `(N,)` bool: they hold what is to be remembered."""
 
 
 class AttentionMemory(Memory):

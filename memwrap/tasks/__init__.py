@@ -4,7 +4,7 @@
 scores them beside the controls, and their `training_row` is what a model is trained on.
 """
 
-from memwrap.tasks import facts, lists, niah, passkey, symbols  # noqa: F401
+from memwrap.tasks import facts, lists, niah, passkey, symbols, told  # noqa: F401
 from memwrap.tasks.base import Sample, Task, available, task
 
 __all__ = ["Sample", "Task", "available", "task"]

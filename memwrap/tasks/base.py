@@ -15,6 +15,9 @@ from transformers import PreTrainedTokenizerBase
 Span = tuple[int, int]
 TASKS: dict[str, Callable[[], Task]] = {}
 
+FIRST_SEED = 1 << 40
+"""Seeds of training begin here, far from those that evaluations draw from."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -58,11 +61,13 @@ class Task(ABC):
     Attributes:
         name: what it is called.
         max_new_tokens: the longest answer that is generated; 0 where answers are in the text.
+        ends: training predicts the id that ends a text behind an answer.
         source: where it was published, and what is different here.
     """
 
     name: str
     max_new_tokens: int = 0
+    ends: bool = True
     source: ClassVar[str] = ""
 
     @abstractmethod

@@ -19,7 +19,6 @@ import torch
 from peft import LoraConfig
 from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,16 +31,19 @@ from transformers.trainer_callback import ProgressCallback
 
 import memwrap
 from memwrap.assets import asset
+from memwrap.backbones.auto_classes import load_backbone
 from memwrap.data.documents import load_documents, long_documents
 from memwrap.io.atomic_files import write_text
 from memwrap.io.yaml_files import read_yaml
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.callbacks import Bar, FigureLog, LossLog, TimeLimit
 from memwrap.training.collating import DocumentCollator, DocumentDataset
+from memwrap.training.held_out import few, held_back, memory_gain, task_rows
 from memwrap.training.pretrain import pretrain
 from memwrap.training.recall import recall_data
 from memwrap.training.recipe import Recipe
 from memwrap.training.resuming import last_checkpoint
+from memwrap.training.start import start_layers, start_tokens, text_ids, with_text
 from memwrap.training.tasks import tasks_data
 from memwrap.training.trainer import MemoryTrainer
 
@@ -173,7 +175,11 @@ def build_model(
         ValueError: if the model cannot be loaded or the memory does not fit it.
     """
     base, tokenizer = _base(recipe)
-    model = memwrap.wrap(base, recipe.memory_config())
+    config, text = recipe.memory_config(), recipe.start.text
+    ids = [] if text is None or tokenizer is None else text_ids(text, tokenizer)
+    model = memwrap.wrap(base, with_text(config, ids) if ids else config)
+    if ids:
+        start_tokens(model, ids)
     model.backbone.requires_grad_(recipe.train_backbone)
     lora = recipe.lora
     if lora is not None:
@@ -186,6 +192,9 @@ def build_model(
                 task_type="CAUSAL_LM",
             )
         )
+    if recipe.tasks is not None and tokenizer is not None:
+        names, count = recipe.tasks.names, recipe.start.segments
+        start_layers(model, tokenizer, names, count, recipe.trainer.seed)
     if recipe.init_from is not None:
         try:
             model.take_over(recipe.init_from)
@@ -208,7 +217,7 @@ def _base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | No
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen, **options)
+        base = load_backbone(name, dtype=dtype, **chosen, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"`model.name` {section.name!r} cannot be loaded: {reason}") from error
@@ -217,12 +226,14 @@ def _base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | No
 
 @dataclass
 class TrainingData:
-    """Datasets of a run and how they become batches; `facts` go into `run.json`."""
+    """Datasets of a run and how they become batches; `facts` go into `run.json`, `held_out` are
+    rows that are not trained on."""
 
     train: Dataset
     evaluation: Dataset | None
     collator: Any
     facts: dict[str, Any]
+    held_out: Any = None
 
 
 def build_data(
@@ -235,14 +246,17 @@ def build_data(
     """
     if recipe.task == "recall":
         rows, collator = recall_data(recipe, vocab_size)
-        return TrainingData(rows, None, collator, {})
+        others, _ = recall_data(recipe, vocab_size, recipe.trainer.seed + 1_000_003)
+        return TrainingData(rows, None, collator, {}, iter(others))
     if tokenizer is None:
         raise ValueError(
             f"`model.scratch` has no tokenizer; a {recipe.task!r} recipe needs `model.name`."
         )
     if recipe.task == "tasks":
         made, collate = tasks_data(recipe, tokenizer)
-        return TrainingData(made, None, collate, {})
+        lengths = made.min_tokens, made.longest(recipe.trainer.steps * recipe.trainer.accumulation)
+        held_out: Any = task_rows(recipe.tasks.names, tokenizer, *lengths)  # type: ignore[union-attr]
+        return TrainingData(made, None, collate, {}, held_out)
     section = recipe.data
     if section is None:
         raise ValueError("`data` is missing; a 'finetune' recipe needs documents.")
@@ -255,9 +269,9 @@ def build_data(
             documents = long_documents(documents, tokenizer, section.min_tokens)
         return DocumentDataset(documents, tokenizer, section.max_tokens, section.min_tokens)
 
-    train = pieces(section.split, section.limit)
+    train: Any = pieces(section.split, section.limit)
     facts = {"train_pieces": len(train), "train_tokens": train.num_tokens}
-    evaluation: Dataset | None = None
+    evaluation: Any = None
     if section.eval_split is not None:
         whole = pieces(section.eval_split, section.limit)
         count = min(section.eval_limit, len(whole))
@@ -265,8 +279,11 @@ def build_data(
         chosen = [index * len(whole) // count for index in range(count)]
         evaluation = torch.utils.data.Subset(whole, chosen)
         facts["eval_pieces"] = count
+    held_out = evaluation
+    if held_out is None:
+        train, held_out = held_back(train)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return TrainingData(train, evaluation, DocumentCollator(pad), facts)
+    return TrainingData(train, evaluation, DocumentCollator(pad), facts, held_out)
 
 
 def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArguments:
@@ -357,16 +374,22 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
         model.save_pretrained(output, include_base=True if recipe.model.scratch else None)
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
+    alone = trainer.args.world_size == 1 and data.held_out is not None
+    gain = memory_gain(model, few(data.held_out)) if alone else {}
+    stopped_by = "trainer.max_minutes" if limit.reached else "trainer.steps"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "steps": step,
-        "stopped_by": "trainer.max_minutes" if limit.reached else "trainer.steps",
+        "planned_steps": section.steps,
+        "stopped_by": "its loss" if trainer.watch.lost else stopped_by,
+        "worse_from_step": trainer.watch.wrong,
         "loss": log.last("loss"),
         "eval_loss": log.last("eval_loss"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": trained,
         "memory_parameters": sum(p.numel() for p in model.memory_parameters()),
         "device": str(trainer.args.device),
+        **gain,
         **data.facts,
     }
 

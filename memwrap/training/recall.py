@@ -31,8 +31,11 @@ def recall_tasks(section: Any, vocab_size: int) -> list[AssociativeTask]:
     ]
 
 
-def recall_data(recipe: Recipe, vocab_size: int) -> tuple[AssociativeDataset, DocumentCollator]:
-    """Make endless training rows of a recipe's recall tasks, and the collator of their batches.
+def recall_data(
+    recipe: Recipe, vocab_size: int, seed: int | None = None
+) -> tuple[AssociativeDataset, DocumentCollator]:
+    """Make endless training rows of a recipe's recall tasks, and the collator of their batches;
+    `seed` instead of the recipe's.
 
     Raises:
         ValueError: if the recipe has no `recall` section.
@@ -46,7 +49,7 @@ def recall_data(recipe: Recipe, vocab_size: int) -> tuple[AssociativeDataset, Do
         min_pairs=section.min_pairs,
         max_pairs=section.num_pairs,
         num_queries=section.num_queries,
-        seed=recipe.trainer.seed,
+        seed=recipe.trainer.seed if seed is None else seed,
         curriculum=parse_curriculum(section.curriculum) if section.curriculum else None,
     )
     return dataset, DocumentCollator(0)

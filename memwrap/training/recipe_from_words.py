@@ -47,7 +47,10 @@ def recipe_from_words(
             else f"{model} is a model without memory; give --memory NAME (`memwrap list`)."
         )  # fmt: skip
     start: dict[str, Any] = _of_saved(model) if own else {"model": {"name": model}}
-    fields = start.setdefault("memory", {"name": memory, "bptt_segments": _SEGMENTS // 2})
+    if memory is not None:
+        chosen = config_class(memory).on_pretrained()
+        start["memory"] = {"name": memory, "bptt_segments": _SEGMENTS // 2, **chosen}
+    fields = start["memory"]
     overrides = [_full_key(word) for word in words]
     size = _segment_size(fields, overrides)
     values = {
@@ -60,8 +63,9 @@ def recipe_from_words(
             "max_tokens": _SEGMENTS * size, "min_tokens": 2 * size,
         },
         "trainer": {
-            "steps": 1000, "accumulation": 4, "learning_rate": 1e-4, "memory_learning_rate": 1e-3,
-            "warmup_steps": 20, "schedule": "constant_with_warmup", "save_every": 200,
+            "steps": 1000, "accumulation": 1, "learning_rate": 1e-4, "memory_learning_rate": 1e-3,
+            "warmup_steps": 5, "schedule": "constant_with_warmup", "save_every": 200,
+            "log_every": 5,
         },
     }  # fmt: skip
     recipe = resolve(values, Path("the command line"), overrides)

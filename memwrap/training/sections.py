@@ -198,6 +198,21 @@ class TasksSection(Section):
             self.refuse("max_tokens", f"at least tasks.min_tokens ({self.min_tokens})")
 
 
+class StartSection(Section):
+    """The start of a memory, before the first step.
+
+    Attributes:
+        text: memory tokens are the embeddings of this text, as many as it has.
+        segments: segments with a fact of the recipe's tasks, and as many without, from which
+            memories at layers begin (`LayerMemory.start_layer`); 0: none are read.
+    """
+
+    prefix = "start."
+
+    text: Text | None = None
+    segments: NonNegativeInt = 0
+
+
 class TrainerSection(Section):
     """The settings of training.
 
@@ -296,6 +311,7 @@ __all__ = [
     "ModelSection",
     "RecallSection",
     "Section",
+    "StartSection",
     "TasksSection",
     "TrainerSection",
     "expanded",

@@ -11,12 +11,10 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from memwrap.tasks import task
+from memwrap.tasks.base import FIRST_SEED
 from memwrap.training.arguments import parse_curriculum
 from memwrap.training.collating import DocumentCollator
 from memwrap.training.recipe import Recipe
-
-# Seeds of training begin here, far from those that evaluations draw from.
-FIRST_SEED = 1 << 40
 
 
 class TaskDataset(IterableDataset):
@@ -61,7 +59,7 @@ class TaskDataset(IterableDataset):
             for _ in range(self.batch_size):
                 seed = FIRST_SEED + draw.getrandbits(40)
                 sample = chosen.sample(self.tokenizer, length, seed)
-                row = sample.training_row(self.tokenizer.eos_token_id)
+                row = sample.training_row(self.tokenizer.eos_token_id if chosen.ends else None)
                 yield {name: torch.tensor(values) for name, values in row.items()}
             batch += 1
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
@@ -32,14 +31,14 @@ from memwrap.training.batches import (
 )
 from memwrap.training.collating import DocumentCollator
 from memwrap.training.distillation import teacher_of
+from memwrap.training.reducing import average_gradients
 from memwrap.training.resuming import check_loss, last_checkpoint
+from memwrap.training.watch import LossWatch
 from memwrap.training.window_dropout import check_window_dropout, windows_dropped
 
 logger = logging.get_logger(__name__)
 
 _SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-_BUCKET = 2**23
-"""Gradient elements that are reduced in one call."""
 
 
 class MemoryTrainer(Trainer):
@@ -91,6 +90,7 @@ class MemoryTrainer(Trainer):
                 "wrap it first: memwrap.wrap(model, ...)."
             )
         check_window_dropout(self.memory_model, args)
+        self.watch = LossWatch()
         if args.label_names is None:
             # transformers takes every argument with "label" in its name, and then evaluates
             # only batches that have them all.
@@ -139,8 +139,7 @@ class MemoryTrainer(Trainer):
         return self.memory_model.memory_configs[0]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *given: Any, **named: Any):
-        """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is
-        whole, whatever a killed run left half written behind it.
+        """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last whole checkpoint.
 
         Raises:
             ValueError: if there is none.
@@ -206,9 +205,11 @@ class MemoryTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Return the next `num_batches` batches, prepared, and the number of their targets."""
-        return super().get_batch_samples(
-            map(self.prepare_batch, epoch_iterator), num_batches, device
-        )
+        if self.state.global_step >= self.state.max_steps:  # resumed behind the last step
+            self.control.should_training_stop = True
+            return [], None
+        batches = map(self.prepare_batch, epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)
 
     # Streaming truncated BPTT
 
@@ -254,7 +255,7 @@ class MemoryTrainer(Trainer):
         window = self._stream_window()
         if window is None or not has_labels(inputs):
             loss = super().training_step(model, inputs, num_items_in_batch)
-            check_loss(loss, self.state.global_step)
+            self._watched(loss)
             return loss
         model.train()
         prepare = getattr(self.optimizer, "train", None)  # schedule-free optimizers have it
@@ -267,13 +268,21 @@ class MemoryTrainer(Trainer):
         distributed = isinstance(model, nn.parallel.DistributedDataParallel)
         with self.accelerator.no_sync(model) if distributed else nullcontext():
             loss = self._stream(model, inputs, window, num_items_in_batch)
-        check_loss(loss, self.state.global_step)
+        self._watched(loss)
         if distributed and self._step_syncs():
             average_gradients(model)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return loss
+
+    def _watched(self, loss: Tensor) -> None:
+        """Stop at a loss that is not finite, or that has left the first steps' far behind."""
+        step = self.state.global_step
+        check_loss(loss, step)
+        self.watch.add(float(loss), step)
+        if self.watch.lost:
+            self.control.should_training_stop = True
 
     def _step_syncs(self) -> bool:
         each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
@@ -380,7 +389,9 @@ class MemoryTrainer(Trainer):
             for group in own:
                 params = [p for p in group["params"] if p.requires_grad]
                 if params:
-                    groups.append({"lr": rate, "weight_decay": decay, **group, "params": params})
+                    new = {"lr": rate, "weight_decay": decay, **group, "params": params}
+                    new["lr"] *= new.pop("lr_scale", 1.0)
+                    groups.append(new)
         if not groups and args.memory_learning_rate is None and args.memory_weight_decay is None:
             return []
         taken = {id(p) for group in groups for p in group["params"]}
@@ -405,45 +416,4 @@ class MemoryTrainer(Trainer):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
 
-def average_gradients(model: nn.Module) -> None:
-    """Replace every gradient by its mean over all processes, as DDP does.
-
-    A parameter that some process used counts as zero where it was not used; one that nobody
-    used keeps no gradient.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        return
-    used = torch.tensor(
-        [p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device
-    )
-    dist.all_reduce(used, op=dist.ReduceOp.MAX)
-    bucket: list[Tensor] = []
-    size = 0
-    for parameter, is_used in zip(parameters, used.tolist(), strict=True):
-        if not is_used:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        first = bucket[0] if bucket else parameter.grad
-        alike = first.dtype == parameter.grad.dtype and first.device == parameter.grad.device
-        if not alike or size >= _BUCKET:
-            _average(bucket)
-            bucket, size = [], 0
-        bucket.append(parameter.grad)
-        size += parameter.grad.numel()
-    _average(bucket)
-
-
-def _average(gradients: list[Tensor]) -> None:
-    if not gradients:
-        return
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    # Divided first, as DDP does: the sum of fp16 gradients may overflow.
-    flat /= dist.get_world_size()
-    dist.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-__all__ = ["MemoryTrainer", "average_gradients"]
+__all__ = ["MemoryTrainer"]

@@ -65,7 +65,7 @@ def test_list() -> None:
 
 def test_train_says_what_it_saved(trained: tuple[Path, str]) -> None:
     folder, output = trained
-    assert f"saved {folder}: 2 steps (until trainer.steps)" in output
+    assert f"saved {folder}: 2 of 2 steps (until trainer.steps)" in output
     command = json.loads((folder / "run.json").read_text())["command"]
     assert command.startswith("memwrap train armt_lora_qwen3_0.6b model.name=")
 

@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from support import save_small_base
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memwrap.cli import demo, demo_texts
+import memwrap
+from memwrap.assets import asset
+from memwrap.chat import read_document
+from memwrap.cli import demo, demo_readers, demo_texts, demo_trained
+from memwrap.cli.demo_readers import BaseReader, MemoryReader
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -23,9 +28,11 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    small = {"WINDOW": 64, "CONTEXT": 200, "SEGMENT": 32, "ROWS": 64, "MEASURED": (200,),
-             "LENGTHS": (100, 150, 300), "DOCUMENTS": (400,),
-             "SETTINGS": {"segment_size": 32}}  # fmt: skip
+    small = {"BASES": {"base, truncated": 64, "base, whole": 200}, "CONTEXT": 200,
+             "SEGMENT": 32, "ROWS": 64, "MEASURED": (200,), "LOOKS": 600,
+             "LENGTHS": (100, 150, 700),
+             "READING": {"segment_size": 32, "window_size": 64, "block_size": 16, "top_k": 2},
+             }  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "fetch", lambda name: folder)
@@ -38,10 +45,11 @@ def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
     printed = capsys.readouterr().out
     assert all(sentence in printed for sentence in demo.conclusions(results))
     assert results["document"]["bytes"] == (small / "document.safetensors").stat().st_size
-    assert [len(row["found"]) for row in results["document"]["questions"]] == [3, 3, 3]
-    curves = [(cell["curve"], cell["length"]) for cell in results["facts"]]
-    whole = [(c, n) for n in demo.LENGTHS for c in demo.CURVES if n <= 200 or c != "base, whole"]
-    assert curves == whole and results["skipped"] == []
+    assert [len(row["answers"]) for row in results["document"]["questions"]] == [3, 3, 3]
+    cells = {(cell["curve"], cell["length"]) for cell in results["facts"]}
+    every = {(curve, n) for n in demo.LENGTHS for curve in demo.CURVES}
+    assert cells == every - {("window + sinks", 100), ("window + sinks", 150)}
+    assert len(cells) == len(results["facts"]) and results["skipped"] == []
     for name in ("facts.png", "nats.png"):
         assert (small / name).stat().st_size > 1000
     page = small.parent / "README.md"
@@ -50,9 +58,62 @@ def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
     demo.publish(small, page)
     text = page.read_text()
     assert "BEFORE" not in text and text.startswith("# A\n") and text.endswith("-->\nZ\n")
-    assert "| base, whole | 0 | 0 | - |" in text and demo.conclusions(results)[2] in text
+    assert "| window + sinks | - | - |" in text and demo.conclusions(results)[2] in text
     sizes = [m["bytes"] for m in results["nats"]["memories"].values()]
     assert max(sizes) < 2 * min(sizes)
+
+
+def test_what_fits_in_context_is_known_to_all_readers_alike(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A memory that sees the whole text is asked what the base is asked, in one pass and by
+    `generate`; asking leaves both as they were."""
+    folder = demo.fetch("smollm2")
+    base = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts, fact = demo_texts.parts(tokenizer, (40, 60)), demo_texts.FACTS[0]
+    given: list[tuple] = []
+    monkeypatch.setattr(demo_readers, "_first_choices", lambda *seen: bool(given.append(seen)))
+    plain = BaseReader(base, tokenizer, "\n\n".join(parts.texts), 10_000)
+    asked = []
+    for _ in range(2):
+        plain.knows(fact)
+        asked.append(plain.ask(demo_texts.question(fact)))
+    model = memwrap.wrap(base, "window", segment_size=5000, window_size=5000).eval()
+    state = None
+    for text in parts.texts:
+        state = read_document(model, tokenizer, text, state)
+    memory = MemoryReader(model, tokenizer, state)
+    memory.knows(fact)
+    asked.append(memory.ask(demo_texts.question(fact)))
+    assert asked == asked[:1] * 3
+    for logits, ids, count in given:
+        assert tokenizer.decode(ids[-count:]).strip() == fact.answer
+        torch.testing.assert_close(logits[-count - 1 :], given[0][0][-count - 1 :])
+
+
+def test_a_first_choice_is_the_most_likely_token_at_each_place() -> None:
+    logits = torch.eye(6)[[3, 1, 4, 0]]
+    assert demo_readers._first_choices(logits, [9, 1, 4], 2)  # chosen by the two rows before
+    assert not demo_readers._first_choices(logits, [9, 1, 0], 2)
+
+
+def test_a_trained_memory_is_shown_where_one_is_shipped(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+    base = AutoModelForCausalLM.from_pretrained(asset("tiny-lm"), dtype=torch.float32)
+    if asset(demo_trained.ADAPTER) is None:
+        assert demo_trained.trained(base, tokenizer) is None
+    monkeypatch.setattr(demo_trained, "ADAPTER", "armt-lm")
+    monkeypatch.setattr(demo_trained, "SAMPLES", 2)
+    monkeypatch.setattr(demo_trained, "SEGMENTS", (3,))
+    run = demo.Run(Path(), 1, base, tokenizer, 1)
+    demo._show_trained(run)
+    curves = run.results["trained"]["curves"]
+    assert list(curves) == ["memory", *demo_trained.CONTROLS]
+    assert all(0 <= share <= 1 for shares in curves.values() for share in shares.values())
+    assert "memory shuffled" in capsys.readouterr().out
 
 
 def test_a_slow_machine_is_told_what_was_left_out(
@@ -60,33 +121,40 @@ def test_a_slow_machine_is_told_what_was_left_out(
 ) -> None:
     monkeypatch.setattr(demo, "_speed", lambda *_: 0.01)
     results = demo.main(small, 0.1)
-    assert results["skipped"] == [150, 300]
-    assert "left out, as the time is short here: 150, 300" in capsys.readouterr().out
+    assert {length for _, length in results["skipped"]} == {150, 700}
+    assert "memory at 700" in capsys.readouterr().out
 
 
 def test_facts_stand_where_they_are_planted() -> None:
-    text = ". ".join(f"Sentence {n}" for n in range(100))
-    depths = (0.1, 0.3, 0.5, 0.7, 0.9)
-    planted = demo_texts.planted(text, demo_texts.PLANTED, depths).split(". ")
-    for fact, depth in zip(demo_texts.PLANTED, depths, strict=True):
-        place = planted.index(fact.sentence.rstrip("."))
-        assert abs(place / len(planted) - depth) < 0.03
-        assert fact.answer in fact.sentence and fact.answer not in fact.question
-    every = [f.sentence for f in (*demo_texts.PLANTED, *demo_texts.STORY)]
-    assert len({*every}) == len(every)
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
+    parts = demo_texts.parts(tokenizer, (1000, 4000, 8000))
+    for index, (length, facts) in enumerate(zip(parts.lengths, parts.facts, strict=True)):
+        document = "\n\n".join(parts.texts[: index + 1])
+        assert abs(len(tokenizer(document).input_ids) / length - 1) < 0.15
+        for fact, depth in zip(facts, demo_texts.depths(len(facts)), strict=True):
+            assert document.count(fact.sentence) == 1
+            assert abs(document.index(fact.sentence) / len(document) - depth) < 0.06
+    sentences = [fact.sentence for facts in parts.facts for fact in facts]
+    assert sorted(sentences) == sorted({fact.sentence for fact in demo_texts.FACTS})
+    for fact in demo_texts.FACTS:
+        assert fact.sentence.count(fact.answer) == 1 and fact.answer not in fact.question
 
 
 @pytest.mark.parametrize("best", ["window + sinks", "extended_mind"])
 def test_the_sentences_follow_from_the_numbers(best: str) -> None:
+    found = {"memory": (9, 9, 8), "base, truncated": (5, 1, 0), "base, whole": (9, 6, 2),
+             "window + sinks": (None, 4, 3)}  # fmt: skip
     results = {
-        "document": {"tokens": 24_600, "seconds": 90.2, "bytes": 1_130_000_000,
-                     "questions": [{"found": [True, False, i == 2]} for i in range(3)]},
-        "facts": [{"curve": "memory", "length": n, "depth": [1.0, 0.0]} for n in (2000, 7600)],
+        "document": {"tokens": 16_010, "seconds": 90.2, "bytes": 1_130_000_000},
+        "facts": [{"curve": curve, "length": n, "depth": [1.0] * count + [0.0] * (10 - count)}
+                  for curve, counts in found.items()
+                  for n, count in zip(demo.LENGTHS, counts, strict=True) if count is not None],
         "nats": {"memories": {name: {"mean": 2.5 if name == best else 2.75}
                               for name in ("window + sinks", "extended_mind")}},
     }  # fmt: skip
     first, second, third = demo.conclusions(results)
-    assert "found 3, the base with the last 1,024 tokens 0," in first and "90 s" in first
-    assert second.startswith("At 7,600 tokens 2 facts were asked for: memory 1")
+    assert "the memory found 8, the base with all that its context holds 2, with" in first
+    assert "in 90 s" in first and "9 at 2,000, 9 at 8,000, 8 at 16,000 tokens" in second
+    assert "sinks 4 at 8,000, 3 at 16,000; from" in second and second.endswith("the memory lost 1.")
     assert ("far back" in third) == (best == "window + sinks")
     assert ("0.250 nats" in third) == (best != "window + sinks")

@@ -110,6 +110,7 @@ def model_of(case: Case, mask: Tensor | None) -> Any:
         alignment=alignment_of(case),
         count_padding=mask is not None and not bool(mask.all()),
         input_norm=False,
+        read_scale="raw",
         **variant_of(case),
     )
     model = memwrap.wrap(backbone_of(case, sizes_in_words(case)), config)

@@ -54,7 +54,7 @@ class Layer:
 
     def read(self, first: int, count: int, index: int) -> Tensor:
         out = self.layer.attend(*(x[:, :, first : first + count] for x in self.inputs))
-        chosen = [row[row >= 0] for row in self.layer.state["chosen"]]
+        chosen = [row[0][row[0] > 0] - 1 for row in self.layer.state["chosen"]]
         if chosen[0].numel():
             self.got[f"block_topk.{index}"] = torch.stack(chosen)
         self.note(first, count, self.layer.state)

@@ -114,7 +114,7 @@ def test_agrees_with_a_reading_token_by_token(score: str, interval: int) -> None
         want = torch.stack([plain.token(t) for t in range(first, first + length)], 1)
         # eager attention takes its softmax in float32
         assert_close(got, want, 1e-6, f"tokens from {first}")
-        chosen = layer.state["chosen"][0]
+        chosen = layer.state["chosen"][0, 0] - 1
         assert chosen[chosen >= 0].tolist() == plain.chosen
         first += length
         layer.close()
@@ -141,7 +141,7 @@ def test_many_units_and_any_feed() -> None:
     pieces = [model(piece, cache=state).logits for piece in text[:, 457:].split([1, 40, 102], 1)]
     assert_close(torch.cat(pieces, 1), want[:, 457:])
     chosen = [tree["chosen"] for tree in state.memories["infllm"]["layers"].values()]
-    assert all(bool((c >= 0).all()) for c in chosen)
+    assert all(bool((c > 0).all()) for c in chosen)
     changed = text.clone()
     changed[:, 560:] = 7
     assert_close(model(changed).logits[:, :560], want[:, :560], 1e-6)  # no choice looks ahead
@@ -244,7 +244,7 @@ def test_old_pages_are_shared_not_copied() -> None:
 
 @torch.no_grad()
 def test_the_state_grows_by_the_bytes_it_declares() -> None:
-    model = wrapped("infllm", block_size=4)
+    model = wrapped("infllm", block_size=4, top_k=1)  # both have a unit to choose
     sizes = [model.read(long_text(tokens=n)).nbytes for n in (32, 72)]  # 40 tokens, 10 units
     memory = model.memories["infllm"]
     assert sizes[1] - sizes[0] == 40 * memory.bytes_per_token
@@ -298,3 +298,27 @@ def test_a_state_with_a_damaged_store_is_refused(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / "damaged.safetensors", metadata=metadata | sums)
         with pytest.raises(ValueError, match=words):
             memwrap.MemoryState.load(tmp_path / "damaged.safetensors", model)
+
+
+@torch.no_grad()
+def test_a_question_selects_for_its_answer() -> None:
+    """All its tokens see the same units, and single tokens behind it what these were."""
+    model = wrapped("infllm", selection="question", top_k=2)
+    state = model.read(long_text(tokens=48))
+    model(long_text(seed=1, tokens=5), cache=state)
+
+    def chosen() -> list[list[int]]:
+        layers = state.memories["infllm"]["layers"].values()
+        return [tree["chosen"].flatten().tolist() for tree in layers if "chosen" in tree]
+
+    asked = chosen()
+    assert all(min(numbers) > 0 for numbers in asked)
+    for seed in range(3):
+        model(long_text(seed=seed, tokens=1), cache=state)
+        assert chosen() == asked
+    model.memory_settings("infllm", selection="block")
+    found = []
+    for seed in range(3, 8):
+        model(long_text(seed=seed, tokens=1), cache=state)
+        found.append(chosen())
+    assert any(numbers != asked for numbers in found)

@@ -18,7 +18,8 @@ from memwrap.testing.helpers import checkpointed
 from memwrap.training.arguments import MemoryTrainingArguments, parse_curriculum
 from memwrap.training.batches import shifted_labels
 from memwrap.training.collating import DocumentCollator
-from memwrap.training.trainer import MemoryTrainer, average_gradients
+from memwrap.training.reducing import average_gradients
+from memwrap.training.trainer import MemoryTrainer
 
 SEGMENT = 8
 VOCABULARY = 61

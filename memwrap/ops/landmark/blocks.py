@@ -64,14 +64,14 @@ def block_scores(
     index = torch.where(places >= 0, places, size)[:, None, None, None].expand(near.shape)
     x = x.scatter(-1, index, near)[..., :size].flatten(1, 2)
     x = capped(x.to(accumulation_dtype(q)) * scaling, softcap)
-    there = torch.arange(size, device=count.device) < count[:, None]
-    return x.masked_fill(~there[:, None, None], -torch.inf)
+    present = torch.arange(size, device=count.device) < count[:, None]
+    return x.masked_fill(~present[:, None, None], -torch.inf)
 
 
 def shares(scores: Tensor) -> Tensor:
     """Share a query among blocks by the scores `(..., N)` alone; 0 where there is none."""
-    there = scores > -torch.inf
-    return scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-1) * there
+    present = scores > -torch.inf
+    return scores.masked_fill(~present, torch.finfo(scores.dtype).min).softmax(-1) * present
 
 
 def choose(scores: Tensor, top_k: int) -> Tensor:
