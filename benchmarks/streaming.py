@@ -3,7 +3,7 @@
     python benchmarks/streaming.py
 
 Each length runs in a process of its own (a peak cannot be reset); `bptt_segments` is 4. Beside
-`MemoryTrainer`'s streaming stand one call as any loop makes it, and the whole document in one graph.
+`MemoryTrainer`'s streaming stand one call as any loop makes it, and the document in one graph.
 """
 
 from __future__ import annotations

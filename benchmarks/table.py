@@ -57,7 +57,8 @@ def speed_text(model: str) -> str:
         "Times over the bare model's (`python speed.py`, one thread, CPU time): reading a segment "
         "with full buffers, reading a text's first segment, decoding a token; and the operations "
         f"of that token (the bare model's: {found['base_operations']:,}). In brackets: before "
-        "attention to memories stayed on the flash kernel.\n",
+        "attention to memories stayed on the flash kernel. Machine: "
+        f"{found['machine']['cpu']}, torch {found['machine']['torch']}.\n",
         "| memory | read | first | decode | operations |",
         "| --- | --- | --- | --- | --- |",
     ]
