@@ -82,9 +82,12 @@ def _join_by_the_model(
 
 
 def flashes(attention: LayerAttention) -> bool:
-    """Tell whether the CPU's flash kernel does what the model's attention does."""
+    """Tell whether the CPU's flash kernel does what the model's attention does. What is seen is
+    looked at on the way there, which torch.compile cannot trace."""
+    if not attention.plain or torch.compiler.is_compiling():
+        return False
     given = cast(attention.rotated_query, attention.rotated_key, attention.value)
-    return attention.plain and flash.usable(*given)
+    return flash.usable(*given)
 
 
 def cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
