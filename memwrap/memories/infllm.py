@@ -376,8 +376,8 @@ class InfLLMMemory(AttentionMemory):
             return *self._taken(layer, state, (chosen[:, 0, :most] - 1).clamp_min(0)), shown
 
         offloaded = layer in self.slots
-        found = gathered() if offloaded else kept_beside(chosen, "units", gathered)
-        return *found[:2], found[2].expand(-1, index.shape[1], -1)
+        parts = gathered() if offloaded else kept_beside(chosen, "units", gathered)
+        return *parts[:2], parts[2].expand(-1, index.shape[1], -1)
 
     def _taken(self, layer: int, state: Tree, units: Tensor) -> tuple[Tensor, Tensor]:
         """Take keys and values `(B, Hkv, U b, D)` of `units` `(B, U)`."""
