@@ -128,13 +128,13 @@ def _factors(layer: Any) -> dict[str, float]:
     if not isinstance(alphas, dict) or not hasattr(layer, "set_scale"):
         return {}
     rooted = getattr(layer, "use_rslora", {})
-    found = {}
+    factors = {}
     for name, scale in layer.scaling.items():
         rank = layer.r[name] ** (0.5 if rooted.get(name) else 1)
         factor = round(scale * rank / alphas[name], 6) if alphas[name] else 1.0
         if factor != 1:
-            found[name] = factor
-    return found
+            factors[name] = factor
+    return factors
 
 
 def switches_of(backbone: nn.Module) -> dict[str, Any]:
