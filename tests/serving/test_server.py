@@ -157,6 +157,17 @@ def test_states_beyond_the_limit_go_to_files(model: Any, tmp_path: Path) -> None
             states.put(name, read["0"])
 
 
+def test_servers_of_one_folder_see_what_each_has_read(model: Any, tmp_path: Path) -> None:
+    first, second = (NamedStates(model, tmp_path, 2**30, save_all=True) for _ in range(2))
+    for seed in (1, 2):  # the second time instead of the first
+        state = model.read([list(range(seed, seed + 50))])
+        first.put("report", state)
+        assert first.is_saved("report")
+        assert torch.equal(second.get("report")[0].ids_hash, state.ids_hash)
+    with pytest.raises(ValueError, match="no folder"):
+        NamedStates(model, None, 2**30, save_all=True)
+
+
 def test_draws_follow_their_seed(client: Any) -> None:
     drawn = {"prompt": TEXT, "temperature": 1.5, "max_tokens": 20}
     texts = [
