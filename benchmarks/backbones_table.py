@@ -33,8 +33,29 @@ PLACES = {
     "rmt": "prompt", "armt": "layer", "window": "attention, keys and values",
     "infini": "attention, a sum", "landmark": "attention, tokens inserted", "knnlm": "logits",
 }  # fmt: skip
+# Those that people fine-tune most, and their types.
+THIRTY = {
+    "Llama 2 and 3, SmolLM2, Yi, R1-Distill": "llama", "Llama 4": "llama4 llama4_text",
+    "Mistral, Nemo": "mistral", "Mixtral": "mixtral",
+    "Mistral Small 3, Ministral": "mistral3 ministral3",
+    "Qwen 2 and 2.5": "qwen2 qwen2_moe", "Qwen 3": "qwen3 qwen3_moe", "Qwen3-Next": "qwen3_next",
+    "Qwen 3.5": "qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text",
+    "Qwen2-VL, 2.5-VL, 3-VL": "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe",
+    "Gemma, Gemma 2": "gemma gemma2", "Gemma 3": "gemma3 gemma3_text",
+    "Gemma 3n": "gemma3n gemma3n_text", "Gemma 4": "gemma4 gemma4_text",
+    "Phi-3, Phi-3.5, Phi-4": "phi3", "Phi-4 multimodal": "phi4_multimodal", "gpt-oss": "gpt_oss",
+    "DeepSeek V2": "deepseek_v2", "DeepSeek V3, R1": "deepseek_v3",
+    "GLM-4": "glm glm4", "GLM-4.5 and 4.7": "glm4_moe glm4_moe_lite",
+    "Command-R, Command A": "cohere cohere2",
+    "Granite 3 and 4": "granite granitemoe granitemoehybrid", "Falcon-H1": "falcon_h1",
+    "Nemotron": "nemotron nemotron_h", "SmolLM3, SmolVLM": "smollm3 smolvlm",
+    "OLMo 2 and 3": "olmo2 olmo3", "LFM2": "lfm2 lfm2_moe lfm2_vl",
+    "Llava, InternVL, PaliGemma": "llava llava_next internvl paligemma",
+    "GPT-2, Pythia": "gpt2 gpt_neox",
+}  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "backbones.json"
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
+_UNTRIED = "not tried with this transformers"
 _MIXED = ["linear_attention", "full_attention"] * 2
 
 
@@ -43,6 +64,12 @@ def _axes(*section: int) -> dict[str, Any]:
     return {"text_config": {"rope_parameters": rotary, "head_dim": 128}}
 
 
+_ROTARY = {"rope_type": "default", "rope_theta": 1e4}
+_BY_KIND = {"full_attention": _ROTARY, "sliding_attention": _ROTARY}
+_INDEXED = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 # What default configs lack.
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -56,6 +83,39 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "zamba": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "n_mamba_heads": 2,
+        "mamba_d_state": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+    },
+    "zamba2": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "n_mamba_heads": 8,
+        "mamba_d_state": 8,
+        "num_attention_heads": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+    },
+    "rwkv": {"hidden_size": 64, "attention_hidden_size": 64},
+    "xlstm": {"hidden_size": 64, "num_heads": 4, "num_hidden_layers": 2},
+    "xmod": {"default_language": "en_XX"},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "chameleon": {"vocabulary_map": {"<image>": 250, "IMGIMGBS": 251}},
+    "cohere_compass_text": {"rope_parameters": _BY_KIND},
+    "cohere_compass": {"text_config": {"rope_parameters": _BY_KIND}},
+    "hunyuan_vl": _axes(16, 24, 24),
+    "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "1/2"},
+    "qwen4_exp_text": _INDEXED,
+    "qwen4_exp": {"text_config": _INDEXED},
+    "glm5_next": {"text_config": {"index_kpool": 1}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * 12}},
+    "diffusion_gemma": {
+        "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    },
 }
 
 
@@ -101,21 +161,19 @@ def page(rows: dict[str, Any]) -> str:
     """Write the page of what was tried."""
     counts: Counter[str] = Counter()
     notes: dict[str, int] = {}
-    lines = []
-    for name, kind in sorted(class_names().items()):
-        row = rows.get(name, {"problem": "not tried with this transformers"})
-        cells = []
-        for memory in PLACES:
-            trial = row.get("trials", {}).get(memory)
-            result = "not tried" if trial is None else trial["result"]
-            reason = row["problem"] if trial is None else trial["problem"]
-            reason = reason.replace(kind, "The model")
-            counts[result] += 1
-            note = f" [{notes.setdefault(reason, len(notes) + 1)}]" if reason else ""
-            cells.append(f"{result}{note}")
-        same = len(set(cells)) == 1
-        shown = [cells[0], *["\u2033"] * (len(cells) - 1)] if same and len(cells[0]) > 5 else cells
-        lines.append(f"| `{name}` | {kind} | " + " | ".join(shown) + " |")
+    kinds, cells = class_names(), {}
+    for name, kind in sorted(kinds.items()):
+        cells[name] = [_cell(rows.get(name, {}), kind, memory, notes) for memory in PLACES]
+        counts.update(cell.partition(" [")[0] for cell in cells[name])
+    lines = [
+        f"| `{n}` | {kinds[n]} | " + " | ".join(_short(own)) + " |" for n, own in cells.items()
+    ]
+    most = []
+    for family, names in THIRTY.items():
+        each = zip(*(cells[name] for name in names.split()), strict=True)
+        of_all = [own[0] if len(set(own)) == 1 else _differing(names.split(), own) for own in each]
+        shown = ", ".join(f"`{name}`" for name in names.split())
+        most.append(f"| {family} | {shown} | " + " | ".join(_short(of_all)) + " |")
     total = ", ".join(f"{n} {result}" for result, n in counts.most_common())
     head = " | ".join(f"`{memory}` ({place})" for memory, place in PLACES.items())
     described = (
@@ -123,12 +181,34 @@ def page(rows: dict[str, Any]) -> str:
         f"memories each: {total}."
     )
     listed = [f"{number}. {_plain(reason)}" for reason, number in notes.items()]
+    line = "|---|---|" + "---|" * len(PLACES)
     return "\n".join(
         [
-            *_HEAD, described, "", f"| type | class | {head} |",
-            "|---|---|" + "---|" * len(PLACES), *lines, "", "## Notes", "", *listed, "",
+            *_HEAD, "## The thirty that are fine-tuned most", "",
+            f"| family | types | {head} |", line, *most, "", "## All", "", described, "",
+            f"| type | class | {head} |", line, *lines, "", "## Notes", "", *listed, "",
         ]
     )  # fmt: skip
+
+
+def _cell(row: dict[str, Any], kind: str, memory: str, notes: dict[str, int]) -> str:
+    """Write the result of a memory on a type, with the number of what is to be said."""
+    trial = row.get("trials", {}).get(memory)
+    result = "not tried" if trial is None else trial["result"]
+    reason = row.get("problem", _UNTRIED) if trial is None else trial["problem"]
+    reason = reason.replace(kind, "The model")
+    return f"{result} [{notes.setdefault(reason, len(notes) + 1)}]" if reason else result
+
+
+def _short(cells: list[str]) -> list[str]:
+    same = len(set(cells)) == 1 and len(cells[0]) > 5
+    return [cells[0], *["\u2033"] * (len(cells) - 1)] if same else cells
+
+
+def _differing(names: list[str], cells: tuple[str, ...]) -> str:
+    """Name the types whose results are others than right."""
+    others = [f"`{n}` {cell}" for n, cell in zip(names, cells, strict=True) if cell != "right"]
+    return "right, but " + ", ".join(others)
 
 
 def _plain(reason: str) -> str:
@@ -152,6 +232,9 @@ and `window` generation, and saving and loading. Written by `python benchmarks/b
 Of models that see and hear, text is read; pictures and sound are refused. Where a model looks at
 the ids of what it reads beside their embeddings (Gemma 3n and 4: embeddings of every layer), memory
 tokens count as padding there, as pictures do. What differs in float32 is tried in float64, too.
+A wrapped Gemma 3, Gemma 4, gpt-oss, DeepSeek V3, GLM-4, Command-R, Granite 4 and a model with code
+of its own are trained, generate, and load in a fresh process in `tests/integration/test_show.py`.
+
 """.splitlines()
 
 

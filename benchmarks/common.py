@@ -49,4 +49,4 @@ def save(name: str, values: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"benchmark": name, "machine": machine(), **values}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n")
-    print(text)
+    print(text if len(text) < 4000 else f"wrote {name}.json")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import memwrap
+from memwrap.state.trees import tree_leaves
 from memwrap.testing.families import build
 from memwrap.testing.helpers import ids, randomise, tiny
 
@@ -52,7 +53,10 @@ class Service:
         if kind == 0:
             return model(ids(1, 9, seed=text), cache=state.clone()).logits
         if kind == 1:
-            return model(ids(1, 30 + text, seed=50 + text), use_cache=True).cache.nbytes
+            out = model(ids(1, 30 + text, seed=50 + text), use_cache=True)
+            trees = [tree_leaves(tree) for tree in out.cache.memories.values()]
+            parts = [out.logits, *(leaf for leaves in trees for _, leaf in leaves)]
+            return torch.cat([part.double().flatten() for part in parts])
         return model.generate(
             ids(1, 5, seed=text), cache=state, max_new_tokens=10, do_sample=False
         ).tolist()

@@ -24,9 +24,15 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
 # One thread, the settings of hypothesis, and what is done with every test of the session.
 from memwrap.testing.conftest import (
+    pytest_collection_finish,
     pytest_collection_modifyitems,
     pytest_configure,
     seeds,
 )
 
-__all__ = ["pytest_collection_modifyitems", "pytest_configure", "seeds"]
+__all__ = [
+    "pytest_collection_finish",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "seeds",
+]

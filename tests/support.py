@@ -42,10 +42,10 @@ def assert_pieces_and_padding(model: Any, lengths: Sequence[int] = (43, 29)) -> 
         text, mask = padded(rows, "left")
         got = model(text, attention_mask=mask).logits
         for index, (row, want) in enumerate(zip(rows, wanted, strict=True)):
-            assert_close(got[index, -len(row) :], want.logits[0], what="a padded row")
+            assert_close(got[index, -len(row) :], want.logits[0], label="a padded row")
             state = model.new_state(1)
             pieces = [model(p[None], cache=state).logits for p in row.split(5)]
-            assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
+            assert_close(torch.cat(pieces, 1), want.logits, label="pieces")
             assert_same_states(state, want.cache)
 
 

@@ -14,9 +14,9 @@ FETCHED = ("smollm2",)
 def cache_folder() -> Path:
     """Find where fetched models lie: `$MEMWRAP_CACHE`, else `memwrap` in `$XDG_CACHE_HOME`, else
     in `~/.cache`."""
-    own = os.environ.get("MEMWRAP_CACHE")
-    if own:
-        return Path(own).expanduser()
+    folder = os.environ.get("MEMWRAP_CACHE")
+    if folder:
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "memwrap"
 
 

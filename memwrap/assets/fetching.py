@@ -53,8 +53,8 @@ def fetch(name: str) -> Path:
 
 def packaged() -> Path | None:
     """Find the GGUF file of the installed package, without importing the package."""
-    found = importlib.util.find_spec(WHEEL)
-    places = (found.submodule_search_locations or []) if found is not None else []
+    spec = importlib.util.find_spec(WHEEL)
+    places = (spec.submodule_search_locations or []) if spec is not None else []
     files = sorted(file for place in places for file in Path(place).rglob("*.gguf"))
     return files[0] if files else None
 

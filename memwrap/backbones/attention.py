@@ -32,6 +32,7 @@ from memwrap.backbones.layer_attention import (
 from memwrap.ops import narrowed
 
 KIND = "attention"
+_ADDED = ("position_bias", "softcap", "s_aux")  # what a model may add to a plain softmax
 # No keyword of an attention module needs to reach its attention function.
 _calls: ContextVar[AttentionCall | None] = ContextVar("memwrap_attention", default=None)
 
@@ -80,6 +81,7 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
             rotated_scaling=scale,
             function=function,
             eager=through(_eager_of(kind)),
+            plain=name == "sdpa" and not dropout and all(kwargs.get(n) is None for n in _ADDED),
             window=kwargs.get("sliding_window"),
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),

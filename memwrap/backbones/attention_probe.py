@@ -89,10 +89,10 @@ def _position_calls(
     `(..., 1, length)`: positions."""
     inside = {module for layer in layers for module in layer.modules()}
     calls: list[PositionCall] = []
-    here = get_ident()
+    thread = get_ident()
 
     def note(module: nn.Module, *call: Any) -> None:
-        if get_ident() != here:  # torch may leave out the keywords while the hook comes or goes
+        if get_ident() != thread:  # torch may leave out the keywords while the hook comes or goes
             return
         args, kwargs, output = call
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 # Models that read pictures and sound, too, are kept apart from those of text alone.
@@ -14,6 +15,7 @@ _AUTO = {
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
 }
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
 class _One:
@@ -30,7 +32,8 @@ class _One:
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """Find what builds a model of a config: the auto class that makes what `config.architectures`
-    names, or else that class of transformers, or else the first auto class that knows the config.
+    names, or else that class of transformers, or else the first auto class that knows the config or
+    that its code is for.
     """
     found: list[tuple[Any, set[str]]] = []
     for name, mapping_name in _AUTO.items():
@@ -48,4 +51,17 @@ def auto_class(config: PreTrainedConfig) -> Any:
         known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
         if known and kind.config_class is type(config) and kind.can_generate():
             return _One(kind)
-    return found[0][0] if found else AutoModelForCausalLM
+    code = getattr(config, "auto_map", None) or {}  # of a model that brings its own
+    named = [getattr(modeling_auto, name) for name in _AUTO if not found and name in code]
+    return found[0][0] if found else (named or [AutoModelForCausalLM])[0]
+
+
+def load_backbone(place: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a base from a folder or the Hub, with the class that its config asks for.
+
+    Args:
+        place: the folder or repo id.
+        options: of `from_pretrained`.
+    """
+    hub = {name: options[name] for name in _HUB if name in options}
+    return auto_class(AutoConfig.from_pretrained(place, **hub)).from_pretrained(place, **options)

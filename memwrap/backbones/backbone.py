@@ -414,8 +414,8 @@ class Backbone:
         position_ids = positions if position_ids is None else position_ids
         noted = feed_forward_place.inputs_noted_in(feed_forward)
         given: dict[str, Any] = {**self._given(embeds, ids), self.cache_name: cache}
-        own = token_ids_place.embeddings_given(embeds if self.ids_matter else None)
-        with reaching(context), recurrent_place.carried(recurrence), noted, own:
+        embeddings = token_ids_place.embeddings_given(embeds if self.ids_matter else None)
+        with reaching(context), recurrent_place.carried(recurrence), noted, embeddings:
             return self.decoder(
                 attention_mask=mask,
                 position_ids=position_ids.to(embeds.device),

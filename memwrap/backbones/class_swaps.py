@@ -34,11 +34,11 @@ def subclass(parent: type[nn.Module], kind: str, **members: Any) -> type[nn.Modu
 
 def _as_its_own_class(module: nn.Module, protocol: Any) -> Any:
     """Copy or pickle a module as one of the class it had; the model that holds it lends anew."""
-    own = type(module)
-    while "_memwrap_parent" in vars(own):
-        own = vars(own)["_memwrap_parent"]
-    made: Any = own.__reduce_ex__(module, protocol)
-    return (_new, (own,), *made[2:])
+    original = type(module)
+    while "_memwrap_parent" in vars(original):
+        original = vars(original)["_memwrap_parent"]
+    made: Any = original.__reduce_ex__(module, protocol)
+    return (_new, (original,), *made[2:])
 
 
 def _new(kind: type[nn.Module]) -> nn.Module:

@@ -19,7 +19,8 @@ def find_decoder(model: PreTrainedModel) -> nn.Module:
     named = model.get_decoder() if hasattr(model, "get_decoder") else None
     decoder: nn.Module | None = None if named is model else named
     embeddings = model.get_input_embeddings()
-    for module in (decoder or model).modules():
+    # Of some the name leads to the head.
+    for module in (decoder if isinstance(decoder, PreTrainedModel) else model).modules():
         holds = isinstance(module, PreTrainedModel) and module is not model
         if holds and embeddings is not None and any(m is embeddings for m in module.modules()):
             decoder = module

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memwrap.backbones.positions import MemoryKeyValues
-
 NOWHERE = -1000.0  # for a key that a head does not have: no infinity in a product
 
 
-def bias_of_keys(memories: Sequence[MemoryKeyValues], keys: Tensor) -> Tensor:
-    """Collect the biases of the memories' keys and, behind them, zeros for the segment's own:
-    `(B, Hkv, M + K)`, in float32 or float64, for all `keys` `(B, Hkv, M + K, D)`."""
+def bias_of_keys(parts: Sequence[tuple[int, Tensor | None]], keys: Tensor) -> Tensor:
+    """Collect the biases of the first of all `keys` `(B, Hkv, K, D)`: how many keys each part has,
+    and theirs `(B, Hkv, M)`, None for none; those behind have none either.
+
+    Returns:
+        `(B, Hkv, K)`, in float32 or float64.
+    """
     batch, heads, total, _ = keys.shape
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    bias = torch.zeros(batch, heads, total, dtype=dtype, device=keys.device)
+    result = torch.zeros(batch, heads, total, dtype=dtype, device=keys.device)
     start = 0
-    for memory in memories:
-        stop = start + memory.keys.shape[2]
-        if memory.bias is not None:
-            bias[:, :, start:stop] = memory.bias.clamp_min(NOWHERE)
+    for count, bias in parts:
+        stop = start + count
+        if bias is not None:
+            result[:, :, start:stop] = bias.clamp_min(NOWHERE)
         start = stop
-    return bias
+    return result
 
 
 def add_bias(
-    queries: Tensor, keys: Tensor, mask: Tensor, bias: Tensor, scaling: float, cap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor, keys: Tensor, mask: Any, bias: Tensor, scaling: float, cap: float | None
+) -> tuple[Tensor, Tensor, Any]:
     """Let attention add a bias to the scores of keys.
 
     Channels of the keys hold it, which queries of ones read, so that the mask stays one for all
@@ -37,7 +40,7 @@ def add_bias(
 
     Args:
         queries: `(B, H, T, D)`. keys: `(B, Hkv, K, D)`.
-        mask: as the model's attention takes it (with a soft cap one that is added).
+        mask: as the model's attention takes it (with a soft cap one that is added), or None.
         bias: `(B, Hkv, K)`.
         scaling: what attention multiplies products with.
         cap: the soft cap.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache
 
+from memwrap.backbones import joining
 from memwrap.backbones.contexts import reaching
-from memwrap.backbones.key_biases import add_bias, bias_of_keys
 from memwrap.backbones.positions import MemoryKeyValues, Positions
-from memwrap.backbones.rotary import Angles, Rotary, rotate, rotate_static, unrotate
+from memwrap.backbones.rotary import Angles, Rotary, rotate
 from memwrap.ops.buffers import take
 
 PREFIX = "memwrap_"
@@ -87,6 +87,7 @@ class LayerAttention:
         value: `(B, Hkv, K, Dv)`.
         mask: as the backbone's attention takes it, or None for plain causal attention.
         function: the model's own attention; `eager`: the same, giving weights too.
+        plain: `function` is torch's attention without dropout or anything added.
         window: tokens that the layer's own sliding window lets a query see (itself among them), or
             None.
         softcap: scores s become `softcap * tanh(s / softcap)`, if the model does so.
@@ -105,6 +106,7 @@ class LayerAttention:
     rotated_scaling: float
     function: AttentionFunction
     eager: AttentionFunction
+    plain: bool = False
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
@@ -190,8 +192,17 @@ class LayerAttention:
     def key(self) -> Tensor:
         """The keys `(B, Hkv, K, Dk)` without rotation."""
         if self._key is None:
-            self._key = unrotate(self.rotated_key, self._angles(self.key_positions, "keys"))
+            self._key = self._unrotated(self.rotated_key, self.key_positions, "keys")
         return self._key
+
+    @property
+    def step_key(self) -> Tensor:
+        """The keys `(B, Hkv, T, Dk)` of the step's own columns, without rotation."""
+        length, total = self.rotated_query.shape[2], self.rotated_key.shape[2]
+        if self._key is not None or length == total:
+            return self.key[:, :, total - length :]
+        positions = self.key_positions[:, total - length :]
+        return self._unrotated(self.rotated_key[:, :, total - length :], positions, "step")
 
     def keys_at(self, columns: Tensor, name: Hashable | None = None) -> Tensor:
         """Take the keys `(B, Hkv, N, Dk)` of columns `(B, N)`, without rotation; a `name` says
@@ -201,7 +212,7 @@ class LayerAttention:
             return self.key_positions.gather(1, columns)
 
         positions = gathered() if name is None else self.cached_per_step(("at", name), gathered)
-        return unrotate(take(self.rotated_key, columns), self._angles(positions, name))
+        return self._unrotated(take(self.rotated_key, columns), positions, name)
 
     def rotate(self, x: Tensor, positions: Tensor, name: Hashable | None = None) -> Tensor:
         """Rotate `x` `(B, H, N, Dk)` as the model does at `positions` `(B, N)` or `(B, H, N)`; a
@@ -257,39 +268,18 @@ class LayerAttention:
         Returns:
             The output `(B, T, H, Dv)` and the weights `(B, H, T, M + K)` or None.
         """
-        queries, keys = self.rotated_query, self.rotated_key
-        single = queries.shape[2] == 1  # a token is decoded
-        if single:
-            memories = tuple(m.moved_to(self.query_positions) for m in memories)
-        elsewhere = [m for m in memories if m.query_positions is not None]
-        if elsewhere:  # keys that see the queries elsewhere get channels of their own
-            queries = torch.cat([queries, *[self._query_seen_by(m) for m in elsewhere]], -1)
-            keys = torch.cat([keys, *[torch.zeros_like(keys) for _ in elsewhere]], -1)
-        before = []
-        for index, memory in enumerate(memories):
-            by_head = memory.positions.dim() == 3
-            where = None if name is None or by_head else ("memory", index, name)
-            key = self._rotated_keys(memory, where, kept=single)
-            empty = torch.zeros_like(key)
-            channels = [key if memory.query_positions is None else empty]
-            channels += [key if other is memory else empty for other in elsewhere]
-            before.append(torch.cat(channels, -1))
-        keys = torch.cat([*before, keys], 2)
-        values = torch.cat([*[m.values.to(self.value.dtype) for m in memories], self.value], 2)
+        return joining.join(self, memories, local, weights, name)
 
-        def mask() -> tuple[Tensor, Tensor | None]:
-            visible = self._visible_to_all(memories, local)
-            return self.mask_for(visible, boolean=self.boolean_mask and not weights), self.mask
+    def join_received(
+        self, *memories: MemoryKeyValues, local: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend as `join`, and sum the weights that keys got from the step's queries.
 
-        if name is None:
-            joint = mask()[0]
-        else:  # the model's mask stays alive beside it, so that no other has its id
-            joint = self.cached_per_step(("mask", name, id(self.mask), weights), mask)[0]
-        if any(m.bias is not None for m in memories):
-            bias = bias_of_keys(memories, keys)
-            scores = queries, keys, joint
-            queries, keys, joint = add_bias(*scores, bias, self.rotated_scaling, self.softcap)
-        return (self.eager if weights else self.function)(queries, keys, values, joint)
+        Returns:
+            The output `(B, T, H, Dv)`, and without a gradient `(B, H, M + K)`: what the keys of
+            memories that see the queries in the segment and the segment's own got from real ones.
+        """
+        return joining.join_received(self, memories, local)
 
     def mask_for(self, visible: Tensor, boolean: bool | None = None) -> Tensor:
         """Make the mask that the model's attention takes of who sees whom, a bool tensor; `boolean`
@@ -348,32 +338,34 @@ class LayerAttention:
         mask = mask[..., : key.shape[2]]
         return mask if mask.dtype == torch.bool else mask >= 0
 
-    def _visible_to_all(self, memories: Sequence[MemoryKeyValues], local: Tensor | None) -> Tensor:
-        """Tell which keys each query sees, the memories' first: `(B, 1, T, M + K)` bool."""
-        visible = self.visible() if local is None else self.visible() & local[:, None]
-        length = visible.shape[2]
-        before = [
-            (m.visible if m.visible.dim() == 3 else m.visible[:, None].expand(-1, length, -1))
-            for m in memories
-        ]
-        return torch.cat([*[b[:, None] for b in before], visible], -1)
+    def turned(self, positions: Tensor, name: Hashable | None = None) -> Tensor:
+        """Turn the queries to `positions` `(B, T)` (scaled as the model scales them): `(B, H, T,
+        Dk)`; `name` as for `rotate`."""
+        kind = self.step.rotary.kind(self.layer)
+        if kind is None:
+            return self.rotated_query
 
-    def _rotated_keys(self, memory: MemoryKeyValues, name: Hashable | None, kept: bool) -> Tensor:
-        """Rotate a memory's keys; with `kept`, static ones are kept for later steps."""
-        dtype = self.rotated_key.dtype
-        if kept and memory.static:
-            return rotate_static(
-                memory.keys, dtype, lambda x: self.rotate(x, memory.positions, name)
-            )
-        return self.rotate(memory.keys.to(dtype), memory.positions, name)
+        def angles() -> Angles | None:
+            there, here = self._angles(positions), self._angles(self.query_positions, "queries")
+            return None if there is None or here is None else there.behind(here.inverse())
 
-    def _query_seen_by(self, memory: MemoryKeyValues) -> Tensor:
-        """Rotate the queries to where `memory` sees them (scaled as the model scales them)."""
-        return self.rotate(self.unrotated_query(), memory.query_positions)  # type: ignore[arg-type]
+        made = angles() if name is None else self.cached_per_step(("turn", name, kind), angles)
+        return rotate(self.rotated_query, made)
 
     def unrotated_query(self) -> Tensor:
         """Compute the queries `(B, H, T, Dk)` without rotation, scaled as the model scales them."""
-        return unrotate(self.rotated_query, self._angles(self.query_positions, "queries"))
+        return self._unrotated(self.rotated_query, self.query_positions, "queries")
+
+    def _unrotated(self, x: Tensor, positions: Tensor, name: Hashable | None) -> Tensor:
+        def inverse() -> Angles | None:
+            angles = self._angles(positions, name)
+            return None if angles is None else angles.inverse()
+
+        kind = self.step.rotary.kind(self.layer)
+        known = name is not None and kind is not None
+        return rotate(
+            x, self.cached_per_step(("back", name, kind), inverse) if known else inverse()
+        )
 
     def _angles(self, positions: Tensor, name: Hashable | None = None) -> Angles | None:
         """Compute the angles at positions; with a `name`, once for all layers of the step."""

@@ -52,8 +52,8 @@ def angle_limit(config: Any) -> PositionLimit | None:
 
 
 def _longest(config: Any) -> int | None:
-    own = getattr(config, "original_max_position_embeddings", None)
-    return own or getattr(config, "max_position_embeddings", None)
+    original = getattr(config, "original_max_position_embeddings", None)
+    return original or getattr(config, "max_position_embeddings", None)
 
 
 def _settings(parameters: Any) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +68,8 @@ class MemoryKeyValues:
             they stand in the segment.
         static: the positions are the same for as long as the tensor `keys` lives, so that it need
             not be rotated anew for every token that is decoded.
+        name: says that these positions, of keys and queries, are the same in all layers of the step
+            that name them so.
         bias: `(B, Hkv, M)`, added to the scores (behind a soft cap); -inf where a KV head does not
             have the entry. None: nothing.
     """
@@ -78,6 +81,7 @@ class MemoryKeyValues:
     query_positions: Tensor | None = None
     static: bool = False
     bias: Tensor | None = None
+    name: Hashable | None = None
 
     def moved_to(self, query_positions: Tensor) -> MemoryKeyValues:
         """Move the keys instead of the queries, as one query a row of the batch, which stands at
@@ -87,4 +91,4 @@ class MemoryKeyValues:
         shift = query_positions - self.query_positions
         by_head = self.positions.dim() == 3
         positions = self.positions + (shift[:, None] if by_head else shift)
-        return replace(self, positions=positions, query_positions=None)
+        return replace(self, positions=positions, query_positions=None, static=False, name=None)

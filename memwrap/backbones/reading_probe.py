@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from memwrap.backbones.masks import KINDS, layer_kinds
 from memwrap.backbones.recurrence import Recurrence
 
 if TYPE_CHECKING:
     from memwrap.backbones.backbone import Backbone
 
 TOKENS, FIRST, PADDING = 10, 6, 3
+_SLIDING, _WINDOW = KINDS[1], 3
 
 
 def sample_ids(vocab_size: int, tokens: int = TOKENS) -> Tensor:
@@ -99,6 +101,25 @@ def _own_logits(model: Any, ids: Tensor) -> Tensor:
         raise ValueError(f"{type(model).__name__} does not read text alone ({reason}).") from error
 
 
+def _check_window(backbone: Backbone, run: Any, plain: Any) -> None:
+    """Refuse a model whose config names a window that its own masks do not have: its cache would
+    forget what it sees without one. The window is made narrow to be seen in a few tokens."""
+    config = backbone.config
+    if _SLIDING not in layer_kinds(config):
+        return
+    wide = config.sliding_window
+    config.sliding_window = _WINDOW
+    try:
+        same = alike(plain(), run(0, TOKENS, {}, None)[0])
+    finally:
+        config.sliding_window = wide
+    if not same:
+        raise ValueError(
+            f"{type(backbone.model).__name__} sees beyond its config's `sliding_window` ({wide}); "
+            "set that to None before the model is built, or take another backbone."
+        )
+
+
 def check_reading(backbone: Backbone) -> None:
     """Refuse a model that memwrap would read segments with wrongly.
 
@@ -123,6 +144,12 @@ def check_reading(backbone: Backbone) -> None:
         return hidden, {} if recurrence is None else recurrence.after
 
     want = run(0, TOKENS, {}, None)[0]
+    if want.shape[-1] != embeds.shape[-1]:
+        raise ValueError(
+            f"{name} embeds tokens in {embeds.shape[-1]} numbers and gives last hidden states of "
+            f"{want.shape[-1]}; memwrap needs as many."
+        )
+    _check_window(backbone, run, lambda: backbone.run(embeds, places, ids=ids))
     own, made = _own_logits(backbone.model, ids), backbone.head(want)
     other = _own_logits(backbone.model, torch.cat([ids[:, :-1], ids[:, :1]], 1))
     if not alike(other[:, :-1], own[:, :-1]):

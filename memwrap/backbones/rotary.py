@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from memwrap.backbones.position_limits import PositionLimit
 
@@ -100,6 +99,9 @@ def _signed(x: Tensor, signs: tuple[int, ...]) -> Tensor:
     return x * torch.tensor(signs, dtype=x.dtype, device=x.device)
 
 
+_FEW = 16  # vectors of which a copy costs less than operations that avoid it
+
+
 @dataclass(frozen=True)
 class Angles:
     """The factors of a rotation at positions: of the channel itself and of its partner, each
@@ -119,47 +121,50 @@ class Angles:
         scale = (self.own.square() + self.other.square()).rsqrt()
         return Angles(self.rotation, self.own * scale, self.other * scale)
 
-    def turn(self, x: Tensor, *, back: bool = False) -> Tensor:
-        """Turn `x` `(B, H, T, D)`, or turn it `back`."""
-        rotation = self.rotation
-        first, stop = rotation.start, rotation.start + self.own.shape[-1]
-        wide = torch.promote_types(x.dtype, torch.float32 if back else self.own.dtype)
-        part, own, other = (t.to(wide) for t in (x[..., first:stop], self.own, self.other))
-        if back:
-            turned = (part * own - rotation.partners(part) * other) / (own * own + other * other)
-        else:
-            turned = part * own + rotation.partners(part) * other
-        around = [x[..., :first], turned.to(x.dtype), x[..., stop:]]
+    def inverse(self) -> Angles:
+        """Make the rotation that undoes this one, which may scale; in float32 (or float64)."""
+        wide = torch.promote_types(self.own.dtype, torch.float32)
+        own, other = self.own.to(wide), self.other.to(wide)
+        size = own.square() + other.square()
+        return Angles(self.rotation, own / size, -other / size)
+
+    def behind(self, before: Angles) -> Angles:
+        """Make the rotation that does first `before` and then this one; in float32 (or float64)."""
+        wide = torch.promote_types(self.own.dtype, torch.float32)
+        own, other, first_own, first_other = (
+            x.to(wide) for x in (self.own, self.other, before.own, before.other)
+        )
+        partners = self.rotation.partners
+        return Angles(
+            self.rotation,
+            own * first_own + other * partners(first_other),
+            own * first_other + other * partners(first_own),
+        )
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Turn `x` `(B, H, T, D)`."""
+        rotation, width = self.rotation, self.own.shape[-1]
+        first, stop = rotation.start, rotation.start + width
+        wide = torch.promote_types(x.dtype, self.own.dtype)
+        part = (x if width == x.shape[-1] else x[..., first:stop]).to(wide)
+        own, other = self.own.to(wide), self.other.to(wide)
+        wasteful = _order(rotation.partner) == "halves" and x.shape[2] > _FEW
+        if torch.is_grad_enabled() or not wasteful:
+            turned = torch.addcmul(part * own, rotation.partners(part), other)
+        else:  # without a copy of the partners
+            turned, half = part * own, width // 2
+            turned[..., :half].addcmul_(part[..., half:], other[..., :half])
+            turned[..., half:].addcmul_(part[..., :half], other[..., half:])
+        turned = turned.to(x.dtype)
+        if width == x.shape[-1]:
+            return turned
+        around = [x[..., :first], turned, x[..., stop:]]
         return torch.cat([t for t in around if t.shape[-1]], -1)
 
 
 def rotate(x: Tensor, angles: Angles | None) -> Tensor:
     """Rotate `x` `(B, H, T, D)`."""
     return x if angles is None else angles.turn(x)
-
-
-def unrotate(x: Tensor, angles: Angles | None) -> Tensor:
-    """Undo `rotate`, which may scale what it rotates. Computed in float32 (float64 for
-    float64)."""
-    return x if angles is None else angles.turn(x, back=True)
-
-
-# Weak: what is kept goes with the tensor that it was made of. Calls in several threads may share
-# it: whichever writes last has written the same.
-_ROTATED: Any = WeakIdKeyDictionary()
-
-
-def rotate_static(x: Tensor, dtype: torch.dtype, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """Rotate `x` in `dtype` by `make`, which does always the same to this very tensor, which nobody
-    writes to. The result is kept beside it, except where gradients are recorded."""
-    if torch.is_grad_enabled():
-        return make(x.to(dtype))
-    rotated = _ROTATED.get(x)
-    if rotated is None or rotated.dtype != dtype:
-        rotated = make(x.to(dtype))
-        if rotated is not x:
-            _ROTATED[x] = rotated
-    return rotated
 
 
 @dataclass(frozen=True)

@@ -91,12 +91,12 @@ def find_rotation(attention: LayerAttention, embeddings: Embeddings) -> LayerRot
         torch.stack(t).repeat_interleave(count, 0)[:, None] for t in zip(*asked, strict=True)
     )
     repeated = inputs.repeat(len(asked), 1, 1)
-    found = attention.called_with(repeated, embeddings.of(cos, sin, given))
+    response = attention.called_with(repeated, embeddings.of(cos, sin, given))
     wide = torch.promote_types(attention.value.dtype, torch.float32)
     # One row of samples for each channel.
     sides = [
         t.to(wide).unflatten(0, (-1, count)).flatten(1, 3)
-        for t in (found.query, found.key)
+        for t in (response.query, response.key)
         if len(t) == len(repeated)  # not keys of another layer
     ]
     rotation = _rotation(sides, len(digits))
@@ -140,9 +140,9 @@ def _rotation(sides: Sequence[Tensor], digits: int) -> Rotation | None:
     sign = likeness.gather(1, best[:, None])[:, 0].sign()
 
     def places(first: int) -> list[int]:
-        there = (rows[first : first + digits] != 0).any(1)
-        power = 2 ** torch.arange(digits, device=there.device)
-        return ((there * power[:, None]).sum(0) - 1).clamp_min(0).tolist()
+        marks = (rows[first : first + digits] != 0).any(1)
+        power = 2 ** torch.arange(digits, device=marks.device)
+        return ((marks * power[:, None]).sum(0) - 1).clamp_min(0).tolist()
 
     partner, cosine, sine = best.tolist(), places(3), places(3 + digits)
     of = range(start, stop)

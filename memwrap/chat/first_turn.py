@@ -103,11 +103,11 @@ def _whole(turns: Turns, lead: str, content: str) -> list[int]:
 
 def _places(content: str) -> Iterator[int]:
     """Propose where to cut: in front of the last words, then in front of the last characters."""
-    found, place = 0, len(content.rstrip())
-    while found < _TRIES and place > 0:
+    tries, place = 0, len(content.rstrip())
+    while tries < _TRIES and place > 0:
         place = max(content.rfind(" ", 0, place), content.rfind("\n", 0, place))
         if place > 0 and not content[place - 1].isspace():
-            found += 1
+            tries += 1
             yield place
     yield from range(len(content) - 1, max(0, len(content) - _TRIES), -1)
     yield 0

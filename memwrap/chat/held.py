@@ -61,6 +61,11 @@ class Held:
             held = cls(**note)
             held.read += turns.lead_length() - held.lead
             held.messages([*held.turns, {"role": "user", "content": ""}])
+            said = [part for turn in held.turns for part in (turn["role"], turn["content"])]
+            if not all(isinstance(text, str) for text in (held.context, held.tail, *said)):
+                raise TypeError
+            if not 0 <= note["lead"] <= note["read"] <= state.columns:
+                raise TypeError
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError("The state's chat is damaged; read the document again.") from error
         return held

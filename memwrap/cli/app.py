@@ -80,17 +80,27 @@ def train(
         str | None, typer.Option("--data", help="stdlib, a folder, a file, or datasets:NAME.")
     ] = None,
     memory: MemoryName = None,
+    document: Annotated[
+        str | None,
+        typer.Option("--document", help="Of `train cartridge`: a file to make slots of."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", help="Folder to write.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, print it resolved, run nothing.")
     ] = False,
 ) -> None:
-    """Train: memwrap train RECIPE, or memwrap train --model DIR --data FOLDER --memory armt."""
+    """Train: memwrap train RECIPE, or memwrap train --model DIR --data FOLDER --memory armt, or
+    memwrap train cartridge --model DIR --document FILE."""
     from memwrap.training.finetune import RUN, is_first, preflight, run_recipe
     from memwrap.training.recipe import load_recipe
     from memwrap.training.recipe_from_words import recipe_from_words
 
     words = list(words or [])
+    if words[:1] == ["cartridge"]:
+        from memwrap.cli.cartridge_command import train_cartridge_of
+
+        train_cartridge_of(document, model, output, words[1:])
+        return
     if model is not None:
         loaded = recipe_from_words(model, data, memory, output, words)
     elif not words or data is not None or memory is not None:

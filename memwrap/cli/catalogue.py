@@ -24,7 +24,7 @@ class Entry:
 def own_memories() -> list[Entry]:
     """List memwrap's own memories."""
     places = _places()
-    found = []
+    entries = []
     for path in sorted(ROOM.glob("*.py")):
         classes = {n.name: n for n in _tree(path).body if isinstance(n, ast.ClassDef)}
         for node in classes.values():
@@ -32,10 +32,10 @@ def own_memories() -> list[Entry]:
             if config is None:
                 continue
             bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
-            own = ", ".join(place for place, kind in places.items() if kind in bases)
+            points = ", ".join(place for place, kind in places.items() if kind in bases)
             text = (ast.get_docstring(classes[config]) or "").split("\n\n")[0]
-            found.append(Entry(_name(classes[config]), own, " ".join(text.split())))
-    return found
+            entries.append(Entry(_name(classes[config]), points, " ".join(text.split())))
+    return entries
 
 
 def other_memories() -> list[Entry]:
@@ -46,15 +46,15 @@ def other_memories() -> list[Entry]:
     from memwrap.memories.protocol import places_of
     from memwrap.memories.registry import config_class, memory_class
 
-    found = []
+    entries = []
     for name in names:
         try:
             text = (config_class(name).__doc__ or "").split("\n\n")[0]
             places = ", ".join(places_of(memory_class(name)))
-            found.append(Entry(name, places, " ".join(text.split())))
+            entries.append(Entry(name, places, " ".join(text.split())))
         except ValueError as error:  # of another package; the others are fine
-            found.append(Entry(name, "broken", str(error)))
-    return found
+            entries.append(Entry(name, "broken", str(error)))
+    return entries
 
 
 def _tree(path: Path) -> ast.Module:

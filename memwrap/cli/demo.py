@@ -254,19 +254,19 @@ def _measure(run: Run) -> None:
     say(f"\n=== 3. Nats per token of {length:,} tokens, with {ROWS} entries a layer each\n")
     ids = run.tokenizer(texts.prose(), add_special_tokens=False, verbose=False)["input_ids"]
     step = length // 4
-    found: dict[str, dict[str, Any]] = {}
+    costs: dict[str, dict[str, Any]] = {}
     for name, config in configs.items():
         model = memwrap.wrap(run.base, config).eval()
         values, sizes = nats(model, ids[:length], SEGMENT)
         memwrap.unwrap(model)
         means = [sum(values[a : a + step]) / len(values[a : a + step])
                  for a in range(0, length - 1, step)]  # fmt: skip
-        found[name] = {"nats": means, "mean": sum(values) / len(values), "bytes": max(sizes)}
+        costs[name] = {"nats": means, "mean": sum(values) / len(values), "bytes": max(sizes)}
         say(f"  {name:<20}{max(sizes) / 1e6:>5.0f} MB   "
-            f"{'  '.join(f'{m:.3f}' for m in means)}   mean {found[name]['mean']:.3f}")  # fmt: skip
-    run.results["nats"] = {"tokens": length, "step": step, "memories": found}
+            f"{'  '.join(f'{m:.3f}' for m in means)}   mean {costs[name]['mean']:.3f}")  # fmt: skip
+    run.results["nats"] = {"tokens": length, "step": step, "memories": costs}
     figure, (panel,) = _figure(1)
-    for index, (name, of) in enumerate(found.items()):
+    for index, (name, of) in enumerate(costs.items()):
         places = [step * (i + 0.5) for i in range(len(of["nats"]))]
         panel.plot(places, of["nats"], label=f"{name}, {of['bytes'] / 1e6:.0f} MB",
                    color=COLOURS[index], marker=MARKERS[index], markersize=4)  # fmt: skip

@@ -30,16 +30,16 @@ _PINS = (ROOT / "constraints.txt", Path(memwrap.__file__).parents[1] / "constrai
 def versions() -> dict[str, str]:
     """List versions of what memwrap uses ("not installed" for what is optional and missing), and
     which packages bring memories."""
-    found = {"memwrap": memwrap.__version__, "python": platform.python_version()}
+    by_package = {"memwrap": memwrap.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = _MISSING
+            by_package[package] = _MISSING
     for point in installed():
         if point.dist:
-            found[f"memory {point.name}"] = f"{point.dist.name} {point.dist.version}"
-    return found
+            by_package[f"memory {point.name}"] = f"{point.dist.name} {point.dist.version}"
+    return by_package
 
 
 def tested() -> dict[str, str]:
@@ -55,19 +55,19 @@ def tested() -> dict[str, str]:
     return dict(line.split("==", 1) for line in lines if "==" in line and line[0] != "#")
 
 
-def compared(found: dict[str, str]) -> str:
+def compared(by_package: dict[str, str]) -> str:
     """Compare versions with the tested ones; other versions are a note, for they may well work.
 
     Args:
-        found: of `versions`; what is not installed or not tested is left out.
+        by_package: of `versions`; what is not installed or not tested is left out.
 
     Returns:
         One line.
     """
     pins = tested()
     others: dict[str, list[str]] = {"newer": [], "older": []}
-    for name in (n for n, v in found.items() if n in pins and v != _MISSING):
-        have, pin = Version(Version(found[name]).public), Version(pins[name])  # without "+cpu"
+    for name in (n for n, v in by_package.items() if n in pins and v != _MISSING):
+        have, pin = Version(Version(by_package[name]).public), Version(pins[name])  # without "+cpu"
         if have != pin:
             others["newer" if have > pin else "older"].append(f"{name} {have} ({pin})")
     notes = [f"{age} than tested: {', '.join(names)}" for age, names in others.items() if names]

@@ -28,7 +28,9 @@ def evaluate(
     memory: MemoryName = None,
     task: Annotated[
         str,
-        typer.Option(help="perplexity, recall, linear-usage, or tasks: passkey,vt,..."),
+        typer.Option(
+            help="perplexity, recall, linear-usage, head-budgets, or tasks: passkey,vt,..."
+        ),
     ] = "perplexity",
     documents: Annotated[
         str, typer.Option(help="stdlib, a folder, a file, or datasets:NAME.")
@@ -51,12 +53,23 @@ def evaluate(
     from memwrap.evaluation import run
 
     suite = run.suite_tasks(task)
+    if task == "head-budgets" and memory == "compact":
+        settings = ["memory_size=null", *(settings or [])]
     loaded = load_model(model, dtype, memory, settings)
     folder = asset(model) or Path(model)
     results: Results
-    if task in ("perplexity", "linear-usage"):
+    if task in ("perplexity", "linear-usage", "head-budgets"):
         part = None if split == "all" else split
         rows = run.documents(documents, part, load_tokenizer(model, loaded), tokens, count)
+        if task == "head-budgets":
+            from memwrap.evaluation.head_budgets import head_budgets
+
+            found = head_budgets(loaded, rows)
+            typer.echo(found.table())
+            path = (output or Path("eval")) / "head-budgets.json"
+            found.save(path)
+            typer.echo(f"wrote {path}: its `shares` are the setting `budgets`")
+            return
         results = (run.perplexity if task == "perplexity" else run.linear_usage)(loaded, rows)
     elif task == "recall":
         results = run.recall(loaded, folder, samples or 256)
@@ -115,12 +128,14 @@ def export_model(
     loaded = load_model(model, dtype, memory, settings)
     about = about_run(asset(model) or Path(model))
     about |= {"licence": licence} if licence else {}
-    found = exporting.export(
+    result = exporting.export(
         loaded, folder, tokenizer=load_tokenizer(model, loaded), about=about, check=check
     )
-    if found is not None:
-        same = "the same ids" if found.generates else "other ids (rounding)"
-        typer.echo(f"loads without memwrap: logits within {found.difference:.1e}, generates {same}")
+    if result is not None:
+        same = "the same ids" if result.generates else "other ids (rounding)"
+        typer.echo(
+            f"loads without memwrap: logits within {result.difference:.1e}, generates {same}"
+        )
     typer.echo(f"wrote {folder}")
     if push:
         typer.echo(f"pushed {exporting.push(folder, push)}")

@@ -67,9 +67,12 @@ def small_model(config: PreTrainedConfig, seed: int = 0, auto: Any = None) -> Pr
         ValueError: if none can be built; says what the architecture complained of.
     """
     problem = ""
-    for reduced in _reductions(config):
-        try:
-            return _build(reduced, seed, auto or auto_class(config))
+    wide = {key: 512 if value == 64 else value for key, value in _SMALL.items()} | {"head_dim": 128}
+    for widths, cut in (
+        (_SMALL, "all"), (_SMALL, "text"), (_SMALL, ""), (wide, "all"), (wide, "text"), ({}, "all"),
+    ):  # fmt: skip
+        try:  # ever less reduced: not every architecture can be narrowed
+            return _build(reduced(config, widths, cut=cut), seed, auto or auto_class(config))
         except Exception as error:  # whatever a foreign architecture raises is a "no"
             problem = problem or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     raise ValueError(f"No small {config.model_type!r} model can be built: {problem}")
@@ -87,20 +90,8 @@ def _build(config: PreTrainedConfig, seed: int, auto: Any) -> PreTrainedModel:
             for parameter in model.parameters():
                 if parameter.dim() >= 2:  # logits that are not flat
                     parameter.mul_(4)
-            model(torch.ones(1, 4, dtype=torch.long))
+            model(input_ids=torch.ones(1, 4, dtype=torch.long))
     return model
-
-
-def _reductions(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Make ever less reduced copies of a config: not every architecture can be narrowed."""
-    wide = {key: 512 if value == 64 else value for key, value in _SMALL.items()} | {"head_dim": 128}
-    for widths, cut in (
-        (_SMALL, "all"), (_SMALL, "text"), (_SMALL, ""), (wide, "all"), (wide, "text"), ({}, "all"),
-    ):  # fmt: skip
-        try:
-            yield reduced(config, widths, cut=cut)
-        except Exception:
-            continue
 
 
 def reduced(
@@ -131,7 +122,7 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabulary: bool) -> None:
     values = vars(text)
     heterogeneous = "_heterogeneity_spec" in values
-    own = text.to_dict().get("per_layer_config") if heterogeneous else None
+    per_layer = text.to_dict().get("per_layer_config") if heterogeneous else None
     kept = _cut(text) if cut else []
     before = dict(values)
     alike = values.get("num_key_value_heads") in (None, values.get("num_attention_heads"))
@@ -156,8 +147,8 @@ def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabular
             _set(text, key, 0 if key[:3] in ("pad", "bos", "eos") else VOCABULARY - 1)
         if key == "eos_token_id" and isinstance(value, list):
             _set(text, key, 0)
-    if own and kept:
-        _keep_own(text, own, kept)
+    if per_layer and kept:
+        _keep_per_layer(text, per_layer, kept)
 
 
 def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
@@ -191,9 +182,9 @@ def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
             rotary["mrope_section"] = [*parts, total - sum(parts)]
 
 
-def _keep_own(text: PreTrainedConfig, own: dict[Any, Any], chosen: list[int]) -> None:
+def _keep_per_layer(text: PreTrainedConfig, per_layer: dict[Any, Any], chosen: list[int]) -> None:
     """Leave the chosen layers of what a config says of single ones."""
-    given = {int(key): layer for key, layer in own.items()}
+    given = {int(key): layer for key, layer in per_layer.items()}
     settings = {n: dict(given.get(old, {})) for n, old in enumerate(chosen)}
     for layer in settings.values():
         for key, value in layer.items():

@@ -30,14 +30,15 @@ Split = Annotated[str, typer.Option(help="train, validation, test or all.")]
 SEGMENT = 512
 
 
-def _with_memory(name: str, config: KnnLMConfig, dtype: str | None, *, own: bool) -> Any:
+def _with_memory(name: str, config: KnnLMConfig, dtype: str | None, *, from_words: bool) -> Any:
     """Load a model with a kNN-LM memory: a saved one that has it, or a base with `config`.
 
     Args:
-        own: whether the config was asked for in words, which a saved model has already.
+        from_words: whether the config was asked for in words, which a saved model has already.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from memwrap.backbones.auto_classes import load_backbone
 
     quiet()
     place = asset(name) or Path(name)
@@ -51,13 +52,13 @@ def _with_memory(name: str, config: KnnLMConfig, dtype: str | None, *, own: bool
             for memory, module in model.memories.items():
                 new.memories[memory].load_state_dict(module.state_dict())
             return new.eval()
-        if own:
+        if from_words:
             raise ValueError(
                 f"{name} has kNN-LM settings of its own; leave --segment and --key out."
             )
         return model
     options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    base: Any = AutoModelForCausalLM.from_pretrained(asset(name) or name, **options)
+    base: Any = load_backbone(asset(name) or name, **options)
     if torch.accelerator.is_available():
         base.to(torch.accelerator.current_accelerator())
     return memwrap.wrap(base, config).eval()
@@ -86,7 +87,7 @@ def build(
 
     settings: Any = {"key": key or "ffn"}  # checked by the config
     config = memwrap.KnnLMConfig(segment_size=segment or SEGMENT, **settings)
-    loaded = _with_memory(model, config, dtype, own=bool(segment or key))
+    loaded = _with_memory(model, config, dtype, from_words=bool(segment or key))
     memory = loaded.memories["knnlm"]
     documents = load_documents(corpus, None if split == "all" else split)
     options: dict[str, Any] = {} if is_url(output) else {"factory": factory}
@@ -127,7 +128,7 @@ def tune(
     settings: Any = {"key": opened.notes.get("key", "ffn"), "metric": opened.metric}
     segment = opened.notes.get("segment_size", SEGMENT)
     config = memwrap.KnnLMConfig(segment_size=segment, top_k=top_k, adaptive=adaptive, **settings)
-    loaded = _with_memory(model, config, dtype, own=False)
+    loaded = _with_memory(model, config, dtype, from_words=False)
     loaded.memories["knnlm"].attach(opened)
     part = None if split == "all" else split
     rows = read_documents(documents, part, load_tokenizer(model, loaded), tokens, count)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import memwrap
 from memwrap.cli.small_models import VOCABULARY
+from memwrap.memories.registry import memory_class
 
 RIGHT, LIMIT, REFUSED, WRONG = "right", "limit", "refused", "wrong"
 TOLERANCE = 1e-3  # of the logits' scale: float32 leaves some 1e-5, experts chosen by a hair more
@@ -92,13 +93,13 @@ def _tried(
             problem = f"{type(error).__name__}: {_sentence(error)}"
         if problem:
             return Trial(memory, WRONG, f"{name}: {problem}")
-    if "window" in model.memories and _begins_anew(model):
+    if memory_class(memory).claims.whole and _begins_anew(model):
         return Trial(memory, LIMIT, _begins_anew(model))
     return Trial(memory)
 
 
 def _begins_anew(model: Any) -> str:
-    """Tell why a window that sees all is not the base."""
+    """Tell why a memory that sees all is not the base."""
     if model.parts.max_positions is not None:
         return "learned positions begin anew in every segment"
     if "chunked_attention" in (getattr(model.parts.config, "layer_types", None) or ()):
@@ -127,12 +128,14 @@ def _differs(got: Tensor, want: Tensor) -> str:
 
 @torch.no_grad()
 def _against_the_base(model: Any, build: Any) -> str:
-    """Compare with the base: with a window that sees all; for others, what the first segment
-    gives, in which there is nothing to remember, is compared with the base's."""
+    """Compare with the base: with settings that see all, where a memory has them; for others, what
+    the first segment gives, in which there is nothing to remember, is compared with the base's."""
     ids, base = text(), build()
-    if "window" in model.memories and not _begins_anew(model):
-        wide = memwrap.WindowConfig(segment_size=_SEGMENT, window_size=128, num_sinks=0)
-        return _differs(memwrap.wrap(base, wide)(ids).logits, base_logits(build(), ids))
+    (memory,) = model.memories
+    whole = memory_class(memory).claims.whole
+    if whole and not _begins_anew(model):
+        seeing = memwrap.wrap(base, memory, segment_size=_SEGMENT, **whole)
+        return _differs(seeing(ids).logits, base_logits(build(), ids))
     ids = ids[:, : _SEGMENT - 1]
     vectors = [m.prefix(model.new_state(2).memories[n]) for n, m in _prompts(model)]
     logits = model(ids).logits
@@ -206,9 +209,9 @@ def _gradients(model: Any, build: Any) -> str:
         model.eval()
     wanted = [p for p in model.memory_parameters() if p.requires_grad]
     wanted = wanted or [model.get_input_embeddings().weight]
-    found = [p.grad for p in wanted if p.grad is not None]
-    problem = "" if found else "no parameter of the memory gets one"
-    if any(not bool(g.isfinite().all()) for g in found) or not bool(loss.isfinite()):
+    grads = [p.grad for p in wanted if p.grad is not None]
+    problem = "" if grads else "no parameter of the memory gets one"
+    if any(not bool(g.isfinite().all()) for g in grads) or not bool(loss.isfinite()):
         problem = "they are not finite"
     model.zero_grad(set_to_none=True)
     return problem

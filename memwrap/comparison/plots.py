@@ -21,7 +21,7 @@ def plot_comparison(results: dict[str, dict[str, Any]], path: str | Path) -> Non
     names = [name for name in results if "perplexity" in results[name]]
     curves = [results[name]["perplexity"]["curves"] for name in names]
     for index, label in enumerate((MEMORY, OFF, SHUFFLED)):
-        values = [own[label]["overall"] for own in curves]
+        values = [curve[label]["overall"] for curve in curves]
         upper.plot(names, values, MARKERS[index], color=COLOURS[index], label=label)
     upper.axhline(
         curves[0][WINDOW]["overall"], color="black", linestyle=":", label=f"{WINDOW}, untrained"

@@ -108,8 +108,8 @@ class Plan:
 
     def memory(self, name: str, part: str) -> dict[str, Any]:
         """Collect the settings of a memory: what all share, then its own."""
-        own = (self.values["memories"].get(name) or {}).get(part) or {}
-        return {**self.values[part]["memory"], **own}
+        settings = (self.values["memories"].get(name) or {}).get(part) or {}
+        return {**self.values[part]["memory"], **settings}
 
     def note(self, name: str) -> str:
         """Give the remark on a memory that belongs beside its figures."""
@@ -118,9 +118,9 @@ class Plan:
     def recipe(self, name: str, part: str, folder: Path) -> dict[str, Any]:
         """Make the recipe by which a memory is trained into `folder`."""
         recipe: dict[str, Any] = json.loads(json.dumps(self.values[part]["recipe"]))
-        own = self.values["memories"].get(name) or {}
-        if "lora" in own:
-            recipe["lora"] = own["lora"]
+        settings = self.values["memories"].get(name) or {}
+        if "lora" in settings:
+            recipe["lora"] = settings["lora"]
         recipe["model"] = {"name": self.model, "dtype": "float32"}
         recipe["memory"] = {"name": name, **self.memory(name, part)}
         recipe["output"] = str(folder)
@@ -179,8 +179,8 @@ def _recall(
     plan: Plan, recipe: Recipe, model: Any, controls: tuple[str, ...], pairs: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Recall by distance on both tasks, at most at `pairs` pairs."""
-    own = plan.values["memories"].get((recipe.memory or {})["name"]) or {}
-    wanted, results = {**plan.values["recall"]["held_out"], **own.get("held_out", {})}, {}
+    settings = plan.values["memories"].get((recipe.memory or {})["name"]) or {}
+    wanted, results = {**plan.values["recall"]["held_out"], **settings.get("held_out", {})}, {}
     for task in recall_tasks(recipe.recall, model.config.vocab_size):
         # Distinct keys end somewhere; keys that may come again do not.
         most = min(pairs or 10**9, 10**9 if task.rewrite else task.num_keys)
@@ -329,21 +329,21 @@ def compare(
     folder, scratch = Path(folder), Path(scratch)
     for path in (folder, scratch):
         path.mkdir(parents=True, exist_ok=True)
-    there = read_results(folder)
-    for name, values in there.items():
+    results = read_results(folder)
+    for name, values in results.items():
         _belongs(plan, folder / f"{name}.json", values)
     base: dict[str, Reading] = {}
-    if BASE not in there:
+    if BASE not in results:
         _write(folder, measure_base(plan, scratch))
-    for name in (n for n in names if n not in there):
+    for name in (n for n in names if n not in results):
         start = time.perf_counter()
         _write(folder, measure(plan, name, scratch, base))
         say(f"{name}: {time.perf_counter() - start:.0f} s, {folder / name}.json")
-    there = read_results(folder)
-    memories = [n for n in there if n != BASE]
+    results = read_results(folder)
+    memories = [n for n in results if n != BASE]
     for name, speed in measure_speed(plan, memories, **plan.values.get("speed", {})).items():
-        there[name]["speed"] = speed
-        _write(folder, there[name])
+        results[name]["speed"] = speed
+        _write(folder, results[name])
 
 
 def _belongs(plan: Plan, path: Path, values: dict[str, Any]) -> None:

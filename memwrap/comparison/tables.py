@@ -77,9 +77,9 @@ def perplexity_rows(curves: dict[str, PerplexityResult], link: str = "{}") -> li
     """Make a line a memory: nats with the memory and its controls, and what they differ by."""
     rows = [["memory", "memory", "off", "shuffled", "off - memory", "shuffled - memory"]]
     for name, result in curves.items():
-        own = result.curves
-        cells = [f"{own[c].overall:.3f}" for c in (MEMORY, OFF, SHUFFLED)]
-        gains = [f"{own[c].gain:+.4f} ± {own[c].gain_error:.4f}" for c in (OFF, SHUFFLED)]
+        curve_of = result.curves
+        cells = [f"{curve_of[c].overall:.3f}" for c in (MEMORY, OFF, SHUFFLED)]
+        gains = [f"{curve_of[c].gain:+.4f} ± {curve_of[c].gain_error:.4f}" for c in (OFF, SHUFFLED)]
         rows.append([link.format(name), *cells, *gains])
     return rows
 
@@ -101,8 +101,8 @@ def _accuracy(values: dict[str, Any], curve: str) -> dict[int, float]:
 
 def distances(results: Results) -> list[int]:
     """List all distances that were measured."""
-    found = (v["distances"] for r in results.values() for v in r["recall"].values())
-    return sorted({d for part in found for d in part})
+    lists = (v["distances"] for r in results.values() for v in r["recall"].values())
+    return sorted({d for part in lists for d in part})
 
 
 def recall_rows(results: Results) -> list[list[str]]:
@@ -151,8 +151,8 @@ def cost_rows(results: Results) -> list[list[str]]:
     return rows
 
 
-def _names(found: Iterable[str]) -> str:
-    return ", ".join(found) or "none"
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def advice(results: Results) -> str:
@@ -163,8 +163,8 @@ def advice(results: Results) -> str:
 
     def is_worse(name: str, *controls: str) -> bool:
         """Tell whether it is worse than every control, by more than two standard errors."""
-        found = [curves[name].curves[c] for c in controls]
-        return all(c.gain > 2 * c.gain_error for c in found)
+        control_curves = [curves[name].curves[c] for c in controls]
+        return all(c.gain > 2 * c.gain_error for c in control_curves)
 
     helped = [n for n in curves if is_worse(n, OFF, SHUFFLED)]
     order = sorted(curves, key=lambda n: curves[n].curves[MEMORY].overall)
@@ -182,11 +182,11 @@ def advice(results: Results) -> str:
         good, unknown = [], []
         for name in curves:
             values = results[name]["recall"]["rewrite"]
-            found = _accuracy(values, MEMORY).get(distance)
-            if found is None:
+            accuracy = _accuracy(values, MEMORY).get(distance)
+            if accuracy is None:
                 unknown.append(name)
-            elif found >= 0.5:
-                good.append((found, name))
+            elif accuracy >= 0.5:
+                good.append((accuracy, name))
         named = _names(f"{n} ({a:.2f})" for a, n in sorted(good, reverse=True))
         lines.append(
             f"- **A fact {distance} segments back**, right at least every other time: {named}"
@@ -197,8 +197,8 @@ def advice(results: Results) -> str:
 
 def recall_table(values: dict[str, Any]) -> str:
     """Write one task's accuracy by distance, with its controls."""
-    own = {k: v for k, v in values.items() if k not in ("format", "version")}
-    return RecallResult(**own).table()
+    fields = {k: v for k, v in values.items() if k not in ("format", "version")}
+    return RecallResult(**fields).table()
 
 
 def _machine(about: dict[str, Any]) -> str:

@@ -221,6 +221,11 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
                 f"`{name}` is not collected across segments; model.base_model(...) gives the last "
                 "hidden states, model.backbone(...) everything of one window."
             )
+    if kwargs.get("output_router_logits"):
+        raise ValueError(
+            "`output_router_logits` asks for the loss that balances experts, which is not computed "
+            "across segments; set it to False in the model's config (model.backbone.config)."
+        )
     refuse_pictures(kwargs)
     names = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
     for name in kwargs:

@@ -68,8 +68,8 @@ class NoInsertion:
         tokens."""
         return torch.zeros_like(positions, dtype=torch.bool)
 
-    def count(self, step: Step, chosen: Tensor) -> int:
-        """Count the inserted tokens that are targets: those behind a token of `chosen` `(B, N)`."""
+    def count(self, step: Step, mask: Tensor) -> int:
+        """Count the inserted tokens that are targets: those behind a token of `mask` `(B, N)`."""
         return 0
 
 
@@ -101,8 +101,8 @@ class TokenInsertion(NoInsertion):
     def at(self, positions: Tensor) -> Tensor:
         return positions % (self.every + 1) == self.every
 
-    def count(self, step: Step, chosen: Tensor) -> int:
-        return int((self._full(step) & chosen.cpu()).sum()) if self.in_loss else 0
+    def count(self, step: Step, mask: Tensor) -> int:
+        return int((self._full(step) & mask.cpu()).sum()) if self.in_loss else 0
 
     def columns(
         self, embeds: Tensor, step: Step, states: dict[str, Tree]

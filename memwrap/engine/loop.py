@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memwrap.engine.early_gradients import EarlyGradients
 from memwrap.engine.inputs import Inputs
 from memwrap.engine.loss import IGNORED, Collect, Head
 from memwrap.engine.packed_documents import alike
@@ -19,7 +20,7 @@ from memwrap.engine.step import SegmentReader, StepOutput
 from memwrap.memories.config import MemoryConfig
 from memwrap.state.memory_state import BACKBONE, MemoryState
 from memwrap.state.open_segment import OpenSegment
-from memwrap.state.trees import Tree, tree_map
+from memwrap.state.trees import Tree, tree_leaves, tree_map
 
 
 @dataclass
@@ -100,9 +101,14 @@ class Loop:
         elif hidden_from is not None:
             ask = partial(head.collect, hidden_from, collect)
         results: list[Any] = []
+        early: EarlyGradients | None = None
+        if targets is not None and self.training and torch.is_grad_enabled():
+            early = EarlyGradients(inputs.embeds)
         for texts, steps in groups:
             before = self._fresh(texts, state) if packed else state
-            made, after = self._read(texts, progress(steps), before, ask, keep_open, control)
+            made, after = self._read(texts, progress(steps), before, ask, keep_open, control, early)
+            if packed and early is not None and texts is not groups[-1][0]:
+                _take_early(early, made, 0)
             results += made
         if not packed:
             after.tokens_seen = after.tokens_seen + inputs.lengths
@@ -112,6 +118,8 @@ class Loop:
         reading = Reading(None, None, 0, state if packed else after)
         if targets is not None:
             losses = [loss for loss, _ in results] or [torch.zeros((), device=inputs.device)]
+            if early is not None and early.loss is not None:
+                losses.append(early.loss)
             reading.loss_sum = sum(losses)
             reading.targets = int((targets != IGNORED).sum()) + sum(more for _, more in results)
         elif hidden_from is not None:
@@ -128,7 +136,7 @@ class Loop:
         ids = nothing.to(self.reader.backbone.device)
         inputs = Inputs(ids, None, nothing.bool(), zero, zero)
         step = Step(nothing, nothing, state.fill, zero.bool(), closes, closes, rows)
-        return self._read(inputs, [step], state, None, False, None)[1]
+        return self._read(inputs, [step], state, None, False, None, None)[1]
 
     def _plan(self, inputs: Inputs, state: MemoryState) -> list[tuple[Inputs, list[Step]]]:
         """Cut the call into steps, for each group of texts that is read together."""
@@ -190,13 +198,20 @@ class Loop:
         ask: Ask,
         keep_open: bool,
         control: str | MemoryState | None,
+        early: EarlyGradients | None,
     ) -> tuple[list[Any], MemoryState]:
-        """Run the steps: give what is asked of each, and the state after them."""
+        """Run the steps: give what is asked of each, and the state after them. Losses in front of a
+        cut go to `early`."""
         states, segment = state.memories, state.open
-        results, new = [], state.clone()
+        results: list[Any] = []
+        new = state.clone()
         apart: Trees = {}
+        begun = 0 if early is not None and not _in_graph(states, segment) else None
         for index, step in enumerate(steps):
             if index and torch.is_grad_enabled() and self.config.detach_before(index):
+                if early is not None and begun is not None:
+                    _take_early(early, results, begun)
+                begun = index
                 states = {name: tree_map(Tensor.detach, tree) for name, tree in states.items()}
                 segment = segment.detach()
             keep = keep_open and bool(((step.ends > 0) & ~step.closes).any())
@@ -261,6 +276,18 @@ class Loop:
         flat = index[:, 0] * width + index[:, 1] - first
         empty = values.new_zeros(batch * width, values.shape[-1])
         return empty.index_copy(0, flat, values).view(batch, width, -1)
+
+
+def _in_graph(states: Trees, segment: OpenSegment) -> bool:
+    """Tell whether a state that is continued has gradients of its own."""
+    return any(t.requires_grad for _, t in tree_leaves({**states, "open": segment.tree}))
+
+
+def _take_early(early: EarlyGradients, results: list[Any], begun: int) -> None:
+    """Hand over the losses of the steps from `begun` on; zeros take their places."""
+    part = results[begun:]
+    if early.take(sum(loss for loss, _ in part)):
+        results[begun:] = [(torch.zeros_like(loss), more) for loss, more in part]
 
 
 def _only_last(targets: Tensor, steps: list[Step]) -> Tensor:

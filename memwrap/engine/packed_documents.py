@@ -18,10 +18,10 @@ from memwrap.engine.inputs import Inputs
 _ALIKE = 0.75
 
 
-def packed(inputs: Inputs, *where: Tensor | None) -> Inputs:
-    """Make each document a text of its own, where rows hold several; `where` as in
+def packed(inputs: Inputs, *marks: Tensor | None) -> Inputs:
+    """Make each document a text of its own, where rows hold several; `marks` as in
     `documents_in`."""
-    documents = documents_in(inputs.real, *where)
+    documents = documents_in(inputs.real, *marks)
     if documents is None:
         return inputs
     rows, starts, lengths = documents

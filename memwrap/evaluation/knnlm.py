@@ -71,37 +71,37 @@ def _nats(setting: Setting) -> float:
 
 
 @dataclass
-class _Found:
+class _Readings:
     """The result of one reading for `n` predicted tokens: the model's own log-likelihoods `(n,)`,
     neighbours' costs `(n, k)`, and which of them hold the token that came."""
 
-    own: Tensor
+    log_probs: Tensor
     costs: Tensor
     hit: Tensor
 
     def nats(self, weight: float, temperature: float, scale: float | None, adaptive: bool) -> float:
         """Compute the mean negative log-likelihood with a setting, in pieces."""
         total = 0.0
-        for own, costs, hit in zip(
-            self.own.split(4096), self.costs.split(4096), self.hit.split(4096), strict=True
+        for log_p, costs, hit in zip(
+            self.log_probs.split(4096), self.costs.split(4096), self.hit.split(4096), strict=True
         ):
             share: Any = weight
             heat: Any = temperature
             if adaptive:
                 share, heat = adapt(costs, weight, temperature, scale)
-            there = costs.isfinite().any(-1)
-            scores = (-costs / heat).masked_fill(~there[:, None], 0)
-            theirs = (scores.softmax(-1) * hit).sum(-1)
-            share = torch.as_tensor(share, dtype=own.dtype).expand(len(own), 1)[:, 0] * there
-            mixed = (1 - share) * own.exp() + share * theirs
+            finite = costs.isfinite().any(-1)
+            scores = (-costs / heat).masked_fill(~finite[:, None], 0)
+            store_probs = (scores.softmax(-1) * hit).sum(-1)
+            share = torch.as_tensor(share, dtype=log_p.dtype).expand(len(log_p), 1)[:, 0] * finite
+            mixed = (1 - share) * log_p.exp() + share * store_probs
             total -= float(mixed.clamp_min(1e-30).log().sum())
-        return total / len(self.own)
+        return total / len(self.log_probs)
 
 
 @torch.no_grad()
-def _read(model: MemoryModelForCausalLM, rows: Sequence[Tensor], progress: bool) -> _Found:
+def _read(model: MemoryModelForCausalLM, rows: Sequence[Tensor], progress: bool) -> _Readings:
     memory: Any = model.memories[NAME]
-    own, costs, hits = [], [], []
+    base_log_probs, costs, hits = [], [], []
     for ids in tqdm(rows, desc="reading", unit="document", disable=not progress):
         ids = ids.to(model.device)
         pairs = zip(read_tokens(model, ids), read_tokens(model, ids, Collect.HIDDEN), strict=True)
@@ -112,13 +112,13 @@ def _read(model: MemoryModelForCausalLM, rows: Sequence[Tensor], progress: bool)
                 continue
             for h, t in zip(hidden.split(512), targets.split(512), strict=True):
                 log_probs = model.parts.head(h[None])[0].float().log_softmax(-1)
-                own.append(log_probs.gather(1, t[:, None])[:, 0].double().cpu())
-            found, values = memory._in_store(memory.store, keys[None])
-            costs.append(found[0].double().cpu())
+                base_log_probs.append(log_probs.gather(1, t[:, None])[:, 0].double().cpu())
+            distances, values = memory._in_store(memory.store, keys[None])
+            costs.append(distances[0].double().cpu())
             hits.append((values[0] == targets[:, None]).cpu())
-    if not own:
+    if not base_log_probs:
         raise ValueError("The text has fewer than two tokens; give more.")
-    return _Found(torch.cat(own), torch.cat(costs), torch.cat(hits))
+    return _Readings(torch.cat(base_log_probs), torch.cat(costs), torch.cat(hits))
 
 
 def tune(
@@ -151,21 +151,21 @@ def tune(
     was_training = model.training
     model.eval()
     try:
-        found = _read(model, rows, progress)
+        readings = _read(model, rows, progress)
     finally:
         model.train(was_training)
     adaptive = memory.config.adaptive
     scales: list[float | None] = [None]
     if adaptive:
-        nearest = found.costs.amin(-1)
+        nearest = readings.costs.amin(-1)
         middle = float(nearest[nearest.isfinite()].median())
         temperatures = [t / 100 for t in temperatures]
         scales += [middle * part for part in (0.25, 0.5, 1.0, 2.0, 4.0) if middle > 0]
     settings = [
-        Setting(w, t, s, found.nats(w, t, s, adaptive))
+        Setting(w, t, s, readings.nats(w, t, s, adaptive))
         for w in sorted(weights) for t in temperatures for s in scales
         if w > 0 or (t == temperatures[0] and s is None)
     ]  # fmt: skip
-    base = -float(found.own.mean())
-    hits = float(found.hit.any(-1).double().mean())
-    return Tuning(base, min(settings, key=_nats), settings, len(found.own), hits)
+    base = -float(readings.log_probs.mean())
+    hits = float(readings.hit.any(-1).double().mean())
+    return Tuning(base, min(settings, key=_nats), settings, len(readings.log_probs), hits)

@@ -72,8 +72,8 @@ def _reset() -> bool:
 
 
 def _resident_peak() -> int | None:
-    found = re.search(r"^VmHWM:\s*(\d+) kB", (PROC / "status").read_text(), re.MULTILINE)
-    return int(found.group(1)) * 1024 if found else None
+    match = re.search(r"^VmHWM:\s*(\d+) kB", (PROC / "status").read_text(), re.MULTILINE)
+    return int(match.group(1)) * 1024 if match else None
 
 
 def machine() -> dict[str, Any]:

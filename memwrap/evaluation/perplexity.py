@@ -88,9 +88,9 @@ class PerplexityResult:
         """
         if values.get("format") != "memwrap-perplexity" or values.get("version") != VERSION:
             raise ValueError("This is no perplexity result of this version of memwrap.")
-        own = {k: v for k, v in values.items() if k not in ("format", "version")}
-        own["curves"] = {name: Curve(**curve) for name, curve in own["curves"].items()}
-        return cls(**own)
+        fields = {k: v for k, v in values.items() if k not in ("format", "version")}
+        fields["curves"] = {name: Curve(**curve) for name, curve in fields["curves"].items()}
+        return cls(**fields)
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON."""
@@ -172,19 +172,19 @@ def perplexity_by_position(
         readers[name] = partial(_branch, model, ids, mask, piece, branch, progress)
     was_training = model.training
     model.eval()
-    found: dict[str, Reading] = {}
+    readings: dict[str, Reading] = {}
     try:
         with torch.no_grad():
             for name in (MEMORY, *controls):
                 known = (base or {}).get(name)
-                found[name] = _timed(readers[name], model.device) if known is None else known
+                readings[name] = _timed(readers[name], model.device) if known is None else known
                 if base is not None and name in (TRUNCATED, FULL, WINDOW):
-                    base[name] = found[name]
+                    base[name] = readings[name]
     finally:
         model.train(was_training)
     result = PerplexityResult(_edges(size, ids.shape[1]), size, window, len(rows))
-    for name, reading in found.items():
-        result.curves[name] = _curve(reading, found[MEMORY][0], result.edges)
+    for name, reading in readings.items():
+        result.curves[name] = _curve(reading, readings[MEMORY][0], result.edges)
     return result
 
 
@@ -232,9 +232,9 @@ def _memory(
     state, loop = model.new_state(ids.shape[0]), model.loop()
     name = MEMORY if control is None else f"memory {control}"
     for first in tqdm(range(0, ids.shape[1], piece), desc=name, disable=not progress):
-        part, own = ids[:, first : first + piece], mask[:, first : first + piece]
+        part, part_mask = ids[:, first : first + piece], mask[:, first : first + piece]
         reading = loop(
-            check_inputs(part, None, own),
+            check_inputs(part, None, part_mask),
             state,
             hidden_from=0,
             collect=model._collected,

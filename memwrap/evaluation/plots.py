@@ -70,11 +70,11 @@ def plot_lengths(cells: list[Any], path: str | Path) -> None:
     """Plot accuracy of one task by length, a line a curve; `cells` as in `suite.SuiteResult`."""
     figure, (axis,) = _figure(1)
     for index, curve in enumerate(dict.fromkeys(cell.curve for cell in cells)):
-        own = [cell for cell in cells if cell.curve == curve]
-        spread = [[c.accuracy - c.low for c in own], [c.high - c.accuracy for c in own]]
+        points = [cell for cell in cells if cell.curve == curve]
+        spread = [[c.accuracy - c.low for c in points], [c.high - c.accuracy for c in points]]
         axis.errorbar(
-            [c.length for c in own],
-            [c.accuracy for c in own],
+            [c.length for c in points],
+            [c.accuracy for c in points],
             yerr=[[max(0.0, value) for value in side] for side in spread],
             label=curve,
             color=COLOURS[index % len(COLOURS)],
@@ -94,12 +94,12 @@ def plot_costs(cells: list[Any], path: str | Path) -> None:
     """Plot seconds a text and peak memory of one task by length, a line a curve."""
     figure, panels = _figure(2)
     for index, curve in enumerate(dict.fromkeys(cell.curve for cell in cells)):
-        own = [cell for cell in cells if cell.curve == curve]
-        seconds = [cell.seconds / cell.samples for cell in own]
-        peaks = [math.nan if c.peak_bytes is None else c.peak_bytes / 1e6 for c in own]
+        points = [cell for cell in cells if cell.curve == curve]
+        seconds = [cell.seconds / cell.samples for cell in points]
+        peaks = [math.nan if c.peak_bytes is None else c.peak_bytes / 1e6 for c in points]
         for panel, values in zip(panels, (seconds, peaks), strict=True):
             panel.plot(
-                [cell.length for cell in own],
+                [cell.length for cell in points],
                 values,
                 label=curve,
                 color=COLOURS[index % len(COLOURS)],
@@ -128,9 +128,9 @@ def plot_depths(cells: list[Any], path: str | Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for curve, panel in zip(curves, panels, strict=True):
-        found = {cell.length: cell.depth for cell in cells if cell.curve == curve}
-        parts = len(next(iter(found.values())))
-        grid = [[found.get(n, [math.nan] * parts)[d] for n in lengths] for d in range(parts)]
+        depths = {cell.length: cell.depth for cell in cells if cell.curve == curve}
+        parts = len(next(iter(depths.values())))
+        grid = [[depths.get(n, [math.nan] * parts)[d] for n in lengths] for d in range(parts)]
         image = panel.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
         panel.set_title(curve, fontsize=8)
         panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7, rotation=60)

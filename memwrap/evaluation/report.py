@@ -59,8 +59,8 @@ def _result(values: dict[str, Any]) -> Result:
     if kind == "memwrap-suite":
         return SuiteResult.from_dict(values)
     if kind == "memwrap-recall" and values.get("version") == 1:
-        own = {k: v for k, v in values.items() if k not in ("format", "version")}
-        return RecallResult(**own)
+        fields = {k: v for k, v in values.items() if k not in ("format", "version")}
+        return RecallResult(**fields)
     return PerplexityResult.from_dict(values)
 
 
@@ -74,28 +74,28 @@ def rows(results: dict[str, list[tuple[str, Result]]]) -> list[list[str]]:
         The lines, the head first. A cell is "-" where a result has nothing of the kind.
     """
     columns = {name: _measured(parts) for name, parts in results.items()}
-    keys = list(dict.fromkeys(key for found in columns.values() for key in found))
-    lines = [[what, curve, *[c.get((what, curve), "-") for c in columns.values()]]
-             for what, curve in keys]  # fmt: skip
+    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+    lines = [[quantity, curve, *[c.get((quantity, curve), "-") for c in columns.values()]]
+             for quantity, curve in keys]  # fmt: skip
     return [["measured", "read with", *columns], *lines]
 
 
 def _measured(parts: list[tuple[str, Result]]) -> dict[tuple[str, str], str]:
-    found: dict[tuple[str, str], str] = {}
+    figures: dict[tuple[str, str], str] = {}
     for name, result in parts:
         if isinstance(result, SuiteResult):
             for cell in result.cells:
                 key = (f"{cell.task}, {cell.length:,} tokens", cell.curve)
-                found[key] = f"{cell.accuracy:.2f} ({cell.low:.2f}-{cell.high:.2f})"
+                figures[key] = f"{cell.accuracy:.2f} ({cell.low:.2f}-{cell.high:.2f})"
         elif isinstance(result, PerplexityResult):
             for curve_name, curve in result.curves.items():
-                found["nats per token", curve_name] = f"{curve.overall:.3f}"
+                figures["nats per token", curve_name] = f"{curve.overall:.3f}"
         else:
             for curve_name, values in result.accuracy.items():
                 for distance, value in zip(result.distances, values, strict=True):
                     key = (f"{name or 'recall'}, distance {distance}", curve_name)
-                    found[key] = f"{value:.2f} ± {result.error(value):.2f}"
-    return found
+                    figures[key] = f"{value:.2f} ± {result.error(value):.2f}"
+    return figures
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -115,12 +115,12 @@ def write_report(results: dict[str, Result], path: str | Path, title: str = "mem
     parts = [f"<h1>{html.escape(title)}</h1>"]
     with tempfile.TemporaryDirectory() as folder:
         for name, result in results.items():
-            own = Path(folder) / name
-            own.mkdir()
+            subfolder = Path(folder) / name
+            subfolder.mkdir()
             if isinstance(result, SuiteResult):
-                parts += _suite(result, own)
+                parts += _suite(result, subfolder)
             else:
-                parts += [f"<h2>{html.escape(name)}</h2>", *_curves(name, result, own)]
+                parts += [f"<h2>{html.escape(name)}</h2>", *_curves(name, result, subfolder)]
     _write(path, parts)
 
 
@@ -132,11 +132,11 @@ def _suite(result: SuiteResult, folder: Path) -> list[str]:
         _from_markdown(result.table()),
     ]
     for index, name in enumerate(result.tasks()):
-        own = [cell for cell in result.cells if cell.task == name]
+        cells = [cell for cell in result.cells if cell.task == name]
         parts.append(f"<h2>{html.escape(name)}</h2>")
         for kind, plot in (("right", plot_lengths), ("depths", plot_depths), ("costs", plot_costs)):
             picture = folder / f"{index}-{kind}.png"
-            plot(own, picture)
+            plot(cells, picture)
             parts.append(_image(picture, f"{name}: {kind}"))
     head = ["task", "read with", "tokens", "seconds a text", "peak memory, MB"]
     lines = [head, []]

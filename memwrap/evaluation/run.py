@@ -24,7 +24,7 @@ from memwrap.tasks import available
 from memwrap.training.recall import recall_tasks
 from memwrap.training.recipe import load_recipe
 
-TASKS = ("perplexity", "recall", "linear-usage")
+TASKS = ("perplexity", "recall", "linear-usage", "head-budgets")
 Results = dict[str, PerplexityResult] | dict[str, RecallResult] | dict[str, SuiteResult]
 
 
@@ -36,12 +36,12 @@ def suite_tasks(names: str) -> list[str]:
     """
     if names in TASKS:
         return []
-    found = [name.strip() for name in names.split(",")]
-    unknown = [name for name in found if name not in available()]
+    tasks = [name.strip() for name in names.split(",")]
+    unknown = [name for name in tasks if name not in available()]
     if unknown:
         known = ", ".join([*TASKS, *available()])
         raise ValueError(f"There is no task {unknown[0]!r}. Known: {known}.")
-    return found
+    return tasks
 
 
 def tasks(
@@ -92,13 +92,13 @@ def documents(
     """
     if tokens < 2 or count < 1:
         raise ValueError(f"{count} documents of {tokens} tokens: at least 1 of at least 2.")
-    found = long_documents(load_documents(source, split), tokenizer, tokens)[:count]
-    if not found:
+    texts = long_documents(load_documents(source, split), tokenizer, tokens)[:count]
+    if not texts:
         raise ValueError(
             f"All documents of {source!r} ({split or 'all splits'}) together have fewer than "
             f"{tokens} tokens; ask for fewer tokens, or for another split."
         )
-    encoded: list[Any] = [tokenizer(d.text, verbose=False)["input_ids"] for d in found]
+    encoded: list[Any] = [tokenizer(d.text, verbose=False)["input_ids"] for d in texts]
     return [torch.tensor(ids[:tokens]) for ids in encoded]
 
 
@@ -122,15 +122,15 @@ def linear_usage(model: MemoryModelForCausalLM, rows: list[Tensor]) -> dict[str,
     Raises:
         ValueError: for a model that has no such branches.
     """
-    found = [m for m in model.memories.values() if m.branches]
-    if not found:
+    memories = [m for m in model.memories.values() if m.branches]
+    if not memories:
         names = ", ".join(model.memories)
         raise ValueError(
             f"'linear-usage' is about a recurrence beside a window, as liger and ahn have; this "
             f"model has {names}. Use 'perplexity'."
         )
-    size = getattr(found[0].config, "window_size", 0)
-    controls = [BRANCH + name for name in found[0].branches if size or name != "window"]
+    size = getattr(memories[0].config, "window_size", 0)
+    controls = [BRANCH + name for name in memories[0].branches if size or name != "window"]
     result = perplexity_by_position(
         model, rows, controls=(*controls, FULL, WINDOW), window=max(1, size) + SINKS,
         full_context_tokens=own_context(model),

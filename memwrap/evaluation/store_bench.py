@@ -42,9 +42,9 @@ def clustered(count: int, dim: int, seed: int = 0, apart: float = APART) -> Tens
     return result
 
 
-def recall_at(found: Neighbours, exact: Tensor) -> float:
+def recall_at(neighbours: Neighbours, exact: Tensor) -> float:
     """Compute the part of the exact neighbours `(Q, k)` that was found."""
-    pairs = zip(found.ids.tolist(), exact.tolist(), strict=True)
+    pairs = zip(neighbours.ids.tolist(), exact.tolist(), strict=True)
     return statistics.mean(len(set(got) & set(want)) / len(want) for got, want in pairs)
 
 
@@ -71,7 +71,7 @@ def _measured(
     load = timed(fill)
     build = getattr(store, "build", None)
     index = 0.0 if build is None else timed(build)
-    found = store.search(queries, k)
+    neighbours = store.search(queries, k)
     batches = [timed(store.search, q, k) / len(q) for q in queries.split(100)]
     singles = [timed(store.search, queries[i : i + 1], k) for i in range(20)]
     return {
@@ -79,7 +79,7 @@ def _measured(
         "index_s": index,
         "query_ms_in_batches_of_100": statistics.median(batches) * 1e3,
         "query_ms_alone": statistics.median(singles) * 1e3,
-        f"recall_at_{k}": recall_at(found, exact),
+        f"recall_at_{k}": recall_at(neighbours, exact),
         "bytes_per_vector": store.nbytes / len(store),
     }
 
@@ -107,12 +107,12 @@ def _at_effort(store: Store, queries: Tensor, k: int, exact: Tensor) -> dict[str
 
 def _by_effort(store: FaissStore, queries: Tensor, k: int, exact: Tensor) -> dict[str, Any]:
     """Recall and time at other numbers of candidates."""
-    before, found = store.effort, {}
+    before, by_effort = store.effort, {}
     for effort in (8, 16, 32, 64, 128):
         store.effort = effort
-        found[str(effort)] = _at_effort(store, queries, k, exact)
+        by_effort[str(effort)] = _at_effort(store, queries, k, exact)
     store.effort = before
-    return found
+    return by_effort
 
 
 def bench(
@@ -193,13 +193,13 @@ def _server(url: str, vectors: Tensor, queries: Tensor, k: int, exact: Tensor) -
     store.drop()
     store = PgVectorStore(joined, vectors.shape[1])
     try:
-        found = _measured(store, vectors, queries, k, exact)
-        found |= {"settings": dict(store.settings), "versions": store.versions}
+        figures = _measured(store, vectors, queries, k, exact)
+        figures |= {"settings": dict(store.settings), "versions": store.versions}
         efforts = {}
         for effort in (16, 32, 64, 128, 256):
             store.settings["ef_search"] = effort
             efforts[str(effort)] = _at_effort(store, queries, k, exact)
-        return {**found, "by_effort": efforts}
+        return {**figures, "by_effort": efforts}
     finally:
         store.drop()
         store.close()
@@ -265,19 +265,19 @@ def crossover(
                     times.setdefault(f"{name}_ms_{count}", []).append(spent * 1e3)
         rows.append(row | {name: statistics.median(values) for name, values in times.items()})
 
-    found = {"dim": dim, "k": k, "batch": batch, "device": device, "sizes": rows}
-    return {**found, "from_entries": overtakes(found)}
+    result = {"dim": dim, "k": k, "batch": batch, "device": device, "sizes": rows}
+    return {**result, "from_entries": overtakes(result)}
 
 
-def overtakes(found: dict[str, Any]) -> int:
+def overtakes(result: dict[str, Any]) -> int:
     """Find the smallest size of a `crossover` from which on the chosen index answers one query
     alone and a batch in less time, both together, than torch; 0 where there is none."""
 
     def spent(row: dict[str, Any], name: str) -> float:
-        return row[f"{name}_ms_1"] + row[f"{name}_ms_{found['batch']}"]
+        return row[f"{name}_ms_1"] + row[f"{name}_ms_{result['batch']}"]
 
     wins = 0
-    for row in sorted(found["sizes"], key=lambda row: -row["entries"]):
+    for row in sorted(result["sizes"], key=lambda row: -row["entries"]):
         if spent(row, "chosen") >= spent(row, "torch"):
             break
         wins = row["entries"]

@@ -91,9 +91,9 @@ class SuiteResult:
         """
         if values.get("format") != FORMAT or values.get("version") != VERSION:
             raise ValueError("This is no task result of this version of memwrap.")
-        own = {k: v for k, v in values.items() if k not in ("format", "version")}
-        own["cells"] = [Cell(**cell) for cell in own["cells"]]
-        return cls(**own)
+        fields = {k: v for k, v in values.items() if k not in ("format", "version")}
+        fields["cells"] = [Cell(**cell) for cell in fields["cells"]]
+        return cls(**fields)
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON."""
@@ -107,9 +107,9 @@ class SuiteResult:
         """Write a Markdown table: accuracy by length, one line a task and curve."""
         lengths = sorted({cell.length for cell in self.cells})
         rows = [["task", "curve", *[f"{n:,}" for n in lengths]]]
-        found = {(c.task, c.curve, c.length): c for c in self.cells}
+        cell_of = {(c.task, c.curve, c.length): c for c in self.cells}
         for name, curve in dict.fromkeys((c.task, c.curve) for c in self.cells):
-            cells = [found.get((name, curve, n)) for n in lengths]
+            cells = [cell_of.get((name, curve, n)) for n in lengths]
             texts = [f"{c.accuracy:.2f} ({c.low:.2f}-{c.high:.2f})" if c else "-" for c in cells]
             rows.append([name, curve, *texts])
         rows.insert(1, ["---"] * len(rows[0]))
@@ -256,14 +256,14 @@ class _Scores:
         else:
             parts = [feed(part).argmax(-1)[0] for part in ids[:, first:].split(PIECE, 1)]
             likeliest = torch.cat(parts)
-        found = likeliest.tolist()
+        guesses = likeliest.tolist()
         return [
-            float(all(found[c - 1 - first] == sample.labels[c] for c in range(a, b)))
+            float(all(guesses[c - 1 - first] == sample.labels[c] for c in range(a, b)))
             for a, b in sample.answers
         ]
 
     def cells(self, samples: int) -> list[Cell]:
-        found = []
+        cells = []
         for curve, scores in self.of_samples.items():
             accuracy = sum(scores) / len(scores)
             low, high = wilson(accuracy, samples)
@@ -280,8 +280,8 @@ class _Scores:
                 seconds=round(self.costs.seconds[curve], 3),
                 peak_bytes=self.costs.peak_bytes.get(curve),
             )
-            found.append(cell)
-        return found
+            cells.append(cell)
+        return cells
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -302,8 +302,8 @@ def _reader(
 ) -> Iterator[Feed]:
     """Make a function from the next ids `(1, T)` of a text to their logits `(1, T, V)`."""
     if curve in (MEMORY, OFF, SHUFFLED):
-        own = model.new_state(1) if state is None or not boundary else state.clone()
-        yield lambda ids: model(input_ids=ids, cache=own).logits
+        memory_state = model.new_state(1) if state is None or not boundary else state.clone()
+        yield lambda ids: model(input_ids=ids, cache=memory_state).logits
         return
     if curve == WINDOW:
         with windowed(model, window, 1) as (feed, _):
@@ -329,13 +329,13 @@ def _sliding(
 ) -> tuple[Tensor, int]:
     """Predict the backbone's likeliest next ids from column `first - 1` on, with at least half a
     window before each (as far as the text has it); also gives the column of the first of them."""
-    column, found = first - 1, []
+    column, parts = first - 1, []
     half = max(1, window // 2)
     with lora_disabled(model.backbone):
         while column < ids.shape[1]:
             end = min(column + half, ids.shape[1])
             start = max(0, end - window)
             logits = model.backbone(input_ids=ids[:, start:end], use_cache=False).logits
-            found.append(logits[0, column - start :].argmax(-1))
+            parts.append(logits[0, column - start :].argmax(-1))
             column = end
-    return torch.cat(found), first - 1
+    return torch.cat(parts), first - 1

@@ -184,14 +184,14 @@ def _checked(model: MemoryModelForCausalLM, folder: Path) -> Checked:
         last = (run.stderr.strip().splitlines() or ["no output"])[-1]
         raise ValueError(f"The exported checkpoint does not load without memwrap: {last}")
     values = json.loads(run.stdout.strip().splitlines()[-1])
-    found = Checked(values["difference"] / max(values["scale"], 1e-30), values["generates"])
+    result = Checked(values["difference"] / max(values["scale"], 1e-30), values["generates"])
     limit = TOLERANCES.get(model.backbone.dtype, 0.05)
-    if not values["clean"] or not found.difference <= limit:
+    if not values["clean"] or not result.difference <= limit:
         raise ValueError(
-            f"The exported checkpoint gives other logits: {found.difference:.1e} of their scale, "
+            f"The exported checkpoint gives other logits: {result.difference:.1e} of their scale, "
             f"allowed {limit:.0e}."
         )
-    return found
+    return result
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def main(folder: str, expected: str, *packages: str) -> None:
         logits = model(input_ids=wanted["ids"]).logits.float()
         ids = wanted["ids"][:, :8]
         count = wanted["generated"].shape[1] - ids.shape[1]
-        found = model.generate(
+        output = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
             do_sample=False, pad_token_id=0,
         )  # fmt: skip
@@ -49,7 +49,7 @@ def main(folder: str, expected: str, *packages: str) -> None:
     result = {
         "difference": difference,
         "scale": scale,
-        "generates": bool(torch.equal(found, wanted["generated"])),
+        "generates": bool(torch.equal(output, wanted["generated"])),
         "clean": blocker.blocked.isdisjoint(name.partition(".")[0] for name in sys.modules),
     }
     print(json.dumps(result))

@@ -42,7 +42,7 @@ def flat_files(memories: list[str]) -> dict[str, str]:
         ValueError: if the code needs packages that transformers does not bring, or has no source.
     """
     packages = {"memwrap", *(module.partition(".")[0] for module in memories)}
-    found: dict[str, str] = {}
+    files: dict[str, str] = {}
     origins: dict[str, str] = {}
     waiting = ["memwrap.model.memory_model", *memories]
     while waiting:
@@ -50,17 +50,19 @@ def flat_files(memories: list[str]) -> dict[str, str]:
         name = f"{flat_name(module)}.py"
         if origins.setdefault(name, module) != module:
             raise ValueError(f"{origins[name]} and {module} would both be exported as {name}.")
-        if name in found:
+        if name in files:
             continue
         path = _source(REPLACED.get(module, module))
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         text, needed = rewritten(path.read_text(encoding="utf-8"), module, package, packages)
-        found[name] = text + END
+        files[name] = text + END
         waiting += needed
     # Importing a memory registers it.
-    own = "".join(f"from .{flat_name(m)} import THIS_MODULE as _{flat_name(m)}\n" for m in memories)
-    found["modeling_memwrap.py"] += f"\n{own}"
-    return found
+    imports = "".join(
+        f"from .{flat_name(m)} import THIS_MODULE as _{flat_name(m)}\n" for m in memories
+    )
+    files["modeling_memwrap.py"] += f"\n{imports}"
+    return files
 
 
 def flat_name(module: str) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from memwrap.backbones.auto_classes import auto_class
 from memwrap.io.whole_folders import rewriting
 from memwrap.model.limits import building
 from memwrap.model.weight_files import (
@@ -90,7 +91,7 @@ class SavingMixin:
         )
         kind = own.backbone.dtype if dtype in (None, "auto") else dtype
         with building(saved.tensors, folder / CONFIG):
-            base = AutoModelForCausalLM.from_config(
+            base = auto_class(own.backbone).from_config(
                 copy.deepcopy(own.backbone), dtype=kind, trust_remote_code=False, **options
             )
             own.backbone = copy.deepcopy(base.config)

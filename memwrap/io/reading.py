@@ -51,21 +51,21 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path, _MOST_BYTES), path)
 
 
-def parse_json(text: str | bytes, where: Any) -> Any:
-    """Parse JSON text; errors as `read_json`, naming `where`."""
+def parse_json(text: str | bytes, source: Any) -> Any:
+    """Parse JSON text; errors as `read_json`, naming `source`."""
     if len(text) > _MOST_BYTES:
-        raise ValueError(f"{where} has {len(text):,} bytes of JSON; {_MOST_BYTES:,} are read.")
+        raise ValueError(f"{source} has {len(text):,} bytes of JSON; {_MOST_BYTES:,} are read.")
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where} is damaged: {error}") from error
+        raise ValueError(f"{source} is damaged: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{where} is damaged: it is nested too deeply.") from error
+        raise ValueError(f"{source} is damaged: it is nested too deeply.") from error
     layer, depth = [values], 0
     while layer := [v for node in layer for v in _inner(node) if isinstance(v, (dict, list))]:
         depth += 1
         if depth > _MOST_DEPTH:
-            raise ValueError(f"{where} is damaged: it is nested too deeply.")
+            raise ValueError(f"{source} is damaged: it is nested too deeply.")
     return values
 
 
@@ -75,13 +75,13 @@ def _inner(node: Any) -> Any:
     return node if isinstance(node, list) else ()
 
 
-def read_text(path: Path, most: int) -> str:
-    """Read the text of a file of at most `most` bytes; errors as `read_json`."""
+def read_text(path: Path, limit: int) -> str:
+    """Read the text of a file of at most `limit` bytes; errors as `read_json`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     size = path.stat().st_size
-    if size > most:
-        raise ValueError(f"{path} has {size:,} bytes; at most {most:,} are read of such a file.")
+    if size > limit:
+        raise ValueError(f"{path} has {size:,} bytes; at most {limit:,} are read of such a file.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memwrap.backbones import AttentionSizes, LayerAttention
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.parts.sliding_window import SlidingWindow
+from memwrap.memories.parts.sliding_window import Evicted, SlidingWindow
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
@@ -128,7 +128,13 @@ class LayerAHN(nn.Module):
         return both.transpose(1, 2)
 
     def scan(
-        self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor, state: Tensor, mask: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: Tensor,
+        state: Tensor,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Let tokens enter one after the other, each followed by the query that reads.
 
@@ -137,7 +143,7 @@ class LayerAHN(nn.Module):
             key, value: `(B, G, T, ...)` of the tokens that enter.
             gates: `(B, G, T, 1 or 2)` of these, from `gates`.
             state: `(B, G, Dk, Dv)`.
-            mask: `(B, T)` bool, where a token enters.
+            mask: `(B, T)` bool, where a token enters; None: everywhere.
 
         Returns:
             What was read `(B, H, T, Dv)`, and the state behind the last token.
@@ -262,12 +268,18 @@ class AHNMemory(AttentionMemory):
             key = attention.rotate(key, evicted.positions.clamp_min(0), "evicted")
         if self.config.states == "query_head":
             key, value = (x.repeat_interleave(attention.groups, 1) for x in (key, value))
-        entering = attention.query_valid
-        entering = entering & (evicted.positions >= self.config.num_sinks)
+        entering = attention.cached_per_step(
+            ("entering", self.window), lambda: self._entering(attention, evicted)
+        )
         query, key, value = (x.to(dtype) for x in (query, key, value))
         read, S = network.scan(query, key, value, gates, state["S"], entering)
         asking = hidden[:, hidden.shape[1] - query.shape[2] :]
         return network.output(read.to(S.dtype), asking), {**state, "S": S}
+
+    def _entering(self, attention: LayerAttention, evicted: Evicted) -> Tensor | None:
+        """Tell at which queries a token enters the recurrence; None: at all."""
+        entering = attention.query_valid & (evicted.positions >= self.config.num_sinks)
+        return None if bool(entering.all()) else entering
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         networks: list[Any] = list(self.networks.values())

@@ -94,7 +94,7 @@ class ARMTConfig(MemoryConfig):
 
     @classmethod
     def tiny(cls) -> ARMTConfig:
-        return cls(segment_size=8, num_memory_tokens=2, d_mem=8)
+        return cls(segment_size=8, num_memory_tokens=2, d_mem=12)
 
 
 class AssociativeLayer(nn.Module):

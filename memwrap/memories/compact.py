@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.parts.compacting import Compacts
 from memwrap.memories.parts.reference_queries import ReferenceQueries
 from memwrap.memories.parts.slots import (
-    References,
     Rows,
-    clamped,
     compacted,
     empty_slots,
     key_values,
@@ -25,6 +22,7 @@ from memwrap.memories.parts.slots import (
     slots_of,
     with_slots,
 )
+from memwrap.memories.parts.whole_states import WholeStates
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import (
@@ -33,7 +31,6 @@ from memwrap.memories.settings import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
-    Range,
 )
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import compaction as ops
@@ -62,10 +59,12 @@ class CompactConfig(MemoryConfig):
             with the logarithm of their number as bias (CAMELoT).
         selection: of `"match"` and `"select"`: keys of the largest root mean square (`"rms"`),
             `"max"` or `"mean"` attention, or matching pursuit on the mass (`"omp"`, slow).
-        bias_bound: biases change by at most that at a fold, up or down.
+        bias_bound: biases change by at most that at a fold, up or down; 0: slots have none, and
+            can become a prefix of PEFT (`model.save_prefix`).
         ridge: of the fits, towards the old values; in units of the mean eigenvalue.
         similarity: of `"mean"`: cosine from which on a token joins a slot.
-        reference_every: every so many tokens of a segment one is a reference query.
+        reference_every: every so many tokens of a segment one is a reference query (`None`: each;
+            every fourth where all of a text is kept).
         share_weights: a reference query counts by the share of attention that the folded rows have.
         max_distance: slots and sinks are seen at most so far before the segment (`None`: where
             they stood, however far that is).
@@ -83,10 +82,10 @@ class CompactConfig(MemoryConfig):
     num_sinks: NonNegativeInt = 4
     merge: Literal["match", "select", "mean"] = "match"
     selection: Literal["rms", "max", "mean", "omp"] = "rms"
-    bias_bound: Annotated[float, Range(above=0)] = 3.0
+    bias_bound: NonNegativeFloat = 3.0
     ridge: NonNegativeFloat = 1e-3
     similarity: Fraction = 0.9
-    reference_every: PositiveInt = 4
+    reference_every: PositiveInt | None = None
     share_weights: bool = False
     max_distance: PositiveInt | None = 4096
     budgets: dict | None = None
@@ -100,7 +99,7 @@ class CompactConfig(MemoryConfig):
         return ops.Matching(
             selection="omp" if omp else "attention",
             score="rms" if omp else self.selection,  # type: ignore[arg-type]
-            fit_bias=fits,
+            fit_bias=fits and self.bias_bound > 0,
             fit_values=fits,
             lower=math.exp(-self.bias_bound),
             upper=math.exp(self.bias_bound),
@@ -116,7 +115,7 @@ class CompactConfig(MemoryConfig):
 
 
 @register(CompactConfig)
-class CompactMemory(AttentionMemory, Compacts):
+class CompactMemory(AttentionMemory, WholeStates):
     """Per layer: sinks, slots, recent rows, and the open segment's reference queries.
 
     A segment attends to `[sinks; slots; recent; segment]` in one softmax. When it closes, rows of
@@ -131,9 +130,9 @@ class CompactMemory(AttentionMemory, Compacts):
     def __init__(self, config: CompactConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.chosen = attending_layers(config, sizes)
-        self.references = ReferenceQueries(
-            config.reference_every, config.segment_size, config.memory_size is None
-        )
+        whole = config.memory_size is None
+        every = config.reference_every or (4 if whole else 1)
+        self.references = ReferenceQueries(every, config.segment_size, whole)
         self.budgets = self._budgets()
         if config.memory_size is None:
             dims = (self.sizes.attention[n] for n in self.chosen)
@@ -175,10 +174,6 @@ class CompactMemory(AttentionMemory, Compacts):
             if "past_count" in tree:
                 yield tree["past_count"], 0, tree["past_query"].shape[2]
 
-    def _most_slots(self, tree: Tree) -> int:
-        """Give the most slots that a row of a layer's tree may ask for."""
-        return max(self.config.slots, tree["slot_key"].shape[2])
-
     def _recent_size(self, layer: int) -> int | None:
         """Give how many recent rows a layer keeps; None: all. What its own window does not reach is
         not among them."""
@@ -203,15 +198,10 @@ class CompactMemory(AttentionMemory, Compacts):
         total = config.slots * len(names)
         return {
             n: torch.tensor(
-                [int(config.budgets[f"L{n}H{h}"] * total) for h in range(len(even[n]))]
+                [int(config.budgets[f"L{n}H{h}"] * total + 1e-6) for h in range(len(even[n]))]
             ).clamp_min(1)
             for n in self.chosen
         }
-
-    def _budget(self, layer: int, limit: Tensor) -> Tensor:
-        """Give the slots `(B, Hkv)` of rows that may have `limit` `(B,)` on average."""
-        base = self.budgets[layer].to(limit.device)
-        return (base * limit[:, None] // self.config.slots).clamp_min(1)
 
     # Reading
 
@@ -219,9 +209,12 @@ class CompactMemory(AttentionMemory, Compacts):
         window = self.sizes.attention[layer].window
         request = self.request
         if request is not None:
-            given = (
-                self.references.kept(state) if request.kept else self.references.of_step(attention)
-            )
+            if request.kept:
+                given = self.references.kept(state)
+                first = torch.nn.functional.pad(given.place, (0, 1)).amin(1)  # of all documents
+                given = given.asked_again(-first)
+            else:
+                given = self.references.of_step(attention)
             state = self._compact_layer(layer, attention, state, request.limit, given)
             request.trees[str(layer)] = state
         elif window is None:
@@ -243,13 +236,6 @@ class CompactMemory(AttentionMemory, Compacts):
             distance = attention.query_positions[:, :, None] - place[:, None]
             visible = visible[:, None] & (distance < window)
         return MemoryKeyValues(state["recent_key"], state["recent_value"], place, visible)
-
-    def _sinks(self, state: Tree) -> MemoryKeyValues:
-        size = self.config.num_sinks
-        number = torch.arange(size, device=state["tokens"].device)
-        place = number + clamped(-state["tokens"], self.config.max_distance)[:, None]
-        visible = filled(state["sink_count"], size)
-        return MemoryKeyValues(state["sink_key"], state["sink_value"], place, visible)
 
     # Writing
 
@@ -280,22 +266,6 @@ class CompactMemory(AttentionMemory, Compacts):
         new = self._folded(layer, attention, new, rows, first, leaving)
         return self.references.closed(attention, new)
 
-    def _with_sinks(
-        self, state: Tree, rows: tuple[Tensor, Tensor], first: Tensor, leaving: Tensor
-    ) -> Tree:
-        """Take those of the leaving rows that are the document's first."""
-        size = self.config.num_sinks
-        if not rows[0].shape[2]:
-            return state
-        index = torch.arange(size, device=first.device) - first[:, None]
-        new = (index >= 0) & (index < leaving[:, None])
-        index = index.clamp(0, rows[0].shape[2] - 1)
-        made = {
-            f"sink_{n}": torch.where(new[:, None, :, None], take(x, index), state[f"sink_{n}"])
-            for n, x in zip(("key", "value"), rows, strict=True)
-        }
-        return {**state, **made, "sink_count": state["sink_count"] + new.sum(1)}
-
     def _folded(
         self, layer: int, attention: LayerAttention, state: Tree, rows: Rows, first: Tensor,
         leaving: Tensor,
@@ -311,7 +281,7 @@ class CompactMemory(AttentionMemory, Compacts):
         new = new.packed(int(folds.sum(1).max()))
         if config.merge == "mean":
             return self._averaged(state, new, moved)
-        references = self.references.of_segment(attention, state)
+        references = self.references.of_segment(attention, state).asked_again(moved)
         pool = slots_of(state).beside(new)
         if config.share_weights:
             others = replace(rows, valid=rows.valid & ~folds[:, None])
@@ -334,73 +304,3 @@ class CompactMemory(AttentionMemory, Compacts):
         valid = count > 0
         rows = Rows(key, value, count.clamp_min(1).log(), place, valid)
         return {**with_slots(state, rows, moved), "slot_age": age.float()}
-
-    # Compacting as a whole
-
-    def has_queries(self, tree: Tree) -> bool:
-        free = [n for n in self.chosen if self.sizes.attention[n].window is None]
-        counts = [tree["layers"][str(n)].get("past_count") for n in free]
-        return all(count is not None and bool((count > 0).all()) for count in counts)
-
-    def _compact_layer(
-        self, layer: int, attention: LayerAttention, state: Tree, limit: int,
-        references: References,
-    ) -> Tree:  # fmt: skip
-        """Make at most `limit` slots of all that a layer's tree holds but for the sinks."""
-        wanted = torch.full_like(state["limit"], limit)
-        dims = self.sizes.attention[layer]
-        if dims.window is not None:
-            return {**state, "limit": wanted.clamp_max(self._most_slots(state))}
-        rows = self._recent_rows(state)
-        first, count = state["tokens"] - state["recent_count"], state["recent_count"]
-        state = self._with_sinks(state, (rows.key, rows.value), first, count)
-        number = torch.arange(rows.key.shape[2], device=count.device)
-        behind = number + first[:, None] >= self.config.num_sinks
-        rows = Rows(rows.key, rows.value, rows.bias, rows.place, rows.valid & behind[:, None])
-        slots = compacted(
-            attention, slots_of(state).beside(rows), self._budget(layer, wanted), references,
-            self.config.matching, self.config.max_distance, dims.softcap,
-        )  # fmt: skip
-        new = {**with_slots(state, slots, torch.zeros_like(count)), **self._nothing_recent(state)}
-        return {**new, "limit": wanted.clamp_max(self._most_slots(new))}
-
-    def _recent_rows(self, state: Tree) -> Rows:
-        count, size = state["recent_count"], state["recent_key"].shape[2]
-        place = torch.arange(size, device=count.device) - count[:, None]
-        return Rows.plain(state["recent_key"], state["recent_value"], place, filled(count, size))
-
-    def _nothing_recent(self, state: Tree) -> Tree:
-        """Give the parts of a tree for recent rows and kept queries, without any."""
-        size = self.config.memory_size or 0
-        new = {
-            f"recent_{n}": torch.zeros_like(state[f"recent_{n}"][:, :, :size])
-            for n in ("key", "value")
-        }
-        return {**new, "recent_count": torch.zeros_like(state["recent_count"]),
-                **self.references.without_kept(state)}  # fmt: skip
-
-    def joined(self, trees: Sequence[Tree]) -> Tree:
-        layers = {
-            name: self._joined_layer(int(name), [tree["layers"][name] for tree in trees])
-            for name in trees[0]["layers"]
-        }
-        return {"layers": layers}
-
-    def _joined_layer(self, layer: int, trees: list[Tree]) -> Tree:
-        """Put the rows of all trees, but for the first one's sinks, into slots of the first."""
-        first = trees[0]
-        if self.sizes.attention[layer].window is not None:
-            return first
-        parts = [slots_of(first), self._recent_rows(first)]
-        for tree in trees[1:]:
-            sinks = self._sinks(tree)
-            rows = Rows.plain(sinks.keys, sinks.values, sinks.positions, sinks.visible)
-            parts += [rows, slots_of(tree), self._recent_rows(tree)]
-        rows = parts[0].beside(*parts[1:])
-        rows = rows.packed(int(rows.valid.sum(-1).max()))
-        new = with_slots(first, rows, torch.zeros_like(first["tokens"]))
-        limits = sum(tree["limit"] for tree in trees)
-        most = torch.maximum(limits, rows.valid.sum(-1).amax(1))
-        new["limit"] = most.clamp_max(self._most_slots(new))
-        kept = self.references.joined(trees)
-        return {**new, **self._nothing_recent(first), **kept}

@@ -38,8 +38,8 @@ class CompressiveConfig(MemoryConfig):
         compressed_size: n_cm, compressed rows.
         compression_rate: c.
         compression: `"mean"` or `"max"` pooling and `"most_used"` (the rows that got the most
-            attention stay) need no training; `"conv"` and `"dilated_conv"` are learned and start
-            as mean pooling.
+            attention stay) have nothing to train; `"conv"` and `"dilated_conv"` are learned and
+            start as mean pooling.
         store: `"kv"`, un-rotated keys and values, or `"hidden"`, the attention's inputs, which
             are projected again at every read (they follow a W_k and W_v in training).
         positions: a row's place: `"index"`, one place a row, which stays in the trained range, or
@@ -151,8 +151,9 @@ class CompressiveMemory(AttentionMemory):
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         parts = [self._key_values(attention, state, part) for part in reversed(PARTS)]
-        counting = "usage" in state
-        out, weights = attention.join(*parts, weights=counting)
+        counting = "usage" in state  # then places differ from layer to layer
+        name = None if counting else ("compressive", self)
+        out, weights = attention.join(*parts, weights=counting, name=name)
         if counting and weights is not None:
             state = {**state, "usage": state["usage"] + self._usage(attention, weights)}
         return out, state

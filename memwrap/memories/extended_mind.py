@@ -83,6 +83,10 @@ class Retrieved:
     weights: Tensor
 
 
+GIVEN = "given"
+"""In a state: entries of a library, which were there before anything was read."""
+
+
 @contextmanager
 def retrieved() -> Iterator[list[Retrieved]]:
     """Collect what is read inside the block, in the order in which layers and steps run."""
@@ -118,13 +122,15 @@ class ExtendedMindMemory(AttentionMemory):
         return self.rings.bytes_per_token
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
-        return self.rings.empty(batch_size, device)
+        given = torch.zeros(batch_size, dtype=torch.long, device=device)
+        return {**self.rings.empty(batch_size, device), GIVEN: given}
 
     def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
         yield from self.rings.ranges(state)
-        counts = [tree["count"] for tree in state["layers"].values()]
-        for count in counts:  # of a library there are more than of what was read after it
-            yield count, torch.maximum(progress.closed[0].to(counts[0]), counts[0]), counts[0]
+        given, (least, most) = state[GIVEN], (n.to(state[GIVEN]) for n in progress.closed)
+        for tree in state["layers"].values():
+            yield tree["count"], least + given, most + given
+            yield given, 0, tree["count"]
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         config = self.config

@@ -19,6 +19,7 @@ from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import infllm as ops
 from memwrap.ops.buffers import take as take_rows
 from memwrap.ops.buffers.host_prefetch import prefetch
+from memwrap.ops.buffers.kept import kept_beside
 from memwrap.ops.buffers.left_aligned import earliest
 from memwrap.ops.buffers.paged import SlotCache, append, number_of, put, take
 from memwrap.ops.buffers.right_aligned import latest, right_valid
@@ -169,7 +170,7 @@ class InfLLMMemory(AttentionMemory):
     def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
         for tree in state["layers"].values():
             yield tree["tokens"], *progress.closed
-            units = self._settled(tree["tokens"])[1]
+            units = self._counted(tree["tokens"])[1]
             if "chosen" in tree:
                 yield tree["query_count"], 0, progress.read[1]
                 yield tree["chosen"], 0, units
@@ -197,19 +198,28 @@ class InfLLMMemory(AttentionMemory):
         return out, {**state, **noted}
 
     def _select(self, attention: LayerAttention, state: Tree) -> tuple[ops.Selection, Tree]:
-        """Select the units that the step's queries see, and note it in the state."""
+        """Select the units that the step's queries see, and note it in the state. Where nothing is
+        selected, there are no marks: what was chosen before stands."""
         config = self.config
         valid = attention.query_valid
         rows = torch.arange(len(valid), device=valid.device)
-        _, units = self._settled(state["tokens"])
+        _, units = self._settled(attention, state)
         noted: Tree = {}
+        if config.selection == "question" and valid.shape[1] == 1:
+            return ops.Selection(valid.new_zeros(len(valid), 0, 0), valid.long() * 0), noted
         if config.selection != "causal":
-            index = valid.long() * (config.selection == "block" or valid.shape[1] > 1)
+            index = valid.long()
             query = attention.query.detach().to(state["query_sum"].dtype) * valid[:, None, :, None]
             means = (query.sum(2) / valid.sum(1).clamp_min(1)[:, None, None])[:, None]
         else:
-            starts = valid & (attention.query_positions % config.retrieval_interval == 0)
-            index = starts.long().cumsum(1)
+            starts, index, some = attention.cached_per_step(
+                (self, "starts"), lambda: self._starts(attention)
+            )
+            if not some:
+                query = attention.query.detach().to(state["query_sum"].dtype)
+                noted["query_sum"] = state["query_sum"] + (query * valid[:, None, :, None]).sum(2)
+                noted["query_count"] = state["query_count"] + valid.sum(1)
+                return ops.Selection(valid.new_zeros(len(valid), 0, 0), index), noted
             means, noted["query_sum"], noted["query_count"] = ops.gather_queries(
                 attention.query, starts, valid, state["query_sum"], state["query_count"]
             )
@@ -234,29 +244,39 @@ class InfLLMMemory(AttentionMemory):
         noted["chosen"] = ((chosen_units + 1) * last.gather(1, chosen_units))[:, None]
         return ops.Selection(marks, index), noted
 
+    def _starts(self, attention: LayerAttention) -> tuple[Tensor, Tensor, bool]:
+        """Find the tokens at which units are selected, `(B, T)` bool, how many selections each
+        token has seen, and whether there are any."""
+        interval, valid = self.config.retrieval_interval, attention.query_valid
+        starts = valid & (attention.query_positions % interval == 0)
+        return starts, starts.long().cumsum(1), bool(starts.any())
+
     def _attend_part(
         self, attention: LayerAttention, state: Tree, units: Units | None
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the output of some queries, and the score that recent and own columns received
         from them, `(B, H, recent + K)`."""
         reach = self._reach(attention)
-        recent, valid = self._recent(state)
+        recent, valid = self._recent(state, whole=attention.rotated_query.shape[2] == 1)
         count = valid.shape[1]
         positions = torch.arange(-count, 0, device=valid.device).expand(len(valid), -1)
         distance = attention.query_positions[:, :, None] - positions[:, None]
         visible = valid[:, None] & (distance < reach)
         rows = self._far_rows(attention, state, units, (recent, valid, distance))
-        before = sum(r.positions.shape[1] for r in rows)
         if count:
-            rows.append(MemoryKeyValues(recent["key"], recent["value"], positions, visible))
+            rows.append(
+                MemoryKeyValues(
+                    recent["key"], recent["value"], positions, visible,
+                    static=count == self.kept, name=("recent", self, count),
+                )
+            )  # fmt: skip
         local = attention.query_positions[:, :, None] - attention.key_positions[:, None] < reach
-        counting = units is not None and self.config.score == "attention"
-        out, weights = attention.join(*rows, local=local, weights=counting)
+        if units is not None and self.config.score == "attention":
+            out, received = attention.join_received(*rows, local=local)
+            return out, received.to(state["score"].dtype)
+        out, _ = attention.join(*rows, local=local)
         if units is None:
             return out, None
-        if weights is not None and counting:
-            received = weights.detach()[..., before:].to(state["score"].dtype)
-            return out, (received * attention.query_valid[:, None, :, None]).sum(2)
         keys = torch.cat([recent["key"].to(attention.key.dtype), attention.key], 2)
         place = torch.cat([positions, attention.key_positions], 1)
         distance = attention.query_positions[:, :, None] - place[:, None]
@@ -269,16 +289,17 @@ class InfLLMMemory(AttentionMemory):
         self, attention: LayerAttention, state: Tree, units: Units | None,
         around: tuple[Tree, Tensor, Tensor],
     ) -> list[MemoryKeyValues]:  # fmt: skip
-        """Collect the keys that stand at the constant distance: units, sinks, and tokens past the
-        window."""
+        """Collect the keys that stand at the constant distance: units and sinks, and tokens past
+        the window."""
         config, window = self.config, self.config.window_size
         if units is None and attention.window is not None:
             return []
         recent, valid, distance = around
-        batch, length = distance.shape[:2]
-        tokens, sinks = state["tokens"], self._settled(state["tokens"])[0]
+        length = distance.shape[1]
+        tokens, sinks = state["tokens"], self._settled(attention, state)[0]
         # Only the first columns can be past the window: a place is less than K.
         past = max(0, min(valid.shape[1], valid.shape[1] + attention.value.shape[2] - window))
+        past = valid.shape[1] if past and length == 1 else past  # whole buffers stay rotated
         outside = valid[:, None, :past] & (distance[..., :past] >= window)
         if units is None:
             absolute = tokens[:, None] + torch.arange(-valid.shape[1], 0, device=tokens.device)
@@ -289,19 +310,34 @@ class InfLLMMemory(AttentionMemory):
             outside = valid[:, :past] & (torch.arange(past, device=tokens.device) < first[:, None])
             outside = outside[:, None].expand(-1, length, -1)
         visible = torch.arange(config.num_sinks, device=tokens.device) < sinks[:, None]
-        keys = [state["sink_key"], recent["key"][:, :, :past]]
-        values = [state["sink_value"], recent["value"][:, :, :past]]
-        masks = [visible[:, None].expand(-1, length, -1), outside]
-        if units is not None:
-            key, value, shown = units
-            keys, values, masks = [key, *keys], [value, *values], [shown, *masks]
-        mask = torch.cat(masks, 2)
-        if not mask.shape[2] or not bool(mask.any()):
-            return []
-        origin = torch.zeros(batch, mask.shape[2], dtype=torch.long, device=tokens.device)
-        place = attention.query_positions.new_full((batch, length), self._reach(attention) - 1)
-        key, value = torch.cat(keys, 2), torch.cat(values, 2)
-        return [MemoryKeyValues(key, value, origin, mask, place)]
+        visible = visible[:, None].expand(-1, length, -1)
+        far: Units = (state["sink_key"], state["sink_value"], visible)
+        if units is not None and units[0].shape[2]:
+            far = self._behind_units(units, far)
+        at = attention.query_positions.new_full((len(tokens), length), self._reach(attention) - 1)
+        return [
+            MemoryKeyValues(
+                key, value, torch.zeros_like(at[:, :1]).expand(-1, mask.shape[2]), mask, at,
+                static=static, name=(part, self, self._reach(attention), mask.shape[2]),
+            )
+            for part, static, (key, value, mask) in (
+                ("far", True, far),
+                ("past", past == self.kept, (*(recent[n][:, :, :past] for n in HELD), outside)),
+            )
+            if mask.shape[2] and bool(mask.any())
+        ]  # fmt: skip
+
+    def _behind_units(self, units: Units, sinks: Units) -> Units:
+        """Put the sinks behind units; kept for as long as the same stand there."""
+
+        def joined() -> tuple[Tensor, ...]:
+            pairs = zip(units[:2], sinks[:2], strict=True)
+            return *(torch.cat(pair, 2) for pair in pairs), sinks[0]
+
+        key, value, before = kept_beside(units[0], "sinks", joined)
+        if before is not sinks[0]:
+            key, value, _ = joined()
+        return key, value, torch.cat([units[2], sinks[2]], 2)
 
     def _fetched(
         self, layer: int, state: Tree, selection: ops.Selection | None, parts: list[slice]
@@ -319,26 +355,45 @@ class InfLLMMemory(AttentionMemory):
         and tell which query sees which token `(B, T, U b)`."""
         block = self.config.block_size
         index, marks = selection.index[:, columns], selection.marks
+        if not marks.shape[1]:
+            return self._chosen_units(layer, state, index)
         shown = marks.gather(1, index[..., None].expand(-1, -1, marks.shape[2]))
         used = shown.any(1)
         most = int(used.sum(1).max()) if used.shape[1] else 0
         units = earliest(used, most)
-        batch = len(units)
         shown = shown.gather(2, units[:, None].expand(-1, index.shape[1], -1))
+        key, value = self._taken(layer, state, units)
+        return key, value, shown.repeat_interleave(block, 2)
+
+    def _chosen_units(self, layer: int, state: Tree, index: Tensor) -> Units:
+        """Take as `_units` those that were chosen before, gathered once while the choice stands."""
+        chosen = state["chosen"]
+
+        def gathered() -> tuple[Tensor, Tensor, Tensor]:
+            taken = chosen > 0
+            most = int(taken.sum(2).max()) if len(chosen) else 0
+            shown = taken[..., :most].repeat_interleave(self.config.block_size, 2)
+            return *self._taken(layer, state, (chosen[:, 0, :most] - 1).clamp_min(0)), shown
+
+        offloaded = layer in self.slots
+        found = gathered() if offloaded else kept_beside(chosen, "units", gathered)
+        return *found[:2], found[2].expand(-1, index.shape[1], -1)
+
+    def _taken(self, layer: int, state: Tree, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Take keys and values `(B, Hkv, U b, D)` of `units` `(B, U)`."""
+        batch, most = units.shape
+        if not most:
+            return state["recent_key"][:, :, :0], state["recent_value"][:, :, :0]
         rows = [row for row in range(batch) for _ in range(most)]
         numbers = units.flatten().tolist()
         pages = state[self.where][STORE]
         if layer in self.slots:
-            cache = self.slots[layer]
-            taken = cache.take(pages, HELD, rows, numbers, UNITS_A_PAGE, index.device)
+            device = units.device
+            taken = self.slots[layer].take(pages, HELD, rows, numbers, UNITS_A_PAGE, device)
         else:
             taken = take(pages, HELD, rows, numbers, UNITS_A_PAGE)
-        key, value = (
-            t.unflatten(0, (batch, most)).transpose(1, 2).flatten(2, 3) if most
-            else state[f"recent_{name}"][:, :, :0]
-            for name, t in zip(HELD, taken, strict=True)
-        )  # fmt: skip
-        return key, value, shown.repeat_interleave(block, 2)
+        key, value = (t.unflatten(0, (batch, most)).transpose(1, 2).flatten(2, 3) for t in taken)
+        return key, value
 
     def _scored(self, attention: LayerAttention, state: Tree, received: Tensor) -> Tree:
         """Add to the scores what recent and own columns received."""
@@ -362,15 +417,18 @@ class InfLLMMemory(AttentionMemory):
         recent, recent_valid = self._recent(state)
         before = state["tokens"]
         tokens = before + valid.sum(1)
-        (old_sinks, old_units), (sinks, units) = self._settled(before), self._settled(tokens)
+        (old_sinks, old_units), (sinks, units) = self._counted(before), self._counted(tokens)
         pool_valid = torch.cat([recent_valid, valid], 1)
         order = earliest(pool_valid, pool_valid.shape[1])
         total = recent_valid.sum(1) + valid.sum(1)
         segment = {"key": attention.key, "value": attention.value}
         pool = {
-            name: take_rows(torch.cat([recent[name], rows.to(recent[name].dtype)], 2), order)
+            name: torch.cat([recent[name], rows.to(recent[name].dtype)], 2)
             for name, rows in segment.items()
         }
+        sorted_already = attention.cached_per_step((self, "sorted"), lambda: bool(pool_valid.all()))
+        if not sorted_already:
+            pool = {name: take_rows(rows, order) for name, rows in pool.items()}
         new: Tree = {"tokens": tokens}
         for name, rows in pool.items():
             buffer = state[f"sink_{name}"]
@@ -391,7 +449,9 @@ class InfLLMMemory(AttentionMemory):
             scores = torch.cat(
                 [state["score"][..., self.kept - count :], opened * inside[:, None]], 2
             )
-            pool["score"] = take_rows(scores.transpose(1, 2), order).transpose(1, 2)[..., None]
+            pool["score"] = scores[..., None]
+            if not sorted_already:
+                pool["score"] = take_rows(pool["score"], order)
             new |= self._new_units(layer, state, pool, first, more)
             new["open_score"] = torch.zeros_like(state["open_score"])
         kept = self._kept(pool, left, total - start)
@@ -421,7 +481,7 @@ class InfLLMMemory(AttentionMemory):
         }
         scores = blocks.pop("score").squeeze(-1)
         rep = ops.representatives(blocks["key"], scores, self.config.num_representatives)
-        units = self._settled(state["tokens"])[1]
+        units = self._counted(state["tokens"])[1]
         pages, index = state[self.where][STORE], state["index"][STORE]
         return {
             self.where: {STORE: append(pages, units, blocks, more, UNITS_A_PAGE)},
@@ -430,21 +490,27 @@ class InfLLMMemory(AttentionMemory):
 
     # Places
 
-    def _settled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _counted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         return ops.settled(tokens, config.window_size, config.num_sinks, config.block_size)
+
+    def _settled(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor]:
+        """Count the sinks and units of a state, which all layers have alike."""
+        return attention.cached_per_step((self, "settled"), lambda: self._counted(state["tokens"]))
 
     def _reach(self, attention: LayerAttention) -> int:
         """Count the tokens that the layer sees in order: the window, or the layer's own smaller
         one."""
         return min(self.config.window_size, attention.window or self.config.window_size)
 
-    def _recent(self, state: Tree) -> tuple[Tree, Tensor]:
+    def _recent(self, state: Tree, whole: bool = False) -> tuple[Tree, Tensor]:
         """Take recent keys and values `(B, Hkv, R, D)`, at the right end, and which are there `(B,
-        R)`; columns that no row needs are left out."""
+        R)`; columns that no row needs are left out, unless the `whole` buffers are wanted."""
         tokens = state["tokens"]
-        sinks, units = self._settled(tokens)
+        sinks, units = self._counted(tokens)
         live = tokens - sinks - units * self.config.block_size
+        if whole:
+            return {n: state[f"recent_{n}"] for n in HELD}, right_valid(live, self.kept)
         count = int(live.max()) if len(live) else 0
         rows = {name: state[f"recent_{name}"][:, :, self.kept - count :] for name in HELD}
         return rows, right_valid(live, count)

@@ -160,8 +160,10 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         )  # fmt: skip
         parts = [local]
         if self.retrieves(layer) and self._any(attention, state):
-            ids, state = self._chosen(layer, attention, state)
-            parts.append(self._past(attention, state, ids))
+            # The choice has no graph: where one is recorded, queries are turned anew.
+            known: dict[int, Tensor] | None = None if torch.is_grad_enabled() else {}
+            ids, state = self._chosen(layer, attention, state, known)
+            parts.append(self._past(attention, state, ids, known))
         if attention.sinks is not None:
             log = attention.sinks.to(local[1]).view(1, -1, 1).expand_as(local[1])
             parts.append((torch.zeros_like(local[0][..., :1]), log))
@@ -222,13 +224,18 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         config, landmarks = self.config, state["landmark"]
         each = max(landmarks.shape[2], (config.top_k + 1) * width, config.top_k * config.block_size)
         block = config.block_size * width
-        if landmarks[..., 0].numel() * block > ops.AT_ONCE:  # all blocks are too many at once
+        if landmarks.shape[:3].numel() * block > ops.AT_ONCE:  # all blocks are too many at once
             each = max(each, config.top_k * block)
         step = max(1, ops.AT_ONCE // max(1, batch * heads * each))
         return [slice(a, a + step) for a in range(0, length, step)]
 
-    def _queries(self, attention: LayerAttention, piece: slice) -> Tensor:
-        """Turn queries to how blocks 1 to R + 1 back see them, `(B, H, T, R + 1, Dk)`."""
+    def _queries(
+        self, attention: LayerAttention, piece: slice, known: dict[int, Tensor] | None
+    ) -> Tensor:
+        """Turn queries to how blocks 1 to R + 1 back see them, `(B, H, T, R + 1, Dk)`; what has
+        been turned for the layer is `known`."""
+        if known is not None and piece.start in known:
+            return known.pop(piece.start)
         config, query = self.config, attention.query[:, :, piece]
         positions = ops.queries_for(
             config.block_size, config.top_k, attention.query_positions[:, piece]
@@ -236,11 +243,14 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         many = query[:, :, :, None].expand(-1, -1, -1, config.top_k + 1, -1)
         name = self, piece.start
         rotated = attention.rotate(many.flatten(2, 3), positions.flatten(1), name)
-        return rotated.unflatten(2, (-1, config.top_k + 1))
+        rotated = rotated.unflatten(2, (-1, config.top_k + 1))
+        if known is not None and rotated.shape[2] == attention.rotated_query.shape[2]:
+            known[piece.start] = rotated  # all are, at once: they are turned once
+        return rotated
 
     @torch.no_grad()
     def _chosen(
-        self, layer: int, attention: LayerAttention, state: Tree
+        self, layer: int, attention: LayerAttention, state: Tree, known: dict[int, Tensor] | None
     ) -> tuple[list[Tensor], Tree]:
         """Choose blocks for each piece of the queries: their ids, and the state that knows of
         them."""
@@ -251,7 +261,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         zero = torch.zeros((), device=valid.device)
         best: Tensor | None = zero if together else state.get("best")
         for piece in self._pieces(attention, state):
-            q = self._queries(attention, piece)
+            q = self._queries(attention, piece, known)
             scores = ops.block_scores(
                 q, state["landmark"], state["count"], attention.scaling, softcap, tied=layer == 0
             )
@@ -272,26 +282,30 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         return result, state if retrieval != "chunk" else {**state, "best": best}
 
     def _past(
-        self, attention: LayerAttention, state: Tree, ids: list[Tensor]
+        self,
+        attention: LayerAttention,
+        state: Tree,
+        ids: list[Tensor],
+        known: dict[int, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """Read for the queries in their blocks; the result is for `merge`."""
 
         def part(
             keys: Tensor, values: Tensor, landmarks: Tensor, piece: slice, read: Tensor
         ) -> Any:
-            q = self._turned(attention, state, piece, read)
+            q = self._turned(attention, state, piece, read, known)
             return ops.retrieved(
                 q, keys, values, landmarks, state["valid"].squeeze(1), read,
                 attention.scaling, attention.softcap,
             )  # fmt: skip
 
         if self.config.offload and not torch.is_grad_enabled():
-            return self._past_fetched(attention, state, ids)
+            return self._past_fetched(attention, state, ids, known)
         held = self._held(state)
         tensors = held["key"], held["value"], state["landmark"]
         pieces = self._pieces(attention, state)
-        each = sum(t[0, 0, 0].numel() for t in tensors) * self.config.top_k
-        again = each * attention.rotated_query[..., 0].numel() > ops.SAVED
+        each = sum(t.shape[3:].numel() for t in tensors) * self.config.top_k
+        again = each * attention.rotated_query.shape[:3].numel() > ops.SAVED
         parts = [
             ops.again_later(part, again, *tensors, piece, read)
             for piece, read in zip(pieces, ids, strict=True)
@@ -300,14 +314,21 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
             return parts[0]
         return torch.cat([out for out, _ in parts], 2), torch.cat([log for _, log in parts], 2)
 
-    def _turned(self, attention: LayerAttention, state: Tree, piece: slice, read: Tensor) -> Tensor:
+    def _turned(
+        self, attention: LayerAttention, state: Tree, piece: slice, read: Tensor,
+        known: dict[int, Tensor] | None,
+    ) -> Tensor:  # fmt: skip
         """Turn queries to how each of the blocks `read` sees them, `(B, H, T, R, Dk)`."""
-        q = self._queries(attention, piece)
+        q = self._queries(attention, piece, known)
         back = ops.read_slots(read, state["count"], self.config.top_k) - 1
         return q.gather(3, back[..., None].expand(*q.shape[:3], -1, q.shape[-1]))
 
     def _past_fetched(
-        self, attention: LayerAttention, state: Tree, ids: list[Tensor]
+        self,
+        attention: LayerAttention,
+        state: Tree,
+        ids: list[Tensor],
+        known: dict[int, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """Read as `_past`, from blocks in the host's memory, one KV head after the other: the
         blocks of the next come over while one is read. A single token reads all heads at once."""
@@ -335,7 +356,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
         for (n, first), blocks in zip(work, fetched, strict=True):
             chosen, valid, landmarks, keys, values = blocks
             if not first:
-                turned = self._turned(attention, state, pieces[n], ids[n])
+                turned = self._turned(attention, state, pieces[n], ids[n], known)
             q = turned[:, first * groups : (first + at_once) * groups]
             q = q.unflatten(1, (-1, groups)).flatten(0, 1)
             result = ops.retrieved(

@@ -240,8 +240,7 @@ class LigerMemory(AttentionMemory):
         after."""
         config = self.config
         q, length = attention.query, attention.query.shape[2]
-        start = attention.key.shape[2] - length
-        k, v = attention.key[:, :, start:], attention.value[:, :, start:]
+        k, v = attention.step_key, attention.value[:, :, attention.value.shape[2] - length :]
         mask = attention.query_valid
         new: Tree = {**state, "read": state["read"] + mask.sum(1)}
         gate = k.to(state["S" if "S" in state else "K"].dtype)  # before feature map and rotation

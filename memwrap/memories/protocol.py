@@ -19,7 +19,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -45,12 +45,15 @@ class Claims:
         lengthens: tensors of the state may become longer in dimension 2, filled from its
             beginning.
         linearizes: it takes the place of the attention (`memwrap.linearize`).
+        whole: settings with which it gives what the base gives of 128 tokens, in segments of any
+            size; empty where there are none.
     """
 
     neutral_start: bool = False
     bounded: bool = True
     lengthens: bool = False
     linearizes: bool = False
+    whole: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

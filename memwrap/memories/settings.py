@@ -187,11 +187,11 @@ def _plainly(method: Callable[..., None]) -> Callable[..., None]:
     and do not name the class."""
 
     @wraps(method)
-    def run(self: Settings, *given: Any) -> None:
+    def run(self: Settings, *args: Any) -> None:
         try:
-            method(self, *given)
+            method(self, *args)
         except StrictDataclassFieldValidationError as error:
-            name, value = given
+            name, value = args
             text = f"{self._called(name)} is {value!r}; it must be {error.__cause__}."
             raise ValueError(text) from None
         except StrictDataclassClassValidationError as error:

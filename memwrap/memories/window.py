@@ -55,7 +55,7 @@ class WindowConfig(MemoryConfig):
 class WindowMemory(AttentionMemory):
     """Per layer the un-rotated keys and the values of the window and of the sinks."""
 
-    claims = Claims(neutral_start=True)
+    claims = Claims(neutral_start=True, whole={"window_size": 128, "num_sinks": 0})
 
     config: WindowConfig
     within_window = True

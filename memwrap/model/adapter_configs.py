@@ -46,9 +46,9 @@ def plain_adapter(name: str, config: PeftConfig, backbone: PreTrainedModel) -> d
         if hasattr(m, "parameter_name")
     ]
     for key in _BY_PATTERN:
-        found = {t: _by_pattern(values.get(key) or {}, t) for t in (*targets, *parameters)}
+        by_target = {t: _by_pattern(values.get(key) or {}, t) for t in (*targets, *parameters)}
         if key in values:
-            values[key] = {t: value for t, value in found.items() if value is not None}
+            values[key] = {t: value for t, value in by_target.items() if value is not None}
     if _wild(values.get("feedforward_modules")):
         pattern = values["feedforward_modules"]
         values["feedforward_modules"] = [t for t in targets if re.fullmatch(pattern, t)]

@@ -77,7 +77,7 @@ def adapter_keys(backbone: nn.Module, idle: bool = False) -> set[str]:
     """Name the tensors that PEFT put into the backbone; with `idle` those of adapters that are in
     no layer's use."""
     keys: set[str] = set()
-    own = set(backbone.state_dict())
+    names = set(backbone.state_dict())
     for name, layer in adapter_layers(backbone):
         if isinstance(layer, BaseTunerLayer):
             parts = [*layer.adapter_layer_names, *layer.other_param_names]
@@ -90,20 +90,20 @@ def adapter_keys(backbone: nn.Module, idle: bool = False) -> set[str]:
             unused = adapters_in(layer) - set(_used(layer))
             heads = [f"{head}.{adapter}" for head in heads for adapter in unused]
             ends = tuple(heads), tuple(f"{head}." for head in heads)
-            keys |= {k for k in own if k in ends[0] or k.startswith(ends[1])}
+            keys |= {k for k in names if k in ends[0] or k.startswith(ends[1])}
         else:
-            keys |= {k for k in own if k.startswith(tuple(heads))}
+            keys |= {k for k in names if k.startswith(tuple(heads))}
     return keys
 
 
 def adapters_in_use(model: nn.Module) -> list[str]:
     """List the adapters that what the model computes depends on: active or merged ones. Where
     layers differ, the layer stands beside the name."""
-    found = [(name, adapters_in(layer), _used(layer)) for name, layer in adapter_layers(model)]
-    every = list(dict.fromkeys(adapter for _, _, used in found for adapter in used))
-    odd = {a for _, held, used in found for a in every if a in held and a not in used}
+    layers = [(name, adapters_in(layer), _used(layer)) for name, layer in adapter_layers(model)]
+    every = list(dict.fromkeys(adapter for _, _, used in layers for adapter in used))
+    odd = {a for _, held, used in layers for a in every if a in held and a not in used}
     same = [adapter for adapter in every if adapter not in odd]
-    return same + [f"{a} in {n}" for n, _, used in found for a in used if a in odd]
+    return same + [f"{a} in {n}" for n, _, used in layers for a in used if a in odd]
 
 
 def _used(layer: Any) -> list[str]:
@@ -130,7 +130,7 @@ def switches_of(backbone: nn.Module) -> dict[str, Any]:
     if not each:
         return {}
     common: dict[str, Any] = next(iter(each.values()))
-    odd = {name: own for name, own in each.items() if own != common}
+    odd = {name: settings for name, settings in each.items() if settings != common}
     return {**common, "layers": odd} if odd else common
 
 
@@ -161,17 +161,17 @@ def switch(backbone: nn.Module, switches: Any, merged: bool) -> None:
     if not isinstance(odd, dict) or not odd.keys() <= layers.keys():
         raise ValueError("The saved state of the adapters names layers that hold none.")
     for name, layer in layers.items():
-        own = odd.get(name, switches)
+        settings = odd.get(name, switches)
         for kind in ("active", "merged"):
-            names = own.get(kind, []) if isinstance(own, dict) else None
+            names = settings.get(kind, []) if isinstance(settings, dict) else None
             if not isinstance(names, list) or any(n not in known for n in map(str, names)):
                 raise ValueError(f"The saved state of the adapters names {names}, which is none.")
-        if own.get("merged") and not merged:
+        if settings.get("merged") and not merged:
             raise ValueError("An adapter is said to be merged, but the base's weights are missing.")
-        _set(layer, own["active"])
-        if own.get("merged"):
-            layer.merged_adapters = list(own["merged"])
-        if own.get("disabled"):
+        _set(layer, settings["active"])
+        if settings.get("merged"):
+            layer.merged_adapters = list(settings["merged"])
+        if settings.get("disabled"):
             layer.enable_adapters(False)
 
 
@@ -179,8 +179,8 @@ def _set(layer: Any, names: list[str]) -> None:
     if isinstance(layer, BaseTunerLayer):
         layer.set_adapter(names)
         return
-    own = [name for name in names if name in adapters_in(layer)]
-    layer.set_adapter(own[:1])  # of copies one is active
+    held = [name for name in names if name in adapters_in(layer)]
+    layer.set_adapter(held[:1])  # of copies one is active
 
 
 def take_out(backbone: nn.Module, spared: Collection[int] = ()) -> None:

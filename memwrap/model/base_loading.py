@@ -10,7 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from memwrap.assets import asset
@@ -43,10 +43,10 @@ def find_folder(name: str | Path, subfolder: str | None = None, **hub: Any) -> P
     """
     if subfolder:
         whole = find_folder(name, **hub)
-        found = inside(whole, subfolder)
-        if not found.is_dir():
+        part = inside(whole, subfolder)
+        if not part.is_dir():
             raise FileNotFoundError(f"There is no folder {subfolder} in {whole}.")
-        return found
+        return part
     folder = asset(name) or Path(name)
     if folder.is_dir():
         return folder
@@ -67,9 +67,9 @@ def base_place(config: Any, folder: Path) -> str | Path:
             "The saved model does not name its base (it was wrapped in memory); give it: "
             "memwrap.load(folder, base)."
         )
-    found = asset(name)
-    if found is not None:
-        return found
+    asset_folder = asset(name)
+    if asset_folder is not None:
+        return asset_folder
     if is_own(name, config.base_mark):
         return name
     if not os.path.isabs(name) and (folder / name).is_dir():
@@ -123,7 +123,7 @@ def load_base(saved: SavedModel, base: Any, options: dict[str, Any]) -> PreTrain
                 copy.deepcopy(config.backbone), dtype=dtype, trust_remote_code=trust, **chosen
             )
     place = base_place(config, folder) if base is None else asset(base) or base
-    kind = AutoModelForCausalLM if trust else auto_class(config.backbone)
+    kind = auto_class(config.backbone)
     if base is None and "quantization_config" not in options:
         options = options | _quantised_as_before(config.backbone, place, options)
     return kind.from_pretrained(place, dtype=dtype, **options)
@@ -134,8 +134,8 @@ def _quantised_as_before(config: Any, place: str | Path, options: dict[str, Any]
     settings = getattr(config, "quantization_config", None)
     if not isinstance(settings, dict):
         return {}
-    own = AutoConfig.from_pretrained(place, **_hub(options))
-    if getattr(own, "quantization_config", None) is not None:
+    base_config = AutoConfig.from_pretrained(place, **_hub(options))
+    if getattr(base_config, "quantization_config", None) is not None:
         return {}
     return {"quantization_config": AutoQuantizationConfig.from_dict(dict(settings))}
 
@@ -147,8 +147,8 @@ def _hub(options: dict[str, Any]) -> dict[str, Any]:
 
 def _own_config(config: Any, folder: Path, options: dict[str, Any]) -> Any:
     """Read a backbone's config again by its own class, which comes with the base."""
-    own = AutoConfig.from_pretrained(base_place(config, folder), **_hub(options))
-    return type(own).from_dict(config.backbone.to_dict())
+    base_config = AutoConfig.from_pretrained(base_place(config, folder), **_hub(options))
+    return type(base_config).from_dict(config.backbone.to_dict())
 
 
 def options_in(config: Any, saved: Any, folder: Path) -> dict[str, Any]:
@@ -165,8 +165,10 @@ def options_in(config: Any, saved: Any, folder: Path) -> dict[str, Any]:
             f"`config` is a {type(config).__name__}; {folder} holds a model of memwrap. Leave it "
             "out, or give its base's config to the base's loading."
         )
-    theirs, own = ({**c.to_dict(), **_without(c)} for c in (config, saved))
-    changed = sorted(k for k in theirs.keys() | own.keys() if theirs.get(k) != own.get(k))
+    values, saved_values = ({**c.to_dict(), **_without(c)} for c in (config, saved))
+    changed = sorted(
+        k for k in values.keys() | saved_values.keys() if values.get(k) != saved_values.get(k)
+    )
     if changed:
         raise ValueError(
             f"`{changed[0]}` cannot be changed as a saved memwrap model is loaded; load it, then "
@@ -176,8 +178,8 @@ def options_in(config: Any, saved: Any, folder: Path) -> dict[str, Any]:
         "attn_implementation": "_attn_implementation",
         "experts_implementation": "_experts_implementation",
     }
-    found = {option: getattr(config, name, None) for option, name in names.items()}
-    return {option: value for option, value in found.items() if value is not None}
+    options = {option: getattr(config, name, None) for option, name in names.items()}
+    return {option: value for option, value in options.items() if value is not None}
 
 
 def _without(config: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from memwrap.engine.inputs import as_batch, check_inputs
 from memwrap.engine.loop import Loop
 from memwrap.engine.step import SegmentReader
-from memwrap.memories.parts.compacting import Compacts
+from memwrap.memories.parts.compacting import Compacts, Request
+from memwrap.model.prefixes import load_prefix, save_prefix
 from memwrap.state.memory_state import MemoryState
 
 
@@ -58,37 +60,29 @@ class CompactionMixin:
         Raises:
             ValueError: for a model without such a memory, or `"own"` where no queries are kept.
         """
-        model: Any = self
-        name, memory = self._compacting_memory()
-        own = isinstance(queries, str) and queries == "own"
-        if not isinstance(slots, int) or slots < 1:
-            raise ValueError(f"`slots` is {slots!r}; it must be an integer of at least 1.")
-        closed = model.close_segment(state)
-        if own and not memory.has_queries(closed.memories[name]):
-            raise ValueError(
-                "The state holds no queries of its text (memory_size=None keeps them until a state "
-                "is compacted); give `queries` a text."
-            )
-        given = torch.zeros(1, 1, dtype=torch.long) if own else queries
-        ids, mask = as_batch(given, None, tokenizer)
-        if len(ids) != closed.batch_size:
-            if len(ids) != 1:
-                raise ValueError(
-                    f"`queries` has {len(ids)} rows, the state {closed.batch_size}; give one row "
-                    "or as many."
-                )
-            ids = ids.expand(closed.batch_size, -1)
-            mask = None if mask is None else mask.expand(closed.batch_size, -1)
-        inputs = check_inputs(ids.to(model.device), None, mask)
-        # All of the queries are one step: the first layer meets them before it is compacted.
-        config = replace(model.memory_configs[0], segment_size=ids.shape[1] + 1)
-        loop = Loop(SegmentReader(model.parts, model.memories), config, False, False)
-        with memory.compacting(slots, own) as request:
-            loop(inputs, closed.clone())
+        closed, request = self._compacted(state, slots, queries, tokenizer)
+        name, _ = self._compacting_memory()
         new = closed.clone()
         layers = {**closed.memories[name]["layers"], **request.trees}
         new.memories = {**closed.memories, name: {**closed.memories[name], "layers": layers}}
         return new
+
+    @torch.no_grad()
+    def compaction_errors(
+        self,
+        state: MemoryState,
+        slots: int,
+        queries: Literal["own"] | Tensor | str | list = "own",
+        *,
+        tokenizer: Any = None,
+    ) -> dict[int, Tensor]:
+        """Measure what each KV head would lose by `compact`, which takes the same arguments.
+
+        Returns:
+            `(Hkv,)` by layer: the mean square error of the heads' output, in parts of what all
+            heads of their layer give.
+        """
+        return self._compacted(state, slots, queries, tokenizer, measures=True)[1].errors
 
     @torch.no_grad()
     def compose(self, states: Sequence[MemoryState]) -> MemoryState:
@@ -120,6 +114,72 @@ class CompactionMixin:
         new.columns = sum(state.columns for state in closed)
         new.ids_hash = None
         return new
+
+    def load_prefix(self, folder: str | Path) -> MemoryState:
+        """Make a state of keys and values that PEFT trained: a folder of a `CARTRIDGE` or of prefix
+        tuning. What is read next stands behind them, as PEFT has it; logits are the same.
+
+        Args:
+            folder: with `adapter_config.json` and `adapter_model.safetensors`.
+
+        Returns:
+            A state of one row (`state.repeat`); the first `num_sinks` are sinks, the others slots.
+
+        Raises:
+            ValueError: for another adapter, or one that does not fit this model.
+        """
+        return load_prefix(self, *self._compacting_memory(), Path(folder))
+
+    def save_prefix(self, state: MemoryState, folder: str | Path, kind: str = "CARTRIDGE") -> None:
+        """Write a state as a folder that PEFT loads (`PeftModel.from_pretrained`), with the same
+        logits.
+
+        Args:
+            state: of one row, with slots or without.
+            folder: files of an adapter in it are replaced.
+            kind: `"CARTRIDGE"`, or `"PREFIX_TUNING"`, which older versions of PEFT know too.
+
+        Raises:
+            ValueError: where it cannot be done exactly: slots with biases (`bias_bound=0` fits
+                without), heads of different numbers of rows, layers without slots.
+        """
+        name, memory = self._compacting_memory()
+        self.check_state(state)  # type: ignore[attr-defined]
+        save_prefix(self, name, memory, state, Path(folder), kind)
+
+    def _compacted(
+        self, state: MemoryState, slots: int, queries: Any, tokenizer: Any, measures: bool = False
+    ) -> tuple[MemoryState, Request]:
+        """Run the queries behind a state while its layers are compacted: the state that was
+        closed for it, and what the layers gave."""
+        model: Any = self
+        name, memory = self._compacting_memory()
+        own = isinstance(queries, str) and queries == "own"
+        if not isinstance(slots, int) or slots < 1:
+            raise ValueError(f"`slots` is {slots!r}; it must be an integer of at least 1.")
+        closed = model.close_segment(state)
+        if own and not memory.has_queries(closed.memories[name]):
+            raise ValueError(
+                "The state holds no queries of its text (memory_size=None keeps them until a state "
+                "is compacted); give `queries` a text."
+            )
+        given = torch.zeros(1, 1, dtype=torch.long) if own else queries
+        ids, mask = as_batch(given, None, tokenizer)
+        if len(ids) != closed.batch_size:
+            if len(ids) != 1:
+                raise ValueError(
+                    f"`queries` has {len(ids)} rows, the state {closed.batch_size}; give one row "
+                    "or as many."
+                )
+            ids = ids.expand(closed.batch_size, -1)
+            mask = None if mask is None else mask.expand(closed.batch_size, -1)
+        inputs = check_inputs(ids.to(model.device), None, mask)
+        # All of the queries are one step: the first layer meets them before it is compacted.
+        config = replace(model.memory_configs[0], segment_size=ids.shape[1] + 1)
+        loop = Loop(SegmentReader(model.parts, model.memories), config, False, False)
+        with memory.compacting(slots, own, measures) as request:
+            loop(inputs, closed.clone())
+        return closed, request
 
     def _compacting_memory(self) -> tuple[str, Compacts]:
         model: Any = self

@@ -33,12 +33,14 @@ def slowness(dtype: torch.dtype) -> float:
     return seconds(dtype) / max(seconds(torch.float32), 1e-9)
 
 
-def quick_dtype(config: Any) -> torch.dtype | None:
+def quick_dtype(config: Any, *, keep: bool = False) -> torch.dtype | None:
     """Choose float32 for a model that is saved in a dtype which this machine, without an
     accelerator, computes much more slowly, and say so; None to leave it as it is saved.
 
     Args:
         config: the backbone's.
+        keep: only say that another dtype would be quicker: states belong to a dtype, and those of a
+            saved memory model are read by other programs too.
     """
     saved = getattr(config, "dtype", None)
     saved = getattr(torch, saved, None) if isinstance(saved, str) else saved
@@ -50,9 +52,12 @@ def quick_dtype(config: Any) -> torch.dtype | None:
     if times < SLOWER:
         return None
     name = str(saved).removeprefix("torch.")
+    slow = f"{name} takes {times:.1f} times as long as float32 on this CPU"
+    if keep:
+        logger.warning_once(f"{slow}: --dtype float32 would be quicker, with states of its own.")
+        return None
     logger.warning_once(
-        f"{name} takes {times:.1f} times as long as float32 on this CPU: the model is loaded in "
-        f"float32, with twice the memory. Name a dtype to have another (--dtype {name})."
+        f"{slow}: the model is loaded in float32, with twice the memory (--dtype {name}: as saved)."
     )
     return torch.float32
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from memwrap.engine.inputs import check_inputs
+from memwrap.engine.inputs import check_inputs, refuse_unknown
 from memwrap.engine.packed_documents import packed
-from memwrap.memories.protocol import Memory
+from memwrap.memories.protocol import LogitsMemory, Memory
 
 if TYPE_CHECKING:
     from memwrap.model.memory_model import MemoryModelForCausalLM
@@ -56,10 +56,21 @@ class SegmentDecoder:
         position_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
         model = self._model
+        refuse_unknown(kwargs, type(self).__call__)
+        for name, memory in model.memories.items():
+            if isinstance(memory, LogitsMemory):
+                raise ValueError(
+                    f"{name!r} changes the logits, which a trainer with its own head and loss "
+                    "(TRL's) would leave out; train with transformers' Trainer or memwrap's."
+                )
+        if any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):
+            raise ValueError("`base_model` begins with nothing read; give a cache to the model.")
+        inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
         state = model.new_state(inputs.shape[0])
         inputs = packed(inputs, seq_idx, position_ids, cu_seq_lens_q)
         reading = model.loop()(inputs, state, hidden_from=0, keep_open=False)

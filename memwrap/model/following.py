@@ -1,5 +1,4 @@
-"""What users and other libraries change at a wrapped model afterwards: casts, checkpointing, frozen
-parameters."""
+"""What users and other libraries change at a wrapped model: casts, checkpointing, training."""
 
 from __future__ import annotations
 
@@ -25,11 +24,11 @@ def follow_casts(model: Any) -> None:
         sizes = memory.sizes
         if (sizes.backbone_dtype, sizes.dtype) == (dtype, wide):
             continue
-        own = next((p.dtype for p in memory.parameters() if p.is_floating_point()), wide)
-        if torch.float64 in (own, wide) and own != wide:
+        param_dtype = next((p.dtype for p in memory.parameters() if p.is_floating_point()), wide)
+        if torch.float64 in (param_dtype, wide) and param_dtype != wide:
             raise ValueError(
-                f"The backbone was cast to {dtype}, its memory is {own}: cast the whole model "
-                f"(model.to({dtype}))."
+                f"The backbone was cast to {dtype}, its memory is {param_dtype}: "
+                f"cast the whole model (model.to({dtype}))."
             )
         memory.sizes = replace(sizes, backbone_dtype=dtype, dtype=wide)
 
@@ -37,16 +36,26 @@ def follow_casts(model: Any) -> None:
 def take_over_checkpointing(backbone: nn.Module) -> bool:
     """Turn the layers' own checkpointing off, which would drop the open segment; say whether it
     was on."""
-    found = False
+    was_on = False
     for module in backbone.modules():
         if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing, found = False, True  # type: ignore[assignment]
-    return found
+            module.gradient_checkpointing, was_on = False, True  # type: ignore[assignment]
+    return was_on
 
 
-def warn_if_frozen(model: Any) -> None:
-    """Warn of a PEFT model around this one that trains its adapters and none of the memory."""
-    if "peft_config" not in model.__dict__ or not torch.is_grad_enabled():
+def warn_of_training(model: Any) -> None:
+    """Warn of what training leaves out: a memory that a PEFT model around this one froze, and a
+    loss that balances experts."""
+    if not torch.is_grad_enabled():
+        return
+    balanced = getattr(model.parts.config, "output_router_logits", False)
+    if balanced and any(p.requires_grad for p in model.backbone.parameters()):
+        warnings.warn(
+            "`output_router_logits` is set in the backbone's config, but the loss that balances "
+            "experts is not computed across segments: the experts are trained without it.",
+            stacklevel=3,
+        )
+    if "peft_config" not in model.__dict__:
         return
     memory = list(model.memory_parameters())
     if not memory or any(p.requires_grad for p in memory):

@@ -42,7 +42,7 @@ from memwrap.model.building import build_memories
 from memwrap.model.compaction import CompactionMixin
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.decoder import MemoryModules, SegmentDecoder
-from memwrap.model.following import follow_casts, take_over_checkpointing, warn_if_frozen
+from memwrap.model.following import follow_casts, take_over_checkpointing, warn_of_training
 from memwrap.model.generation import MemoryGenerationMixin
 from memwrap.model.memory_settings import MemorySettingsMixin
 from memwrap.model.outputs import LaterLogits, MemoryModelOutput, one_cache
@@ -69,19 +69,19 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
     _supports_attention_backend = True
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
 
-    def __init__(self, config: MemoryModelConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(self, config: MemoryModelConfig, parts: Backbone | None = None) -> None:
         super().__init__(config)
-        if backbone is None:
+        if parts is None:
             kind = auto_class(config.backbone)
-            backbone = kind.from_config(copy.deepcopy(config.backbone))
-        self.parts = Backbone(backbone)
+            parts = Backbone(kind.from_config(copy.deepcopy(config.backbone)))
+        self.parts = parts
         self.parts.check()
         self.memory_configs = [
             config_class(values["name"]).from_dict(values) for values in config.memories or []
         ]
         memories = build_memories(self.parts, self.memory_configs)
         # A base class may initialise what it has not seen initialised: nothing here is new to us.
-        self.backbone = backbone
+        self.backbone = backbone = parts.model
         self.memory_modules = MemoryModules(memories)
         for module in self.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
@@ -179,10 +179,10 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         """Hash the backbone's and the memories' weights, adapters that are not in use left out."""
         idle = adapter_keys(self.backbone, idle=True) if self.adapters() else set()
         memories = {n: m.named_parameters() for n, m in self.memories.items()}
-        own = ((f"{n}.{k}", p) for n, ps in memories.items() for k, p in ps)
+        weights = ((f"{n}.{k}", p) for n, ps in memories.items() for k, p in ps)
         kept = ((k, p) for k, p in loaded_parameters(self.backbone) if k not in idle)
         base = ((plain_name(k), p) for k, p in kept)
-        return {"backbone": fingerprint(base), "memories": fingerprint(own)}
+        return {"backbone": fingerprint(base), "memories": fingerprint(weights)}
 
     def new_state(self, batch_size: int) -> MemoryState:
         """Make the state of `batch_size` rows that have read nothing."""
@@ -202,11 +202,10 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             raise ValueError(
                 f"`cache` is a {type(state).__name__}; give a MemoryState (model.read)."
             )
-        own = self.signature()
-        if state.signature != own:
-            raise ValueError(
-                f"The state belongs to another model: {signature_difference(state.signature, own)}."
-            )
+        signature = self.signature()
+        if state.signature != signature:
+            difference = signature_difference(state.signature, signature)
+            raise ValueError(f"The state belongs to another model: {difference}.")
         if state.unverified:
             check_file_state(self, state)
             state.unverified = False
@@ -218,7 +217,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         if training and take_over_checkpointing(self.backbone):  # turned on after wrapping
             self.gradient_checkpointing = True
         if self.training:
-            warn_if_frozen(self)
+            warn_of_training(self)
         checkpointing = self.gradient_checkpointing and self.training
         reader = SegmentReader(self.parts, self.memories)
         return Loop(reader, self.memory_configs[0], checkpointing, self.training)
@@ -308,23 +307,23 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             keep_open=use_cache or given is not None, control=memory_control,
         )  # fmt: skip
         before = (inputs, state.clone() if learning else state, logits_to_keep, memory_control)
-        own: dict[str, Any] = {CACHE: None}
+        fields: dict[str, Any] = {CACHE: None}
         if given is not None or use_cache:
             if state.record_past:
                 reading.state.recorded = Recorded.after(state, inputs.ids)
-            own[CACHE] = self._advanced(given or state, reading.state)
+            fields[CACHE] = self._advanced(given or state, reading.state)
         if not learning:
             logits = self._logits(reading.hidden, logits_to_keep)  # type: ignore[arg-type]
-            out = MemoryModelOutput(logits=logits, **own)
+            out = MemoryModelOutput(logits=logits, **fields)
         else:
             count = num_items_in_batch if num_items_in_batch is not None else reading.targets
-            own["loss"] = reading.loss_sum / _at_least_one(count, inputs.device)
+            fields["loss"] = reading.loss_sum / _at_least_one(count, inputs.device)
             again = partial(self._logits_again, loop, *before)
             if return_logits or not isinstance(logits_to_keep, int) or logits_to_keep:
-                out = MemoryModelOutput(logits=again(), **own)
+                out = MemoryModelOutput(logits=again(), **fields)
             else:
                 later = return_logits is None and not self.training
-                out = LaterLogits(again, **own) if later else MemoryModelOutput(**own)
+                out = LaterLogits(again, **fields) if later else MemoryModelOutput(**fields)
         return out.to_tuple() if return_dict is False else out
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from memwrap.assets import asset
-from memwrap.backbones.auto_classes import auto_class
-from memwrap.io.reading import read_json
+from memwrap.backbones.auto_classes import load_backbone
+from memwrap.io.reading import inside, read_json
 from memwrap.memories.registry import config_class
-from memwrap.model.base_loading import find_folder
-from memwrap.model.configuration import MemoryModelConfig
+from memwrap.model.base_loading import base_place
 from memwrap.model.cpu_dtype import quick_dtype
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.model.wrapping import load, wrap
@@ -37,8 +36,8 @@ def open_model(
         name: a folder, a name such as `"smollm2"`, or a repo id on the Hub.
         memory: for a model without one: the memory to attach. None for a saved memwrap model.
         settings: fields of the memory's config.
-        dtype: of the backbone; by default as saved, but float32 on a CPU where that is much
-            quicker (`memwrap.model.cpu_dtype`).
+        dtype: of the backbone; by default as saved, but for a model without memory float32 on a
+            CPU where that is much quicker (`memwrap.model.cpu_dtype`).
 
     Raises:
         FileNotFoundError: if nothing is there.
@@ -46,30 +45,24 @@ def open_model(
             and as `wrap` and `load`.
     """
     options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    own = is_memory_model(name)
-    if own and (memory or settings):
+    has_memory = is_memory_model(name)
+    if has_memory and (memory or settings):
         raise ValueError(f"{name} has a memory of its own; leave the memory and its settings out.")
-    if memory is None and not own:
+    if memory is None and not has_memory:
         raise ValueError(f"{name} is a model without memory; {HINT}.")
     if memory is None:
-        quick = None if dtype else quick_dtype(_backbone_of(name))
-        model = load(name, **options, **({"dtype": quick} if quick else {}))
+        model = load(name, **options)
+        if not dtype:
+            quick_dtype(model.parts.config, keep=True)
     else:
         config = config_class(memory).from_dict(settings or {})  # before anything is loaded
         place = asset(name) or name
-        about = AutoConfig.from_pretrained(place)
-        quick = None if dtype else quick_dtype(about)
+        quick = None if dtype else quick_dtype(AutoConfig.from_pretrained(place))
         options |= {"dtype": quick} if quick else {}
-        base = auto_class(about).from_pretrained(place, **options)
-        model = wrap(base, config).eval()
+        model = wrap(load_backbone(place, **options), config).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return model
-
-
-def _backbone_of(name: str | Path) -> Any:
-    """Read the backbone's config of a saved model."""
-    return MemoryModelConfig.from_dict(read_json(find_folder(name) / _CONFIG)).backbone
 
 
 def is_memory_model(name: str | Path) -> bool:
@@ -93,10 +86,7 @@ def is_memory_model(name: str | Path) -> bool:
             raise FileNotFoundError(
                 f"There is no folder {name}, and the Hub does not give such a model here."
             ) from error
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    about = read_json(inside(path.parent, path.name))
     return isinstance(about, dict) and about.get("model_type") == "memwrap"
 
 
@@ -104,14 +94,28 @@ def open_tokenizer(name: str | Path, model: Any) -> Any:
     """Load the tokenizer that is saved with a model, else its base's.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or its files, or the base's, are links to elsewhere.
     """
-    for place in (name, model.config.base_model):
+    for place in _places(name, model):
+        folder = Path(place)
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if file.suffix in (".json", ".jinja", ".model", ".txt"):
+                inside(folder, file.name)
         try:
-            return AutoTokenizer.from_pretrained(asset(place) or place)
+            return AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError):
             continue
     raise ValueError(f"{name} has no tokenizer; save it there: tokenizer.save_pretrained(folder).")
+
+
+def _places(name: str | Path, model: Any) -> Iterator[str | Path]:
+    """Give the places where a model's tokenizer may be: beside it, and beside its base."""
+    yield asset(name) or name
+    base = model.config.base_model
+    if base and is_memory_model(name):  # a file says what the base is
+        yield base_place(model.config, asset(name) or Path(name))
+    elif base:
+        yield asset(base) or base
 
 
 __all__ = ["HINT", "is_memory_model", "open_model", "open_tokenizer"]

@@ -32,9 +32,9 @@ class LaterLogits(MemoryModelOutput):
     """An output beside a loss whose logits are computed when they are first looked at: in
     evaluation every model of transformers has them, and most texts are evaluated without."""
 
-    def __init__(self, later: Callable[[], Tensor], **found: Any) -> None:
+    def __init__(self, later: Callable[[], Tensor], **fields: Any) -> None:
         self.__dict__["_later"] = None
-        super().__init__(**found)
+        super().__init__(**fields)
         self.__dict__["_later"] = partial(copy_context().run, later)
 
     @property

@@ -15,6 +15,7 @@ import huggingface_hub
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memwrap.backbones import Backbone
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.backbones.vocabulary import extend
 from memwrap.io.atomic_files import SCRATCH
@@ -59,8 +60,8 @@ def backbone_fingerprint(
     backbone: PreTrainedModel, gathered: dict[str, Tensor] | None = None
 ) -> str:
     """Hash the backbone's weights, adapters not counted; `gathered` ones where given."""
-    added, found = adapter_keys(backbone), gathered or {}
-    kept = ((k, found.get(f"backbone.{k}", v)) for k, v in loaded_parameters(backbone))
+    added, tensors = adapter_keys(backbone), gathered or {}
+    kept = ((k, tensors.get(f"backbone.{k}", v)) for k, v in loaded_parameters(backbone))
     return fingerprint((plain_name(k), v) for k, v in kept if k not in added)
 
 
@@ -98,7 +99,7 @@ class SavingMixin(AdapterMixin):
     ) -> dict[str, Tensor]:
         """Collect what a saved model holds: memories and adapters, and all of the backbone if
         asked."""
-        own = {
+        tensors = {
             f"memory_modules.{name}.{key}": value
             for name, memory in self.memories.items()
             for key, value in memory.state_dict().items()
@@ -106,14 +107,14 @@ class SavingMixin(AdapterMixin):
         added = adapter_keys(self.backbone)
         for key, value in self.backbone.state_dict().items():
             if include_base or key in added:
-                own[f"backbone.{key}"] = value
+                tensors[f"backbone.{key}"] = value
         if gathered is None:
-            return own
-        found = {k: gathered.get(k, v) for k, v in own.items()}
+            return tensors
+        whole = {k: gathered.get(k, v) for k, v in tensors.items()}
         # What was gathered may be a part of a larger tensor, which safetensors would refuse.
         return {
             k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone()
-            for k, v in found.items()
+            for k, v in whole.items()
         }
 
     def save_pretrained(
@@ -174,8 +175,8 @@ class SavingMixin(AdapterMixin):
         folder = Path(save_directory)
         config = copy.deepcopy(self.config)
         config.base_included, config.memwrap_version = include_base, VERSION
-        here = bool(config.base_model) and os.path.isdir(config.base_model)
-        config.base_mark = mark_of(config.base_model) if here else ""
+        is_folder = bool(config.base_model) and os.path.isdir(config.base_model)
+        config.base_mark = mark_of(config.base_model) if is_folder else ""
         config.backbone.dtype = self.backbone.dtype  # as it is now, not as it was loaded
         config.backbone.architectures = [type(self.backbone).__name__.removeprefix("FSDP")]
         config.architectures = [type(self).__name__.removeprefix("FSDP")]  # as sharding names it
@@ -243,15 +244,15 @@ class SavingMixin(AdapterMixin):
         """
         path = Path(folder)
         saved = SavedModel(type(self), path)
-        theirs, tensors = saved.config, saved.tensors
-        named = [values["name"] for values in theirs.memories or []]
+        saved_config, tensors = saved.config, saved.tensors
+        named = [values["name"] for values in saved_config.memories or []]
         if named != list(self.memories):
             raise ValueError(
                 f"{path} holds the memories {named}, this model {list(self.memories)}; a stage "
                 "hands over to one with the same."
             )
-        check_shape(theirs, self.backbone, path)
-        _warn_of_another_base(theirs, self.backbone, path)
+        check_shape(saved_config, self.backbone, path)
+        _warn_of_another_base(saved_config, self.backbone, path)
         foreign = sorted(tensors.keys() - self.state_dict().keys())  # type: ignore[attr-defined]
         if foreign:
             raise ValueError(f"{path} holds {foreign[0]}, which this model has not.")
@@ -276,30 +277,31 @@ class SavingMixin(AdapterMixin):
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         folder = find_folder(pretrained_model_name_or_path, subfolder, revision=revision, **hub)
         saved = SavedModel(cls, folder)
-        own = saved.config
+        saved_config = saved.config
         if base is None or isinstance(base, (str, Path)):
-            kwargs = {**options_in(config, own, folder), **kwargs}
-        _check_memories(own, folder)
-        place = place_of(kwargs) if base is None and own.base_included else None
+            kwargs = {**options_in(config, saved_config, folder), **kwargs}
+        _check_memories(saved_config, folder)
+        place = place_of(kwargs) if base is None and saved_config.base_included else None
         backbone = load_base(saved, base, kwargs)
-        check_shape(own, backbone, folder)
-        _grow(backbone, own, folder, given=backbone is base)
+        check_shape(saved_config, backbone, folder)
+        _grow(backbone, saved_config, folder, given=backbone is base)
         if not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
-            _warn_of_another_base(own, backbone, folder)
-        own.backbone = copy.deepcopy(backbone.config)
+            _warn_of_another_base(saved_config, backbone, folder)
+        saved_config.backbone = copy.deepcopy(backbone.config)
         with untouched_if_it_fails(backbone):
             with building(saved.tensors, folder / CONFIG):
-                model = cls(own, backbone)  # type: ignore[call-arg]
-                for name, values in (own.adapters or {}).items():
+                model = cls(saved_config, Backbone(backbone))  # type: ignore[call-arg]
+                for name, values in (saved_config.adapters or {}).items():
                     model.add_lora(adapter_of(values), name)
-                switch(backbone, own.adapter_switches, merged=own.base_included)
-            whole = base is None and own.base_included
+                switch(backbone, saved_config.adapter_switches, merged=saved_config.base_included)
+            whole = base is None and saved_config.base_included
             check_names(model, saved.tensors, set(model.weights_to_save(whole)), folder)
             put_weights(model, saved.tensors, folder)
             if saved.generation_config is not None:
                 model.generation_config = saved.generation_config  # type: ignore[attr-defined]
             _load_files(model, saved, store)
-        own._name_or_path = str(pretrained_model_name_or_path)  # trainers load references by it
+        # Trainers load references by it.
+        saved_config._name_or_path = str(pretrained_model_name_or_path)
         if place is not None:
             model.to(place)  # type: ignore[attr-defined]
         model.eval()  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -284,10 +285,24 @@ def put_weights(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
                 f"{folder / WEIGHTS}: {key} has dtype {value.dtype}, the model needs "
                 f"{own[key].dtype}."
             )
+    _check_tied(own, tensors, folder)
     model.load_state_dict(tensors, strict=False)
     # PEFT's trainable tokens tie their own wrappers; transformers would look for a parameter there.
     if isinstance(model.backbone.get_input_embeddings().weight, nn.Parameter):
         model.backbone.tie_weights()
+
+
+def _check_tied(own: dict[str, Tensor], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Refuse weights that the config ties, and of which the file holds two."""
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    for key, value in tensors.items():
+        place = own[key].data_ptr(), tuple(value.shape)
+        other = first.setdefault(place, key)
+        if place[0] and other != key and not torch.equal(value, tensors[other]):
+            raise ValueError(
+                f"{folder / CONFIG} says that {other} and {key} are one weight; the file beside it "
+                "holds two. Set `tie_word_embeddings` as it was."
+            )
 
 
 def untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -61,7 +61,8 @@ def wrap(
     for adapter in adapters.values():
         check_comes_back(adapter)
     begun_anew = any(changes_base(adapter) for adapter in adapters.values())
-    if Backbone(model).attached:  # says what a model lacks before anything is built
+    parts = Backbone(model)  # says what a model lacks before anything is built
+    if parts.attached:
         raise ValueError(
             f"This {type(model).__name__} is inside another memory model already; memwrap.unwrap "
             "that one first, or load the backbone again."
@@ -81,9 +82,9 @@ def wrap(
         memwrap_version=VERSION,
     )
     config.backbone._name_or_path = config.base_model  # a shipped base has no path
-    wrapped = MemoryModelForCausalLM(config, model)
-    for own in configs:
-        wrapped.memories[own.name].open_named(own)
+    wrapped = MemoryModelForCausalLM(config, parts)
+    for memory_config in configs:
+        wrapped.memories[memory_config.name].open_named(memory_config)
     return wrapped.train(model.training)
 
 

@@ -35,10 +35,10 @@ def neighbour_probabilities(
 ) -> Tensor:
     """Compute p_kNN `(..., V)`: softmax of `-costs / temperature` `(..., K)`, summed over equal
     `tokens` `(..., K)`. Zeros where there is no neighbour at all."""
-    there = costs.isfinite()
-    scores = (-costs / temperature).masked_fill(~there, -math.inf)
-    scores = scores.masked_fill(~there.any(-1, keepdim=True), 0.0)
-    shares = scores.softmax(-1) * there
+    finite = costs.isfinite()
+    scores = (-costs / temperature).masked_fill(~finite, -math.inf)
+    scores = scores.masked_fill(~finite.any(-1, keepdim=True), 0.0)
+    shares = scores.softmax(-1) * finite
     p = shares.new_zeros(*shares.shape[:-1], vocabulary)
     return p.scatter_add(-1, tokens.clamp_min(0), shares)
 
@@ -65,8 +65,8 @@ def interpolate(
     weight = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
     costs = costs.to(logits.dtype)
     p = neighbour_probabilities(costs, tokens, logits.shape[-1], temperature)
-    own = logits + torch.log1p(-weight)
+    model_part = logits + torch.log1p(-weight)
     level = logits.logsumexp(-1, keepdim=True)
-    theirs = p.clamp_min(_LEAST).log() + weight.clamp_min(_LEAST).log() + level
-    mixed = torch.where(p > _LEAST, torch.logaddexp(own, theirs), own)
+    store_part = p.clamp_min(_LEAST).log() + weight.clamp_min(_LEAST).log() + level
+    mixed = torch.where(p > _LEAST, torch.logaddexp(model_part, store_part), model_part)
     return torch.where(costs.isfinite().any(-1, keepdim=True), mixed, logits)

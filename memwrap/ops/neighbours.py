@@ -39,8 +39,8 @@ def naive(
     if valid is not None:
         scores = scores.masked_fill(~valid[..., None, :], worst(metric))
     order = scores.argsort(dim=-1, descending=metric == "ip", stable=True)[..., :k]
-    found = scores.gather(-1, order)
-    return _filled(found, order.masked_fill(found.isinf(), -1), k, metric)
+    best = scores.gather(-1, order)
+    return _filled(best, order.masked_fill(best.isinf(), -1), k, metric)
 
 
 def nearest(
@@ -85,9 +85,9 @@ def _part(
     with torch.no_grad():
         index = _search(queries.detach(), keys.detach(), k, metric, valid)
     work = accumulation_dtype(queries)
-    found = take(keys, index).to(work)
+    candidates = take(keys, index).to(work)
     q = queries.to(work)[..., None, :]
-    scores = (q - found).square().sum(-1) if metric == "l2" else (q * found).sum(-1)
+    scores = (q - candidates).square().sum(-1) if metric == "l2" else (q * candidates).sum(-1)
     scores = scores.masked_fill(index < 0, worst(metric))
     order = scores.detach().argsort(dim=-1, descending=metric == "ip", stable=True)
     return _filled(scores.gather(-1, order), index.gather(-1, order), k, metric)

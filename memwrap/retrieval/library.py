@@ -22,7 +22,7 @@ from memwrap.chat.turns import Turns
 from memwrap.io.checksums import check_sums, checksums, head_digest
 from memwrap.io.reading import inside, parse_json
 from memwrap.io.whole_folders import rewriting, settle
-from memwrap.memories.extended_mind import ExtendedMindMemory, Retrieved, retrieved
+from memwrap.memories.extended_mind import GIVEN, ExtendedMindMemory, Retrieved, retrieved
 from memwrap.memories.protocol import InsertsTokens, SoftPrompt
 from memwrap.state.memory_state import MemoryState
 from memwrap.state.trees import Tree
@@ -154,6 +154,7 @@ class Library:
                 entries.append(torch.stack([torch.full_like(token, number), token], 1))
             bar.update(len(batch))
         bar.close()
+        state.memories["extended_mind"][GIVEN] = next(iter(layers.values()))["count"]
         state.weights = None if model.training else model.fingerprint()
         return cls(model, state, texts, torch.cat(entries))
 
@@ -249,8 +250,8 @@ class Library:
         total = weight.new_zeros(len(unique)).index_add(0, place, weight) / len(answer)
         return Citations(answer.tolist(), per_token, self._spans(unique, total, least))
 
-    def report(self, citations: Citations, tokenizer: Any = None, most: int = 5) -> str:
-        """Return the answer and its `most` heaviest spans, and for every token its heaviest one."""
+    def report(self, citations: Citations, tokenizer: Any = None, limit: int = 5) -> str:
+        """Return the answer and its `limit` heaviest spans, and for every token the heaviest."""
 
         def words(ids: Any) -> str:
             text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
@@ -260,7 +261,7 @@ class Library:
             return f"{span.document} [{span.start}:{span.end}] {span.weight:.1%}"
 
         lines = [f"answer: {words(citations.ids)}", "", "read most:"]
-        for span in citations.spans[:most]:
+        for span in citations.spans[:limit]:
             quoted = ""
             if span.document in self.documents:
                 quoted = ": " + words(self.documents[span.document][span.start : span.end].tolist())

@@ -19,13 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memwrap.chat.first_turn import read_document
 from memwrap.serving.answers import Answer
-from memwrap.serving.engine import Busy, Engine
+from memwrap.serving.engine import Busy, Engine, Stopped
 from memwrap.serving.named_states import NamedStates
 from memwrap.serving.prompts import chat_ids, ends_of, plain_ids
 from memwrap.serving.requests import ChatRequest, CompletionRequest, Fork, NewState
 
 _STATUS: list[tuple[type[Exception], int]] = [
-    (Busy, 429), (KeyError, 404), (ValueError, 400), (TimeoutError, 504),
+    (Busy, 429), (Stopped, 503), (KeyError, 404), (ValueError, 400), (TimeoutError, 504),
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from memwrap.serving.answers import Answer, Sampler, TextPieces
 from memwrap.serving.prefixes import PrefixTree
 from memwrap.state.memory_state import MemoryState
 
+_NOT_RUNNING = "The server was stopped; start it again (`with Engine(...)`) and ask anew."
 _KEPT = 8  # states on the way through a prompt, for others that begin alike
 
 
@@ -46,6 +48,10 @@ class Limits:
 
 class Busy(Exception):
     """Too many requests wait."""
+
+
+class Stopped(Exception):
+    """The engine does not run, or no longer."""
 
 
 class Engine:
@@ -83,14 +89,18 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._ready: list[Answer] = []
         self._count, self._counting = 0, threading.Lock()
+        self._running = False
 
     def __enter__(self) -> Engine:
+        self._running, self._arrived = True, queue.Queue()
         self._thread = threading.Thread(target=self._run, name="memwrap-engine", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._arrived.put(None)
+        with self._counting:
+            self._running = False
+            self._arrived.put(None)  # behind all that were taken
         if self._thread is not None:
             self._thread.join()
 
@@ -99,6 +109,7 @@ class Engine:
 
         Raises:
             Busy: if too many wait.
+            Stopped: if the engine does not run (outside its `with` block).
             ValueError: for an empty prompt, or one that is longer than the limit.
         """
         if not answer.ids:
@@ -108,27 +119,39 @@ class Engine:
                 f"The prompt has {len(answer.ids)} tokens, at most {self.limits.prompt_tokens} are "
                 "taken here."
             )
+        answer.deadline = time.monotonic() + self.limits.seconds
         with self._counting:
+            if not self._running:
+                raise Stopped(_NOT_RUNNING)
             if self._count >= self.limits.waiting:
                 raise Busy(f"{self._count} requests wait already; try again later.")
             self._count += 1
-        answer.deadline = time.monotonic() + self.limits.seconds
-        self._arrived.put(answer)
+            self._arrived.put(answer)
         return answer
 
     # The thread
 
     @torch.no_grad()
     def _run(self) -> None:
-        while True:
-            idle = not (self._reading or self._writing or self._ready)
-            if not self._admit(wait=idle):
-                break
-            self._drop_ended()
-            for step in (self._read_some, self._join, self._write_one):
-                step()
-        for answer in [*self._reading, *self._ready, *self._writing]:
-            self._end(answer, RuntimeError("The server was stopped."))
+        failure: Exception = Stopped(_NOT_RUNNING)
+        try:
+            while self._admit(wait=not (self._reading or self._writing or self._ready)):
+                self._drop_ended()
+                for step in (self._read_some, self._join, self._write_one):
+                    step()
+        except Exception as error:  # nobody must wait for a thread that is gone
+            failure = error
+        with self._counting:
+            self._running = False
+            left = [*self._reading, *self._ready, *self._writing, *self._not_admitted()]
+        self._reading, self._ready, self._writing, self._batch = [], [], [], None
+        for answer in left:
+            self._end(answer, failure)
+
+    def _not_admitted(self) -> Iterator[Answer]:
+        while not self._arrived.empty():
+            if (answer := self._arrived.get()) is not None:
+                yield answer
 
     def _admit(self, wait: bool) -> bool:
         """Take what has arrived; False: the engine stops."""
@@ -140,11 +163,15 @@ class Engine:
             if answer is None:
                 return False
             wait = False
+            try:
+                answer.sampler = Sampler(answer.sampling, self.model.device)
+            except Exception as error:  # settings that no draw takes
+                self._end(answer, error)
+                continue
+            self._reading.append(answer)
             answer.text = TextPieces(self.tokenizer, answer.sampling.stop)
-            answer.sampler = Sampler(answer.sampling, self.model.device)
             state, answer.read = self.prefixes.longest(answer.ids, answer.behind)
             answer.state, answer.cached = state or answer.base, answer.read
-            self._reading.append(answer)
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
@@ -204,7 +231,10 @@ class Engine:
             return
         self._batch = batch
         for answer, row in zip(self._writing, logits, strict=True):
-            answer.take(answer.sampler(row))
+            try:
+                answer.take(answer.sampler(row))
+            except Exception as error:  # of one answer alone: others go on
+                answer.error, answer.reason = error, "error"
         self._leave()
 
     def _leave(self) -> None:
@@ -214,12 +244,12 @@ class Engine:
             return
         for row in ended:
             answer = self._writing[row]
-            if answer.drawn:
+            if answer.drawn and answer.error is None:
                 ids = answer.ids + answer.drawn[:-1]
                 state = self._batch.select(torch.tensor([row]))
                 state.columns = len(ids) + (answer.base.columns if answer.base is not None else 0)
                 self.prefixes.put(ids, state, answer.behind)
-            self._end(answer)
+            self._end(answer, answer.error)
         kept = [i for i in range(len(self._writing)) if i not in ended]
         self._batch = self._batch.select(torch.tensor(kept)) if kept else None
         self._writing = [self._writing[i] for i in kept]
@@ -230,4 +260,4 @@ class Engine:
         answer.finish(error)
 
 
-__all__ = ["Busy", "Engine", "Limits"]
+__all__ = ["Busy", "Engine", "Limits", "Stopped"]

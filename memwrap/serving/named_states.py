@@ -9,9 +9,17 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
+from memwrap.io.reading import inside
 from memwrap.state.memory_state import MemoryState
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class NoStateError(KeyError):
+    """There is no state of a name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no state {name!r}.")
 
 
 class NamedStates:
@@ -44,7 +52,8 @@ class NamedStates:
 
     def names(self) -> list[str]:
         """List all names, of states in memory and in files."""
-        files = [] if self.folder is None else [p.stem for p in self.folder.glob("*.safetensors")]
+        found = [] if self.folder is None else self.folder.glob("*.safetensors")
+        files = [path.stem for path in found if path.is_file()]
         with self._lock:
             return sorted({*self._held, *(name for name in files if _NAME.fullmatch(name))})
 
@@ -57,7 +66,7 @@ class NamedStates:
         a key that is this state's alone.
 
         Raises:
-            KeyError: if there is none of this name.
+            NoStateError: if there is none of this name.
             ValueError: for a file that is damaged or of another model.
         """
         path = self._path(name)
@@ -66,8 +75,9 @@ class NamedStates:
             written = path.stat().st_mtime_ns if path is not None and path.is_file() else None
             if state is None or (name in self._saved and written not in (None, self._saved[name])):
                 if written is None:
-                    raise KeyError(f"There is no state {name!r}.")
-                state = MemoryState.load(path, self.model)  # type: ignore[arg-type]
+                    raise NoStateError(name)
+                file = inside(path.parent, path.name)  # type: ignore[union-attr]
+                state = MemoryState.load(file, self.model)
                 self._saved[name] = written
                 self._versions[name] = next(self._count)
             self._hold(name, state)
@@ -87,7 +97,7 @@ class NamedStates:
         """Write a state to its file.
 
         Raises:
-            KeyError: if there is none of this name.
+            NoStateError: if there is none of this name.
             ValueError: if the server has no folder.
         """
         with self._lock:
@@ -115,11 +125,11 @@ class NamedStates:
         """Forget a state, and delete its file.
 
         Raises:
-            KeyError: if there is none of this name.
+            NoStateError: if there is none of this name.
         """
         with self._lock:
             if name not in self:
-                raise KeyError(f"There is no state {name!r}.")
+                raise NoStateError(name)
             self._held.pop(name, None)
             self._saved.pop(name, None)
             path = self._path(name)
@@ -148,4 +158,4 @@ class NamedStates:
             self._saved.pop(oldest, None)
 
 
-__all__ = ["NamedStates"]
+__all__ = ["NamedStates", "NoStateError"]

@@ -29,8 +29,8 @@ def check_shapes(state: MemoryState, fresh: MemoryState, growing: Collection[str
         got = dict(tree_leaves(state.memories.get(name, {})))
         needed = _with_pages(dict(tree_leaves(tree)), got)
         for key in sorted(needed.keys() ^ got.keys()):
-            what = "lacks" if key in needed else "holds the foreign tensor"
-            raise ValueError(f"The state {what} {name}.{key}; its file is damaged. Read again.")
+            fault = "lacks" if key in needed else "holds the foreign tensor"
+            raise ValueError(f"The state {fault} {name}.{key}; its file is damaged. Read again.")
         for key, tensor in needed.items():
             have = tuple(got[key].shape)
             want = (state.batch_size, *tensor.shape[1:])
@@ -59,8 +59,8 @@ def check_open(state: MemoryState, opened: MemoryState, segment_size: int, vocab
         raise ValueError("The state's open segment is full; its file is damaged. Read again.")
     got, needed = (dict(tree_leaves(s.open.tree)) for s in (state, opened))
     for key in sorted(needed.keys() ^ got.keys()) if length or got else ():
-        what = "lacks" if key in needed else "holds the foreign tensor"
-        raise ValueError(f"The state {what} open.{key}; its file is damaged. Read again.")
+        fault = "lacks" if key in needed else "holds the foreign tensor"
+        raise ValueError(f"The state {fault} open.{key}; its file is damaged. Read again.")
     for key, tensor in got.items():
         like = needed[key]
         want = (state.batch_size, *like.shape[1:2], length, *like.shape[3:])
@@ -116,8 +116,8 @@ def _check_pages(name: str, leaves: dict[str, Tensor]) -> None:
     for key, tensor in leaves.items():
         if place := _page_of(key):
             pages.setdefault(place[0], {}).setdefault(place[1], set()).add(tensor.shape[1])
-    for store, found in pages.items():
-        lengths = [found.get(number, set()) for number in range(len(found))]
+    for store, lengths_of in pages.items():
+        lengths = [lengths_of.get(number, set()) for number in range(len(lengths_of))]
         full = lengths[0]
         good = all(len(one) == 1 for one in lengths)
         good = good and all(one == full for one in lengths[:-1]) and max(lengths[-1]) <= max(full)
@@ -150,21 +150,21 @@ def _with_pages(needed: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, 
     return result
 
 
-def signature_difference(theirs: dict[str, Any], own: dict[str, Any]) -> str:
+def signature_difference(state_signature: dict[str, Any], model_signature: dict[str, Any]) -> str:
     """Name the first thing in which a state's signature differs from a model's."""
-    if not theirs:
+    if not state_signature:
         return "it carries no signature"
-    for key, value in own["backbone"].items():
-        got = theirs["backbone"].get(key)
+    for key, value in model_signature["backbone"].items():
+        got = state_signature["backbone"].get(key)
         if got != value:
             return f"its backbone has {key} {got!r}, this one {value!r}"
-    names = [m["name"] for m in theirs["memories"]]
-    if names != [m["name"] for m in own["memories"]]:
-        return f"its memories are {names}, here {[m['name'] for m in own['memories']]}"
-    used, now = theirs.get("adapters"), own["adapters"]
+    names = [m["name"] for m in state_signature["memories"]]
+    if names != [m["name"] for m in model_signature["memories"]]:
+        return f"its memories are {names}, here {[m['name'] for m in model_signature['memories']]}"
+    used, now = state_signature.get("adapters"), model_signature["adapters"]
     if used != now:
         return f"it was read with the adapters {used or 'off'} in use, here they are {now or 'off'}"
-    for left, right in zip(theirs["memories"], own["memories"], strict=True):
+    for left, right in zip(state_signature["memories"], model_signature["memories"], strict=True):
         for key in right:
             if left.get(key) != right[key]:
                 return f"its {right['name']} has {key} {left.get(key)!r}, this one {right[key]!r}"

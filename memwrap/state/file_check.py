@@ -51,12 +51,12 @@ def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
     check_finite(tensors, f"{path} is damaged: it", "read the text again.")
 
 
-def check_finite(tensors: dict[str, Tensor], what: str, advice: str) -> None:
+def check_finite(tensors: dict[str, Tensor], source: str, advice: str) -> None:
     """Refuse numbers that are not finite; names the first tensor that has any."""
     for name, tensor in tensors.items():
         wide = tensor.is_floating_point() and tensor.element_size() > 1  # no 8-bit codes
         if wide and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{what} holds numbers in {name[:80]} that are not finite; {advice}")
+            raise ValueError(f"{source} holds numbers in {name[:80]} that are not finite; {advice}")
 
 
 def check_rows(state: Any, path: Path) -> None:
@@ -88,9 +88,9 @@ def check_rows(state: Any, path: Path) -> None:
     closed = (state.columns if columns else seen) - fill
     if bool((segments > closed).any()) or not most <= state.columns <= _MOST:
         raise _damaged(path, "its counters contradict each other")
-    here = valid.sum(1)
-    waits = bool(((here > 0) & (fill == 0)).any())
-    if waits or (not columns and bool((here < fill).any())):
+    open_tokens = valid.sum(1)
+    waits = bool(((open_tokens > 0) & (fill == 0)).any())
+    if waits or (not columns and bool((open_tokens < fill).any())):
         raise _damaged(path, "its open segment has not the tokens that it counts")
     if valid.numel() and not torch.equal((tokens * valid).amax(1).clamp_min(0), fill):
         raise _damaged(path, "its open segment has not the tokens that it counts")
@@ -98,5 +98,5 @@ def check_rows(state: Any, path: Path) -> None:
         raise _damaged(path, "its open segment has positions out of range")
 
 
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {what}. Read the text again.")
+def _damaged(path: Path, fault: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {fault}. Read the text again.")

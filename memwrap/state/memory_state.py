@@ -274,7 +274,7 @@ class MemoryState(Cache):
             self.ids_hash if input_ids is None else self.extend_hash(input_ids, input_ids.shape[1])
         )
 
-    def refuse_owed(self, what: str) -> None:
+    def refuse_owed(self, action: str) -> None:
         """Refuse a state that was cropped and not read on.
 
         Raises:
@@ -282,7 +282,7 @@ class MemoryState(Cache):
         """
         if self.owed is not None:
             raise ValueError(
-                f"The state was cropped and owes {self.owed.shape[1]} tokens: it can be {what} "
+                f"The state was cropped and owes {self.owed.shape[1]} tokens: it can be {action} "
                 "after the next call, which reads them."
             )
 
@@ -370,8 +370,8 @@ class MemoryState(Cache):
         rows: dict[str, Tensor] = tree["rows"]
         # A memory may keep nothing, as a kNN-LM without a cache does.
         memories = {n: {} for n in about["memories"]} | tree.get("memories", {})
-        if (found := _count_tensors(memories)) != about["memories"]:
-            wrong = [name for name in found if found[name] != about["memories"].get(name)]
+        if (counts := _count_tensors(memories)) != about["memories"]:
+            wrong = [name for name in counts if counts[name] != about["memories"].get(name)]
             raise KeyError(f"the tensors of {wrong} are missing or foreign")
         state = cls(memories, rows["fill"].shape[0], about["signature"])
         positions, valid, read = (rows[f"open_{name}"] for name in COLUMNS)

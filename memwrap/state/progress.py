@@ -33,6 +33,6 @@ class Progress:
         seen, more = state.tokens_seen, state.segments * (prefix + suffix)
         least = most = seen - state.fill
         if by_columns:  # `fill` counts padding
-            here = state.open.valid.sum(1)
-            least, most = (seen - n.clamp_min(0) for n in (here, here - prefix))
+            open_tokens = state.open.valid.sum(1)
+            least, most = (seen - n.clamp_min(0) for n in (open_tokens, open_tokens - prefix))
         return cls((least.clamp_min(0), most.clamp_min(0) + more), (seen, seen + more + prefix))

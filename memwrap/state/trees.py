@@ -24,11 +24,11 @@ STORE, HOST = "store", "host"
 Tree = dict[str, Any]
 
 
-def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
+def tree_map(function: Callable[..., Tensor], tree: Tree, *trees: Tree) -> Tree:
     """Apply `function` to the tensors that stand at the same place in every tree."""
     result: Tree = {}
     for name, node in tree.items():
-        peers = [other[name] for other in others]
+        peers = [other[name] for other in trees]
         if isinstance(node, dict):
             result[name] = tree_map(function, node, *peers)
         else:

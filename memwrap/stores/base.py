@@ -271,7 +271,7 @@ class Store(ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_busy"}
 
-    def _checked(self, vectors: Tensor, what: str = "vectors") -> Tensor:
+    def _checked(self, vectors: Tensor, name: str = "vectors") -> Tensor:
         """Check vectors: float32 of the right width.
 
         Raises:
@@ -280,17 +280,17 @@ class Store(ABC):
         try:
             vectors = torch.as_tensor(vectors)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"`{what}` is {type(vectors).__name__}; give a tensor.") from error
+            raise ValueError(f"`{name}` is {type(vectors).__name__}; give a tensor.") from error
         if vectors.dim() < 2 or vectors.shape[-1] != self.dim:
             raise ValueError(
-                f"`{what}` has shape {tuple(vectors.shape)}; the store's vectors are "
+                f"`{name}` has shape {tuple(vectors.shape)}; the store's vectors are "
                 f"(N, {self.dim})."
             )
         if not vectors.is_floating_point():
-            raise ValueError(f"`{what}` is {vectors.dtype}; it must be floating point.")
+            raise ValueError(f"`{name}` is {vectors.dtype}; it must be floating point.")
         vectors = vectors.detach().float()
         if not bool(vectors.isfinite().all()):
-            raise ValueError(f"`{what}` holds numbers that are not finite; nothing was changed.")
+            raise ValueError(f"`{name}` holds numbers that are not finite; nothing was changed.")
         return vectors
 
 

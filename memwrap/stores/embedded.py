@@ -22,6 +22,7 @@ from memwrap.stores.base import Entries, Neighbours, Store, check_k, check_names
 from memwrap.stores.files import (
     HEADER,
     checked_header,
+    clear_files,
     copy_folder,
     file_checksum,
     holds_files,
@@ -135,16 +136,20 @@ class FaissStore(Store):
             raise ValueError(f"{path / HEADER} asks for the index {str(factory)[:60]!r}.")
         self.dtype, self.notes, self.identity = header["dtype"], header["notes"], header["id"]
         self.factory = self.factory or factory
+        if header.get("cleared"):  # its process was stopped before the files had gone
+            self._locked()
+            clear_files(path)
+            self._write_header(removals=False)
         if header["removals"] and not (path / REMOVED).is_file():
             raise FileNotFoundError(f"{path / REMOVED} is missing; the store is not whole.")
 
-    def _write_header(self, removals: bool | None = None) -> None:
+    def _write_header(self, removals: bool | None = None, cleared: bool = False) -> None:
         if self.path is not None:
             self._locked()
             names = ("kind", "dim", "metric", "dtype", "factory", "notes")
             some = bool(self._shards.removed) if removals is None else removals
             about: Any = {name: getattr(self, name) for name in names}
-            about |= {"removals": some, "id": self.identity}
+            about |= {"removals": some, "id": self.identity, "cleared": cleared}
             write_json(self.path / HEADER, about)
 
     def _locked(self) -> None:
@@ -352,16 +357,14 @@ class FaissStore(Store):
         return self._shards.of_document(number)
 
     def clear(self) -> None:
-        self._locked()
-        if self.path is not None:  # the index first: it must never cover more than the shards
-            (self.path / INDEX).unlink(missing_ok=True)
-            for file in self.path.glob("index-*.faiss"):
-                file.unlink()
+        self._write_header(removals=False, cleared=True)  # from here on nothing is in it
+        if self.path is not None:
+            clear_files(self.path)
+        self._shards.clear()
         self._index, self._indexed, self.made_by, self._selector = None, 0, "", None
         self.gpu.drop()
-        self._write_header(removals=False)
-        self._shards.clear()
         self.cursor = None
+        self._write_header(removals=False)
 
     @property
     def documents(self) -> Sequence[str]:

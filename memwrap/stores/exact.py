@@ -61,7 +61,7 @@ class TorchStore(Store):
         self.rows, self.capacity = tuple(rows), capacity
         self._lead = self.rows or (1,)
         self.vectors = torch.zeros(*self._lead, 0, dim, dtype=dtype, device=device)
-        self.there = torch.zeros(self._lead[0], 0, dtype=torch.bool, device=device)
+        self.present = torch.zeros(self._lead[0], 0, dtype=torch.bool, device=device)
         self.counts = torch.zeros(self._lead[0], dtype=torch.long)  # entries that ever came
         self._entries = Entries.make(0)
         self._documents: list[str] = []
@@ -139,9 +139,9 @@ class TorchStore(Store):
         size = max(need, min(2 * have, self.capacity or 2 * have))
         grown = self.vectors.new_zeros(*self._lead, size, self.dim)
         grown[..., :have, :] = self.vectors
-        there = self.there.new_zeros(self._lead[0], size)
-        there[:, :have] = self.there
-        self.vectors, self.there = grown, there
+        present = self.present.new_zeros(self._lead[0], size)
+        present[:, :have] = self.present
+        self.vectors, self.present = grown, present
 
     def _put(self, row: int, block: Tensor, columns: Tensor) -> None:
         count = int(self.counts[row]) + len(columns)
@@ -151,7 +151,7 @@ class TorchStore(Store):
             numbers = numbers % self.capacity
         places, columns = numbers.to(block.device), columns.to(block.device)
         self.vectors[row].index_copy_(-2, places, block.index_select(-2, columns))
-        self.there[row, places] = True
+        self.present[row, places] = True
         self.counts[row] = count
 
     def _numbers(self, row: int) -> Tensor:
@@ -171,12 +171,12 @@ class TorchStore(Store):
             raise ValueError(
                 f"`queries` has shape {tuple(q.shape)}; it needs (*{self.rows}, Q, {self.dim})."
             )
-        if not bool(self.there.any()):
+        if not bool(self.present.any()):
             return nothing_found(queries, k, self.metric)
         lead = self._lead
-        there = self.there.view(lead[0], *[1] * (len(lead) - 1), -1).expand(*lead, -1)
+        present = self.present.view(lead[0], *[1] * (len(lead) - 1), -1).expand(*lead, -1)
         scores, places = neighbours.nearest(
-            q if self.rows else q[None], self.vectors, k, self.metric, there
+            q if self.rows else q[None], self.vectors, k, self.metric, present
         )
         if self.capacity is not None:
             names = torch.stack([self._numbers(r) for r in range(lead[0])]).to(places.device)
@@ -198,14 +198,14 @@ class TorchStore(Store):
         """See `Store.remove`; `row` of the batch."""
         numbers = self._numbers(row)
         wanted = torch.as_tensor(sorted(set(ids)), dtype=torch.long)
-        hit = torch.isin(numbers, wanted).to(self.there.device) & self.there[row]
-        self.there[row] &= ~hit
+        hit = torch.isin(numbers, wanted).to(self.present.device) & self.present[row]
+        self.present[row] &= ~hit
         return int(hit.sum())
 
     def clear(self, rows: Tensor | None = None) -> None:
         """Remove everything, or everything of the batch rows `rows` `(n,)`."""
         chosen = torch.arange(self._lead[0]) if rows is None else rows.cpu()
-        self.there[chosen.to(self.there.device)] = False
+        self.present[chosen.to(self.present.device)] = False
         self.counts[chosen] = 0
         if rows is None:
             self._entries, self._documents, self.cursor = Entries.make(0), [], None
@@ -215,11 +215,11 @@ class TorchStore(Store):
         return (np.flatnonzero(self._entries.documents == number) + old).tolist()
 
     def __len__(self) -> int:
-        return int(self.there.sum())
+        return int(self.present.sum())
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.vectors, self.there, self.counts)
+        tensors = (self.vectors, self.present, self.counts)
         return sum(t.numel() * t.element_size() for t in tensors) + self._entries.nbytes
 
     def save(self, path: str | Path) -> None:
@@ -235,7 +235,7 @@ class TorchStore(Store):
         # bfloat16 is no numpy type; float32 holds it exactly.
         wide = torch.float64 if self.vectors.dtype == torch.float64 else torch.float32
         arrays["vectors"] = self.vectors[..., :used, :].to(wide).cpu().numpy()
-        arrays |= {"there": self.there[:, :used].cpu().numpy(), "counts": self.counts.numpy()}
+        arrays |= {"there": self.present[:, :used].cpu().numpy(), "counts": self.counts.numpy()}
         write_arrays(Path(path) / FILE, arrays, about)
 
     @classmethod
@@ -270,11 +270,11 @@ class TorchStore(Store):
         for name, (kind, shape) in wanted.items():
             if arrays[name].dtype != kind or arrays[name].shape != shape:
                 raise ValueError(f"its {name} are {arrays[name].dtype} {arrays[name].shape}")
-        counts, there = arrays["counts"], arrays["there"]
+        counts, present = arrays["counts"], arrays["there"]
         places = np.minimum(counts, count if self.capacity is None else self.capacity)
         if (counts < 0).any() or (places > count).any() or places.max(initial=0) != count:
             raise ValueError("its counts are out of range")
-        if (there & (np.arange(count) >= places[:, None])).any():
+        if (present & (np.arange(count) >= places[:, None])).any():
             raise ValueError("it has entries that never came")
         names = about["documents"]
         numbers = arrays["documents"]
@@ -291,7 +291,7 @@ class TorchStore(Store):
         if low < NONE or not entries.has_order():
             raise ValueError("its values or spans are out of range")
         self.vectors = torch.from_numpy(arrays["vectors"].copy()).to(self.vectors)
-        self.there = torch.from_numpy(there.copy()).to(self.there.device)
+        self.present = torch.from_numpy(present.copy()).to(self.present.device)
         self.counts = torch.from_numpy(counts.copy())
         self._entries = entries
         self._documents, self.notes = list(names), about["notes"]

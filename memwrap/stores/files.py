@@ -213,21 +213,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def checked_header(folder: Path, **wanted: Any) -> dict[str, Any]:
+def checked_header(folder: Path, **requirements: Any) -> dict[str, Any]:
     """Read what the header of a store on disk says.
 
     Args:
         folder: the store's.
-        wanted: what it must say.
+        requirements: what it must say.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_arrays`; for another store than is wanted.
+        FileNotFoundError, ValueError: as `read_arrays`; for a store of which they are not true.
     """
     header = {"factory": None, "removals": False, "id": "", **read_json(folder / HEADER)}
     dim, dtypes = header.get("dim"), ("float16", "float32")
     good = type(dim) is int and 0 < dim < 2**20 and header.get("metric") in METRICS
     good = good and header.get("dtype") in dtypes and isinstance(header.get("notes"), dict)
-    for name, value in wanted.items():
+    for name, value in requirements.items():
         if header.get(name) != value:
             raise ValueError(f"The store {folder} has {name} {header.get(name)!r}, not {value!r}.")
     if not good or not isinstance(header["id"], str):
@@ -251,6 +251,13 @@ def copy_folder(source: Path, target: Path) -> None:
     with rewriting(target, replaces=FILES) as new:
         left_out = shutil.ignore_patterns(LOCK, SCRATCH, SAVED)
         shutil.copytree(source, new, symlinks=True, ignore=left_out, dirs_exist_ok=True)
+
+
+def clear_files(folder: Path) -> None:
+    """Delete all that a store on disk holds but its header."""
+    for pattern in FILES:
+        for file in folder.glob(pattern) if pattern != HEADER else ():
+            file.unlink()
 
 
 def lock(folder: Path) -> int | None:

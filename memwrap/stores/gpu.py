@@ -135,10 +135,10 @@ def _faiss_or_none() -> Any:
 def _inner(index: Any) -> Any:
     """Return the index behind transformations."""
     faiss = faiss_module()
-    found = faiss.downcast_index(index)
-    if isinstance(found, faiss.IndexPreTransform):
-        found = faiss.downcast_index(found.index)
-    return found
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    return inner
 
 
 def _taken(index: Any) -> bool:

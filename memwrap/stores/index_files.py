@@ -90,6 +90,8 @@ def write_index(folder: Path, index: Any, factory: str, shards: Shards) -> None:
     """Put an index beside its shards: first the file, then what points to it."""
     count = index.ntotal
     name = f"index-{count:012d}.faiss"
+    if (folder / INDEX).is_file() and read_json(folder / INDEX).get("file") == name:
+        name = f"index-{count:012d}0.faiss"  # another index of as many: the old one stays meanwhile
     with replacing(folder / name) as temporary:
         faiss_module().write_index(index, str(temporary))
         size, checksum = temporary.stat().st_size, file_checksum(temporary)
@@ -157,16 +159,16 @@ def _check_numbers(index: Any, file: Path) -> None:
         inner = faiss.downcast_index(inner.index)
     if isinstance(inner, faiss.IndexHNSW):
         graph = inner.hnsw
-        found = [faiss.vector_to_array(graph.neighbors), np.array([graph.entry_point])]
+        pointers = [faiss.vector_to_array(graph.neighbors), np.array([graph.entry_point])]
     elif isinstance(inner, faiss.IndexIVF):
         lists = inner.invlists
         sizes = [lists.list_size(number) for number in range(lists.nlist)]
-        found = [faiss.rev_swig_ptr(lists.get_ids(n), s) for n, s in enumerate(sizes) if s]
+        pointers = [faiss.rev_swig_ptr(lists.get_ids(n), s) for n, s in enumerate(sizes) if s]
         if sum(sizes) != index.ntotal:
             raise ValueError(f"{file} is damaged: its lists hold {sum(sizes)} entries.")
     else:
         return
-    for numbers in found:
+    for numbers in pointers:
         if numbers.size and (numbers.min() < -1 or numbers.max() >= index.ntotal):
             raise ValueError(f"{file} is damaged: it points to entries that are not there.")
 
@@ -198,7 +200,9 @@ def verify_index(folder: Path, shards: Shards, metric: str) -> None:
     if isinstance(inner, (faiss.IndexFlat, faiss.IndexIVFFlat)):
         good = np.array_equal(held, kept)
     else:  # codes: nearer to their own vectors than to others
-        own, other = (np.square(held - x).sum(1).mean() for x in (kept, np.roll(kept, 1, 0)))
-        good = len(sample) < 2 or own <= other
+        own_distance, other_distance = (
+            np.square(held - x).sum(1).mean() for x in (kept, np.roll(kept, 1, 0))
+        )
+        good = len(sample) < 2 or own_distance <= other_distance
     if not good:
         raise ValueError(f"{file} is damaged: it does not hold the store's vectors.")

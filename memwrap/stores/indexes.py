@@ -64,23 +64,23 @@ def choose_factory(count: int, dim: int, graph: bool = True) -> str:
     return f"IVF{lists}_HNSW32,PQ{codes}"
 
 
-def search_options(index: Any, k: int, effort: int | None, kept: Any = None) -> Any:
+def search_options(index: Any, k: int, effort: int | None, selector: Any = None) -> Any:
     """Make faiss' parameters of a search.
 
     Args:
         index: any index.
         k: neighbours.
         effort: see `FaissStore`.
-        kept: faiss' selector of the entries that may be found; None for all.
+        selector: faiss' selector of the entries that may be found; None for all.
 
     Returns:
         None where the kind of index takes no parameters, or needs none.
     """
     faiss = faiss_module()
     if isinstance(index, faiss.IndexPreTransform):
-        inner = search_options(faiss.downcast_index(index.index), k, effort, kept)
+        inner = search_options(faiss.downcast_index(index.index), k, effort, selector)
         return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
-    options: dict[str, Any] = {} if kept is None else {"sel": kept}
+    options: dict[str, Any] = {} if selector is None else {"sel": selector}
     if isinstance(index, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(efSearch=max(effort or 128, 2 * k), **options)
     if isinstance(index, faiss.IndexIVF):

@@ -288,11 +288,11 @@ class PgVectorStore(Store):
             piece = flat[start : start + self.batch]
             rows = self._retrying(partial(self._asked, queries=piece, k=k))
             if rows:
-                found = np.array(rows, np.float64)
-                place = found[:, 0].astype(np.int64) - 1
+                hits = np.array(rows, np.float64)
+                place = hits[:, 0].astype(np.int64) - 1
                 rank = np.arange(len(place)) - np.searchsorted(place, place)
-                ids[start + place, rank] = found[:, 1].astype(np.int64)
-                scores[start + place, rank] = self._score(found[:, 2])
+                ids[start + place, rank] = hits[:, 1].astype(np.int64)
+                scores[start + place, rank] = self._score(hits[:, 2])
         shape = (*queries.shape[:-1], k)
         return Neighbours(
             torch.from_numpy(scores).to(queries.device).view(shape),
@@ -413,11 +413,11 @@ class PgVectorStore(Store):
         url, table, _ = parts_of(text)
         probe = cls.__new__(cls)
         probe.url, probe.table, probe._connection = url, table, None
-        found = probe._retrying(lambda c: _described(c, table))
+        description = probe._retrying(lambda c: _described(c, table))
         probe.close()
-        if found is None:
+        if description is None:
             raise FileNotFoundError(f"There is no store at {probe.where}; build one first.")
-        return cls(text, found[0], found[1], **options)
+        return cls(text, description[0], description[1], **options)
 
 
 def _digest(array: np.ndarray, entries: Entries) -> int:

@@ -202,11 +202,11 @@ class Shards:
             raise ValueError(f"`ids` must be from -1 to {len(everything) - 1}.")
         if not len(everything):
             return Entries.make(1)[np.zeros_like(index)]
-        found = everything[index]
+        entries = everything[index]
         missing = index < 0
         if missing.any():
-            found = Entries(*[np.where(missing, -1, getattr(found, n)) for n in Entries.FIELDS])
-        return found
+            entries = Entries(*[np.where(missing, -1, getattr(entries, n)) for n in Entries.FIELDS])
+        return entries
 
     def of_document(self, number: int) -> list[int]:
         """Return the entries of a document that were not removed."""
@@ -275,11 +275,7 @@ class Shards:
             write_arrays(self.folder / REMOVED, {"ids": array}, {})
 
     def clear(self) -> None:
-        """Forget everything, the last shard first: what is left after a crash is whole."""
-        for path in [*reversed(self._paths)]:
-            path.unlink()
-        if self.folder is not None:
-            (self.folder / REMOVED).unlink(missing_ok=True)
+        """Forget everything. Files of it have gone before."""
         self.__init__(self.dim, self.dtype.name, self.folder, self.store)  # type: ignore[misc]
 
     @property

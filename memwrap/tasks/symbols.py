@@ -14,11 +14,11 @@ from memwrap.tasks.associative import AssociativeTask
 from memwrap.tasks.base import Sample, Span, Task, Text, fit, register
 
 
-def alphabet(tokenizer: PreTrainedTokenizerBase, most: int = 8192) -> list[int]:
-    """Choose ids that stand for symbols: the vocabulary without special tokens, at most `most`."""
+def alphabet(tokenizer: PreTrainedTokenizerBase, limit: int = 8192) -> list[int]:
+    """Choose ids that stand for symbols: the vocabulary without special tokens, at most `limit`."""
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(len(tokenizer)) if i not in special]
-    return ids[-most:]
+    return ids[-limit:]
 
 
 def _need(name: str, length: int, least: int) -> None:

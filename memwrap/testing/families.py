@@ -57,8 +57,8 @@ _DELTA = {
 }  # fmt: skip
 
 
-def _with(config: type[PreTrainedConfig], **own: Any) -> Callable[[], PreTrainedConfig]:
-    return lambda: config(**{**_COMMON, **own})
+def _with(config: type[PreTrainedConfig], **settings: Any) -> Callable[[], PreTrainedConfig]:
+    return lambda: config(**{**_COMMON, **settings})
 
 
 def _gpt_neox() -> PreTrainedConfig:

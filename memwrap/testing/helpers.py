@@ -76,11 +76,11 @@ def error_of(got: Tensor, want: Tensor) -> float:
     return float((got.detach().to(want.dtype) - want.detach()).abs().max() / scale)
 
 
-def assert_close(got: Tensor, want: Tensor, tolerance: float = TOLERANCE, what: str = "") -> None:
+def assert_close(got: Tensor, want: Tensor, tolerance: float = TOLERANCE, label: str = "") -> None:
     """Within `tolerance` of the wanted values' scale."""
     error = error_of(got, want)
-    record(error, tolerance, what)
-    assert error <= tolerance, f"{what} differs by {error:.2e} of its scale"
+    record(error, tolerance, label)
+    assert error <= tolerance, f"{label} differs by {error:.2e} of its scale"
 
 
 def assert_same_states(got: Any, want: Any, tolerance: float = TOLERANCE) -> None:
@@ -108,9 +108,9 @@ def assert_memory_matters(model: Any, text: Tensor) -> None:
 
 def gradients(model: Any) -> dict[str, Tensor]:
     """Gradients by parameter name; they are cleared."""
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return grads
 
 
 def assert_same_gradients(

@@ -25,18 +25,18 @@ VARIABLE = "MEMWRAP_TEST_MARGINS"
 Entry = dict[str, Any]
 
 
-def record(measured: float, allowed: float, what: str = "") -> None:
+def record(measured: float, allowed: float, label: str = "") -> None:
     """Append one comparison to the file that the environment names, if it names one.
 
     Args:
         measured, allowed: in the same unit, whatever it is.
-        what: the compared tensor.
+        label: the compared tensor.
     """
     path = os.environ.get(VARIABLE)
     if path is None:
         return
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
-    entry = {"test": test, "what": what, "measured": measured, "allowed": allowed}
+    entry = {"test": test, "label": label, "measured": measured, "allowed": allowed}
     with Path(path).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -78,7 +78,7 @@ def worst_of(entries: list[Entry]) -> dict[tuple[str, str], Entry]:
     """Find the closest comparison of every tensor of every test."""
     worst: dict[tuple[str, str], Entry] = {}
     for entry in entries:
-        key = entry["test"], entry["what"]
+        key = entry["test"], entry["label"]
         if key not in worst or ratio_of(entry) > ratio_of(worst[key]):
             worst[key] = entry
     return worst
@@ -91,11 +91,11 @@ def table(entries: list[Entry]) -> list[str]:
         files.setdefault(test.split("::")[0], []).append(entry)
     rows = ["| tests | number | comparisons | closest: measured / allowed | ratio |",
             "|---|---|---|---|---|"]  # fmt: skip
-    for name, found in sorted(files.items()):
-        worst, tests = max(found, key=ratio_of), {e["test"] for e in found}
+    for name, comparisons in sorted(files.items()):
+        worst, tests = max(comparisons, key=ratio_of), {e["test"] for e in comparisons}
         numbers = f"{worst['measured']:.1e} / {worst['allowed']:.1e}"
         rows.append(
-            f"| `{name}` | {len(tests)} | {len(found)} | {numbers} | {ratio_of(worst):.2f} |"
+            f"| `{name}` | {len(tests)} | {len(comparisons)} | {numbers} | {ratio_of(worst):.2f} |"
         )
     return rows
 
@@ -111,10 +111,10 @@ def main() -> None:
     if arguments.above is None:
         print("\n".join(table(entries)))
         return
-    for (test, what), entry in sorted(worst_of(entries).items()):
+    for (test, label), entry in sorted(worst_of(entries).items()):
         if ratio_of(entry) > arguments.above:
             numbers = f"{entry['measured']:.1e} / {entry['allowed']:.1e}"
-            print(f"{ratio_of(entry):.2f}  {numbers}  {test}  {what}")
+            print(f"{ratio_of(entry):.2f}  {numbers}  {test}  {label}")
 
 
 if __name__ == "__main__":

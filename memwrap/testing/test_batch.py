@@ -39,7 +39,7 @@ def test_logits_and_states_of_padded_rows(memory: str, family: str) -> None:
             out = model(text, attention_mask=mask)
             for index, single in enumerate(alone):
                 got = out.logits[index][mask[index].bool()]
-                assert_close(got, single.logits[0], what=f"row {index} padded {side}")
+                assert_close(got, single.logits[0], label=f"row {index} padded {side}")
                 state = out.cache.select(torch.tensor([index]))
                 assert_same_states(state, single.cache)
 
@@ -105,7 +105,7 @@ def test_a_padded_batch_fed_in_pieces(memory: str, family: str) -> None:
             logits = torch.cat(pieces, 1)
             for index, row in enumerate(ROWS):
                 single = model(row[None])
-                assert_close(logits[index][mask[index].bool()], single.logits[0], what=side)
+                assert_close(logits[index][mask[index].bool()], single.logits[0], label=side)
                 one = state.select(torch.tensor([index]))
                 assert_same_states(one, single.cache)
 

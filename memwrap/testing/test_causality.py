@@ -26,7 +26,7 @@ def test_a_token_changes_nothing_before_it_and_something_after(memory: str, fami
     model, text = wrapped(memory, family), ids(1, 3 * SEGMENT + 3)
     # Where all layers have windows, what is seen through them is that of the segment before.
     near = getattr(model.memories[memory], "within_window", False) and all(
-        own.window is not None for own in sizes_of(model.parts, attention=True).attention.values()
+        size.window is not None for size in sizes_of(model.parts, attention=True).attention.values()
     )
     with torch.no_grad():
         want = model(text).logits

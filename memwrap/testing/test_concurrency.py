@@ -58,11 +58,11 @@ class Request:
 def meanwhile(model: Any, other: Callable[[], Any], every: int = 1) -> Iterator[list[int]]:
     """Run `other` whole in another thread at every module without children (or every so many)
     that this thread enters inside the block. Gives the number of times in a list."""
-    here, entered, times = threading.get_ident(), [0], [0]
+    thread, entered, times = threading.get_ident(), [0], [0]
     with ThreadPoolExecutor(1) as pool:
 
         def enter(*_: Any) -> None:
-            if threading.get_ident() == here:
+            if threading.get_ident() == thread:
                 entered[0] += 1
                 if entered[0] % often == 0:
                     times[0] += 1

@@ -35,7 +35,8 @@ GREEDY: dict[str, Any] = {**NO_END, "do_sample": False}
 def test_greedy_equals_recomputation(memory: str, family: str) -> None:
     model = wrapped(memory, family)
     assert_memory_matters(model, ids(1, 2 * SEGMENT))
-    for length in (3, SEGMENT, 2 * SEGMENT + 3):
+    # Another family than llama has no other arithmetic of places in a segment.
+    for length in (3, SEGMENT, 2 * SEGMENT + 3) if family == "llama" else (2 * SEGMENT + 3,):
         prompt = ids(1, length, seed=length)
         got = model.generate(prompt, **GREEDY)
         assert torch.equal(got, greedy_by_recomputation(model, prompt, NEW)), length

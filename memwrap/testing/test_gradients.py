@@ -172,9 +172,9 @@ def test_loss_on_the_last_segment(memory: str, family: str) -> None:
     got = model(text, attention_mask=mask, labels=labels).loss
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
     got.backward()
-    found = gradients(model)
-    names = [n for n, _ in model.named_parameters() if n.startswith("memory")] or list(found)
-    assert any(float(found[n].abs().max()) > 0 for n in names)
+    grads = gradients(model)
+    names = [n for n, _ in model.named_parameters() if n.startswith("memory")] or list(grads)
+    assert any(float(grads[n].abs().max()) > 0 for n in names)
 
 
 def test_a_model_in_float64_agrees_to_its_precision(memory: str) -> None:

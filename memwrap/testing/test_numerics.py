@@ -31,6 +31,7 @@ def assert_finite(state: Any) -> None:
             assert bool(value.isfinite().all()), name
 
 
+HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full))
 
 
@@ -69,10 +70,10 @@ def test_training_in_bfloat16(memory: str, family: str) -> None:
     loss = model(text, labels=text).loss
     assert bool(loss.isfinite())
     loss.backward()
-    found = gradients(model)
-    assert found and all(bool(g.isfinite().all()) for g in found.values())
-    names = [n for n, _ in model.named_parameters() if n.startswith("memory")] or list(found)
-    assert any(float(found[n].abs().max()) > 0 for n in names)
+    grads = gradients(model)
+    assert grads and all(bool(g.isfinite().all()) for g in grads.values())
+    names = [n for n, _ in model.named_parameters() if n.startswith("memory")] or list(grads)
+    assert any(float(grads[n].abs().max()) > 0 for n in names)
 
 
 def test_training_where_the_whole_text_is_padding_or_one_row_is(memory: str) -> None:
@@ -131,30 +132,42 @@ def test_large_parameters_beside_float16(memory: str, family: str) -> None:
     assert_finite(out.cache)
 
 
-@pairs()
-def test_segments_of_one_token(memory: str, family: str) -> None:
-    assert_reads(wrapped(memory, family, segment_size=1), ids(2, 40))
-
-
-LONGEST = (300, pytest.param(10_000, marks=pytest.mark.full))
+KINDS = (torch.float32, *(pytest.param(d, marks=pytest.mark.full) for d in HALVES))
 
 
 @pairs()
-@pytest.mark.parametrize("longest", LONGEST)
-def test_rows_of_one_token_beside_long_ones(memory: str, family: str, longest: int) -> None:
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_segments_of_one_token(memory: str, family: str, dtype: torch.dtype) -> None:
+    """A thousand of them in half precision."""
+    tokens = 40 if dtype == torch.float32 else 1000
+    assert_reads(wrapped(memory, base=build(family).to(dtype), segment_size=1), ids(2, tokens))
+
+
+LONGEST = (
+    (300, torch.bfloat16),
+    *(pytest.param(10_000, dtype, marks=pytest.mark.full) for dtype in HALVES),
+)
+
+
+@pairs()
+@pytest.mark.parametrize(("longest", "dtype"), LONGEST, ids=str)
+def test_rows_of_one_token_beside_long_ones(
+    memory: str, family: str, longest: int, dtype: torch.dtype
+) -> None:
     text, mask = padded([ids(1, seed=1), ids(longest, seed=2)], "left")
-    assert_reads(wrapped(memory, base=build(family).to(torch.bfloat16)), text, mask)
+    assert_reads(wrapped(memory, base=build(family).to(dtype)), text, mask)
 
 
-EQUAL = ("armt", "infini", "ahn", "liger", "memorizing", "landmark", "infllm", "hmt")
-TOKENS = (2_000, pytest.param(100_000, marks=pytest.mark.full))
+EQUAL = (
+    (2_000, torch.float16),
+    *(pytest.param(100_000, dtype, marks=pytest.mark.full) for dtype in HALVES),
+)
 
 
-@pytest.mark.parametrize("name", EQUAL)
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-def test_equal_tokens(name: str, tokens: int, dtype: torch.dtype) -> None:
-    model = wrapped(name, base=build("llama").to(dtype), segment_size=16)
+@pytest.mark.parametrize(("tokens", "dtype"), EQUAL, ids=str)
+def test_equal_tokens(memory: str, tokens: int, dtype: torch.dtype) -> None:
+    size = 16 if tokens < 10_000 else 64
+    model = wrapped(memory, base=build("llama").to(dtype), segment_size=size)
     state = None
     for part in torch.full((1, tokens), 7).split(4000, 1):
         with torch.no_grad():

@@ -43,7 +43,7 @@ def test_a_packed_row_gives_what_its_documents_give(memory: str, family: str) ->
         text = {name: packed[name] for name in ("input_ids", "position_ids")}
         got = split(model(**text).logits)
         for row, logits in zip(DOCUMENTS, got, strict=True):
-            assert_close(logits, model(row[None]).logits, what=f"document of {len(row)}")
+            assert_close(logits, model(row[None]).logits, label=f"document of {len(row)}")
         mixed = model(packed["input_ids"]).logits
     assert error_of(split(mixed)[2], got[2]) > 1e-2  # as one document it is another text
     model.train()

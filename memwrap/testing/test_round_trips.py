@@ -64,6 +64,10 @@ def test_neutral_start(memory: str, family: str) -> None:
     assert_memory_matters(model, TEXT)
     fresh = memwrap.wrap(build(family), tiny(memory))
     assert_close(logits_of(fresh, text[:1])[0], want)
+    whole = memory_class(memory).claims.whole
+    if whole and fresh.parts.max_positions is None:  # learned positions begin anew
+        seeing = memwrap.wrap(build(family), memory, segment_size=SEGMENT, **whole)
+        assert_close(logits_of(seeing), build(family)(TEXT).logits.detach())
 
 
 def facts(model: Any) -> dict[str, Any]:
@@ -109,8 +113,8 @@ def test_saved_and_loaded(memory: str, family: str, tmp_path: Path) -> None:
     want = logits_of(model)
     model.save_pretrained(tmp_path)
     size = sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
-    own = sum(p.numel() * p.element_size() for p in model.memory_parameters())
-    assert own <= size < own + 20_000, "the base was saved though nothing changed it"
+    nbytes = sum(p.numel() * p.element_size() for p in model.memory_parameters())
+    assert nbytes <= size < nbytes + 20_000, "the base was saved though nothing changed it"
     loaded = memwrap.load(tmp_path, build(family))
     assert not loaded.training
     assert [c.to_dict() for c in loaded.memory_configs] == [
@@ -276,12 +280,12 @@ def test_fingerprints_follow_the_weights(memory: str) -> None:
     model = wrapped(memory)
     seen = [model.fingerprint()]
     assert wrapped(memory).fingerprint() == seen[0]
-    own, base = next(model.memory_parameters(), None), next(model.backbone.parameters())
-    if own is not None:
+    parameter, base = next(model.memory_parameters(), None), next(model.backbone.parameters())
+    if parameter is not None:
         with torch.no_grad():
-            own.add_(1.0)
+            parameter.add_(1.0)
         seen.append(model.fingerprint())
-        own.data += 1.0  # as some optimizers and PEFT's merging do: no version is counted
+        parameter.data += 1.0  # as some optimizers and PEFT's merging do: no version is counted
         seen.append(model.fingerprint())
         assert len({f["memories"] for f in seen}) == 3, "the memory changed, not its fingerprint"
     assert len({f["backbone"] for f in seen}) == 1

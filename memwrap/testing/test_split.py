@@ -48,12 +48,12 @@ def test_chunks_and_single_tokens_give_what_the_whole_gives(memory: str, family:
     assert state.segments.tolist() == [3, 3] and state.fill.tolist() == [3, 3]
     for sizes in ([5, 3, 1, 10, 8], [1] * TOTAL):
         got, other = fed(model, text, sizes)
-        assert_close(got, want, what=f"logits fed in {sizes}")
+        assert_close(got, want, label=f"logits fed in {sizes}")
         assert_same_states(other, state)
     with torch.no_grad():
         without_state = model(text, use_cache=False)
     assert without_state.cache is None
-    assert_close(without_state.logits, want, what="logits without a state")
+    assert_close(without_state.logits, want, label="logits without a state")
 
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=8)

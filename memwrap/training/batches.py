@@ -147,22 +147,22 @@ def unpacked(batch: Batch) -> Batch:
         return batch
     shape, mask = tokens.shape[:2], batch.get("attention_mask")
     real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
-    found = documents_in(real, *(batch.get(name) for name in names))
-    if found is None:
+    documents = documents_in(real, *(batch.get(name) for name in names))
+    if documents is None:
         return batch
-    rows, starts, lengths = (t[:, None] for t in found)
+    rows, starts, lengths = (t[:, None] for t in documents)
     inside = torch.arange(int(lengths.max()))
-    there = inside < lengths
-    columns = starts + inside * there
+    present = inside < lengths
+    columns = starts + inside * present
     rows = rows.expand_as(columns)
-    result: Batch = {"attention_mask": there.long().to(tokens.device)}
+    result: Batch = {"attention_mask": present.long().to(tokens.device)}
     for name, value in batch.items():
         if name in (*names, "attention_mask", "cu_seq_lens_k", "max_length_q", "max_length_k"):
             continue
         if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == shape:
             value = value[rows.to(value.device), columns.to(value.device)]
             if name in ("labels", "shift_labels"):
-                value = value.masked_fill(~there.to(value.device), IGNORED)
+                value = value.masked_fill(~present.to(value.device), IGNORED)
         result[name] = value
     return result
 

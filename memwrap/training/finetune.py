@@ -19,7 +19,6 @@ import torch
 from peft import LoraConfig
 from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,6 +31,7 @@ from transformers.trainer_callback import ProgressCallback
 
 import memwrap
 from memwrap.assets import asset
+from memwrap.backbones.auto_classes import load_backbone
 from memwrap.data.documents import load_documents, long_documents
 from memwrap.io.atomic_files import write_text
 from memwrap.io.yaml_files import read_yaml
@@ -217,7 +217,7 @@ def _base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | No
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen, **options)
+        base = load_backbone(name, dtype=dtype, **chosen, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"`model.name` {section.name!r} cannot be loaded: {reason}") from error

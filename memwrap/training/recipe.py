@@ -19,7 +19,6 @@ from memwrap.io.yaml_files import read_yaml_text
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import config_class
 from memwrap.memories.settings import Kind
-from memwrap.stores.urls import is_url
 from memwrap.training.pretrain import PretrainConfig
 from memwrap.training.schema_check import build, check
 from memwrap.training.sections import (
@@ -258,14 +257,14 @@ def _check_references(values: Any, path: Path) -> None:
     and what it resolves to is written into the run's files. Overrides may use all of OmegaConf."""
     count = 0
     for text in _texts(values):
-        found = _REFERENCE.findall(text)
+        references = _REFERENCE.findall(text)
         count += text.count("${")
-        if len(found) != text.count("${") or count > _MOST_REFERENCES:
+        if len(references) != text.count("${") or count > _MOST_REFERENCES:
             raise ValueError(
                 f"{path}: {text[:60]!r}: a recipe may refer to its own keys, such as "
                 "${trainer.steps}, and to nothing else; give that on the command line."
             )
-        for key in found:
+        for key in references:
             target: Any = values
             for name in key.split("."):
                 target = target.get(name) if isinstance(target, dict) else None
@@ -275,19 +274,31 @@ def _check_references(values: Any, path: Path) -> None:
 
 def _check_server(values: dict[str, Any], changes: dict[str, Any], path: Path) -> None:
     """Refuse a server, or a tracker, that stands in the file: it would be sent this machine's
-    credentials."""
-    store, given = ((v.get("memory") or {}).get("store") for v in (values, changes))
-    if isinstance(store, str) and is_url(store) and given is None:
-        raise ValueError(
-            f"{path}: `memory.store` is a server; memwrap connects to none that a file names. Give "
-            "it on the command line: memory.store=URL."
-        )
+    credentials, or text of it."""
+    for key, text in _leaves(values):
+        named: Any = changes
+        for name in key.split("."):
+            named = named.get(name) if isinstance(named, dict) else named
+        if "://" in text and named is None and key != "data.template":
+            raise ValueError(
+                f"{path}: `{key}` is a server; memwrap connects to none that a file names. Give "
+                f"it on the command line: {key}=URL."
+            )
     trackers, asked = ((v.get("trainer") or {}).get("report_to") for v in (values, changes))
     if trackers not in (None, "none", "tensorboard") and asked is None:
         raise ValueError(
             f"{path}: `trainer.report_to` sends the run elsewhere, which no file may decide. Give "
             f"it on the command line: trainer.report_to={trackers}."
         )
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Collect the strings in a value, each with its dotted key."""
+    if isinstance(node, str):
+        yield key, node
+    parts = node.items() if isinstance(node, dict) else ()
+    for name, part in enumerate(node) if isinstance(node, list) else parts:
+        yield from _leaves(part, f"{key}.{name}" if key else str(name))
 
 
 def _texts(node: Any) -> Iterator[str]:

@@ -15,7 +15,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     transformers writes a checkpoint file by file into its folder, its own state last: where that
     is missing or cut off, the run was killed while it wrote.
     """
-    found = []
+    checkpoints = []
     for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
         number = state.parent.name.rpartition("-")[2]
         try:
@@ -23,8 +23,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         except (OSError, ValueError):
             continue
         if number.isdecimal():
-            found.append((int(number), state.parent))
-    return max(found)[1] if found else None
+            checkpoints.append((int(number), state.parent))
+    return max(checkpoints)[1] if checkpoints else None
 
 
 def check_loss(loss: Tensor, step: int) -> None:

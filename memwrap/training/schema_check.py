@@ -9,27 +9,27 @@ from typing import Any, get_args
 from memwrap.memories.settings import Settings, describe, fits
 
 
-def check(cls: type[Settings], values: Any, where: str, prefix: str = "") -> None:
+def check(cls: type[Settings], values: Any, source: str, prefix: str = "") -> None:
     """Refuse unknown keys and wrong values of a recipe or a part of one.
 
     Raises:
-        ValueError: names `where`, the key and its value; suggests the nearest key.
+        ValueError: names `source`, the key and its value; suggests the nearest key.
     """
     known = cls.types()
     for key, value in values.items():
         full = f"{prefix}{key}"
         if key not in known:
-            raise ValueError(f"{where}: unknown key `{full}`; {_nearest(str(key), cls, prefix)}")
+            raise ValueError(f"{source}: unknown key `{full}`; {_nearest(str(key), cls, prefix)}")
         if _is_reference(value):
             continue
         section = _section(known[key])
         if section is not None and isinstance(value, dict):
-            check(section, value, where, f"{full}.")
+            check(section, value, source, f"{full}.")
         elif not fits(value, known[key]):
             words = describe(known[key]).replace("None", "null")
             # YAML reads 0:8 as a number of base 60.
             advice = " (put it in quotes)" if "text" in words and isinstance(value, int) else ""
-            raise ValueError(f"{where}: `{full}` is {value!r}; it must be {words}{advice}.")
+            raise ValueError(f"{source}: `{full}` is {value!r}; it must be {words}{advice}.")
 
 
 def _nearest(key: str, cls: type[Settings], prefix: str) -> str:

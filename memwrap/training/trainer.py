@@ -139,8 +139,7 @@ class MemoryTrainer(Trainer):
         return self.memory_model.memory_configs[0]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *given: Any, **named: Any):
-        """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is
-        whole, whatever a killed run left half written behind it.
+        """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last whole checkpoint.
 
         Raises:
             ValueError: if there is none.
@@ -206,9 +205,11 @@ class MemoryTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Return the next `num_batches` batches, prepared, and the number of their targets."""
-        return super().get_batch_samples(
-            map(self.prepare_batch, epoch_iterator), num_batches, device
-        )
+        if self.state.global_step >= self.state.max_steps:  # resumed behind the last step
+            self.control.should_training_stop = True
+            return [], None
+        batches = map(self.prepare_batch, epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)
 
     # Streaming truncated BPTT
 

@@ -129,6 +129,23 @@ def test_a_saved_document_and_a_saved_chat_go_on(
         read_document(model, tokenizer, "More.", again.state)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"context": 3}, {"tail": ["x"]}, {"turns": 3}, {"turns": [{"role": "user"}]}, {"strange": 1},
+     {"turns": [{"role": "user", "content": 7}]}, {"read": 10**9}, {"read": "x"}, {"lead": -5}],
+    ids=str,
+)  # fmt: skip
+def test_a_state_whose_chat_is_none_is_refused(
+    model: Any, tokenizer: Any, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    tokenizer = with_template(tokenizer, "llama3")
+    state = read_document(model, tokenizer, DOCUMENT)
+    state.chat = {**state.chat, **wrong}
+    state.save(tmp_path / "a")
+    with pytest.raises(ValueError, match="chat is damaged"):
+        Conversation(model, tokenizer, memwrap.MemoryState.load(tmp_path / "a", model))
+
+
 def test_documents_follow_each_other_in_one_turn(model: Any, tokenizer: Any) -> None:
     tokenizer = with_template(tokenizer, "gemma")
     state = read_document(model, tokenizer, DOCUMENT)

@@ -13,7 +13,7 @@ from cases import Case, Got, Tolerances, both_precisions, compare, names_of, rea
 from torch import Tensor
 
 import memwrap
-from memwrap.backbones.rotary import Rotation, rotate, unrotate
+from memwrap.backbones.rotary import Rotation, rotate
 from memwrap.ops import landmark as ops
 
 MODES = {"per_token_and_head": "token", "max_over_tokens": "call"}
@@ -211,7 +211,7 @@ def anchored(model: Any, state: Any, other: Any, m: int) -> Any:
     now = rest.positions - cut
     for layer, key in rest.tree["keys"].items():
         angles = [model.parts.rotary.angles(p, int(layer), key) for p in (rest.positions, now)]
-        rest.tree["keys"][layer] = rotate(unrotate(key, angles[0]), angles[1])
+        rest.tree["keys"][layer] = rotate(key, angles[1].behind(angles[0].inverse()))
     new.open = replace(rest, positions=now)
     new.fill, new.signature = state.fill % m, other.signature()
     return new

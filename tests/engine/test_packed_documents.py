@@ -39,7 +39,7 @@ def test_documents_are_said_in_any_of_three_ways() -> None:
         for way in ways:
             packed = flattened(**way)
             del packed["labels"]
-            assert_close(model(**packed).logits, want, what=str(way))
+            assert_close(model(**packed).logits, want, label=str(way))
             assert_close(model(**packed, logits_to_keep=12).logits, want[:, -12:])
             hidden = model.base_model(**packed).last_hidden_state
             assert_close(model.parts.head(hidden), want)

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
 import random
 import shutil
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.numpy import save as save_numpy
+from damages import (
+    Damage,
+    archive,
+    cut,
+    empty,
+    flipped,
+    garbage,
+    git_pointer,
+    head_of,
+    numpy_file,
+    other_tensors,
+    torch_file,
+    web_page,
+    with_head,
+    zeroed,
+)
 
 Apply = Callable[[Path, Path, Path, random.Random], None]
 
@@ -48,18 +59,6 @@ class Marker:
 
 # Bytes of any file
 
-Change = Callable[[bytes, random.Random], bytes]
-
-
-def cut(data: bytes, chance: random.Random) -> bytes:
-    return data[: chance.randrange(len(data))]
-
-
-def flipped(data: bytes, chance: random.Random) -> bytes:
-    new = bytearray(data)
-    new[chance.randrange(len(new))] ^= 1 << chance.randrange(8)
-    return bytes(new)
-
 
 def flipped_in_head(data: bytes, chance: random.Random) -> bytes:
     new = bytearray(data)
@@ -67,59 +66,15 @@ def flipped_in_head(data: bytes, chance: random.Random) -> bytes:
     return bytes(new)
 
 
-def zeroed(data: bytes, chance: random.Random) -> bytes:
-    first = chance.randrange(len(data))
-    return data[:first] + bytes(len(data) - first)
-
-
 def longer(data: bytes, chance: random.Random) -> bytes:
     return data + chance.randbytes(chance.randrange(1, 40))
-
-
-def garbage(data: bytes, chance: random.Random) -> bytes:
-    return chance.randbytes(len(data))
-
-
-def empty(data: bytes, chance: random.Random) -> bytes:
-    return b""
-
-
-def archive(data: bytes, chance: random.Random) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("../../escaped.bin", data[:100])
-    return buffer.getvalue()
-
-
-def torch_file(data: bytes, chance: random.Random) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"rows.fill": torch.zeros(1, dtype=torch.long)}, buffer)
-    return buffer.getvalue()
-
-
-def numpy_file(data: bytes, chance: random.Random) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ones(3))
-    return buffer.getvalue()
-
-
-def other_tensors(data: bytes, chance: random.Random) -> bytes:
-    return save_numpy({"x": np.ones(3, np.float32)}, {"format": "pt"})
-
-
-def web_page(data: bytes, chance: random.Random) -> bytes:
-    return b"<!DOCTYPE html><html><body>404: not found</body></html>"
-
-
-def git_pointer(data: bytes, chance: random.Random) -> bytes:
-    return b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
 def utf16(data: bytes, chance: random.Random) -> bytes:
     return data.decode("latin-1").encode("utf-16")
 
 
-BYTES: tuple[Change, ...] = (
+BYTES: tuple[Damage, ...] = (
     cut, cut, flipped, flipped, flipped_in_head, flipped_in_head, zeroed, longer, garbage, empty,
     archive, torch_file, numpy_file, other_tensors, web_page, git_pointer, utf16,
 )  # fmt: skip
@@ -127,18 +82,7 @@ BYTES: tuple[Change, ...] = (
 # Heads of safetensors files
 
 
-def head_of(data: bytes) -> tuple[dict[str, Any], bytes]:
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def with_head(head: dict[str, Any] | bytes, rest: bytes) -> bytes:
-    text = head if isinstance(head, bytes) else json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + rest
-
-
-def on_head(edit: Callable[[dict[str, Any], random.Random], Any]) -> Change:
+def on_head(edit: Callable[[dict[str, Any], random.Random], Any]) -> Damage:
     def change(data: bytes, chance: random.Random) -> bytes:
         head, rest = head_of(data)
         edited = edit(head, chance)
@@ -218,7 +162,7 @@ def huge_head(data: bytes, chance: random.Random) -> bytes:
 
 
 DEEP = "[" * 100_000
-HEADS: dict[str, Change] = {
+HEADS: dict[str, Damage] = {
     "a shape without end": on_head(_shape), "an end far away": on_head(_offsets),
     "an end before the beginning": on_head(_negative), "another dtype": on_head(_dtype),
     "a dtype of the same width": on_head(_same_width), "parts exchanged": on_head(_swapped),
@@ -239,14 +183,14 @@ HEADS: dict[str, Change] = {
 # JSON files
 
 
-def on_json(edit: Callable[[Any], Any]) -> Change:
+def on_json(edit: Callable[[Any], Any]) -> Damage:
     def change(data: bytes, chance: random.Random) -> bytes:
         return json.dumps(edit(json.loads(data))).encode()
 
     return change
 
 
-def text(value: str | bytes) -> Change:
+def text(value: str | bytes) -> Damage:
     return lambda data, chance: value if isinstance(value, bytes) else value.encode()
 
 
@@ -268,7 +212,7 @@ def every_number(value: Any) -> Callable[[Any], Any]:
     return edit
 
 
-JSONS: dict[str, Change] = {
+JSONS: dict[str, Damage] = {
     "too deep": text(DEEP), "deep objects": text('{"a":' * 50_000), "a list": text("[]"),
     "a number": text("3"), "nothing": text("null"), "a huge list": text("[" + "1," * 10**6 + "1]"),
     "a huge text": text('{"a": "' + "x" * 2**22 + '"}'), "a huge number": text("1" * 10**5),
@@ -343,7 +287,7 @@ def clear(outside: Path) -> None:
             path.unlink()
 
 
-def of_bytes(name: str, what: str, change: Change) -> Attack:
+def of_bytes(name: str, what: str, change: Damage) -> Attack:
     def apply(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
         file = folder / name
         data = change(file.read_bytes(), chance)
@@ -386,7 +330,7 @@ def attacks_on(target: str, whole: Path, port: int) -> list[Attack]:
         found += [
             of_bytes(name, f"{change.__name__} {i}", change) for i, change in enumerate(BYTES)
         ]
-        if len(names) > 1:
+        if len(names) > 1 and target != "server":  # another state under a name is what it is now
             found.append(from_another(name))
         if name.endswith(".safetensors"):
             head = head_of((whole / name).read_bytes())[0]

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kills import Writer, writers
+from writers import Writer, writers
 
 ROUNDS = 6
+# Those whose two versions are both written by memwrap, over whatever is there.
+CHOSEN = ("state of memorizing", "a server's state", "library", "exact store",
+          "model with its base", "model in shards", "model with a store")  # fmt: skip
 NOBODY = 65534
 
 
@@ -95,7 +98,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch).chmod(0o755)
-        for number, writer in enumerate(writers()):
+        chosen = [writer for writer in writers(Path(scratch)) if writer.name in CHOSEN]
+        assert len(chosen) == len(CHOSEN)
+        for number, writer in enumerate(chosen):
             for check in (two_at_once, not_writable):
                 folder = Path(scratch) / f"{check.__name__}-{number}"
                 folder.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ def forgeries(target: str, port: int) -> list[Attack]:
     kind = target.partition("-")[0]
     if kind == "state":
         return states("state.safetensors")
+    if kind == "server":
+        return [*states("first.safetensors"), *strangers()]
     if kind in ("model", "export"):
         return models(target, port)
     if target == "store-torch":
@@ -110,6 +113,28 @@ def states(file: str) -> list[Attack]:
     return found
 
 
+def strangers() -> list[Attack]:
+    """Things in a server's folder that are no states: what it serves stays the same."""
+
+    def beside(name: str, make: Callable[[Path], Any]) -> Attack:
+        def apply(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
+            make(folder / name)
+
+        return Attack(f"{name}: beside the states", apply)
+
+    return [
+        *(beside(name, lambda p: p.write_bytes(b"x" * 99)) for name in (
+            ".hidden.safetensors", "-dash.safetensors", "a b.safetensors", "index.json",
+            "x" * 200 + ".safetensors", "first.safetensors.json", "\u202efirst.safetensors",
+            "first.SAFETENSORS",
+        )),
+        beside("third.safetensors", Path.mkdir),
+        beside("pipe.safetensors", lambda p: os.mkfifo(p)),
+        beside("link.safetensors", lambda p: p.symlink_to("nowhere.safetensors")),
+        beside(".first.safetensors.0.tmp", Path.mkdir),
+    ]  # fmt: skip
+
+
 def _other_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64 if tensor.dtype != torch.float64 else torch.float32)
 
@@ -162,6 +187,22 @@ CONFIGS: dict[str, list[Any]] = {
     "backbone._attn_implementation": ["kernels-community/evil"],
     "backbone.quantization_config": [{"quant_method": "bitsandbytes"}, {"quant_method": "x"}],
     "backbone.rms_norm_eps": ["x"],
+    "backbone.sliding_window": [-5, "x"],
+    "backbone.pad_token_id": [10**9, -7],
+    "backbone.hidden_act": ["../x", "os.system", 3],
+    "backbone.attention_dropout": [7.0, -1.0],
+    "backbone.initializer_range": ["x"],
+    "backbone.num_labels": [10**9],
+    "backbone.id2label": [3, {"x": [1]}],
+    "backbone.auto_map": [{"AutoConfig": "evil/repo--x.Y"}],
+    "backbone.is_encoder_decoder": [True],
+    "backbone.text_config": [{"model_type": "llama", "vocab_size": 2**40}],
+    "backbone.tie_word_embeddings": [True, "x"],
+    "backbone.pretraining_tp": [0],
+    "auto_map": [{"AutoModelForCausalLM": "evil/repo--x.Y"}],
+    "adapter_switches": [3, {"strange": 1}, {"merged": ["x"]}, {"active": [[]]}],
+    "base_fingerprint": [3, ["x"]],
+    "sealed_again": [1],
     "attn_implementation": ["kernels-community/evil"],
     "model_type": ["llama", None, "MEMWRAP", 3],
     "adapters": [3, [], {"default": 3}, {"default": {}}, {"default": {"peft_type": "NONE"}}],

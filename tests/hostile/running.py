@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-for _place in ("", "tests", "tests/hostile", "kernels/torch-ext"):
+for _place in ("", "tests", "tests/integration", "tests/hostile", "kernels/torch-ext"):
     sys.path.insert(0, str(ROOT / _place))
 
 import torch  # noqa: E402
 from attacks import Attack, attacks_on  # noqa: E402
 from whole import LOADERS, build  # noqa: E402
+
+from memwrap.serving.named_states import NoStateError  # noqa: E402
 
 PAGE = ROOT / "docs" / "security.md"
 SECONDS, MEGABYTES = 10.0, 400  # of processor time; waiting may take six times as long
@@ -70,7 +72,7 @@ def outcome(target: str, folder: Path, whole: str) -> tuple[str, str]:
     try:
         got = LOADERS[target](folder)
         return ("harmless", "") if got == whole else ("FAILED", "was accepted and differs")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NoStateError) as error:
         source = traceback.extract_tb(error.__traceback__)[-1].filename
         said = str(error)
         if not Path(source).is_relative_to(ROOT / "memwrap"):
@@ -215,6 +217,14 @@ def _line(name: str, counts: Counter[str]) -> str:
     )
 
 
+def put_into_page(name: str, lines: str) -> None:
+    """Put a table between its marks in docs/security.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    PAGE.write_text(f"{head}{begin}\n{lines}\n{end}{tail}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sample", type=int, default=1)
@@ -229,10 +239,7 @@ def main() -> None:
     print(table(rows))
     print(f"longest: {max(row[4] for row in rows)} s")
     if asked.write:
-        text = PAGE.read_text(encoding="utf-8")
-        begin, end = "<!-- hostile:begin -->\n", "<!-- hostile:end -->"
-        head, tail = text.split(begin)[0], text.split(end)[1]
-        PAGE.write_text(f"{head}{begin}\n{table(rows)}\n{end}{tail}", encoding="utf-8")
+        put_into_page("hostile", table(rows))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from small import wrapped
+
+from memwrap import exporting
+from memwrap.stores import FaissStore
 
 HERE = Path(__file__).parent
-LEAST = {1: 2500, 12: 200}  # files that are tried
+LEAST = {1: 5000, 16: 300}  # files that are tried
 
 
 def output_of(script: str, *arguments: str) -> str:
@@ -24,7 +30,7 @@ def output_of(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.proof("Hostile files: refused in a sentence, or harmless", "safetensors", "faiss-cpu")
-@pytest.mark.parametrize("sample", [12, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("sample", [16, pytest.param(1, marks=pytest.mark.full)])
 def test_no_hostile_file_does_harm(sample: int) -> None:
     out = output_of("running.py", "--json", "--sample", str(sample))
     rows: list[Any] = json.loads(out.splitlines()[-1])
@@ -34,9 +40,40 @@ def test_no_hostile_file_does_harm(sample: int) -> None:
 
 
 @pytest.mark.proof("SIGKILL at any moment of any writer: the old or the new, whole", "safetensors")
-@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.full)])
-def test_killed_writers_leave_whole_files(kills: int) -> None:
-    assert "| library |" in output_of("kills.py", "--kills", str(kills))
+@pytest.mark.parametrize(
+    ("kills", "by_chance"), [(3, 1), pytest.param(0, 20, marks=pytest.mark.full)]
+)
+def test_killed_writers_leave_whole_files(kills: int, by_chance: int) -> None:
+    """Killed in front of some of its calls, or of all of them, and at random moments."""
+    out = output_of("kills.py", "--kills", str(kills), "--random", str(by_chance))
+    assert "| library |" in out and "| checkpoint of a training" in out
+
+
+def test_files_have_the_modes_that_the_process_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`os.umask` is of the whole process: setting it, even for a moment, opens what other threads
+    write. (safetensors writes private files, so modes are set.)"""
+
+    def refuse(mask: int) -> int:
+        raise AssertionError("the mask of the process was changed")
+
+    model = wrapped("armt")
+    store = FaissStore(4)
+    store.add(torch.eye(4))
+    before = os.umask(0o027)
+    restore = os.umask
+    try:
+        monkeypatch.setattr(os, "umask", refuse)
+        model.save_pretrained(tmp_path / "model")
+        model.read([[5, 6, 7]]).save(tmp_path / "state.safetensors")
+        store.save(tmp_path / "store")
+        exporting.export(model, tmp_path / "export", check=False)
+    finally:
+        restore(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert len(files) > 12
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o640)}
 
 
 def test_folders_with_two_writers_or_none() -> None:

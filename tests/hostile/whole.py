@@ -10,23 +10,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import small
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from small import VOCABULARY
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import memwrap
 from memwrap import exporting
 from memwrap.retrieval.library import Library
+from memwrap.serving import NamedStates
 from memwrap.state.trees import tree_leaves
 from memwrap.stores import FaissStore, Store, TorchStore, open_store
 from memwrap.testing.helpers import randomise, tiny
 from memwrap.training.recipe import load_recipe
 
-VOCABULARY = 64
-STATES = ("armt", "hmt", "memorizing", "infllm", "compressive", "neurocache", "landmark", "knnlm",
-          "window", "liger")  # fmt: skip
+STATES = tuple(memwrap.available())
 STORES = {"flat": "Flat", "lists": "IVF4,Flat", "graph": "HNSW8"}
 RECIPE = """
 task: finetune
@@ -40,13 +40,7 @@ trainer: {steps: 3}
 
 
 def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return small.llama().eval()
 
 
 def ids(count: int, seed: int) -> Tensor:
@@ -99,6 +93,10 @@ def build(root: Path, seed: int) -> None:
         store.build()
         store.close()
     a_store(seed, factory="torch").save(root / "store-torch")
+    served = NamedStates(model_of("compressive"), root / "server", most_bytes=2**30)
+    for number, name in enumerate(("first", "second")):
+        served.put(name, served.model.read(ids(25 + 9 * number + seed, seed + 7 * number)))
+        served.save(name)
     texts = {f"doc{n}": ids(30 + n, seed + n)[0] for n in range(3)}
     Library.encode(model_of("extended_mind"), texts).save(root / "library")
     (root / "recipe").mkdir()
@@ -177,6 +175,13 @@ def of_library(library: Library) -> str:
     return digest(*[x for pair in library.documents.items() for x in pair], library.entries, state)
 
 
+def of_server(folder: Path) -> str:
+    """What a server that is started over a folder of states serves."""
+    served = NamedStates(model_of("compressive"), folder, most_bytes=2**30)
+    states = [of_state(served.get(name)[0], served.model) for name in ("first", "second")]
+    return digest(served.names(), *states)
+
+
 def load_state(memory: str) -> Callable[[Path], str]:
     def load(folder: Path) -> str:
         model = model_of(memory)
@@ -194,6 +199,7 @@ LOADERS: dict[str, Callable[[Path], str]] = {
     "export": lambda folder: of_model(memwrap.load(folder)),
     **{f"store-{name}": lambda folder: of_store(open_store(folder)) for name in STORES},
     "store-torch": lambda folder: of_store(open_store(folder)),
+    "server": of_server,
     "library": lambda folder: of_library(Library.load(folder, model_of("extended_mind"))),
     "recipe": lambda folder: load_recipe(folder / "run.yaml").to_yaml(),
 }

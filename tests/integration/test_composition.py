@@ -48,10 +48,10 @@ def test_two_memories(first: str, second: str, tmp_path: Path) -> None:
         want = model(text, use_cache=True)
         state = model.new_state(1)
         pieces = [model(p, cache=state).logits for p in text.split(3, 1)]
-        assert_close(torch.cat(pieces, 1), want.logits, what="pieces")
+        assert_close(torch.cat(pieces, 1), want.logits, label="pieces")
         assert_same_states(state, want.cache)
         both, mask = padded([text[0], ids(19, seed=4)], "left")
-        assert_close(model(both, attention_mask=mask).logits[0], want.logits[0], what="padding")
+        assert_close(model(both, attention_mask=mask).logits[0], want.logits[0], label="padding")
         model.save_pretrained(tmp_path)
         base = memwrap.unwrap(model)
         assert torch.equal(base(text).logits, before)

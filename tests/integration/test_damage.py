@@ -6,13 +6,10 @@ what concerns several files), never another library's traceback and never a mode
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import random
 import shutil
 import traceback
-import zipfile
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -21,7 +18,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save as save_numpy
+from damages import (
+    Damage,
+    archive,
+    cut,
+    empty,
+    flipped,
+    garbage,
+    git_pointer,
+    head_of,
+    numpy_file,
+    other_tensors,
+    pickled,
+    torch_file,
+    web_page,
+    with_head,
+    zeroed,
+)
 from small import ROOT, documents, llama, wrapped
 
 import memwrap
@@ -96,70 +109,6 @@ OPTIONAL = ("index.json",)
 
 # How
 
-Damage = Callable[[bytes, random.Random], bytes]
-
-
-def cut(data: bytes, chance: random.Random) -> bytes:
-    return data[: chance.randrange(len(data))]
-
-
-def flipped(data: bytes, chance: random.Random) -> bytes:
-    """One bit, anywhere."""
-    new = bytearray(data)
-    new[chance.randrange(len(new))] ^= 1 << chance.randrange(8)
-    return bytes(new)
-
-
-def zeroed(data: bytes, chance: random.Random) -> bytes:
-    """A block of zeros, as a disk that lost a page gives."""
-    first = chance.randrange(len(data))
-    new = data[:first] + bytes(len(data) - first)
-    return new if new != data else bytes(len(data))
-
-
-def garbage(data: bytes, chance: random.Random) -> bytes:
-    return chance.randbytes(len(data))
-
-
-def pickled(data: bytes, chance: random.Random) -> bytes:
-    return pickle.dumps({"weights": list(range(chance.randrange(1, 50)))})
-
-
-def torch_file(data: bytes, chance: random.Random) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"x": torch.ones(chance.randrange(1, 5))}, buffer)
-    return buffer.getvalue()
-
-
-def archive(data: bytes, chance: random.Random) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("model.bin", data[:100])
-    return buffer.getvalue()
-
-
-def numpy_file(data: bytes, chance: random.Random) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ones(chance.randrange(1, 9)))
-    return buffer.getvalue()
-
-
-def web_page(data: bytes, chance: random.Random) -> bytes:
-    return b"<!DOCTYPE html><html><body>404: not found</body></html>"
-
-
-def git_pointer(data: bytes, chance: random.Random) -> bytes:
-    """What a clone without git-lfs leaves."""
-    return b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-
-
-def empty(data: bytes, chance: random.Random) -> bytes:
-    return b""
-
-
-def other_tensors(data: bytes, chance: random.Random) -> bytes:
-    return save_numpy({"x": np.ones(chance.randrange(1, 5), np.float32)}, {"format": "pt"})
-
 
 def other_json(data: bytes, chance: random.Random) -> bytes:
     return json.dumps(chance.choice([[], 3, "x", None, {"a": 1}, {"model_type": "llama"}])).encode()
@@ -169,17 +118,6 @@ RAW: tuple[Damage, ...] = (
     cut, flipped, zeroed, garbage, pickled, torch_file, archive, numpy_file, web_page,
     git_pointer, empty, other_tensors, other_json,
 )  # fmt: skip
-
-
-def head_of(data: bytes) -> tuple[dict[str, Any], bytes]:
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def with_head(head: dict[str, Any], rest: bytes) -> bytes:
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + rest
 
 
 def renamed_tensor(data: bytes, chance: random.Random) -> bytes:

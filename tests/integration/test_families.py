@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import assert_pieces_and_padding, refused
 from transformers import (
+    AutoModelForCausalLM,
     FalconConfig,
     Gemma3Config,
     Gemma3nTextConfig,
@@ -18,9 +19,12 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     MambaConfig,
+    ModernBertDecoderConfig,
+    MoshiConfig,
     PaliGemmaConfig,
     Phi3Config,
     PreTrainedConfig,
+    RemBertConfig,
     StableLmConfig,
 )
 
@@ -135,6 +139,23 @@ def test_angles_that_depend_on_the_length_fed_limit_segments(kind: str) -> None:
         counting = memwrap.wrap(base, tiny("ahn"))
     with refused("reads at position", "beyond 32"):
         counting(ids(1, 60))
+
+
+def test_a_window_that_the_model_does_not_have_is_noticed() -> None:
+    """Its config names one and its masks have none: its cache would forget what it sees."""
+    with refused("MoshiForCausalLM", "sees beyond .*`sliding_window`"):
+        memwrap.wrap(small_model(MoshiConfig(), auto=AutoModelForCausalLM), tiny("rmt"))
+
+
+def test_hidden_states_of_another_width_than_embeddings_are_refused() -> None:
+    config = RemBertConfig(is_decoder=True, hidden_size=64, num_hidden_layers=2, vocab_size=256)
+    with refused("embeds tokens in 256 numbers", "hidden states of 64"):
+        memwrap.wrap(small_model(config, auto=AutoModelForCausalLM), tiny("rmt"))
+
+
+def test_a_head_that_is_named_decoder_is_none() -> None:
+    trial = try_memory("window", builder(lambda: small_model(ModernBertDecoderConfig())))
+    assert trial.result == RIGHT, trial.problem
 
 
 def test_refused_is_what_is_said_of_a_model_that_is_no_text_model() -> None:

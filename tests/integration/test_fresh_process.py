@@ -7,14 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
+from remote_code import own_base
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
     Gemma3Config,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import memwrap
@@ -22,13 +20,6 @@ from memwrap.cli.small_models import small_model
 from memwrap.testing.families import CONFIGS, build
 from memwrap.testing.helpers import assert_close, tiny
 
-CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
 AGAIN = """
 import sys, torch, memwrap
 from pathlib import Path
@@ -53,38 +44,19 @@ torch.save(made, place / "logits.pt")
 """
 
 
-@pytest.fixture
-def own_base(tmp_path: Path) -> Path:
-    """A Llama by another name, whose classes lie beside its weights."""
-    folder = tmp_path / "base"
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "own.py").write_text(CODE)
-    text = (folder / "config.json").read_text()
-    code = '"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"'
-    text = text.replace(
-        '"model_type": "llama"', f'"auto_map": {{{code}}},\n"model_type": "own_llama"'
-    )
-    (folder / "config.json").write_text(text)
-    return folder
-
-
 def infinite() -> torch.nn.Module:
     """A base whose config holds a float that JSON lacks."""
     return small_model(BambaConfig(attn_layer_indices=[1, 3]))
 
 
 @torch.no_grad()
-def test_every_family_and_remote_code(own_base: Path, tmp_path: Path) -> None:
+def test_every_family_and_remote_code(tmp_path: Path) -> None:
+    own = own_base(tmp_path / "base")
     ids = torch.arange(3, 23)[None]
     bases = {f"plain-{family}": build(family) for family in CONFIGS}
     bases |= {"plain-infinite": infinite(), "plain-seeing": small_model(Gemma3Config())}
     for name in ("own-alone", "own-whole"):
-        bases[name] = AutoModelForCausalLM.from_pretrained(own_base, trust_remote_code=True)
+        bases[name] = AutoModelForCausalLM.from_pretrained(own, trust_remote_code=True)
     wanted = {}
     for name, base in bases.items():
         model = memwrap.wrap(base, tiny("armt")).eval()
@@ -93,7 +65,7 @@ def test_every_family_and_remote_code(own_base: Path, tmp_path: Path) -> None:
     script = tmp_path / "again.py"
     script.write_text(AGAIN)
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), str(own_base)], capture_output=True, text=True
+        [sys.executable, str(script), str(tmp_path), str(own)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     made = torch.load(tmp_path / "logits.pt")

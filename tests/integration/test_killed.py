@@ -98,6 +98,14 @@ def test_killed_and_resumed_gives_the_same_losses(tmp_path: Path, seed: int) -> 
     assert steps(tmp_path / "straight") == STEPS <= steps(tmp_path / "killed")
 
 
+def test_a_run_that_had_reached_its_end_makes_no_further_step(tmp_path: Path) -> None:
+    """Killed behind its last checkpoint; transformers alone would train one step more."""
+    losses = train(tmp_path)
+    before = (tmp_path / "run" / f"checkpoint-{STEPS}" / "model.safetensors").read_bytes()
+    assert train(tmp_path) == losses and steps(tmp_path) == STEPS
+    assert (tmp_path / "run" / f"checkpoint-{STEPS}" / "model.safetensors").read_bytes() == before
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
     """What a kill in the middle of writing leaves, and what a later one finds."""
     straight = train(tmp_path / "a")

@@ -56,7 +56,7 @@ def test_reads_and_generates(memory: str, family: str) -> None:
     with torch.no_grad():
         for piece in text.split(5, 1):
             logits.append(model(piece, cache=state).logits)
-        assert_close(torch.cat(logits, 1), model(text).logits, what="pieces")
+        assert_close(torch.cat(logits, 1), model(text).logits, label="pieces")
     assert_same_states(model.read(text), state)
     got = model.generate(text, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(got, greedy_by_recomputation(model, text, 8))

@@ -83,7 +83,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "autocompressor": {"num_memory_tokens": 0, "memory_size": 0, "length_spread": 1.01,
                        "accumulate": 1, "bptt_segments": 0},
     "compact": {"slots": 0, "memory_size": 0, "num_sinks": -1, "merge": "sum", "selection": "rank",
-                "bias_bound": 0.0, "ridge": -1.0, "similarity": 1.1, "reference_every": 0,
+                "bias_bound": -1.0, "ridge": -1.0, "similarity": 1.1, "reference_every": 0,
                 "max_distance": 0, "budgets": [0.5]},
     "compressive": {"memory_size": 0, "compressed_size": 0, "compression_rate": 0, "store": "q",
                     "compression": "sum", "loss_weight": -1e-9, "bptt_segments": 0},

@@ -197,7 +197,7 @@ def test_a_report_and_data() -> None:
     again = json.loads(json.dumps(found.to_dict()))
     assert again["ids"] == found.ids and again["spans"][0]["document"] in BOOKS
     assert [s.weight for s in found.spans] == sorted((s.weight for s in found.spans), reverse=True)
-    lines = books.report(found, most=2).splitlines()
+    lines = books.report(found, limit=2).splitlines()
     best = found.spans[0]
     quoted = " ".join(map(str, BOOKS[best.document][best.start : best.end].tolist()))
     assert lines[0].startswith("answer: ") and quoted in lines[3] and best.document in lines[3]

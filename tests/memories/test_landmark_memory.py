@@ -90,7 +90,7 @@ def test_options_do_not_depend_on_the_feed(name: str) -> None:
     want, state = fed(model, TEXT, [TEXT.shape[1]])
     for sizes in ([5, 3, 1, 10, 8], [1] * TEXT.shape[1]):
         got, other = fed(model, TEXT, sizes)
-        assert_close(got, want, what=name)
+        assert_close(got, want, label=name)
         assert_same_states(other, state)
     text, mask = padded([TEXT[0], TEXT[1, :13]], "left")
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import memwrap
-from memwrap.backbones.rotary import _ROTATED
+from memwrap.ops.buffers.kept import _KEPT
 from memwrap.testing.families import FAMILIES, build
 from memwrap.testing.helpers import assert_close, error_of, ids, padded, wrapped
 
@@ -80,18 +80,18 @@ def _more(mask: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def test_what_is_kept_rotated_goes_with_its_state() -> None:
-    model, before = wrapped("window", window_size=30), len(_ROTATED)
+    model, before = wrapped("window", window_size=30), len(_KEPT)
     with torch.no_grad():
         state = model.read(ids(1, 20))
         for _ in range(3):
             model(ids(1, 1), cache=state)
-        assert len(_ROTATED) == before + 2  # once a layer
+        assert len(_KEPT) == before + 2  # once a layer
         for _ in range(4):  # a segment closes: the old is gone
             model(ids(1, 1), cache=state)
-        assert len(_ROTATED) == before + 2
+        assert len(_KEPT) == before + 2
         del state
         gc.collect()
-        assert len(_ROTATED) == before
+        assert len(_KEPT) == before
 
 
 def test_sinks_at_their_place_in_a_full_cache() -> None:

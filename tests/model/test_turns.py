@@ -58,7 +58,7 @@ def test_a_row_that_ended_reads_nothing_more(memory: str) -> None:
     whole = torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], 1)
     for given in (whole, whole[:, -fed.shape[1] :]):
         got = model(fed, cache=state.clone(), attention_mask=given).logits
-        assert_close(got[:1, -5:], alone, what="the row that ended early")
+        assert_close(got[:1, -5:], alone, label="the row that ended early")
     # The same through generate: with all ids, the mask given or made from the padding.
     want = greedy_by_recomputation(model, torch.cat([text[:1, :own], question], 1), 6)[:, -6:]
     turn = torch.cat([text, question.expand(2, -1)], 1)
@@ -149,7 +149,7 @@ def test_the_state_after_beams_is_that_of_the_answers(beams: dict[str, int]) -> 
         assert_same_states(got, want)
         follow = ids(1, 3, seed=9)
         assert_close(
-            model(follow, cache=got).logits, model(follow, cache=want.clone()).logits, what="after"
+            model(follow, cache=got).logits, model(follow, cache=want.clone()).logits, label="after"
         )
 
 

@@ -25,7 +25,7 @@ def inputs(groups: int = 2, found: int = 6) -> dict[str, Any]:
         "query": draw(2, 3, 4, 5, seed=1), "states": draw(2, 4, found, 7, seed=2),
         "key_weight": draw(groups, 5, 7, seed=3), "value_weight": draw(groups, 5, 7, seed=4),
         "valid": valid, "column": torch.tensor([[[0, 1], [1, 2], [2, 3]]] * 2),
-        "there": torch.tensor([[[False, True], [True, True], [True, True]]] * 2),
+        "present": torch.tensor([[[False, True], [True, True], [True, True]]] * 2),
     }  # fmt: skip
 
 

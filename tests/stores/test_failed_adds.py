@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import memwrap
-import memwrap.stores.shards as shards
-from memwrap.stores import FaissStore, Store, TorchStore, open_store
+from memwrap.stores import FaissStore, Store, TorchStore, embedded, index_files, open_store, shards
 from memwrap.stores.files import read_json, write_json
 from memwrap.testing.families import VOCABULARY, build
 from memwrap.testing.helpers import ids
@@ -96,6 +95,51 @@ def test_a_header_beside_shards_of_another_store_is_refused(tmp_path: Path) -> N
     (tmp_path / "a" / "store.json").write_bytes((tmp_path / "b" / "store.json").read_bytes())
     with pytest.raises(ValueError, match="is of another store than the store"):
         open_store(tmp_path / "a")
+
+
+def test_clearing_that_is_stopped_is_finished_at_opening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half of it would be a store without some entries, and with removed ones back."""
+    store = FaissStore(4, path=tmp_path / "s", shard_size=20, dtype="float32")
+    store.add(X)
+    store.remove([3, 59])
+    store.build()
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded, "clear_files", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            store.clear()
+    store.close()
+    again: Any = FaissStore(4, path=tmp_path / "s", shard_size=20)
+    assert len(again) == 0 and not list((tmp_path / "s").glob("*.faiss"))
+    again.add(X[:20])  # and what comes then stays
+    again.build()
+    again.close()
+    assert len(open_store(tmp_path / "s")) == 20
+
+
+def test_another_index_of_as_many_entries_leaves_the_old_one_until_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FaissStore(4, path=tmp_path / "s", factory="Flat")
+    store.add(X)
+    store.build()
+    store.factory = "HNSW8"
+    with monkeypatch.context() as patch:
+        patch.setattr(index_files, "write_json", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            store.build()
+    store.close()
+    old: Any = open_store(tmp_path / "s")
+    old.verify()
+    assert old.made_by == "Flat"
+    old.factory = "HNSW8"
+    old.build()
+    old.close()
+    assert [p.name for p in (tmp_path / "s").glob("*.faiss")] == ["index-0000000000600.faiss"]
+    new: Any = open_store(tmp_path / "s")
+    new.verify()
+    assert new.made_by == "HNSW8"
 
 
 def test_ids_that_the_model_has_not_are_refused() -> None:

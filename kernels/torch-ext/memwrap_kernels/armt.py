@@ -33,15 +33,15 @@ def _read(
     out = _empty(x, batch, heads, tokens, values)
     one, two, three = (_empty(x, batch, heads, tokens if stats else 0) for _ in range(3))
     x, A = rows(x), A.contiguous()
-    own = armt_tiles("read", values, x.dtype, is_hip())
-    grid = (triton.cdiv(tokens, own.tokens) * triton.cdiv(values, own.values), batch * heads)
+    tiles = armt_tiles("read", values, x.dtype, is_hip())
+    grid = (triton.cdiv(tokens, tiles.tokens) * triton.cdiv(values, tiles.values), batch * heads)
     with on_device_of(x):
         kernels.read_kernel[grid](
             x, A, A if z is None else z.contiguous(), out, one, two, three,
             *x.stride()[:3], tokens, heads,
-            eps, D=width, NU=nu, DV=values, BT=own.tokens, BF=own.keys, BV=own.values,
+            eps, D=width, NU=nu, DV=values, BT=tiles.tokens, BF=tiles.keys, BV=tiles.values,
             HAS_Z=z is not None, NORMALIZE=normalize, STATS=stats,
-            PRECISION=precision(x.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
+            PRECISION=precision(x.dtype, is_hip()), num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out, one, two, three
 
@@ -52,13 +52,13 @@ def _project(y: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     keys = A.shape[2]
     out = _empty(y, batch, heads, tokens, keys)
     y, A = rows(y), A.contiguous()
-    own = armt_tiles("project", values, dtype, is_hip())
-    grid = (triton.cdiv(tokens, own.tokens) * triton.cdiv(keys, own.keys), batch * heads)
+    tiles = armt_tiles("project", values, dtype, is_hip())
+    grid = (triton.cdiv(tokens, tiles.tokens) * triton.cdiv(keys, tiles.keys), batch * heads)
     with on_device_of(y):
         kernels.project_kernel[grid](
-            y, A, out, *y.stride()[:3], tokens, heads, K=keys, DV=values, BT=own.tokens,
-            BF=own.keys, BV=own.values, PRECISION=precision(dtype, is_hip()), num_warps=own.warps,
-            num_stages=own.stages,
+            y, A, out, *y.stride()[:3], tokens, heads, K=keys, DV=values, BT=tiles.tokens,
+            BF=tiles.keys, BV=tiles.values, PRECISION=precision(dtype, is_hip()),
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out
 
@@ -73,18 +73,18 @@ def _write(
     out = _empty(x, batch, heads, keys, values)
     out_z = None if weights_z is None else _empty(x, batch, heads, keys)
     x, y = rows(x), rows(y)
-    own = armt_tiles("write", values, x.dtype, is_hip())
+    tiles = armt_tiles("write", values, x.dtype, is_hip())
     with on_device_of(x):
         kernels.write_kernel[
-            (triton.cdiv(keys, own.keys) * triton.cdiv(values, own.values), batch * heads)
+            (triton.cdiv(keys, tiles.keys) * triton.cdiv(values, tiles.values), batch * heads)
         ](
             x, y, weights.contiguous(), weights if weights_z is None else weights_z.contiguous(),
             out if A is None else A.contiguous(), out if z is None else z.contiguous(),
             out, out if out_z is None else out_z,
             *x.stride()[:3], *y.stride()[:3], tokens, heads, D=width, NU=nu, DV=values,
-            BT=own.tokens, BF=own.keys, BV=own.values, HAS_BASE=A is not None,
+            BT=tiles.tokens, BF=tiles.keys, BV=tiles.values, HAS_BASE=A is not None,
             HAS_Z=weights_z is not None, PRECISION=precision(x.dtype, is_hip()),
-            num_warps=own.warps, num_stages=own.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out, out_z
 
@@ -98,16 +98,16 @@ def _features_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weights, weights_z = (_empty(x, batch, heads, tokens) for _ in range(2))
     x = rows(x)
-    own = armt_tiles("features_bwd", width, x.dtype, is_hip())
+    tiles = armt_tiles("features_bwd", width, x.dtype, is_hip())
     with on_device_of(x):
-        kernels.features_bwd_kernel[(triton.cdiv(tokens, own.tokens), batch * heads)](
+        kernels.features_bwd_kernel[(triton.cdiv(tokens, tiles.tokens), batch * heads)](
             x, p, p if z is None else z.contiguous(), p if e is None else e.contiguous(),
             p if shares is None else shares.contiguous(),
             p if gammas is None else gammas.contiguous(), dx, weights, weights_z,
             *x.stride()[:3], tokens, heads, eps, D=width, NU=nu,
-            BT=own.tokens, BF=own.keys, BD=min(own.values, padded(width)), HAS_Z=z is not None,
-            HAS_E=e is not None, NORMALIZE=normalize, READ=shares is None,
-            num_warps=own.warps, num_stages=own.stages,
+            BT=tiles.tokens, BF=tiles.keys, BD=min(tiles.values, padded(width)),
+            HAS_Z=z is not None, HAS_E=e is not None, NORMALIZE=normalize, READ=shares is None,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return dx, weights, weights_z
 
@@ -167,8 +167,8 @@ def _previous(
     k: Tensor, A: Tensor, z: Tensor | None, written: Tensor, nu: int, normalize: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read what the memory returns for the keys (0 where nothing was written), r, d, |phi|^2."""
-    found, scale, denominator, squared = _read(k, A, z, nu, normalize, eps, stats=True)
-    return found.masked_fill(~written.view(-1, 1, 1, 1), 0.0), scale, denominator, squared
+    old_values, scale, denominator, squared = _read(k, A, z, nu, normalize, eps, stats=True)
+    return old_values.masked_fill(~written.view(-1, 1, 1, 1), 0.0), scale, denominator, squared
 
 
 def _gamma(
@@ -192,8 +192,8 @@ def write(
     none = k.new_zeros(0, dtype=torch.float32)
     if not k.numel() or not v.numel():
         return A.clone(), none if z is None else z.clone()
-    found, scale, denominator, squared = _previous(k, A, z, written, nu, normalize, eps)
-    change = beta.float() * (v.float() - found)
+    old_values, scale, denominator, squared = _previous(k, A, z, written, nu, normalize, eps)
+    change = beta.float() * (v.float() - old_values)
     gamma = _gamma(denominator, squared, written, correction, key_eps)
     new_A, new_z = _write(k, change, scale, None if z is None else gamma * scale, nu, A, z)
     return new_A, none if new_z is None else new_z
@@ -216,21 +216,21 @@ def write_backward(
     if not k.numel() or not v.numel():
         zeros = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, beta))
         return (*zeros, E.clone(), e.clone())  # type: ignore[return-value]
-    found, scale, denominator, squared = _previous(k, A, z, written, nu, normalize, eps)
+    old_values, scale, denominator, squared = _previous(k, A, z, written, nu, normalize, eps)
     gamma = _gamma(denominator, squared, written, correction, key_eps)
     into = _read(k, E, None, nu, normalize, eps, stats=False)[0]  # the gradient of the change
-    strength, difference = beta.float(), v.float() - found
+    strength, difference = beta.float(), v.float() - old_values
     dv, dbeta = into * strength, into * difference
-    d_found = (-dv).masked_fill(~written.view(-1, 1, 1, 1), 0.0)
-    share = None if z is None else -(d_found * found).sum(-1) / denominator
+    d_old_values = (-dv).masked_fill(~written.view(-1, 1, 1, 1), 0.0)
+    share = None if z is None else -(d_old_values * old_values).sum(-1) / denominator
     p = _project(strength * difference, E, k.dtype)
-    p = p + _project(d_found / denominator.unsqueeze(-1), A, k.dtype)
+    p = p + _project(d_old_values / denominator.unsqueeze(-1), A, k.dtype)
     own_e = None if z is None else e
     dk, _, _ = _features_backward(
         k, p, z, own_e, nu, normalize, eps, shares=gamma if share is None else share, gammas=gamma
     )
     weights_z = None if share is None else share * scale
-    dA, dz = _write(k, d_found, scale / denominator, weights_z, nu, E, own_e)
+    dA, dz = _write(k, d_old_values, scale / denominator, weights_z, nu, E, own_e)
     if beta.shape[-1] != v.shape[-1]:
         dbeta = dbeta.sum(-1, keepdim=True)
     none = k.new_zeros(0, dtype=torch.float32)

@@ -49,11 +49,11 @@ def read_kernel(
     for first in range(0, K, BF):
         f = first + tl.arange(0, BF)
         phi = _features(at, f, real, D, NU)
-        own = tl.load(
+        matrix = tl.load(
             a + (memory * K + f[:, None]) * DV + i_v[None, :],
             mask=(f < K)[:, None] & (i_v < DV)[None, :], other=0.0,
         )  # fmt: skip
-        total += tl.dot(phi, own, input_precision=PRECISION)
+        total += tl.dot(phi, matrix, input_precision=PRECISION)
         squared += tl.sum(phi * phi, 1)
         if HAS_Z:
             own_z = tl.load(z + memory * K + f, mask=f < K, other=0.0)
@@ -93,11 +93,11 @@ def project_kernel(
         i_v = first + tl.arange(0, BV)
         valid = (t < tokens)[:, None] & (i_v < DV)[None, :]
         value = tl.load(at + i_v[None, :], mask=valid, other=0.0).to(tl.float32)
-        own = tl.load(
+        matrix = tl.load(
             a + (memory * K + f[None, :]) * DV + i_v[:, None],
             mask=(f < K)[None, :] & (i_v < DV)[:, None], other=0.0,
         )  # fmt: skip
-        total += tl.dot(value, own, input_precision=PRECISION)
+        total += tl.dot(value, matrix, input_precision=PRECISION)
     place = memory * tokens + t
     valid = (t < tokens)[:, None] & (f < K)[None, :]
     tl.store(out + place[:, None] * K + f[None, :], total, mask=valid)
@@ -131,11 +131,11 @@ def write_kernel(
         if HAS_Z:
             weight_z = tl.load(weights_z + memory * tokens + t, mask=real, other=0.0)
             total_z += tl.sum(phi * weight_z[:, None], 0)
-    here = (memory * K + f[:, None]) * DV + i_v[None, :]
+    offsets = (memory * K + f[:, None]) * DV + i_v[None, :]
     valid = (f < K)[:, None] & (i_v < DV)[None, :]
     if HAS_BASE:
-        total += tl.load(a + here, mask=valid, other=0.0)
-    tl.store(out + here, total, mask=valid)
+        total += tl.load(a + offsets, mask=valid, other=0.0)
+    tl.store(out + offsets, total, mask=valid)
     if HAS_Z:
         once = f + block * K < K  # by the first of the blocks of values
         if HAS_BASE:
@@ -249,7 +249,7 @@ def features_bwd_kernel(
             at, at_p, at_z, at_e, i + D, valid, part, share, gamma, scale, inner, D, NU, HAS_Z,
             HAS_E, NORMALIZE,
         )  # fmt: skip
-        own = tl.load(at + i[None, :], mask=valid, other=0.0).to(tl.float32)
-        gradient = tl.where(own > 0, above, 0.0) - tl.where(own < 0, below, 0.0)
+        value = tl.load(at + i[None, :], mask=valid, other=0.0).to(tl.float32)
+        gradient = tl.where(value > 0, above, 0.0) - tl.where(value < 0, below, 0.0)
         chosen = dx + place[:, None] * D + i[None, :]
         tl.store(chosen, gradient.to(dx.dtype.element_ty), mask=valid)

@@ -90,8 +90,8 @@ def solved(
         real = place < table[:, 1:2]
 
         def cut(x: Tensor) -> Tensor:
-            found = x.float()[:, :, place.clamp_max(tokens - 1)]
-            return found.masked_fill(~real[..., None], 0.0)
+            piece = x.float()[:, :, place.clamp_max(tokens - 1)]
+            return piece.masked_fill(~real[..., None], 0.0)
 
         def joined(x: Tensor) -> Tensor:
             # Chunks without a token write to one place behind the others.
@@ -128,28 +128,28 @@ class _Call(gla._Call):
     """Sizes and launches of the delta rule."""
 
     def tiles(self) -> dict[str, Any]:
-        own = delta_tiles(self.keys, self.dtype, is_hip())
+        tiles = delta_tiles(self.keys, self.dtype, is_hip())
         return {
-            "DK": self.keys, "DV": self.values, "BK": own.keys, "BV": own.values, "C": self.size,
-            "GATE": self.gate, "HAS_TABLE": self.has_table, "PRECISION": self.precision,
-            "num_warps": own.warps, "num_stages": own.stages,
+            "DK": self.keys, "DV": self.values, "BK": tiles.keys, "BV": tiles.values,
+            "C": self.size, "GATE": self.gate, "HAS_TABLE": self.has_table,
+            "PRECISION": self.precision, "num_warps": tiles.warps, "num_stages": tiles.stages,
         }  # fmt: skip
 
     def changes(self, u: Tensor, w: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
         """Compute all states, and what each token writes."""
         shape = (self.batch, self.heads, self.slots, self.keys, self.values)
         states = torch.empty(shape, device=u.device, dtype=torch.float32)
-        found = torch.empty_like(u)
+        changes = torch.empty_like(u)
         given = self.tiles()
         with on_device_of(u):
             kernels.changes_kernel[
                 (triton.cdiv(self.values, given["BV"]), self.sequences * self.heads)
             ](
-                self.k, u, w, self.gates, states, found, initial.contiguous(), self.table,
+                self.k, u, w, self.gates, states, changes, initial.contiguous(), self.table,
                 self.spans, *self.k.stride()[:3], self.tokens, self.chunks, self.slots, self.heads,
                 **given,
             )  # fmt: skip
-        return states, found
+        return states, changes
 
     def changes_bwd(
         self, w: Tensor, scores: Tensor, dout: Tensor, dlast: Tensor
@@ -157,18 +157,18 @@ class _Call(gla._Call):
         """Compute the gradients of all states, and of what each token writes."""
         shape = (self.batch, self.heads, self.slots, self.keys, self.values)
         grads = torch.empty(shape, device=w.device, dtype=torch.float32)
-        found = torch.empty((*w.shape[:3], self.values), device=w.device, dtype=torch.float32)
+        dchanges = torch.empty((*w.shape[:3], self.values), device=w.device, dtype=torch.float32)
         given = self.tiles()
         with on_device_of(w):
             kernels.changes_bwd_kernel[
                 (triton.cdiv(self.values, given["BV"]), self.sequences * self.heads)
             ](
-                self.q, self.k, w, self.gates, scores, dout, grads, found, dlast.contiguous(),
+                self.q, self.k, w, self.gates, scores, dout, grads, dchanges, dlast.contiguous(),
                 self.table, self.spans, *self.q.stride()[:3], *self.k.stride()[:3],
                 *dout.stride()[:3], self.tokens, self.chunks, self.slots, self.heads, self.group,
                 self.scale, **given,
             )  # fmt: skip
-        return grads, found
+        return grads, dchanges
 
     def readers_bwd(self, states: Tensor, dchanges: Tensor) -> Tensor:
         out = torch.empty(

@@ -34,7 +34,7 @@ def changes_kernel(
     head = (tl.program_id(1) % heads).to(tl.int64)
     i_k, i_v = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
     inside = (i_k < DK)[:, None] & (i_v < DV)[None, :]
-    here = i_k[:, None] * DV + i_v[None, :]
+    offsets = i_k[:, None] * DV + i_v[None, :]
     first, count, row = 0, chunks, sequence
     slot = tl.full([], 0, tl.int64)
     if HAS_TABLE:
@@ -43,10 +43,10 @@ def changes_kernel(
         slot += tl.load(spans + sequence * 3 + 2)
         row = tl.full([], 0, tl.int64)
     memory = row * heads + head
-    own = initial + (sequence * heads + head) * DK * DV
-    state = tl.load(own + here, mask=inside, other=0.0)
+    source = initial + (sequence * heads + head) * DK * DV
+    state = tl.load(source + offsets, mask=inside, other=0.0)
     base = states + memory * slots * DK * DV
-    tl.store(base + slot * DK * DV + here, state, mask=inside)
+    tl.store(base + slot * DK * DV + offsets, state, mask=inside)
     sums = gates + memory * tokens
     for n in range(0, count):
         start, end, slot = _chunk(table, first + n, tokens, C, HAS_TABLE)
@@ -63,7 +63,7 @@ def changes_kernel(
             key = key * _decay(total[None, :] - _sums(sums, t, i_k, real, DK, GATE))
             state = state * _decay(total)[:, None]
         state += dot(tl.trans(key), change, PRECISION)
-        tl.store(base + (slot + 1) * DK * DV + here, state, mask=inside)
+        tl.store(base + (slot + 1) * DK * DV + offsets, state, mask=inside)
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def changes_bwd_kernel(
     i_k, i_v = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
     i = tl.arange(0, C)
     inside = (i_k < DK)[:, None] & (i_v < DV)[None, :]
-    here = i_k[:, None] * DV + i_v[None, :]
+    offsets = i_k[:, None] * DV + i_v[None, :]
     first, count, row = 0, chunks, sequence
     slot = tl.full([], 0, tl.int64)
     if HAS_TABLE:
@@ -88,10 +88,10 @@ def changes_bwd_kernel(
         slot += tl.load(spans + sequence * 3 + 2)
         row = tl.full([], 0, tl.int64)
     memory = row * heads + head
-    own = initial + (sequence * heads + head) * DK * DV
-    state = tl.load(own + here, mask=inside, other=0.0)
+    source = initial + (sequence * heads + head) * DK * DV
+    state = tl.load(source + offsets, mask=inside, other=0.0)
     base = grads + memory * slots * DK * DV
-    tl.store(base + (slot + count) * DK * DV + here, state, mask=inside)
+    tl.store(base + (slot + count) * DK * DV + offsets, state, mask=inside)
     sums = gates + memory * tokens
     for n in range(0, count):
         start, end, slot = _chunk(table, first + (count - 1 - n), tokens, C, HAS_TABLE)
@@ -124,7 +124,7 @@ def changes_bwd_kernel(
         state -= dot(tl.trans(_rows(w, at, i_k, real, DK, DK)), change, PRECISION)
         shown = real[:, None] & (i_v < DV)[None, :]
         tl.store(dchanges + at[:, None] * DV + i_v[None, :], change, mask=shown)
-        tl.store(base + slot * DK * DV + here, state, mask=inside)
+        tl.store(base + slot * DK * DV + offsets, state, mask=inside)
 
 
 @triton.jit
@@ -166,31 +166,31 @@ def step_kernel(
     row, head = memory // heads, memory % heads
     i_k, i_v = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
     in_k, in_v = i_k < DK, i_v < DV
-    here = memory * DK * DV + i_k[:, None] * DV + i_v[None, :]
+    offsets = memory * DK * DV + i_k[:, None] * DV + i_v[None, :]
     inside = in_k[:, None] & in_v[None, :]
-    own = tl.load(state + here, mask=inside, other=0.0)
+    matrix = tl.load(state + offsets, mask=inside, other=0.0)
     for n in range(0, tokens):
         t = tl.full([], 0, tl.int64) + n
         at = memory * tokens + t
         if GATE == 1:
-            own = own * tl.exp(tl.load(g + at))
+            matrix = matrix * tl.exp(tl.load(g + at))
         if GATE == 2:
             gate = tl.load(g + at * DK + i_k, mask=in_k, other=0.0)
-            own = own * tl.exp(gate)[:, None]
+            matrix = matrix * tl.exp(gate)[:, None]
         key = tl.load(k + row * k_b + head * k_h + t * k_t + i_k, mask=in_k, other=0.0)
         value = tl.load(v + row * v_b + head * v_h + t * v_t + i_v, mask=in_v, other=0.0)
         key, value = key.to(tl.float32), value.to(tl.float32)
         if BETA:
-            value -= tl.sum(key[:, None] * own, 0)
+            value -= tl.sum(key[:, None] * matrix, 0)
         if BETA == 1:
             value = value * tl.load(beta + at)
         if BETA == 2:
             value = value * tl.load(beta + at * DV + i_v, mask=in_v, other=0.0)
-        own += key[:, None] * value[None, :]
+        matrix += key[:, None] * value[None, :]
         for i in range(0, group):
             reader = head * group + i
             query = tl.load(q + row * q_b + reader * q_h + t * q_t + i_k, mask=in_k, other=0.0)
-            read = tl.sum((query.to(tl.float32) * scale)[:, None] * own, 0)
+            read = tl.sum((query.to(tl.float32) * scale)[:, None] * matrix, 0)
             place = ((row * heads * group + reader) * tokens + t) * DV + i_v
             tl.store(out + place, read.to(out.dtype.element_ty), mask=in_v)
-    tl.store(last + here, own, mask=inside)
+    tl.store(last + offsets, matrix, mask=inside)

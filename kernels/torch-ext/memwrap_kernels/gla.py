@@ -105,14 +105,14 @@ class _Call:
         self.gates = self.q if g is None else self.cumulated(g)
 
     def constants(self, kernel: str, *names: str) -> dict[str, Any]:
-        own = gla_tiles(kernel, self.keys, self.values, self.gate, self.dtype, is_hip())
-        found = {
-            "DK": self.keys, "DV": self.values, "BK": own.keys, "BV": own.values, "C": self.size,
-            "GATE": self.gate, "LEVELS": self.size.bit_length() - 1, "HAS_TABLE": self.has_table,
-            "PRECISION": self.precision,
+        tiles = gla_tiles(kernel, self.keys, self.values, self.gate, self.dtype, is_hip())
+        constants = {
+            "DK": self.keys, "DV": self.values, "BK": tiles.keys, "BV": tiles.values,
+            "C": self.size, "GATE": self.gate, "LEVELS": self.size.bit_length() - 1,
+            "HAS_TABLE": self.has_table, "PRECISION": self.precision,
         }  # fmt: skip
-        return {name: found[name] for name in names} | {
-            "num_warps": own.warps, "num_stages": own.stages,
+        return {name: constants[name] for name in names} | {
+            "num_warps": tiles.warps, "num_stages": tiles.stages,
         }  # fmt: skip
 
     def cumulated(self, g: Tensor) -> Tensor:
@@ -182,8 +182,8 @@ class _Call:
         given = self.constants(
             "keys_bwd", "DK", "DV", "BK", "BV", "C", "LEVELS", "GATE", "HAS_TABLE", "PRECISION"
         )
-        blocks, own = triton.cdiv(self.keys, given["BK"]), self.k.shape
-        shape = (blocks, *own[:3]) if self.gate == 1 else own if self.gate else (0,)
+        blocks, key_shape = triton.cdiv(self.keys, given["BK"]), self.k.shape
+        shape = (blocks, *key_shape[:3]) if self.gate == 1 else key_shape if self.gate else (0,)
         dg = torch.empty(shape, device=dq.device, dtype=torch.float32)
         with on_device_of(dq):
             bwd_kernels.keys_bwd_kernel[(self.chunks * blocks, self.batch * self.heads)](

@@ -45,17 +45,17 @@ def values_bwd_kernel(
         grad = _rows(dout + row * d_b + reader * d_h, t, i_v, real, d_t, DV)
         total += dot(tl.trans(weights), grad, PRECISION)
     sums = gates + memory * tokens * (DK if GATE == 2 else 1)
-    own = grads + (memory * slots + slot + 1) * DK * DV
+    source = grads + (memory * slots + slot + 1) * DK * DV
     for first in range(0, DK, BK):
         i_k = first + tl.arange(0, BK)
         key = _rows(k + row * k_b + head * k_h, t, i_k, real, k_t, DK)
         if GATE:
             closing = _last(sums, end, i_k, DK, GATE)
             key = key * _decay(closing[None, :] - _sums(sums, t, i_k, real, DK, GATE))
-        state = _rows(own, i_k, i_v, i_k < DK, DV, DV)
+        state = _rows(source, i_k, i_v, i_k < DK, DV, DV)
         total += dot(key, state, PRECISION)
-    here = (memory * tokens + t[:, None]) * DV + i_v[None, :]
-    tl.store(dv + here, total.to(dv.dtype.element_ty), mask=real[:, None] & (i_v < DV)[None, :])
+    offsets = (memory * tokens + t[:, None]) * DV + i_v[None, :]
+    tl.store(dv + offsets, total.to(dv.dtype.element_ty), mask=real[:, None] & (i_v < DV)[None, :])
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _states_bwd(
 
 @triton.jit
 def _pairs_bwd(
-    pairs, query, key, grad_q, grad_k, sums, own, start, end, i, t, i_k, real,
+    pairs, query, key, grad_q, grad_k, sums, gate_sums, start, end, i, t, i_k, real,
     C: tl.constexpr, DK: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def _pairs_bwd(
         grad_q += diagonal * key
         grad_k += diagonal * query
         for level in range(0, LEVELS):
-            later, earlier = _seam(sums, own, start, end, i_k, 1 << level, C, DK)
+            later, earlier = _seam(sums, gate_sums, start, end, i_k, 1 << level, C, DK)
             same = (i // (2 << level))[:, None] == (i // (2 << level))[None, :]
             # `later` and `earlier` are 0 in the halves that they do not belong to.
             part = tl.where(same, pairs, 0.0)
@@ -132,10 +132,10 @@ def keys_bwd_kernel(
         DK, DV, BK, BV, C, GATE, PRECISION,
     )  # fmt: skip
     sums = gates + memory * tokens * (DK if GATE == 2 else 1)
-    own = tl.zeros([C, 1], tl.float32)
+    gate_sums = tl.zeros([C, 1], tl.float32)
     if GATE:
-        own = _sums(sums, t, i_k, real, DK, GATE)
-        grad_k = grad_k * _decay(_last(sums, end, i_k, DK, GATE)[None, :] - own)
+        gate_sums = _sums(sums, t, i_k, real, DK, GATE)
+        grad_k = grad_k * _decay(_last(sums, end, i_k, DK, GATE)[None, :] - gate_sums)
     change = tl.zeros([C, BK], tl.float32)
     for g in range(0, group):
         reader = head * group + g
@@ -148,14 +148,14 @@ def keys_bwd_kernel(
             grad_q += dot(grad, tl.trans(state), PRECISION)
         grad_q = grad_q * scale
         if GATE:
-            grad_q = grad_q * _decay(own)
+            grad_q = grad_q * _decay(gate_sums)
         place = (row * heads * group + reader) * tokens + t
         grad_q, grad_k = _pairs_bwd(
-            _rows(weights, place, i, real, C, C), query, key, grad_q, grad_k, sums, own, start,
-            end, i, t, i_k, real, C, DK, LEVELS, GATE, PRECISION,
+            _rows(weights, place, i, real, C, C), query, key, grad_q, grad_k, sums, gate_sums,
+            start, end, i, t, i_k, real, C, DK, LEVELS, GATE, PRECISION,
         )  # fmt: skip
-        there = dq + place[:, None] * DK + i_k[None, :]
-        tl.store(there, grad_q.to(dq.dtype.element_ty), mask=shown)
+        target = dq + place[:, None] * DK + i_k[None, :]
+        tl.store(target, grad_q.to(dq.dtype.element_ty), mask=shown)
         if GATE:
             change += query * grad_q
     at = memory * tokens + t
@@ -163,8 +163,8 @@ def keys_bwd_kernel(
     if GATE:
         change = change - key * grad_k
     if GATE == 2:
-        found = tl.cumsum(change, 0, reverse=True) + closing[None, :]
-        tl.store(dg + at[:, None] * DK + i_k[None, :], found, mask=shown)
+        grad_g = tl.cumsum(change, 0, reverse=True) + closing[None, :]
+        tl.store(dg + at[:, None] * DK + i_k[None, :], grad_g, mask=shown)
     if GATE == 1:
-        found = tl.cumsum(tl.sum(change, 1), 0, reverse=True) + tl.sum(closing, 0)
-        tl.store(dg + block * size + at, found, mask=real)
+        grad_g = tl.cumsum(tl.sum(change, 1), 0, reverse=True) + tl.sum(closing, 0)
+        tl.store(dg + block * size + at, grad_g, mask=real)

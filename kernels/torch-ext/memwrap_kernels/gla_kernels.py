@@ -69,14 +69,15 @@ def _decay(x):
 
 
 @triton.jit
-def _seam(gates, own, start, end, i_k, half, C: tl.constexpr, DK: tl.constexpr):
+def _seam(gates, gate_sums, start, end, i_k, half, C: tl.constexpr, DK: tl.constexpr):
     """Compute, at a level of halving, the factors of the later halves' tokens and of the earlier
     ones'."""
     i = tl.arange(0, C)
     seam = start + (i // (2 * half)) * (2 * half) + half
     later = ((i // half) % 2 == 1)[:, None]
-    there = _rows(gates, seam, i_k, seam < end, DK, DK)
-    return tl.where(later, _decay(own - there), 0.0), tl.where(later, 0.0, _decay(there - own))
+    seam_sums = _rows(gates, seam, i_k, seam < end, DK, DK)
+    after, before = _decay(gate_sums - seam_sums), _decay(seam_sums - gate_sums)
+    return tl.where(later, after, 0.0), tl.where(later, 0.0, before)
 
 
 @triton.jit
@@ -92,8 +93,8 @@ def cumulate_kernel(
     t = start + tl.arange(0, C)
     at = g + (memory // heads) * g_b + (memory % heads) * g_h
     total = tl.cumsum(_rows(at, t, i, t < end, g_t, W), 0)
-    here = (memory * tokens + t[:, None]) * W + i[None, :]
-    tl.store(out + here, total, mask=(t < end)[:, None] & (i < W)[None, :])
+    offsets = (memory * tokens + t[:, None]) * W + i[None, :]
+    tl.store(out + offsets, total, mask=(t < end)[:, None] & (i < W)[None, :])
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def states_kernel(
     i_k = (tl.program_id(0) // blocks) * BK + tl.arange(0, BK)
     i_v = (tl.program_id(0) % blocks) * BV + tl.arange(0, BV)
     inside = (i_k < DK)[:, None] & (i_v < DV)[None, :]
-    here = i_k[:, None] * DV + i_v[None, :]
+    offsets = i_k[:, None] * DV + i_v[None, :]
     first, count, row = 0, chunks, sequence
     slot = tl.full([], 0, tl.int64)
     if HAS_TABLE:
@@ -120,11 +121,11 @@ def states_kernel(
         slot += tl.load(spans + sequence * 3 + 2)
         row = tl.full([], 0, tl.int64)
     memory = row * heads + head
-    own = initial + (sequence * heads + head) * DK * DV
-    state = tl.load(own + here, mask=inside, other=0.0)
+    source = initial + (sequence * heads + head) * DK * DV
+    state = tl.load(source + offsets, mask=inside, other=0.0)
     base = states + memory * slots * DK * DV
     at = slot + count if REVERSE else slot
-    tl.store(base + at * DK * DV + here, state, mask=inside)
+    tl.store(base + at * DK * DV + offsets, state, mask=inside)
     sums = gates + memory * tokens * (DK if GATE == 2 else 1)
     for n in range(0, count):
         chunk = first + (count - 1 - n if REVERSE else n)
@@ -143,7 +144,7 @@ def states_kernel(
             right = _rows(y + row * y_b + reader * y_h, t, i_v, real, y_t, DV)
             state += dot(tl.trans(left), right, PRECISION)
         at = slot if REVERSE else slot + 1
-        tl.store(base + at * DK * DV + here, state, mask=inside)
+        tl.store(base + at * DK * DV + offsets, state, mask=inside)
 
 
 @triton.jit
@@ -166,18 +167,18 @@ def scores_kernel(
         query = _rows(q + row * q_b + reader * q_h, t, i_k, real, q_t, DK)
         key = _rows(k + row * k_b + head * k_h, t, i_k, real, k_t, DK)
         if GATE == 2:
-            own = _sums(sums, t, i_k, real, DK, GATE)
+            gate_sums = _sums(sums, t, i_k, real, DK, GATE)
             total += tl.where(i[:, None] == i[None, :], tl.sum(query * key, 1)[:, None], 0.0)
             for level in range(0, LEVELS):
-                later, earlier = _seam(sums, own, start, end, i_k, 1 << level, C, DK)
+                later, earlier = _seam(sums, gate_sums, start, end, i_k, 1 << level, C, DK)
                 part = dot(query * later, tl.trans(key * earlier), PRECISION)
                 block = i // (2 << level)
                 total += tl.where(block[:, None] == block[None, :], part, 0.0)
         else:
             total += dot(query, tl.trans(key), PRECISION)
     if GATE == 1:
-        own = tl.load(sums + t, mask=real, other=0.0)
-        total = total * _decay(own[:, None] - own[None, :])
+        gate_sums = tl.load(sums + t, mask=real, other=0.0)
+        total = total * _decay(gate_sums[:, None] - gate_sums[None, :])
     total = tl.where(i[:, None] >= i[None, :], total * scale, 0.0)
     place = (row * heads * group + reader) * tokens + t
     tl.store(out + place[:, None] * C + i[None, :], total, mask=real[:, None])
@@ -200,18 +201,20 @@ def output_kernel(
     i, t = tl.arange(0, C), start + tl.arange(0, C)
     real = t < end
     sums = gates + memory * tokens * (DK if GATE == 2 else 1)
-    own = states + (memory * slots + slot) * DK * DV
+    source = states + (memory * slots + slot) * DK * DV
     total = tl.zeros([C, BV], tl.float32)
     for first in range(0, DK, BK):
         i_k = first + tl.arange(0, BK)
         query = _rows(q + row * q_b + reader * q_h, t, i_k, real, q_t, DK) * scale
         if GATE:
             query = query * _decay(_sums(sums, t, i_k, real, DK, GATE))
-        state = _rows(own, i_k, i_v, i_k < DK, DV, DV)
+        state = _rows(source, i_k, i_v, i_k < DK, DV, DV)
         total += dot(query, state, PRECISION)
     place = (row * heads * group + reader) * tokens + t
     weights = _rows(scores, place, i, real, C, C)
     value = _rows(v + row * v_b + (reader // group) * v_h, t, i_v, real, v_t, DV)
     total += dot(weights, value, PRECISION)
-    here = place[:, None] * DV + i_v[None, :]
-    tl.store(out + here, total.to(out.dtype.element_ty), mask=real[:, None] & (i_v < DV)[None, :])
+    offsets = place[:, None] * DV + i_v[None, :]
+    tl.store(
+        out + offsets, total.to(out.dtype.element_ty), mask=real[:, None] & (i_v < DV)[None, :]
+    )

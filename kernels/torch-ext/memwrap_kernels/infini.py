@@ -35,19 +35,19 @@ def _outer(
     x = rows(x)
     other = x if y is None else rows(y)
     values = other.shape[-1]
-    own = infini_tiles("outer", keys, values, x.dtype, is_hip())
+    tiles = infini_tiles("outer", keys, values, x.dtype, is_hip())
     segments = triton.cdiv(tokens, segment_size)
     with on_device_of(x):
-        kernels.outer_kernel[(segments * triton.cdiv(values, own.values), batch * heads)](
+        kernels.outer_kernel[(segments * triton.cdiv(values, tiles.values), batch * heads)](
             x, other, flags(mask, x), x if z is None else z, x if weight is None else weight,
             out, out if out_z is None else out_z,
             *x.stride()[:3], *other.stride()[:3], slots, first_slot,
             tokens, segment_size, segments, heads, readers // heads, eps,
-            DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
+            DK=keys, DV=values, BK=tiles.keys, BV=tiles.values, BT=tiles.tokens,
             OWN=y is None, DIVIDE=z is not None, HAS_MASK=mask is not None,
             HAS_WEIGHT=weight is not None, WANT_Z=out_z is not None,
             PRECISION=precision(x.dtype, is_hip()),
-            num_warps=own.warps, num_stages=own.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
 
@@ -67,12 +67,12 @@ def _transitions(
 
 def _recur(states: Tensor, a: Tensor | None, reverse: bool) -> None:
     batch, heads, slots, keys, values = states.shape
-    own = infini_tiles("recurrence", keys, values, states.dtype, is_hip())
+    tiles = infini_tiles("recurrence", keys, values, states.dtype, is_hip())
     with on_device_of(states):
-        kernels.recurrence_kernel[(triton.cdiv(values, own.values), batch * heads)](
+        kernels.recurrence_kernel[(triton.cdiv(values, tiles.values), batch * heads)](
             states, states if a is None else a, slots - 1,
-            DK=keys, DV=values, BK=own.keys, BV=own.values, BC=min(own.keys, 32),
-            REVERSE=reverse, HAS_A=a is not None, num_warps=own.warps, num_stages=own.stages,
+            DK=keys, DV=values, BK=tiles.keys, BV=tiles.values, BC=min(tiles.keys, 32),
+            REVERSE=reverse, HAS_A=a is not None, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
 
@@ -124,21 +124,21 @@ def states_backward(
     a = _transitions(k, mask, zs, segment_size, eps) if delta else None
     _recur(grads, a, reverse=True)
     k, v = rows(k), rows(v)
-    own = infini_tiles("write_bwd", keys, values, k.dtype, is_hip())
-    tiles = triton.cdiv(segment_size, own.tokens)
+    tiles = infini_tiles("write_bwd", keys, values, k.dtype, is_hip())
+    parts = triton.cdiv(segment_size, tiles.tokens)
     partial = torch.empty(
-        batch, heads, segments, tiles if delta else 0, keys, device=k.device, dtype=torch.float32
+        batch, heads, segments, parts if delta else 0, keys, device=k.device, dtype=torch.float32
     )
     grads_z = d_zs
 
     def launch(only_z: bool) -> None:
         with on_device_of(k):
-            kernels.write_bwd_kernel[(segments * tiles, batch * heads)](
+            kernels.write_bwd_kernel[(segments * parts, batch * heads)](
                 k, v, flags(mask, k), memory, zs, grads, grads_z, dk, dv, partial,
-                *k.stride()[:3], *v.stride()[:3], tokens, segment_size, segments, tiles, heads, eps,
-                DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens, DELTA=delta,
+                *k.stride()[:3], *v.stride()[:3], tokens, segment_size, segments, parts, heads, eps,
+                DK=keys, DV=values, BK=tiles.keys, BV=tiles.values, BT=tiles.tokens, DELTA=delta,
                 ONLY_Z=only_z, HAS_MASK=mask is not None, PRECISION=precision(k.dtype, is_hip()),
-                num_warps=own.warps, num_stages=own.stages,
+                num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
 
     if delta:
@@ -184,16 +184,16 @@ def lookup(q: Tensor, memory: Tensor, zs: Tensor, segment_size: int, eps: float)
     if not out.numel() or not keys:
         return out.zero_()
     q, memory, zs = rows(q), memory.contiguous(), zs.contiguous()
-    own = infini_tiles("lookup", keys, values, q.dtype, is_hip())
+    tiles = infini_tiles("lookup", keys, values, q.dtype, is_hip())
     group = readers // heads
-    span = min(4 * own.tokens, own.tokens * triton.cdiv(segment_size, own.tokens))
+    span = min(4 * tiles.tokens, tiles.tokens * triton.cdiv(segment_size, tiles.tokens))
     spans = triton.cdiv(segment_size, span)
-    parts = triton.cdiv(tokens, segment_size) * spans * triton.cdiv(values, own.values)
+    parts = triton.cdiv(tokens, segment_size) * spans * triton.cdiv(values, tiles.values)
     with on_device_of(q):
         kernels.lookup_kernel[(parts, batch * readers)](
             q, memory, zs, out, *q.stride()[:3], slots, tokens, segment_size, spans, span, heads,
-            group, eps, DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
-            PRECISION=precision(q.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
+            group, eps, DK=keys, DV=values, BK=tiles.keys, BV=tiles.values, BT=tiles.tokens,
+            PRECISION=precision(q.dtype, is_hip()), num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out
 
@@ -218,16 +218,16 @@ def lookup_backward(
         return dq.zero_(), d_memory.zero_(), d_zs.zero_()
     d_memory[:, :, segments:], d_zs[:, :, segments:] = 0.0, 0.0
     q, dout, memory, zs = rows(q), rows(dout), memory.contiguous(), zs.contiguous()
-    own = infini_tiles("lookup_bwd", keys, values, q.dtype, is_hip())
+    tiles = infini_tiles("lookup_bwd", keys, values, q.dtype, is_hip())
     group = readers // heads
-    tiles = triton.cdiv(segment_size, own.tokens)
+    parts = triton.cdiv(segment_size, tiles.tokens)
     weight = torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
     with on_device_of(q):
-        kernels.lookup_bwd_kernel[(segments * tiles, batch * readers)](
+        kernels.lookup_bwd_kernel[(segments * parts, batch * readers)](
             q, memory, zs, dout, dq, weight, *q.stride()[:3], *dout.stride()[:3], slots, tokens,
-            segment_size, tiles, heads, group, eps,
-            DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
-            PRECISION=precision(q.dtype, is_hip()), num_warps=own.warps, num_stages=own.stages,
+            segment_size, parts, heads, group, eps,
+            DK=keys, DV=values, BK=tiles.keys, BV=tiles.values, BT=tiles.tokens,
+            PRECISION=precision(q.dtype, is_hip()), num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     _outer(
         q, dout, d_memory, d_zs, segment_size, heads=heads, slots=slots, z=zs, weight=weight,

@@ -115,10 +115,12 @@ def recurrence_kernel(
     block, memory = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_k, i_v = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     inside = (i_k < DK)[:, None] & (i_v < DV)[None, :]
-    here = i_k[:, None] * DV + i_v[None, :]
+    offsets = i_k[:, None] * DV + i_v[None, :]
     base = states + memory * (segments + 1) * DK * DV
     size = tl.full([], DK * DV, tl.int64)
-    old = tl.load(base + (segments * size if REVERSE else 0 * size) + here, mask=inside, other=0.0)
+    old = tl.load(
+        base + (segments * size if REVERSE else 0 * size) + offsets, mask=inside, other=0.0
+    )
     for step in range(0, segments):
         if REVERSE:
             segment = segments - 1 - step
@@ -126,7 +128,7 @@ def recurrence_kernel(
         else:
             segment = step
             source, target = base + segment * size, base + (segment + 1) * size
-        new = old + tl.load(target + here, mask=inside, other=0.0)
+        new = old + tl.load(target + offsets, mask=inside, other=0.0)
         if HAS_A:
             at_a = a + (memory * segments + segment) * DK * DK
             for c in range(0, DK, BC):
@@ -140,7 +142,7 @@ def recurrence_kernel(
                     mask=(i_c < DK)[:, None] & (i_v < DV)[None, :], other=0.0,
                 )  # fmt: skip
                 new -= tl.dot(part, rows, input_precision="ieee")
-        tl.store(target + here, new, mask=inside)
+        tl.store(target + offsets, new, mask=inside)
         if HAS_A:
             tl.debug_barrier()  # the next step reads these rows from memory, by other threads
         old = new
@@ -164,7 +166,7 @@ def lookup_kernel(
     slot = (row * heads + reader // group) * slots + segment
     i_k, i_v, i_t = tl.arange(0, BK), block * BV + tl.arange(0, BV), tl.arange(0, BT)
     own_z = tl.load(z + slot * DK + i_k, mask=i_k < DK, other=0.0)
-    own = tl.load(
+    matrix = tl.load(
         states + (slot * DK + i_k[:, None]) * DV + i_v[None, :],
         mask=(i_k < DK)[:, None] & (i_v < DV)[None, :], other=0.0,
     )  # fmt: skip
@@ -174,7 +176,7 @@ def lookup_kernel(
         real = t < end
         phi = _features(q + row * q_b + reader * q_h, t, q_t, real, DK, BK)
         inverse, _ = _inverse(phi, own_z, eps)
-        value = tl.dot(phi, own, input_precision=PRECISION) * inverse[:, None]
+        value = tl.dot(phi, matrix, input_precision=PRECISION) * inverse[:, None]
         at = out + ((row * readers + reader) * tokens + t[:, None]) * DV + i_v[None, :]
         tl.store(at, value, mask=real[:, None] & (i_v < DV)[None, :])
 
@@ -198,11 +200,11 @@ def _queries_bwd(
         i_v = v + tl.arange(0, BV)
         at_d = at_dout + t[:, None] * d_t + i_v[None, :]
         value = tl.load(at_d, mask=real[:, None] & (i_v < DV)[None, :], other=0.0).to(tl.float32)
-        own = tl.load(
+        matrix = tl.load(
             states + i_k[None, :] * DV + i_v[:, None],
             mask=(i_k < DK)[None, :] & (i_v < DV)[:, None], other=0.0,
         )  # fmt: skip
-        product += tl.dot(value, own, input_precision=PRECISION)
+        product += tl.dot(value, matrix, input_precision=PRECISION)
     share = -tl.sum(phi * product, 1) * inverse * inverse
     share = tl.where(denominator >= eps, share, 0.0)
     gradient = product * inverse[:, None] + share[:, None] * own_z[None, :]
@@ -264,18 +266,18 @@ def _keys_bwd(
     for first in range(0, DV, BV):
         i_v = first + tl.arange(0, BV)
         within = (i_k < DK)[:, None] & (i_v < DV)[None, :]
-        here = i_k[:, None] * DV + i_v[None, :]
-        grad = tl.load(grads + here, mask=within, other=0.0)
+        offsets = i_k[:, None] * DV + i_v[None, :]
+        grad = tl.load(grads + offsets, mask=within, other=0.0)
         change = tl.dot(phi, grad, input_precision=PRECISION)  # the gradient of the values
         chosen = real[:, None] & (i_v < DV)[None, :]
         if DELTA:
-            own = tl.load(states + here, mask=within, other=0.0)
-            product += tl.dot(change, tl.trans(own), input_precision=PRECISION)
+            matrix = tl.load(states + offsets, mask=within, other=0.0)
+            product += tl.dot(change, tl.trans(matrix), input_precision=PRECISION)
         if not ONLY_Z:
             at = at_v + t[:, None] * v_t + i_v[None, :]
             value = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
             if DELTA:
-                value -= tl.dot(phi, own, input_precision=PRECISION) * inverse[:, None]
+                value -= tl.dot(phi, matrix, input_precision=PRECISION) * inverse[:, None]
             direct += tl.dot(value, tl.trans(grad), input_precision=PRECISION)
             at = at_dv + t[:, None] * DV + i_v[None, :]
             present = inside[:, None] & (i_v < DV)[None, :]  # zeros where the mask is false

@@ -58,13 +58,13 @@ def fuses(M: Tensor, dtype: torch.dtype, delta: bool, keep: bool) -> bool:
     if delta and keep and keys > MAX_HEAD_DIM[dtype] // 2:
         return False
     passes = (infini_tiles(x, keys, values, dtype, is_hip()) for x in ("scan", "scan_bwd"))
-    programs = batch * heads * min(_blocks(own, values) for own in passes)
+    programs = batch * heads * min(_blocks(tiles, values) for tiles in passes)
     return programs >= multiprocessors(M.device)
 
 
-def _blocks(own: Tiles, values: int) -> int:
+def _blocks(tiles: Tiles, values: int) -> int:
     """Count the programs of a memory."""
-    return max(1, triton.cdiv(values, own.values))
+    return max(1, triton.cdiv(values, tiles.values))
 
 
 def scan(
@@ -113,15 +113,15 @@ def fused(
         return out, last_M.copy_(M), last_z.copy_(z), states, zs
     q, k, v = rows(q), rows(k), rows(v)
     dtype = _widest(q, k, v)
-    own = infini_tiles("scan", keys, values, dtype, is_hip())
+    tiles = infini_tiles("scan", keys, values, dtype, is_hip())
     with on_device_of(q):
-        kernels.scan_kernel[(batch * heads * _blocks(own, values),)](
+        kernels.scan_kernel[(batch * heads * _blocks(tiles, values),)](
             q, k, v, flags(mask, k), M.contiguous(), z.contiguous(), out, states, zs, last_M,
             last_z, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             tokens, segment_size, triton.cdiv(tokens, segment_size), heads, readers // heads, eps,
-            DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens, DELTA=delta,
+            DK=keys, DV=values, BK=tiles.keys, BV=tiles.values, BT=tiles.tokens, DELTA=delta,
             HAS_MASK=mask is not None, KEEP=keep, PRECISION=precision(dtype, is_hip()),
-            num_warps=own.warps, num_stages=own.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out, last_M, last_z, states, zs
 
@@ -152,9 +152,9 @@ def fused_backward(
         return dq, dk, dv, first_dM.copy_(dM), first_dz.copy_(dz)
     q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)
     dtype = _widest(q, k, v)
-    own = infini_tiles("scan_bwd", keys, values, dtype, is_hip())
+    tiles = infini_tiles("scan_bwd", keys, values, dtype, is_hip())
     across = infini_tiles("scan_bwd_across", keys, values, dtype, is_hip())
-    blocks = _blocks(own, values)
+    blocks = _blocks(tiles, values)
     grads = torch.empty_like(states)
     grads_z = states.new_empty(batch, heads, segments + 1, blocks, keys)
     arrived = torch.zeros(batch, heads, segments + 1, dtype=torch.int32, device=q.device)
@@ -164,10 +164,10 @@ def fused_backward(
             dq, dk, dv, first_dM, first_dz, grads, grads_z, arrived,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
             tokens, segment_size, segments, heads, readers // heads, eps,
-            DK=keys, DV=values, BK=own.keys, BV=own.values, BT=own.tokens,
+            DK=keys, DV=values, BK=tiles.keys, BV=tiles.values, BT=tiles.tokens,
             CV=across.values, CT=across.tokens, DELTA=delta, HAS_MASK=mask is not None,
-            HIP=is_hip(), PRECISION=precision(dtype, is_hip()), num_warps=own.warps,
-            num_stages=own.stages,
+            HIP=is_hip(), PRECISION=precision(dtype, is_hip()), num_warps=tiles.warps,
+            num_stages=tiles.stages,
         )  # fmt: skip
     return dq, dk, dv, first_dM, first_dz
 

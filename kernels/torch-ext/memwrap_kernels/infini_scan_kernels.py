@@ -49,15 +49,15 @@ def scan_kernel(
     row, head = memory // heads, memory % heads
     i_k, i_v, i_t = tl.arange(0, BK), block * BV + tl.arange(0, BV), tl.arange(0, BT)
     within = (i_k < DK)[:, None] & (i_v < DV)[None, :]
-    here = i_k[:, None] * DV + i_v[None, :]
-    own = tl.load(first_M + memory * DK * DV + here, mask=within, other=0.0)
+    offsets = i_k[:, None] * DV + i_v[None, :]
+    matrix = tl.load(first_M + memory * DK * DV + offsets, mask=within, other=0.0)
     own_z = tl.load(first_z + memory * DK + i_k, mask=i_k < DK, other=0.0)
     for segment in range(0, segments):
         slot = memory * segments + segment
         start = slot * 0 + segment * segment_size  # 64 bits
         length = tl.minimum(segment_size, tokens - segment * segment_size)
         if KEEP:
-            tl.store(states + slot * DK * DV + here, own, mask=within)
+            tl.store(states + slot * DK * DV + offsets, matrix, mask=within)
             tl.store(zs + slot * DK + i_k, own_z, mask=i_k + block * BK < DK)  # once
         for g in range(0, group):
             reader = head * group + g
@@ -68,9 +68,9 @@ def scan_kernel(
                 real = t < start + length
                 phi = _features(at_q, t, q_t, real, DK, BK)
                 inverse, _ = _inverse(phi, own_z, eps)
-                value = tl.dot(phi, own, input_precision=PRECISION) * inverse[:, None]
+                value = tl.dot(phi, matrix, input_precision=PRECISION) * inverse[:, None]
                 tl.store(at_out + t[:, None] * DV, value, mask=real[:, None] & (i_v < DV)[None, :])
-        new, new_z = own, own_z
+        new, new_z = matrix, own_z
         for offset in range(0, length, BT):
             t = start + offset + i_t
             real = _kept(mask, row, tokens, t, t < start + length, HAS_MASK)
@@ -80,11 +80,11 @@ def scan_kernel(
             value = value.to(tl.float32)
             if DELTA:
                 inverse, _ = _inverse(phi, own_z, eps)
-                value -= tl.dot(phi, own, input_precision=PRECISION) * inverse[:, None]
+                value -= tl.dot(phi, matrix, input_precision=PRECISION) * inverse[:, None]
             new += tl.dot(tl.trans(phi), value, input_precision=PRECISION)
             new_z += tl.sum(phi, 0)
-        own, own_z = new, new_z
-    tl.store(last_M + memory * DK * DV + here, own, mask=within)
+        matrix, own_z = new, new_z
+    tl.store(last_M + memory * DK * DV + offsets, matrix, mask=within)
     tl.store(last_z + memory * DK + i_k, own_z, mask=i_k + block * BK < DK)
 
 
@@ -128,7 +128,7 @@ def _left(
 
 @triton.jit
 def _removed_bwd(
-    grad, grad_z, own, own_z, at_k, mask, row, tokens, start, length, k_t, eps,
+    grad, grad_z, matrix, own_z, at_k, mask, row, tokens, start, length, k_t, eps,
     DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +141,7 @@ def _removed_bwd(
         phi = _features(at_k, t, k_t, real, DK, BK)
         inverse, denominator = _inverse(phi, own_z, eps)
         change = tl.dot(phi, grad, input_precision=PRECISION)
-        previous = tl.dot(phi, own, input_precision=PRECISION)
+        previous = tl.dot(phi, matrix, input_precision=PRECISION)
         share = tl.sum(change * previous, 1) * inverse * inverse
         share = tl.where(denominator >= eps, share, 0.0)
         grad_z += tl.sum(share[:, None] * phi, 0)
@@ -200,10 +200,10 @@ def scan_bwd_kernel(
     row, head = memory // heads, memory % heads
     i_k, i_v = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     within = (i_k < DK)[:, None] & (i_v < DV)[None, :]
-    here = i_k[:, None] * DV + i_v[None, :]
+    offsets = i_k[:, None] * DV + i_v[None, :]
     at_k, at_v = k + row * k_b + head * k_h, v + row * v_b + head * v_h
     at_dk, at_dv = dk + memory * tokens * DK, dv + memory * tokens * DV
-    grad = tl.load(last_dM + memory * DK * DV + here, mask=within, other=0.0)
+    grad = tl.load(last_dM + memory * DK * DV + offsets, mask=within, other=0.0)
     grad_z = tl.load(last_dz + memory * DK + i_k, mask=i_k + block * BK < DK, other=0.0)  # once
     for step in range(0, segments):
         segment = segments - 1 - step
@@ -214,7 +214,7 @@ def scan_bwd_kernel(
         own_z = tl.load(zs + slot * DK + i_k, mask=i_k < DK, other=0.0)
 
         after = slot + memory + 1
-        tl.store(own_grads + here, grad, mask=within)
+        tl.store(own_grads + offsets, grad, mask=within)
         grad, earlier = _left(grad, grad_z, grads_z, arrived, after, block, i_k, blocks, DK, HIP)
         if earlier == blocks - 1:
             total = _total(grads_z + after * blocks * DK, blocks, DK, BK)
@@ -230,8 +230,8 @@ def scan_bwd_kernel(
         new = grad
         if DELTA:
             new, grad_z = _removed_bwd(
-                grad, grad_z, tl.load(own_states + here, mask=within, other=0.0), own_z, at_k, mask,
-                row, tokens, start, length, k_t, eps, DK, BK, BT, HAS_MASK, PRECISION,
+                grad, grad_z, tl.load(own_states + offsets, mask=within, other=0.0), own_z, at_k,
+                mask, row, tokens, start, length, k_t, eps, DK, BK, BT, HAS_MASK, PRECISION,
             )  # fmt: skip
         for g in range(0, group):
             reader = head * group + g
@@ -241,7 +241,7 @@ def scan_bwd_kernel(
                 block, i_v, q_t, d_t, eps, blocks, DK, DV, BK, BT, CV, CT, PRECISION,
             )  # fmt: skip
         grad = new
-    tl.store(first_dM + memory * DK * DV + here, grad, mask=within)
+    tl.store(first_dM + memory * DK * DV + offsets, grad, mask=within)
     before = memory * (segments + 1)
     grad, earlier = _left(grad, grad_z, grads_z, arrived, before, block, i_k, blocks, DK, HIP)
     if earlier == blocks - 1:

@@ -74,8 +74,8 @@ def attention(
             landmark = places % (block_size + 1) == block_size
         lasts, places = (places - landmark.long()).int(), places.int()
     starts = None if documents is None else _starts(q, k, block_size, places, documents)
-    own = q.shape[-1] ** -0.5 if scaling is None else scaling
-    out, lse = forward(q, k, v, places, lasts, starts, valid, block_size, own)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    out, lse = forward(q, k, v, places, lasts, starts, valid, block_size, scale)
     return out, lse.clamp_min(torch.finfo(torch.float32).min)
 
 
@@ -130,13 +130,13 @@ def _constants(
     has_valid: bool,
 ) -> dict[str, Any]:  # fmt: skip
     width = q.shape[-1]
-    own = landmark_tiles(kernel, width, block_size, q.dtype, is_hip())
+    tiles = landmark_tiles(kernel, width, block_size, q.dtype, is_hip())
     return {
-        "M": block_size, "D": width, "BD": own.keys, "BM": own.tokens, "BN": own.values,
-        "JOINED": block_size % own.values != 0, "PLACED": placed, "HAS_STARTS": has_starts,
+        "M": block_size, "D": width, "BD": tiles.keys, "BM": tiles.tokens, "BN": tiles.values,
+        "JOINED": block_size % tiles.values != 0, "PLACED": placed, "HAS_STARTS": has_starts,
         "HAS_VALID": has_valid,
-        "PRECISION": rule(q.dtype, is_hip()), "num_warps": own.warps,
-        "num_stages": own.stages,
+        "PRECISION": rule(q.dtype, is_hip()), "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from .products import dot
 
 @triton.jit
 def _gradients(
-    q, dout, k, v, x, raw, n, j, j0, end, real, values, p, last, there, start, level, delta, k_t,
+    q, dout, k, v, x, raw, n, j, j0, end, real, values, p, last, flags, start, level, delta, k_t,
     v_t, scale,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     JOINED: tl.constexpr, DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -31,7 +31,7 @@ def _gradients(
     dp = dot(dout, tl.trans(values), PRECISION)
     if M > BN:
         most, inner, value, product = _inner(
-            q, dout, k, v, j0, end, p, last, there, start, k_t, v_t, scale, M, D, BD, BM, BN,
+            q, dout, k, v, j0, end, p, last, flags, start, k_t, v_t, scale, M, D, BD, BM, BN,
             JOINED, DIAGONAL,
             HAS_STARTS, HAS_VALID, True, PRECISION,
         )  # fmt: skip
@@ -42,17 +42,17 @@ def _gradients(
         product = tl.sum(weights * dp, 1)
         value = tl.sum(tl.where((n == M)[None, :], raw, 0.0), 1)
     value = _landmark(
-        q, k, value, inner, j0, end, p, last, there, start, k_t, scale, M, D, BD, JOINED, DIAGONAL,
+        q, k, value, inner, j0, end, p, last, flags, start, k_t, scale, M, D, BD, JOINED, DIAGONAL,
         HAS_STARTS, HAS_VALID,
         PRECISION,
     )  # fmt: skip
     constant = product / tl.where(inner == 0.0, 1.0, inner)
     if DIAGONAL:
-        own = p <= j0 + M
-        gate = tl.exp2(tl.where(own, most, value) - level)
-        by_landmark = tl.where(own, 0.0, gate * (constant - delta))
-        factor = gate / tl.where(own | (inner == 0.0), 1.0, inner)
-        constant = tl.where(own, delta, constant)
+        own_section = p <= j0 + M
+        gate = tl.exp2(tl.where(own_section, most, value) - level)
+        by_landmark = tl.where(own_section, 0.0, gate * (constant - delta))
+        factor = gate / tl.where(own_section | (inner == 0.0), 1.0, inner)
+        constant = tl.where(own_section, delta, constant)
     else:
         gate = tl.exp2(value - level)
         by_landmark = gate * (constant - delta)
@@ -64,13 +64,13 @@ def _gradients(
 def _level(lse, place, real):
     """Compute log-sum-exps in powers of two; +inf, so that all weights are 0, where nothing was
     seen."""
-    found = tl.load(lse + place, mask=real, other=-float("inf"))
-    return tl.where(found == -float("inf"), float("inf"), found * 1.4426950408889634)
+    logsumexp = tl.load(lse + place, mask=real, other=-float("inf"))
+    return tl.where(logsumexp == -float("inf"), float("inf"), logsumexp * 1.4426950408889634)
 
 
 @triton.jit
 def _query_section(
-    q, dout, k, v, j0, end, p, last, there, start, level, delta, k_t, v_t, scale, dq,
+    q, dout, k, v, j0, end, p, last, flags, start, level, delta, k_t, v_t, scale, dq,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     JOINED: tl.constexpr, DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -82,11 +82,11 @@ def _query_section(
     keys = _tile(k, j, real, k_t, D, BD)
     values = _tile(v, j, real, v_t, D, BD)
     raw, x = _scores(
-        q, keys, n, j, end, last, there, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
+        q, keys, n, j, end, last, flags, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
         PRECISION,
     )  # fmt: skip
     dp, most, factor, constant, by_landmark = _gradients(
-        q, dout, k, v, x, raw, n, j, j0, end, real, values, p, last, there, start, level, delta,
+        q, dout, k, v, x, raw, n, j, j0, end, real, values, p, last, flags, start, level, delta,
         k_t, v_t,
         scale, M, D, BD, BM, BN, JOINED, DIAGONAL, HAS_STARTS, HAS_VALID, PRECISION,
     )  # fmt: skip
@@ -104,7 +104,7 @@ def _query_section(
         keys = _tile(k, j, real, k_t, D, BD)
         values = _tile(v, j, real, v_t, D, BD)
         _, x = _scores(
-            q, keys, n, j, end, last, there, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
+            q, keys, n, j, end, last, flags, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
             PRECISION,
         )  # fmt: skip
         dp = dot(dout, tl.trans(values), PRECISION)
@@ -149,19 +149,19 @@ def query_bwd_kernel(
         first = tl.minimum(tl.min(start, 0), tokens) // (M + 1)
     middle = tl.min(tl.where(real, p, tokens), 0) // (M + 1)
     stop = tl.max(tl.where(real, p, 0), 0) // (M + 1) + 1
-    there = valid + row * tokens
+    flags = valid + row * tokens
     total = tl.zeros([BM, BD], tl.float32)
     for section in range(first, middle):
         j0 = tl.full([], 0, tl.int64) + section * (M + 1)
         total = _query_section(
-            query, grad, own_k, own_v, j0, tokens, p, last, there, start, level, delta, k_t, v_t,
+            query, grad, own_k, own_v, j0, tokens, p, last, flags, start, level, delta, k_t, v_t,
             scale, total,
             M, D, BD, BM, BN, JOINED, False, HAS_STARTS, HAS_VALID, PRECISION,
         )  # fmt: skip
     for section in range(tl.maximum(first, middle), stop):
         j0 = tl.full([], 0, tl.int64) + section * (M + 1)
         total = _query_section(
-            query, grad, own_k, own_v, j0, tokens, p, last, there, start, level, delta, k_t, v_t,
+            query, grad, own_k, own_v, j0, tokens, p, last, flags, start, level, delta, k_t, v_t,
             scale, total,
             M, D, BD, BM, BN, JOINED, True, HAS_STARTS, HAS_VALID, PRECISION,
         )  # fmt: skip
@@ -174,7 +174,7 @@ def query_bwd_kernel(
 
 @triton.jit
 def _key_tile(
-    q, dout, places, lasts, starts, there, lse, deltas, k, v, keys, values, n, j, j0, real, row,
+    q, dout, places, lasts, starts, flags, lse, deltas, k, v, keys, values, n, j, j0, real, row,
     place, t, queries,
     tokens, q_t, k_t, v_t, d_t, scale, dk, dv, dl,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -192,11 +192,11 @@ def _key_tile(
         places, lasts, starts, row * queries + t, asked, p, tokens, PLACED, HAS_STARTS
     )
     raw, x = _scores(
-        query, keys, n, j, tokens, last, there, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
+        query, keys, n, j, tokens, last, flags, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
         PRECISION,
     )  # fmt: skip
     dp, most, factor, constant, by_landmark = _gradients(
-        query, grad, k, v, x, raw, n, j, j0, tokens, real, values, p, last, there, start, level,
+        query, grad, k, v, x, raw, n, j, j0, tokens, real, values, p, last, flags, start, level,
         delta, k_t,
         v_t, scale, M, D, BD, BM, BN, JOINED, DIAGONAL, HAS_STARTS, HAS_VALID, PRECISION,
     )  # fmt: skip
@@ -264,7 +264,7 @@ def key_bwd_kernel(
     grad_k = tl.zeros([BN, BD], tl.float32)
     grad_v = tl.zeros([BN, BD], tl.float32)
     grad_l = tl.zeros([16, BD], tl.float32)
-    there = valid + row * tokens
+    flags = valid + row * tokens
     first, middle, stop = _seen_by(
         places, starts, row, j0, queries, tokens, M, BM, PLACED, HAS_STARTS
     )
@@ -275,7 +275,7 @@ def key_bwd_kernel(
         for tile in range(first, middle):
             t = tl.full([], 0, tl.int64) + tile * BM + tl.arange(0, BM)
             grad_k, grad_v, grad_l = _key_tile(
-                own_q, own_d, places, lasts, starts, there, lse, deltas, own_k, own_v, keys,
+                own_q, own_d, places, lasts, starts, flags, lse, deltas, own_k, own_v, keys,
                 values, n, j, j0, real, row, place, t, queries, tokens, q_t, k_t, v_t, d_t, scale,
                 grad_k, grad_v, grad_l, M, D, BD, BM, BN, JOINED, True, PLACED, HAS_STARTS,
                 HAS_VALID, PRECISION,
@@ -283,20 +283,20 @@ def key_bwd_kernel(
         for tile in range(middle, stop):
             t = tl.full([], 0, tl.int64) + tile * BM + tl.arange(0, BM)
             grad_k, grad_v, grad_l = _key_tile(
-                own_q, own_d, places, lasts, starts, there, lse, deltas, own_k, own_v, keys,
+                own_q, own_d, places, lasts, starts, flags, lse, deltas, own_k, own_v, keys,
                 values, n, j, j0, real, row, place, t, queries, tokens, q_t, k_t, v_t, d_t, scale,
                 grad_k, grad_v, grad_l, M, D, BD, BM, BN, JOINED, False, PLACED, HAS_STARTS,
                 HAS_VALID, PRECISION,
             )  # fmt: skip
     i_d = tl.arange(0, BD)
     at = (row * heads + head) * tokens
-    here = (at + j[:, None]) * D + i_d[None, :]
+    offsets = (at + j[:, None]) * D + i_d[None, :]
     inside = real[:, None] & (i_d < D)[None, :]
-    tl.store(dk + here, (grad_k * plain).to(dk.dtype.element_ty), mask=inside)
-    tl.store(dv + here, grad_v.to(dv.dtype.element_ty), mask=inside)
+    tl.store(dk + offsets, (grad_k * plain).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + offsets, grad_v.to(dv.dtype.element_ty), mask=inside)
     if not JOINED:
         i = tl.arange(0, 16)[:, None]
-        here = (at + j0 + M + i) * D + i_d[None, :]
+        offsets = (at + j0 + M + i) * D + i_d[None, :]
         inside = (i + part == 0) & (i_d < D)[None, :] & (j0 + M + i < tokens)
-        tl.store(dk + here, (grad_l * plain).to(dk.dtype.element_ty), mask=inside)
-        tl.store(dv + here, tl.zeros([16, BD], tl.float32).to(dv.dtype.element_ty), mask=inside)
+        tl.store(dk + offsets, (grad_l * plain).to(dk.dtype.element_ty), mask=inside)
+        tl.store(dv + offsets, tl.zeros([16, BD], tl.float32).to(dv.dtype.element_ty), mask=inside)

@@ -55,18 +55,18 @@ def retrieved_kernel(
             most = tl.full([], -float("inf"), tl.float32)
             for first in range(0, M, BN):
                 n = first + tl.arange(0, BN)
-                here = tl.load(valid + (row * blocks + block) * M + n, mask=n < M, other=0) != 0
+                filled = tl.load(valid + (row * blocks + block) * M + n, mask=n < M, other=0) != 0
                 place = at * M + n[:, None]
                 key = tl.load(
-                    keys + place * D + i_d[None, :], mask=here[:, None] & (i_d < D)[None, :],
+                    keys + place * D + i_d[None, :], mask=filled[:, None] & (i_d < D)[None, :],
                     other=0.0,
                 )  # fmt: skip
                 x = _capped(tl.sum(key.to(tl.float32) * query[None, :], 1), cap, CAPPED)
-                x = tl.where(here, x, -float("inf"))
+                x = tl.where(filled, x, -float("inf"))
                 new = tl.maximum(most, tl.max(x, 0))
                 decay, weights = tl.exp(most - _shift(new)), tl.exp(x - _shift(new))
                 value = tl.load(
-                    values + place * DV + i_v[None, :], mask=here[:, None] & (i_v < DV)[None, :],
+                    values + place * DV + i_v[None, :], mask=filled[:, None] & (i_v < DV)[None, :],
                     other=0.0,
                 )  # fmt: skip
                 part = part * decay + tl.sum(weights[:, None] * value.to(tl.float32), 0)

@@ -32,7 +32,7 @@ def _tile(base, j, real, step, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _scores(
-    q, keys, n, j, end, last, there, start, scale, M: tl.constexpr, DIAGONAL: tl.constexpr,
+    q, keys, n, j, end, last, flags, start, scale, M: tl.constexpr, DIAGONAL: tl.constexpr,
     HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute scores in powers of two, and which of them the queries see (never a landmark)."""
@@ -43,7 +43,7 @@ def _scores(
     if HAS_STARTS:
         seen = seen & (j[None, :] >= start[:, None])
     if HAS_VALID:
-        seen = seen & (tl.load(there + j, mask=j < end, other=0) != 0)[None, :]
+        seen = seen & (tl.load(flags + j, mask=j < end, other=0) != 0)[None, :]
     return x, tl.where(seen, x, -float("inf"))
 
 
@@ -69,7 +69,7 @@ def _column(x):
 
 @triton.jit
 def _landmark(
-    q, k, own, inner, j0, end, p, last, there, start, k_t, scale, M: tl.constexpr,
+    q, k, score, inner, j0, end, p, last, flags, start, k_t, scale, M: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
     JOINED: tl.constexpr, DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -78,20 +78,20 @@ def _landmark(
     or has no token that is seen (a sum of weights `inner` of 0). JOINED: they are known."""
     if not JOINED:
         mark = _mark(k, j0 + M, end, k_t, D, BD)
-        own = tl.sum(dot(q, tl.trans(mark), PRECISION), 1) * scale
+        score = tl.sum(dot(q, tl.trans(mark), PRECISION), 1) * scale
     if DIAGONAL:
-        own = tl.where(p > j0 + M, own, -float("inf"))
+        score = tl.where(p > j0 + M, score, -float("inf"))
     if HAS_STARTS:
-        own = tl.where(start <= j0 + M, own, -float("inf"))
+        score = tl.where(start <= j0 + M, score, -float("inf"))
     if HAS_VALID:
-        real = tl.load(there + j0 + M, mask=j0 + M < end, other=0) != 0
-        own = tl.where(real & (inner > 0.0), own, -float("inf"))
-    return own
+        real = tl.load(flags + j0 + M, mask=j0 + M < end, other=0) != 0
+        score = tl.where(real & (inner > 0.0), score, -float("inf"))
+    return score
 
 
 @triton.jit
 def _inner(
-    q, dout, k, v, j0, end, p, last, there, start, k_t, v_t, scale,
+    q, dout, k, v, j0, end, p, last, flags, start, k_t, v_t, scale,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     JOINED: tl.constexpr, DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
     GRADS: tl.constexpr,
@@ -109,7 +109,7 @@ def _inner(
         real = (n < M + JOINED) & (j < end)
         keys = _tile(k, j, real, k_t, D, BD)
         raw, x = _scores(
-            q, keys, n, j, end, last, there, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
+            q, keys, n, j, end, last, flags, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
             PRECISION,
         )  # fmt: skip
         new = tl.maximum(most, tl.max(x, 1))
@@ -139,7 +139,7 @@ def _weighed(
 
 @triton.jit
 def _forward_section(
-    q, k, v, j0, end, p, last, there, start, k_t, v_t, scale, total, top, mass,
+    q, k, v, j0, end, p, last, flags, start, k_t, v_t, scale, total, top, mass,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     JOINED: tl.constexpr, DIAGONAL: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALID: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -150,12 +150,12 @@ def _forward_section(
     real = (n < M + JOINED) & (j < end)
     keys = _tile(k, j, real, k_t, D, BD)
     raw, x = _scores(
-        q, keys, n, j, end, last, there, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
+        q, keys, n, j, end, last, flags, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
         PRECISION,
     )  # fmt: skip
     if M > BN:
         most, inner, value, _unused = _inner(
-            q, q, k, v, j0, end, p, last, there, start, k_t, v_t, scale, M, D, BD, BM, BN, JOINED,
+            q, q, k, v, j0, end, p, last, flags, start, k_t, v_t, scale, M, D, BD, BM, BN, JOINED,
             DIAGONAL,
             HAS_STARTS, HAS_VALID, False, PRECISION,
         )  # fmt: skip
@@ -164,22 +164,22 @@ def _forward_section(
         inner = tl.sum(_weights(x, most), 1)
         value = tl.sum(tl.where((n == M)[None, :], raw, 0.0), 1)
     value = _landmark(
-        q, k, value, inner, j0, end, p, last, there, start, k_t, scale, M, D, BD, JOINED, DIAGONAL,
+        q, k, value, inner, j0, end, p, last, flags, start, k_t, scale, M, D, BD, JOINED, DIAGONAL,
         HAS_STARTS, HAS_VALID,
         PRECISION,
     )  # fmt: skip
     divisor = tl.where(inner == 0.0, 1.0, inner)
     factor = 1.0 / divisor
     if DIAGONAL:
-        own = p <= j0 + M
-        value = tl.where(own, most, value)
-        factor = tl.where(own, 1.0, factor)
+        own_section = p <= j0 + M
+        value = tl.where(own_section, most, value)
+        factor = tl.where(own_section, 1.0, factor)
     new = tl.maximum(top, value)
     safe = tl.where(new == -float("inf"), 0.0, new)
     decay, share = tl.exp2(top - safe), tl.exp2(value - safe)
     gained = share
     if DIAGONAL:
-        gained = tl.where(own, share * inner, share)
+        gained = tl.where(own_section, share * inner, share)
     mass = mass * decay + gained
     total = total * decay[:, None]
     factor = factor * share
@@ -190,7 +190,7 @@ def _forward_section(
             real = (n < M) & (j < end)
             keys = _tile(k, j, real, k_t, D, BD)
             _, x = _scores(
-                q, keys, n, j, end, last, there, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
+                q, keys, n, j, end, last, flags, start, scale, M, DIAGONAL, HAS_STARTS, HAS_VALID,
                 PRECISION,
             )  # fmt: skip
             total = _weighed(total, x, most, factor, v, j, real, v_t, D, BD, PRECISION)
@@ -241,21 +241,21 @@ def forward_kernel(
         first = tl.minimum(tl.min(start, 0), tokens) // (M + 1)
     middle = tl.min(tl.where(real, p, tokens), 0) // (M + 1)
     stop = tl.max(tl.where(real, p, 0), 0) // (M + 1) + 1
-    there = valid + row * tokens
+    flags = valid + row * tokens
     total = tl.zeros([BM, BD], tl.float32)
     mass = tl.zeros([BM], tl.float32)
     top = tl.full([BM], -float("inf"), tl.float32)
     for section in range(first, middle):
         j0 = tl.full([], 0, tl.int64) + section * (M + 1)
         total, top, mass = _forward_section(
-            query, own_k, own_v, j0, tokens, p, last, there, start, k_t, v_t, scale, total, top,
+            query, own_k, own_v, j0, tokens, p, last, flags, start, k_t, v_t, scale, total, top,
             mass,
             M, D, BD, BM, BN, JOINED, False, HAS_STARTS, HAS_VALID, PRECISION,
         )  # fmt: skip
     for section in range(tl.maximum(first, middle), stop):
         j0 = tl.full([], 0, tl.int64) + section * (M + 1)
         total, top, mass = _forward_section(
-            query, own_k, own_v, j0, tokens, p, last, there, start, k_t, v_t, scale, total, top,
+            query, own_k, own_v, j0, tokens, p, last, flags, start, k_t, v_t, scale, total, top,
             mass,
             M, D, BD, BM, BN, JOINED, True, HAS_STARTS, HAS_VALID, PRECISION,
         )  # fmt: skip
@@ -267,5 +267,5 @@ def forward_kernel(
         out + place[:, None] * D + i_d[None, :], total.to(out.dtype.element_ty),
         mask=real[:, None] & (i_d < D)[None, :],
     )  # fmt: skip
-    found = (top + tl.log2(tl.where(seen, mass, 1.0))) * 0.6931471805599453
-    tl.store(lse + place, tl.where(seen, found, -float("inf")), mask=real)
+    logsumexp = (top + tl.log2(tl.where(seen, mass, 1.0))) * 0.6931471805599453
+    tl.store(lse + place, tl.where(seen, logsumexp, -float("inf")), mask=real)

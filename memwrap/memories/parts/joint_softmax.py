@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from memwrap.backbones.joining import attend_beside, flashes
 from memwrap.backbones.layer_attention import LayerAttention
 from memwrap.ops import narrowed
 
@@ -31,6 +32,9 @@ def merge_attention_states(
     Returns:
         The output `(B, T, H, Dv)`, and the weight `(B, H, T)` that the entries got together.
     """
+    if flashes(attention):
+        result, total = attend_beside(attention, out, logsumexp)
+        return result, (logsumexp - total).exp()
     query, key, value = attention.rotated_query, attention.rotated_key, attention.value
     dtype, wide = query.dtype, logsumexp.dtype
     finite = logsumexp > -math.inf

@@ -34,6 +34,7 @@ class Evicted:
         kept: `(B, T)` that row among the ones kept before the segment.
         columns: `(B, T)` its column in the segment, where it is one of the segment's.
         inside: `(B, T)` bool, where it is; None: nowhere.
+        run: they are these rows, one after the other, among the ones kept; None: they may not be.
     """
 
     query_positions: Tensor
@@ -41,10 +42,13 @@ class Evicted:
     kept: Tensor
     columns: Tensor
     inside: Tensor | None
+    run: slice | None
 
     def rows(self, kept: Tensor, segment_rows: Callable[[], Tensor]) -> Tensor:
         """Take what left, `(B, H, T, D)`: of the kept rows `(B, H, W, D)` and, where it is inside,
         of what `segment_rows` gives for `columns`, `(B, H, T, D)`."""
+        if self.run is not None:
+            return kept[:, :, self.run]
         before = take(kept, self.kept)
         if self.inside is None:
             return before
@@ -144,7 +148,12 @@ class SlidingWindow:
         new = {**state, "tokens": tokens}
         segment = {"window_key": attention.key, "window_value": attention.value}
         for name, rows in (segment | (beside or {})).items():
-            new[name] = take(torch.cat([state[name], rows.to(state[name])], 2), kept, valid)
+            more, old = rows.shape[2], state[name]
+            if kept is None:  # without padding what stays are the last rows
+                parts = [old[:, :, more:], rows[:, :, max(0, more - self.kept) :].to(old)]
+                new[name] = torch.cat(parts, 2)
+            else:
+                new[name] = take(torch.cat([old, rows.to(old)], 2), kept, valid)
         if self.num_sinks:
             new["sink_key"], new["sink_value"] = self._sinks(attention, state)
         return new
@@ -172,13 +181,22 @@ class SlidingWindow:
         positions = state["tokens"][:, None] + rank
         inside = column >= 0
         within = bool(inside.any())  # seldom in decoding: asked once a step, for all layers
-        return Evicted(positions, positions - sizes, kept, columns, inside if within else None)
+        run = None
+        if attention.positions.ordered and "sizes" not in state and not within:
+            first = valid.shape[1] - length - self.size + self.kept
+            run = slice(first, first + length)
+        some = inside if within else None
+        return Evicted(positions, positions - sizes, kept, columns, some, run)
 
-    def _kept(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor, Tensor]:
+    def _kept(
+        self, attention: LayerAttention, state: Tree
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Choose what stays: tokens read, which of kept rows and the segment's stay, `(B, W)`, and
-        which of these are real."""
+        which of these are real; None: the last rows, where rows that are not real hold zeros."""
         before, valid = state["tokens"], attention.key_valid
         tokens = before + valid.sum(1)
+        if attention.positions.ordered:
+            return tokens, None, None
         rows = latest(torch.cat([right_valid(before, self.kept), valid], 1), self.kept)
         return tokens, rows, right_valid(tokens, self.kept)
 

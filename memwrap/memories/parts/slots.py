@@ -7,7 +7,7 @@ filled from the left, and `limit` `(B,)`, how many slots a row may have on avera
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,9 +40,9 @@ class Rows:
         places = place[:, None].expand(shape).float()
         return cls(key, value, torch.zeros_like(places), places, valid[:, None].expand(shape))
 
-    def beside(self, *others: Rows) -> Rows:
+    def beside(self, *rows: Rows) -> Rows:
         """Put rows behind these."""
-        parts = (self, *others)
+        parts = (self, *rows)
         tensors = {
             name: torch.cat([getattr(p, name).to(getattr(self, name)) for p in parts], 2)
             for name in (*NAMES, "valid")
@@ -87,6 +87,12 @@ class References:
     query: Tensor
     place: Tensor
     weight: Tensor
+
+    def asked_again(self, tokens: Tensor) -> References:
+        """Move them behind a text of `tokens` `(B,)`, as if it came again: there, behind all rows,
+        is where slots will be read. At their own places some stand in front of rows that they are
+        to judge, and beside others that later queries never see so near."""
+        return replace(self, place=self.place + tokens[:, None])
 
 
 def empty_slots(
@@ -158,27 +164,60 @@ def compacted(
     return Rows(kept.key, fitted, bias, kept.place, slots.filled).padded(width)
 
 
+def errors_of(
+    attention: LayerAttention, rows: Rows, slots: Rows, sinks: Rows, references: References,
+    farthest: int | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Compute what each KV head loses by slots in place of rows, `(Hkv,)`: the squared error of
+    what references find, beside sinks that stay, in parts of all heads' squared output."""
+    found = []
+    for part in (rows, slots):
+        share = share_of(attention, part, sinks, references, farthest, softcap)
+        output = output_of(attention, part, references, farthest, softcap)
+        found.append(share[..., None] * output)
+    weight = references.weight[..., None]
+    heads = rows.key.shape[1]
+    lost = ((found[0] - found[1]).square() * weight).unflatten(1, (heads, -1))
+    return lost.sum((0, 2, 3, 4)) / (found[0].square() * weight).sum().clamp_min(1e-30)
+
+
+def output_of(
+    attention: LayerAttention, rows: Rows, references: References, farthest: int | None,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Compute what references find in rows alone, `(B, H, R, Dv)`."""
+    heads, wide = rows.key.shape[1], torch.promote_types(rows.key.dtype, torch.float32)
+    query = attention.rotate(references.query.to(wide), references.place)
+    query = ops.stack_groups(query, heads)
+    key = attention.rotate(rows.key.to(wide), clamped(rows.place, farthest))
+    block = ops.KeyValueBlock(query, key, key, attention.scaling, softcap=softcap)
+    logits = block.logits(query, key, rows.bias.to(wide))
+    logits = logits.masked_fill(~rows.valid[:, :, None], torch.finfo(wide).min)
+    found = torch.softmax(logits, -1) @ rows.value.to(wide)
+    return found.view(*references.query.shape[:3], -1)
+
+
 def share_of(
     attention: LayerAttention,
     folded: Rows,
-    others: Rows,
+    other_rows: Rows,
     references: References,
     farthest: int | None,
     softcap: float | None,
 ) -> Tensor:
     """Compute the share `(B, H, R)` of each reference query's attention that rows to be folded get,
-    beside the `others` that it sees."""
+    beside the `other_rows` that it sees."""
     heads, wide = folded.key.shape[1], torch.promote_types(folded.key.dtype, torch.float32)
     query = attention.rotate(references.query.to(wide), references.place)
     query = ops.stack_groups(query, heads)
     masses = []
-    for rows in (folded, others):
+    for rows in (folded, other_rows):
         key = attention.rotate(rows.key.to(wide), clamped(rows.place, farthest))
         block = ops.KeyValueBlock(query, key, key, attention.scaling, softcap=softcap)
         logits = block.logits(query, key, rows.bias.to(wide)).masked_fill(
             ~rows.valid[:, :, None], torch.finfo(wide).min
         )
-        if rows is others:
+        if rows is other_rows:
             place = references.place[:, None].expand(references.query.shape[:3])
             place = ops.stack_groups(place[..., None], heads)
             logits = logits.masked_fill(rows.place[:, :, None] > place, torch.finfo(wide).min)

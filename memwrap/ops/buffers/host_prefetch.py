@@ -53,11 +53,11 @@ def _started(fetch: Fetch, stream: Any) -> tuple[tuple[Tensor, ...], Any]:
         return fetch(), stream.record_event()
 
 
-def _arrived(found: tuple[Tensor, ...], event: Any, device: torch.device) -> tuple[Tensor, ...]:
+def _arrived(tensors: tuple[Tensor, ...], event: Any, device: torch.device) -> tuple[Tensor, ...]:
     """Give the result, once the device's own stream may read it."""
     if event is not None:
-        here = torch.cuda.current_stream(device)
-        here.wait_event(event)
-        for tensor in found:
-            tensor.record_stream(here)  # its memory is not given away before `here` is done
-    return found
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(event)
+        for tensor in tensors:
+            tensor.record_stream(stream)  # its memory is not given away before `stream` is done
+    return tensors

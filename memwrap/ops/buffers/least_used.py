@@ -13,17 +13,17 @@ from memwrap.ops.buffers import ring
 
 
 @torch.no_grad()
-def mark(last_used: Tensor, slot: Tensor, there: Tensor, time: Tensor) -> Tensor:
+def mark(last_used: Tensor, slot: Tensor, valid: Tensor, time: Tensor) -> Tensor:
     """Note when entries were retrieved last.
 
     Args:
         last_used: `(B, C)`; -1 for an entry that is not there.
         slot: `(B, M, N)` slots that were retrieved.
-        there: `(B, M, N)` bool; others are not noted.
+        valid: `(B, M, N)` bool; others are not noted.
         time: `(B,)`.
     """
     size = last_used.shape[1]
-    index = torch.where(there, slot, size).flatten(1)
+    index = torch.where(valid, slot, size).flatten(1)
     spare = torch.nn.functional.pad(last_used, (0, 1))
     return spare.scatter(1, index, time[:, None].expand_as(index))[:, :size]
 

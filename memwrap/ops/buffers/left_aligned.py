@@ -40,26 +40,26 @@ def append(buffer: Tensor, count: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def take_last(
-    values: Tensor, chosen: Tensor, most: Tensor | int, size: int
+    values: Tensor, mask: Tensor, limit: Tensor | int, size: int
 ) -> tuple[Tensor, Tensor]:
     """Take the last chosen rows.
 
     Args:
         values: `(B, N, D)`.
-        chosen: `(B, N)` bool.
-        most: at most so many, `(B,)` or for all; no more than `size`.
+        mask: `(B, N)` bool, the chosen rows.
+        limit: at most so many, `(B,)` or for all; no more than `size`.
         size: slots of the result.
 
     Returns:
         `(B, size, D)`, in their order, and their number `(B,)`.
     """
-    chosen = chosen.to(values.device)
+    mask = mask.to(values.device)
     if values.shape[1] < size:
         missing = size - values.shape[1]
         values = torch.nn.functional.pad(values, (0, 0, 0, missing))
-        chosen = torch.nn.functional.pad(chosen, (0, missing))
-    most = torch.as_tensor(most, device=values.device).expand(values.shape[0])
-    rank_from_end = chosen.flip(1).cumsum(1).flip(1)
-    keep = chosen & (rank_from_end <= most[:, None])
+        mask = torch.nn.functional.pad(mask, (0, missing))
+    limit = torch.as_tensor(limit, device=values.device).expand(values.shape[0])
+    rank_from_end = mask.flip(1).cumsum(1).flip(1)
+    keep = mask & (rank_from_end <= limit[:, None])
     count = keep.sum(1)
     return take(values, earliest(keep, size), filled(count, size)), count

@@ -49,11 +49,11 @@ def append(pages: Pages, counts: Tensor, new: dict[str, Tensor], more: Tensor, s
     length = max(total, number_of(pages))
     result = dict(pages)
     for page in range(first, -(-total // size)):
-        here = min(size, length - page * size)
+        page_length = min(size, length - page * size)
         result[str(page)] = {}
         for name, rows in new.items():
             old = pages["0"][name][:, :0] if str(page) not in pages else pages[str(page)][name]
-            shape = (len(old), here - old.shape[1], *old.shape[2:])
+            shape = (len(old), page_length - old.shape[1], *old.shape[2:])
             old = torch.cat([old, old.new_zeros(shape)], 1)
             at, rows = (t.to(old.device) for t in (counts - page * size, rows))
             result[str(page)][name] = put(old, at, rows, more.to(old.device), 1)
@@ -162,9 +162,9 @@ class SlotCache:
         held = torch.tensor(slots, dtype=torch.long, device=device)
         result = []
         for buffer, new in zip(self._buffers, fetched, strict=True):
-            found = buffer[held.clamp_min(0)]
+            values = buffer[held.clamp_min(0)]
             at = torch.tensor(missing, dtype=torch.long, device=device)
-            result.append(found.index_copy(0, at, new))
+            result.append(values.index_copy(0, at, new))
         self._keep([keys[i] for i in missing], fetched, set(slots))
         return result
 

@@ -63,7 +63,7 @@ def survey(flat: KeyValueBlock, matching: Matching) -> Survey:
     if matching.selection == "omp":
         size = valid.shape[1]
         gram = torch.zeros(len(valid), size, size, dtype=wide_dtype(total), device=total.device)
-    found = []
+    pieces = []
     for part in chunks(flat, valid.shape[1]):
         logits = flat.logits(flat.query[:, part], flat.key, flat.bias)  # type: ignore[arg-type]
         logits = logits.masked_fill(~valid[:, None], -torch.inf)
@@ -71,7 +71,7 @@ def survey(flat: KeyValueBlock, matching: Matching) -> Survey:
         exponentials = (logits - high[..., None]).exp()
         mass = exponentials.sum(-1).clamp_min(torch.finfo(logits.dtype).tiny)
         attention = exponentials / mass[..., None]
-        found.append((high, mass, attention @ flat.value))
+        pieces.append((high, mass, attention @ flat.value))
         counted = attention * weight[:, part, None]
         if matching.score == "max":
             total = torch.maximum(total, counted.amax(1))
@@ -81,7 +81,7 @@ def survey(flat: KeyValueBlock, matching: Matching) -> Survey:
             unit = attention if matching.relative else exponentials
             rows = (unit * weight[:, part, None]).to(gram.dtype)
             gram = gram + rows.transpose(1, 2) @ rows
-    high, mass, output = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    high, mass, output = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
     asked = (weight > 0).sum(1, keepdim=True).clamp_min(1)
     score = total if matching.score == "max" else total / asked
     score = pooled(score.sqrt() if matching.score == "rms" else score, valid, matching)
@@ -105,23 +105,23 @@ def compact_chunked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compact flat heads: keys, which slots are filled, biases, and values."""
     valid: Tensor = flat.valid  # type: ignore[assignment]
-    there = valid.sum(1)
-    found = survey(flat, matching)
+    lengths = valid.sum(1)
+    measures = survey(flat, matching)
     most = min(int(slots.max()), valid.shape[1])
     if matching.selection == "omp":
-        index, filled, weights = _pursued(flat, found, slots, most, matching, start)
+        index, filled, weights = _pursued(flat, measures, slots, most, matching, start)
     else:
-        index = found.score.argsort(dim=1, descending=True, stable=True)[:, :most]
-        filled, weights = first_slots(torch.minimum(slots, there), most), None
-    keeps = (there <= slots) if matching.keep_all else torch.zeros_like(there, dtype=torch.bool)
+        index = measures.score.argsort(dim=1, descending=True, stable=True)[:, :most]
+        filled, weights = first_slots(torch.minimum(slots, lengths), most), None
+    keeps = (lengths <= slots) if matching.keep_all else torch.zeros_like(lengths, dtype=torch.bool)
     first = (~valid).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
     index = torch.where(keeps[:, None], first, index)
-    filled = torch.where(keeps[:, None], first_slots(there, most), filled)
+    filled = torch.where(keeps[:, None], first_slots(lengths, most), filled)
     index = index.masked_fill(~filled, 0)
     if bool(keeps.all()):
         bias, value = _old(flat, index)
     else:
-        bias, value = fit_chunked(flat, found, index, filled, matching, start, weights)
+        bias, value = fit_chunked(flat, measures, index, filled, matching, start, weights)
         old_bias, old = _old(flat, index)
         bias = torch.where(keeps[:, None], old_bias.to(bias), bias)
         value = torch.where(keeps[:, None, None], old.to(value), value)
@@ -130,7 +130,7 @@ def compact_chunked(
 
 def fit_chunked(
     flat: KeyValueBlock,
-    found: Survey,
+    measures: Survey,
     index: Tensor,
     filled: Tensor,
     matching: Matching,
@@ -144,18 +144,18 @@ def fit_chunked(
     bias, old = bias.to(wide), old.to(wide)
     if matching.fit_bias:
         if weights is None:
-            weights = _weights(flat, found, index, filled, matching, start)
+            weights = _weights(flat, measures, index, filled, matching, start)
         bias = torch.where(filled, bias + weights.to(wide).clamp_min(SMALLEST).log(), 0.0)
     if not matching.fit_values:
         return bias, old
     past = old if matching.towards_old else torch.zeros_like(old)
     if matching.ridge == 0:
-        missing = found.output.to(wide) * flat.weight[..., None]  # type: ignore[index]
+        missing = measures.output.to(wide) * flat.weight[..., None]  # type: ignore[index]
         value = past.clone()
         for row in range(len(index)):
-            own = filled[row]
-            x = torch.cat([x[row] for x, _ in _shares(flat, index, filled, bias)])[:, own].to(wide)
-            value[row, own] += shortest(x, missing[row] - x @ past[row, own])
+            mask = filled[row]
+            x = torch.cat([x[row] for x, _ in _shares(flat, index, filled, bias)])[:, mask].to(wide)
+            value[row, mask] += shortest(x, missing[row] - x @ past[row, mask])
         return bias, value
     size = index.shape[1]
     gram = torch.zeros(len(index), size, size, dtype=wide, device=bias.device)
@@ -163,7 +163,7 @@ def fit_chunked(
     for x, part in _shares(flat, index, filled, bias):
         rows = x.to(wide).transpose(1, 2)
         gram += rows @ rows.transpose(1, 2)
-        right += rows @ (found.output[:, part] * flat.weight[:, part, None]).to(wide)  # type: ignore[index]
+        right += rows @ (measures.output[:, part] * flat.weight[:, part, None]).to(wide)  # type: ignore[index]
     ridge = ridge_of(gram, filled, matching).clamp_min(torch.finfo(wide).tiny)
     right = right - gram @ past
     gram = gram + torch.diag_embed((~filled).to(wide))
@@ -192,14 +192,14 @@ def _shares(
 
 
 def _exponentials(
-    flat: KeyValueBlock, found: Survey, index: Tensor, filled: Tensor, relative: bool
+    flat: KeyValueBlock, measures: Survey, index: Tensor, filled: Tensor, relative: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, for each chunk of queries, the chosen keys' exponentials `(R, n, S)` and the mass
     `(R, n)`, as queries count them."""
     bias, key = _old(flat, index)[0], _key(flat, index)
     for part in chunks(flat, index.shape[1]):
-        logits = flat.logits(flat.query[:, part], key, bias) - found.high[:, part, None]
-        mass, weight = found.mass[:, part], flat.weight[:, part]  # type: ignore[index]
+        logits = flat.logits(flat.query[:, part], key, bias) - measures.high[:, part, None]
+        mass, weight = measures.mass[:, part], flat.weight[:, part]  # type: ignore[index]
         rows = logits.exp() * filled[:, None]
         if relative:
             rows, mass = rows / mass[..., None], torch.ones_like(mass)
@@ -208,7 +208,7 @@ def _exponentials(
 
 def _weights(
     flat: KeyValueBlock,
-    found: Survey,
+    measures: Survey,
     index: Tensor,
     filled: Tensor,
     matching: Matching,
@@ -217,14 +217,14 @@ def _weights(
     """Fit weights `(R, S)` to the mass."""
     wide = wide_dtype(flat.key)
     lower, upper = max(matching.lower, SMALLEST), matching.upper
-    parts = _exponentials(flat, found, index, filled, matching.relative)
+    parts = _exponentials(flat, measures, index, filled, matching.relative)
     if matching.steps is not None:
         rows, target = (torch.cat(x, 1).to(wide) for x in zip(*parts, strict=True))
         weights = torch.ones(index.shape, dtype=wide, device=rows.device)
-        for row, own in enumerate(filled):
-            begin = None if start is None else start[row, : int(own.sum())].to(wide)
-            weights[row, own] = clamped_least_squares(
-                rows[row][:, own], target[row], lower, upper, matching.steps, begin
+        for row, mask in enumerate(filled):
+            begin = None if start is None else start[row, : int(mask.sum())].to(wide)
+            weights[row, mask] = clamped_least_squares(
+                rows[row][:, mask], target[row], lower, upper, matching.steps, begin
             )
         return weights
     size = index.shape[1]
@@ -251,42 +251,42 @@ def _bounded(
 
 def _pursued(
     flat: KeyValueBlock,
-    found: Survey,
+    measures: Survey,
     slots: Tensor,
     most: int,
     matching: Matching,
     start: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose keys by matching pursuit, head by head, on the Gram matrix of their exponentials."""
-    gram: Tensor = found.gram  # type: ignore[assignment]
+    gram: Tensor = measures.gram  # type: ignore[assignment]
     index = torch.zeros(len(slots), most, dtype=torch.long, device=slots.device)
     filled = torch.zeros_like(index, dtype=torch.bool)
     weights = torch.ones_like(index, dtype=gram.dtype)
     for row, valid in enumerate(flat.valid):  # type: ignore[arg-type]
-        own = gram[row]
-        target = own.sum(1)
-        lengths = own.diagonal().sqrt() + 1e-12 if matching.normalized else 1.0
+        row_gram = gram[row]
+        target = row_gram.sum(1)
+        lengths = row_gram.diagonal().sqrt() + 1e-12 if matching.normalized else 1.0
 
         def correlate(
             chosen: list[int],
             x: Tensor,
-            own: Tensor = own,
+            row_gram: Tensor = row_gram,
             target: Tensor = target,
             lengths: Tensor | float = lengths,
         ) -> Tensor:
-            return (target - own[:, chosen] @ x.to(own)) / lengths
+            return (target - row_gram[:, chosen] @ x.to(row_gram)) / lengths
 
         def solve(
-            chosen: list[int], row: int = row, own: Tensor = own, target: Tensor = target
+            chosen: list[int], row: int = row, row_gram: Tensor = row_gram, target: Tensor = target
         ) -> Tensor:
             keys = torch.tensor([chosen], dtype=torch.long, device=slots.device).view(1, -1)
             all_filled = torch.ones_like(keys, dtype=torch.bool)
             if matching.steps is None:
                 lower = max(matching.lower, SMALLEST)
-                parts = own[chosen][None, :, chosen], target[chosen][None]
+                parts = row_gram[chosen][None, :, chosen], target[chosen][None]
                 return _bounded(*parts, all_filled, matching, lower, matching.upper)[0]
             begin = None if start is None else start[row : row + 1]
-            alone, of = _one(flat, row), _found_of(found, row)
+            alone, of = _one(flat, row), _measures_of(measures, row)
             return _weights(alone, of, keys, all_filled, matching, begin)[0]
 
         wanted = min(int(slots[row]), int(valid.sum()))
@@ -305,6 +305,6 @@ def _one(flat: KeyValueBlock, row: int) -> KeyValueBlock:
     return KeyValueBlock(query, key, value, flat.scaling, bias, valid, weight, flat.softcap)
 
 
-def _found_of(found: Survey, row: int) -> Survey:
-    score, high, mass = (x[row : row + 1] for x in (found.score, found.high, found.mass))
-    return Survey(score, high, mass, found.output[row : row + 1], None)
+def _measures_of(measures: Survey, row: int) -> Survey:
+    score, high, mass = (x[row : row + 1] for x in (measures.score, measures.high, measures.mass))
+    return Survey(score, high, mass, measures.output[row : row + 1], None)

@@ -14,10 +14,10 @@ Slots = tuple[list[int], Tensor, Tensor]  # keys, biases `(S,)`, values `(S, Dv)
 
 def head_of(flat: KeyValueBlock, row: int) -> KeyValueBlock:
     """Take one head of a flat block: its queries and keys that are there, in float64."""
-    there, asked = flat.valid[row], flat.weight[row] > 0  # type: ignore[index]
+    present, asked = flat.valid[row], flat.weight[row] > 0  # type: ignore[index]
     query, weight = flat.query[row][asked], flat.weight[row][asked]  # type: ignore[index]
     parts = (flat.key[row], flat.value[row], flat.bias[row])  # type: ignore[index]
-    key, value, bias = (x[there].double() for x in parts)
+    key, value, bias = (x[present].double() for x in parts)
     return KeyValueBlock(
         query.double(), key, value, flat.scaling, bias, None, weight.double(), flat.softcap
     )
@@ -60,8 +60,8 @@ def compact_naive(
     def solve(chosen: list[int]) -> Tensor:
         return weights_naive(rows[:, chosen], target, matching, start)
 
-    there = torch.ones(len(head.key), dtype=torch.bool)
-    index, weights = pursue(matching, count, there, correlate, solve)
+    present = torch.ones(len(head.key), dtype=torch.bool)
+    index, weights = pursue(matching, count, present, correlate, solve)
     return fit_naive(head, index, matching, start, weights)
 
 

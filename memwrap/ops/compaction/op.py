@@ -73,14 +73,14 @@ def fit(block: KeyValueBlock, index: Tensor, filled: Tensor, matching: Matching)
         shape = flat_index.shape
         bias = torch.zeros(shape, dtype=torch.float64)
         value = torch.zeros(*shape, flat.value.shape[-1], dtype=torch.float64)
-        for row, own in enumerate(flat_filled):
+        for row, mask in enumerate(flat_filled):
             head = head_of(flat, row)
-            _, bias[row, own], value[row, own] = fit_naive(
-                head, flat_index[row, own].tolist(), matching, None
+            _, bias[row, mask], value[row, mask] = fit_naive(
+                head, flat_index[row, mask].tolist(), matching, None
             )
     else:
-        found = survey(flat, matching)
-        bias, value = fit_chunked(flat, found, flat_index, flat_filled, matching, None)
+        measures = survey(flat, matching)
+        bias, value = fit_chunked(flat, measures, flat_index, flat_filled, matching, None)
         bias, value = bias * flat_filled, value * flat_filled[..., None]
     return Compacted(index, filled, bias.view(index.shape), value.view(*index.shape, -1))
 

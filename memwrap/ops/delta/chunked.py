@@ -114,8 +114,8 @@ def _block(
         same.tril(-1), torch.diag_embed(strength), upper=False, unitriangular=True
     )
     before, change, state = _changes(first_keys, last_keys, values, inverse, decay, state)
-    own = (scores.flatten(-3, -2) @ change).flatten(0, 2)
-    out = torch.baddbmm(own, queries.flatten(-3, -2).flatten(0, 2), before.flatten(0, 2))
+    inner = (scores.flatten(-3, -2) @ change).flatten(0, 2)
+    out = torch.baddbmm(inner, queries.flatten(-3, -2).flatten(0, 2), before.flatten(0, 2))
     return ungrouped(out.view(*queries.shape[:-1], -1), tokens, v.dtype), state
 
 

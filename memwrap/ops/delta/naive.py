@@ -20,8 +20,8 @@ def scan_naive(
         key, value, strength = (x[:, :, t].to(dtype) for x in (k, v, beta))
         if g is not None:
             S = S * g[:, :, t].to(dtype).exp()[..., None, None]
-        found = (key[..., None] * S).sum(-2)
-        change = (strength if beta.dim() == 4 else strength[..., None]) * (value - found)
+        old_value = (key[..., None] * S).sum(-2)
+        change = (strength if beta.dim() == 4 else strength[..., None]) * (value - old_value)
         S = S + key[..., None] * change[..., None, :]
         query = (q[:, :, t].to(dtype) * scale).unflatten(1, (-1, group))
         rows.append((query[..., None] * S[:, :, None]).sum(-2).flatten(1, 2))

@@ -167,8 +167,8 @@ def _read(q: Tensor, k: Tensor, v: Tensor, before: Tensor) -> Tensor:
     rows, size = q.flatten(-3, -2), k.shape[-2]
     seen = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
     scores = (rows @ k.mT).unflatten(-2, q.shape[-3:-1]) * seen[:, None]
-    own = (scores.flatten(-3, -2) @ v).flatten(0, 2)
-    out = torch.baddbmm(own, rows.flatten(0, 2), before.flatten(0, 2))
+    inner = (scores.flatten(-3, -2) @ v).flatten(0, 2)
+    out = torch.baddbmm(inner, rows.flatten(0, 2), before.flatten(0, 2))
     return out.view(*q.shape[:-1], v.shape[-1])
 
 
@@ -238,15 +238,15 @@ def _by_halves(
         early_k, early_v = (x.unflatten(-2, halves)[..., 0, :, :] for x in (k, v))
         early_sum, late_sum = prefix.unflatten(-2, halves).unbind(-3)
         early_rest, late_rest = suffix.unflatten(-2, halves).unbind(-3)
-        here, there = late_sum.exp2()[..., None, :], early_rest.exp2()
+        late_decay, early_decay = late_sum.exp2()[..., None, :], early_rest.exp2()
         if of_keys:
-            late_q, early_k = late_q * here, early_k * there
+            late_q, early_k = late_q * late_decay, early_k * early_decay
         else:
-            early_v = early_v * there
+            early_v = early_v * early_decay
         scores = late_q.flatten(-3, -2) @ early_k.transpose(-1, -2)
         read = (scores @ early_v).unflatten(-2, late_q.shape[-3:-1])
         late_out = out.unflatten(-3, halves)[..., 1, :, :, :]
-        late_out += read if of_keys else read * here
+        late_out += read if of_keys else read * late_decay
         whole_early, whole_late = early_sum[..., -1:, :], late_sum[..., -1:, :]
         prefix = torch.stack([early_sum, late_sum + whole_early], -3).flatten(-4, -2)
         suffix = torch.stack([early_rest + whole_late, late_rest], -3).flatten(-4, -2)

@@ -86,9 +86,9 @@ def _scan_plain(
     out = [M.new_empty(*q.shape[:2], 0, M.shape[-1])]
     for start in range(0, q.shape[2], segment_size):
         part = slice(start, start + segment_size)
-        own = None if mask is None else mask[:, part]
+        part_mask = None if mask is None else mask[:, part]
         out.append(read_chunked(q[:, :, part], M, z, eps))
-        M, z = write_chunked(k[:, :, part], v[:, :, part], M, z, delta, own, eps)
+        M, z = write_chunked(k[:, :, part], v[:, :, part], M, z, delta, part_mask, eps)
     return torch.cat(out, 2), (M if len(out) > 1 else M.clone()), (z if len(out) > 1 else z.clone())
 
 
@@ -169,14 +169,14 @@ def _forward(
         else:
             features = work.phi(own_q)
             _, inverse = work.inverse(features, z, eps)
-            found, place = work.product("found", features, M), _grouped(own_out, heads)
-            torch.mul(found.view(place.shape), inverse.view(*place.shape[:4], 1), out=place)
+            read, place = work.product("values", features, M), _grouped(own_out, heads)
+            torch.mul(read.view(place.shape), inverse.view(*place.shape[:4], 1), out=place)
         features, own_v = work.phi(own_k), own_v.to(M.dtype)
         if delta and not empty:
             _, inverse = work.inverse(features, z, eps)
-            found = work.product("found", features, M)
-            changes = work.take("changes", *found.shape)
-            own_v = torch.addcmul(own_v, found, inverse, value=-1, out=changes)
+            old_values = work.product("values", features, M)
+            changes = work.take("changes", *old_values.shape)
+            own_v = torch.addcmul(own_v, old_values, inverse, value=-1, out=changes)
         M, z, empty = _add_product(M, features, own_v), z + features.sum(-2), False
     return out, (M if parts[0] else M.clone()), (z if parts[0] else z.clone())
 
@@ -190,10 +190,10 @@ class _Scan(torch.autograd.Function):
         delta: bool, mask: Tensor | None, eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         states: list[Tensor] = []
-        found = _forward(q, k, v, M, z, segment_size, delta, mask, eps, states)
+        outputs = _forward(q, k, v, M, z, segment_size, delta, mask, eps, states)
         ctx.save_for_backward(q, k, v, mask, *states)
         ctx.settings = (segment_size, delta, eps)
-        return found
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -231,13 +231,13 @@ def _write_backward(
         torch.mul(d_features, features.clamp_max_(1), out=dk)
         return E, e
     below, inverse = work.inverse(features, z, eps)
-    found = work.product("found", features, M).mul_(inverse)
-    share = work.sums(change, found, -1).mul_(inverse).mul_(below >= eps)
-    d_found = change.mul_(inverse.neg_())
-    d_features = work.product("d_features", torch.sub(v, found, out=found), E.mT)
-    d_features += work.product("found", d_found, M.mT)
+    old_values = work.product("values", features, M).mul_(inverse)
+    share = work.sums(change, old_values, -1).mul_(inverse).mul_(below >= eps)
+    d_old_values = change.mul_(inverse.neg_())
+    d_features = work.product("d_features", torch.sub(v, old_values, out=old_values), E.mT)
+    d_features += work.product("values", d_old_values, M.mT)
     d_features.add_(e.unsqueeze(-2)).addcmul_(share, z.unsqueeze(-2))
-    E, e = _add_product(E, features, d_found), e + work.sums(features, share, -2).squeeze(-2)
+    E, e = _add_product(E, features, d_old_values), e + work.sums(features, share, -2).squeeze(-2)
     torch.mul(d_features, features.clamp_max_(1), out=dk)
     return E, e
 
@@ -251,12 +251,12 @@ def _read_backward(
     heads = M.shape[1]
     features, d_out = work.phi(q), _grouped(d_out, heads)
     below, inverse = work.inverse(features, z, eps)
-    d_found = work.take("d_found", *d_out.shape)
-    torch.mul(d_out, inverse.view(*d_out.shape[:4], 1), out=d_found)
-    d_found = d_found.flatten(2, 3)
-    d_features = work.product("d_features", d_found, M.mT)
+    d_read = work.take("d_read", *d_out.shape)
+    torch.mul(d_out, inverse.view(*d_out.shape[:4], 1), out=d_read)
+    d_read = d_read.flatten(2, 3)
+    d_features = work.product("d_features", d_read, M.mT)
     share = work.sums(features, d_features, -1).mul_(inverse).mul_(below >= eps).neg_()
-    E, e = _add_product(E, features, d_found), e + work.sums(features, share, -2).squeeze(-2)
+    E, e = _add_product(E, features, d_read), e + work.sums(features, share, -2).squeeze(-2)
     d_features.addcmul_(share, z.unsqueeze(-2))
     place = _grouped(dq, heads)
     torch.mul(d_features.view(place.shape), features.clamp_max_(1).view(place.shape), out=place)

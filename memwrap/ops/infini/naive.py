@@ -61,6 +61,6 @@ def scan_naive(
     for start in range(0, q.shape[2], segment_size):
         part = slice(start, start + segment_size)
         out = torch.cat([out, read_naive(q[:, :, part], M, z, eps)], dim=2)
-        own = None if mask is None else mask[:, part]
-        M, z = write_naive(k[:, :, part], v[:, :, part], M, z, delta, own, eps)
+        part_mask = None if mask is None else mask[:, part]
+        M, z = write_naive(k[:, :, part], v[:, :, part], M, z, delta, part_mask, eps)
     return out, M, z

@@ -25,17 +25,17 @@ def gather_chunked(
     counts[:, 0] = count
     counts = counts.scatter_add(1, group, valid.to(count.dtype))
     means = sums[:, :-1] / counts[:, :-1].clamp_min(1)[..., None, None]
-    there = torch.arange(groups - 1, device=query.device) < made[:, None]
-    return means * there[..., None, None], sums[rows, made], counts[rows, made]
+    present = torch.arange(groups - 1, device=query.device) < made[:, None]
+    return means * present[..., None, None], sums[rows, made], counts[rows, made]
 
 
 def select_chunked(scores: Tensor, units: Tensor, top_k: int) -> Tensor:
     number = scores.shape[2]
-    there = torch.arange(number, device=scores.device) < units[:, None, None]
-    scores = scores.masked_fill(~there, float("-inf"))
+    present = torch.arange(number, device=scores.device) < units[:, None, None]
+    scores = scores.masked_fill(~present, float("-inf"))
     best = scores.flip(2).argsort(dim=2, descending=True, stable=True)[..., :top_k]
     chosen = torch.zeros_like(scores, dtype=torch.bool)
-    return chosen.scatter(2, best.neg() + (number - 1), True) & there
+    return chosen.scatter(2, best.neg() + (number - 1), True) & present
 
 
 def representatives_chunked(keys: Tensor, scores: Tensor, count: int) -> Tensor:

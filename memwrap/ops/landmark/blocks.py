@@ -46,31 +46,32 @@ def block_scores(
         `(B, H, T, N)`, -inf where there is no block.
     """
     slots, size = q.shape[3] - 1, landmarks.shape[2]
-    q = q.unflatten(1, (landmarks.shape[1], -1))
-    x = torch.einsum("bhgtd,bhnd->bhgtn", q[..., slots, :], landmarks)
+    far = q[..., slots, :].unflatten(1, (landmarks.shape[1], -1))
+    x = (far.flatten(2, 3) @ landmarks.mT).unflatten(2, far.shape[2:4])
     if tied:
         index = (count - 1).clamp_min(0).view(-1, 1, 1, 1).expand_as(landmarks[:, :, :1])
         last = landmarks.gather(2, index)
         most = max(1e-3, 8 * torch.finfo(landmarks.dtype).eps) * last.abs().amax(-1)
         same = (landmarks - last).abs().amax(-1) <= most
-        one = torch.einsum("bhgtd,bhd->bhgt", q[..., slots, :], last.squeeze(2))
-        x = torch.where(same[:, :, None, None], one[..., None], x)
+        one = far @ last[..., None, 0, :, None]
+        x = torch.where(same[:, :, None, None], one, x)
     places = count[:, None] - torch.arange(1, slots + 1, device=count.device)
     index = places.clamp(0, size - 1)[:, None, :, None]
     recent = landmarks.gather(2, index.expand(-1, landmarks.shape[1], -1, landmarks.shape[3]))
-    near = torch.einsum("bhgtrd,bhrd->bhgtr", q[..., :slots, :], recent)
+    near = q[..., :slots, :].unflatten(1, (landmarks.shape[1], -1)) * recent[:, :, None, None]
+    near = near.sum(-1)
     x = torch.cat([x, x[..., :1]], -1)  # a column for what is not there
     index = torch.where(places >= 0, places, size)[:, None, None, None].expand(near.shape)
     x = x.scatter(-1, index, near)[..., :size].flatten(1, 2)
     x = capped(x.to(accumulation_dtype(q)) * scaling, softcap)
-    there = torch.arange(size, device=count.device) < count[:, None]
-    return x.masked_fill(~there[:, None, None], -torch.inf)
+    present = torch.arange(size, device=count.device) < count[:, None]
+    return x.masked_fill(~present[:, None, None], -torch.inf)
 
 
 def shares(scores: Tensor) -> Tensor:
     """Share a query among blocks by the scores `(..., N)` alone; 0 where there is none."""
-    there = scores > -torch.inf
-    return scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-1) * there
+    present = scores > -torch.inf
+    return scores.masked_fill(~present, torch.finfo(scores.dtype).min).softmax(-1) * present
 
 
 def choose(scores: Tensor, top_k: int) -> Tensor:
@@ -78,7 +79,11 @@ def choose(scores: Tensor, top_k: int) -> Tensor:
     there. Of equal scores the most recent blocks are taken."""
     size = scores.shape[-1]
     top_k = min(top_k, size)
-    least = scores.topk(top_k, -1).values[..., -1:]
+    best = scores.topk(top_k, -1)
+    least = best.values[..., -1:]
+    # A look costs little on a CPU, and mostly no score is there twice.
+    if scores.device.type == "cpu" and bool(((scores >= least).sum(-1) == top_k).all()):
+        return best.indices.masked_fill(best.values == -torch.inf, size).sort(-1).values
     more, equal = scores > least, scores == least
     wanted = top_k - more.sum(-1, keepdim=True)
     rank = equal.flip(-1).cumsum(-1).flip(-1)

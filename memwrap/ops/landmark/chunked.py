@@ -84,9 +84,15 @@ def _attention(
     bias = gate - tokens.masked_fill(~here, least).logsumexp(-1)
     bias = torch.where(earlier, bias, torch.zeros((), dtype=bias.dtype, device=bias.device))
     visible = ((earlier[..., None] | seen) & here).expand(*x.shape[:-1], m)
-    y = (tokens + bias[..., None]).masked_fill(~visible, least).flatten(-2)
-    log = y.logsumexp(-1)
-    p = (y - log[..., None]).exp() * visible.flatten(-2)
+    y = (tokens + bias[..., None]).masked_fill_(~visible, -torch.inf).flatten(-2)
+    # One exponential for the weights and for their sum.
+    most = y.detach().amax(-1, keepdim=True).clamp_min(least)
+    p = (y - most).exp()
+    amount = p.sum(-1, keepdim=True)
+    nothing = amount == 0
+    amount = amount.masked_fill(nothing, 1.0)
+    p = p / amount
+    log = (most + amount.log()).masked_fill(nothing, least).squeeze(-1)
     values = v.unflatten(2, (count, m + 1))[..., :m, :].flatten(2, 3)
     out = p.to(v.dtype).flatten(2, 3) @ values
     return out.view(batch, heads, length, -1), log.view(batch, heads, length)
@@ -124,12 +130,12 @@ def _read_gathered(
     """Read for `q` `(B, H, T, R, Dk)` each of its blocks, `(B, H, T, R, Dv)`, with the scores of
     their landmarks `(B, H, T, R)`; the blocks `flat` `(B, H, 1, R)` are those of all queries."""
     key, value, mark, here = (_rows(x, flat, q.device) for x in (keys, values, landmarks, valid))
-    gate = torch.einsum("bhtrd,bhrd->bhtr", q, mark.squeeze(2))
-    x = torch.einsum("bhtrd,bhrmd->bhtrm", q, key.squeeze(2))
+    gate = (q * mark).sum(-1)
+    x = (key @ q[..., None]).squeeze(-1)
     wide = accumulation_dtype(q)
     gate, x = (capped(t.to(wide) * scaling, softcap) for t in (gate, x))
     inner = x.masked_fill(~here, torch.finfo(wide).min).softmax(-1) * here
-    return torch.einsum("bhtrm,bhrmd->bhtrd", inner.to(value.dtype), value.squeeze(2)), gate
+    return (inner.to(value.dtype)[..., None, :] @ value).squeeze(-2), gate
 
 
 def _read_grouped(

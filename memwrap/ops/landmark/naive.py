@@ -35,9 +35,9 @@ def grouped_softmax(
     for b in range(scores.shape[0]):
         for t in range(scores.shape[2]):
             seen = visible[b, t].nonzero().flatten().tolist()
-            own = max((int(section[b, j]) for j in seen), default=0)
-            own = own if current is None else int(current[b, t])
-            p, log = _one(scores[b, :, t], landmark[b], seen, section[b], own)
+            own_section = max((int(section[b, j]) for j in seen), default=0)
+            own_section = own_section if current is None else int(current[b, t])
+            p, log = _one(scores[b, :, t], landmark[b], seen, section[b], own_section)
             weights.append(p)
             logs.append(log)
     shape = (scores.shape[0], scores.shape[2])
@@ -49,20 +49,20 @@ def _one(
     x: Tensor, landmark: Tensor, seen: list[int], section: Tensor, current: int
 ) -> tuple[Tensor, Tensor]:
     """Compute the weights `(H, K)` of one query."""
-    own = [j for j in seen if section[j] == current and not landmark[j]]
+    tokens = [j for j in seen if section[j] == current and not landmark[j]]
     gates = [j for j in seen if section[j] < current and landmark[j]]
     p = torch.zeros_like(x)
-    if not own + gates:
+    if not tokens + gates:
         return p, x.new_full((len(x),), torch.finfo(x.dtype).min)
-    shares = x[:, own + gates].softmax(-1)
-    place = torch.tensor(own, dtype=torch.long, device=x.device)
-    p = p.index_add(1, place, shares[:, : len(own)])
+    shares = x[:, tokens + gates].softmax(-1)
+    place = torch.tensor(tokens, dtype=torch.long, device=x.device)
+    p = p.index_add(1, place, shares[:, : len(tokens)])
     for index, gate in enumerate(gates):
         members = [j for j in seen if section[j] == section[gate] and not landmark[j]]
         if members:
-            share = shares[:, len(own) + index, None] * x[:, members].softmax(-1)
+            share = shares[:, len(tokens) + index, None] * x[:, members].softmax(-1)
             p = p.index_add(1, torch.tensor(members, device=x.device), share)
-    return p, x[:, own + gates].logsumexp(-1)
+    return p, x[:, tokens + gates].logsumexp(-1)
 
 
 def attention_naive(
@@ -75,9 +75,9 @@ def attention_naive(
     section = index // (m + 1)
     last = places - landmark.long()
     visible = index <= last[..., None]
-    own = section == (places // (m + 1))[..., None]
+    own_section = section == (places // (m + 1))[..., None]
     if window is not None:
-        visible = visible & (~own | (index > places[..., None] - window))
+        visible = visible & (~own_section | (index > places[..., None] - window))
     marks = (index % (m + 1) == m).expand(len(q), -1)
     if valid is not None:
         # A block of nothing but padding has no share, whatever its landmark is.
@@ -85,8 +85,8 @@ def attention_naive(
         empty = torch.stack([~tokens[:, section == s].any(1) for s in section], 1)
         visible = visible & (valid & ~(marks & empty))[:, None]
     if documents is not None:
-        mine = documents.gather(1, places // (m + 1))
-        visible = visible & (documents[:, section][:, None] == mine[..., None])
+        query_documents = documents.gather(1, places // (m + 1))
+        visible = visible & (documents[:, section][:, None] == query_documents[..., None])
     weights, log = grouped_softmax(x, marks, visible, places // (m + 1))
     kv = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     return (weights @ v[:, kv].to(weights.dtype)).to(v.dtype), log
@@ -116,10 +116,10 @@ def retrieved_naive(
                 for r, block in enumerate(row):
                     if block >= size or not valid[b, block].any():
                         continue
-                    here = valid[b, block].nonzero().flatten()
+                    filled = valid[b, block].nonzero().flatten()
                     one = q[b, h, t, r][None, None, None]
-                    key = keys[b, h // group, block][here.to(keys.device)].to(q.device)
-                    value = values[b, h // group, block][here.to(values.device)].to(q.device)
+                    key = keys[b, h // group, block][filled.to(keys.device)].to(q.device)
+                    value = values[b, h // group, block][filled.to(values.device)].to(q.device)
                     x = scores(one, key[None, None], scaling, softcap)[0, 0, 0]
                     mark = landmarks[b, h // group, block][None, None, None]
                     gates.append(scores(one, mark, scaling, softcap)[0, 0, 0, 0])

@@ -11,7 +11,7 @@ _HIDDEN = -1e30
 
 
 def attend_chunked(
-    query: Tensor, states: Tensor, valid: Tensor, column: Tensor, there: Tensor,
+    query: Tensor, states: Tensor, valid: Tensor, column: Tensor, present: Tensor,
     key_weight: Tensor, value_weight: Tensor, layout: str,
 ) -> Tensor:  # fmt: skip
     batch, length, heads, _ = query.shape
@@ -32,7 +32,7 @@ def attend_chunked(
     per_query = batch * column.shape[2] * keys[0, 0].numel() * 2
     size = max(1, _GATHERED_AT_ONCE // max(1, per_query))
     blocks = list(
-        zip(grouped.split(size, 1), column.split(size, 1), there.split(size, 1), strict=True)
+        zip(grouped.split(size, 1), column.split(size, 1), present.split(size, 1), strict=True)
     )
     parts = []
     for block in blocks:
@@ -48,24 +48,24 @@ def attend_chunked(
 
 
 def _block(
-    query: Tensor, column: Tensor, there: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+    query: Tensor, column: Tensor, present: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 ) -> Tensor:
     """Attend in a block: `(B, t, g, r, D)` of queries `(B, t, g, r, D)` over `(B, M, g or 1, N,
     D)`."""
     same = keys is values
     rows = _columns(keys, column)
-    visible = _columns(mask, column, there)[:, :, :, None]
+    visible = _columns(mask, column, present)[:, :, :, None]
     scores = (query @ rows.transpose(-1, -2)).masked_fill(~visible, _HIDDEN)
     weights = scores.softmax(-1) * visible
     return weights @ (rows if same else _columns(values, column))
 
 
-def _columns(x: Tensor, column: Tensor, there: Tensor | None = None) -> Tensor:
+def _columns(x: Tensor, column: Tensor, present: Tensor | None = None) -> Tensor:
     """Gather what queries' columns hold: `(B, M, g, N, ...)` to `(B, t, g, w N, ...)`."""
     batch, count = x.shape[:2]
     first = torch.arange(batch, device=x.device)[:, None, None] * count
     rows = x.flatten(0, 1).index_select(0, (column + first).flatten())
     rows = rows.view(*column.shape, *x.shape[2:])
-    if there is not None:
-        rows = rows & there[..., None, None]
+    if present is not None:
+        rows = rows & present[..., None, None]
     return rows.transpose(2, 3).flatten(3, 4)

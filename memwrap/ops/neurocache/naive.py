@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def attend_naive(
-    query: Tensor, states: Tensor, valid: Tensor, column: Tensor, there: Tensor,
+    query: Tensor, states: Tensor, valid: Tensor, column: Tensor, present: Tensor,
     key_weight: Tensor, value_weight: Tensor, layout: str,
 ) -> Tensor:  # fmt: skip
     batch, length, heads, width = query.shape
@@ -16,15 +16,15 @@ def attend_naive(
     for b in range(batch):
         for t in range(length):
             for head in range(heads):
-                own = head // (heads // groups)
+                group = head // (heads // groups)
                 keys, values = [], []
                 for place in range(column.shape[2]):
                     source = int(column[b, t, place])
                     for chunk in range(count):
-                        state, weight = chunk, own
+                        state, weight = chunk, group
                         if layout == "published":
-                            state, weight = divmod(own * count + chunk, groups)
-                        if bool(there[b, t, place]) and bool(valid[b, source, state]):
+                            state, weight = divmod(group * count + chunk, groups)
+                        if bool(present[b, t, place]) and bool(valid[b, source, state]):
                             row = states[b, source, state]
                             keys.append(key_weight[weight] @ row)
                             values.append(value_weight[weight] @ row)

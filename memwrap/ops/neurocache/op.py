@@ -31,15 +31,15 @@ def context(
     """
     back = torch.arange(width - 1, -1, -1, device=queries.device)
     place = queries[..., None] - back
-    there = place >= 0
+    present = place >= 0
     if clamp:
-        there = torch.ones_like(there)
+        present = torch.ones_like(present)
     size = int(keys.max()) + 1 if keys.numel() else 1
     table = torch.zeros(keys.shape[0], size + 1, dtype=torch.long, device=keys.device)
     column = torch.arange(keys.shape[1], device=keys.device).expand_as(keys)
     table = table.scatter(1, torch.where(valid, keys, size), column)
     column = table.gather(1, place.clamp(0, size - 1).flatten(1)).view(place.shape)
-    return column, there
+    return column, present
 
 
 def neighbours(number: Tensor, size: int) -> Tensor:
@@ -79,7 +79,7 @@ def attend(
     states: Tensor,
     valid: Tensor,
     column: Tensor,
-    there: Tensor,
+    present: Tensor,
     key_weight: Tensor,
     value_weight: Tensor,
     *,
@@ -91,7 +91,7 @@ def attend(
         query: `(B, T, h, e)`, scaled.
         states: `(B, M, N, d)`, retrieved by M columns.
         valid: `(B, M, N)` bool; others take no part.
-        column, there: `(B, T, w)`, a query's columns among the M, and which exist.
+        column, present: `(B, T, w)`, a query's columns among the M, and which exist.
         key_weight, value_weight: `(g, e, d)`.
         layout: `"heads"`, each KV head projects all states; `"published"`, KV head a gets the
             projections number `a N` to `a N + N - 1` in the order (state, head), as a plain reshape
@@ -106,4 +106,4 @@ def attend(
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` is {layout!r}; allowed: {', '.join(LAYOUTS)}.")
     function = attend_naive if current_backend() == "naive" else attend_chunked
-    return function(query, states, valid, column, there, key_weight, value_weight, layout)
+    return function(query, states, valid, column, present, key_weight, value_weight, layout)

@@ -61,10 +61,10 @@ def _block(
     scores = (rows @ query[..., None].to(wide)).squeeze(-1) * scales[:, None, None]
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
-    there = index >= 0
-    scores = scores.masked_fill(~there, _HIDDEN)
-    weights = scores.softmax(-1) * there
-    total = scores.logsumexp(-1).masked_fill(~there.any(-1), -math.inf)
+    present = index >= 0
+    scores = scores.masked_fill(~present, _HIDDEN)
+    weights = scores.softmax(-1) * present
+    total = scores.logsumexp(-1).masked_fill(~present.any(-1), -math.inf)
     out = (weights[..., None, :] @ gather(values, index).to(wide)).squeeze(-2)
     return out, total, weights
 

@@ -19,7 +19,7 @@ def search_naive(
     for b in range(batch):
         for h in range(heads):
             for t in range(length):
-                found = []
+                ranking = []
                 for n in range(count):
                     q, k = query[b, h, t], keys[b, h // group, n].to(query.dtype)
                     score = float(q @ k)
@@ -28,8 +28,8 @@ def search_naive(
                     elif similarity == "l2":
                         score = 2 * score - float(k @ k)
                     if bool(valid[b, n]):
-                        found.append((-score, n))
-                for place, (score, n) in enumerate(sorted(found)[:top_k]):
+                        ranking.append((-score, n))
+                for place, (score, n) in enumerate(sorted(ranking)[:top_k]):
                     best[b, h, t, place], index[b, h, t, place] = -score, n
     return best, index
 
@@ -44,7 +44,7 @@ def attend_naive(
         for h in range(heads):
             for t in range(length):
                 chosen = [n for n in index[b, h, t].tolist() if n >= 0]
-                own = torch.zeros(top, dtype=wide, device=query.device)
+                row_weights = torch.zeros(top, dtype=wide, device=query.device)
                 out = torch.zeros(values.shape[-1], dtype=wide, device=query.device)
                 total = torch.full((), -math.inf, dtype=wide, device=query.device)
                 if chosen:
@@ -55,11 +55,11 @@ def attend_naive(
                     total = scores.exp().sum().log()
                     part = (scores - total).exp()
                     out = part @ values[b, h // group, chosen].to(wide)
-                    there = (index[b, h, t] >= 0).nonzero().squeeze(1)
-                    own = own.index_put((there,), part)
+                    places = (index[b, h, t] >= 0).nonzero().squeeze(1)
+                    row_weights = row_weights.index_put((places,), part)
                 outs.append(out)
                 totals.append(total)
-                weights.append(own)
+                weights.append(row_weights)
     shape = (batch, heads, length)
     out, total = torch.stack(outs).view(*shape, -1), torch.stack(totals).view(shape)
     return out, total, torch.stack(weights).view(*shape, top)

@@ -59,10 +59,10 @@ def search(
     if similarity not in SIMILARITIES:
         raise ValueError(f"`similarity` is {similarity!r}; allowed: {', '.join(SIMILARITIES)}.")
     if current_backend() == "naive":
-        found = search_naive(query, keys, valid, top_k, similarity)
+        result = search_naive(query, keys, valid, top_k, similarity)
     else:
-        found = search_chunked(query, keys, valid, top_k, similarity)
-    return found[0], found[1].masked_fill(found[0] == -math.inf, -1)
+        result = search_chunked(query, keys, valid, top_k, similarity)
+    return result[0], result[1].masked_fill(result[0] == -math.inf, -1)
 
 
 def attend(
@@ -86,9 +86,9 @@ def attend(
         threshold: entries that are no more similar than this are left out.
         softcap: scores s become `softcap * tanh(s / softcap)`.
     """
-    found, index = search(query, keys, valid, top_k, similarity=similarity)
+    scores, index = search(query, keys, valid, top_k, similarity=similarity)
     if threshold is not None:
-        index = index.masked_fill(found <= threshold, -1)
+        index = index.masked_fill(scores <= threshold, -1)
     return attend_to(query, keys, values, index, scale=scale, softcap=softcap)
 
 

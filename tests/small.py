@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 import memwrap
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 64
 SETTINGS: dict[str, Any] = {
     "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",

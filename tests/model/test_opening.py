@@ -1,0 +1,74 @@
+"""What is opened by a name: a saved model's files lead to no files elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import save_small_base
+from transformers import AutoModelForCausalLM
+
+import memwrap
+from memwrap.model.opening import is_memory_model, open_model, open_tokenizer
+from memwrap.model.weight_files import seal
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_base(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture
+def saved(base: Path, tmp_path: Path) -> Path:
+    model = memwrap.wrap(AutoModelForCausalLM.from_pretrained(base), "window", segment_size=16)
+    model.save_pretrained(tmp_path / "saved", include_base=True)
+    return tmp_path / "saved"
+
+
+def edited(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | values
+    marks = config.pop("sealed")["marks"]
+    path.write_text(json.dumps(config))
+    seal(folder, marks)
+
+
+def test_the_tokenizer_of_an_own_base_is_found(saved: Path, base: Path) -> None:
+    tokenizer = open_tokenizer(saved, open_model(saved))
+    assert tokenizer("def f")["input_ids"]
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, saved)
+    assert open_tokenizer(saved, open_model(saved)).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("place", ["{elsewhere}", "../elsewhere", "/etc", "http://127.0.0.1:9/x"])
+def test_a_base_that_somebody_else_wrote_down_is_not_followed(
+    saved: Path, base: Path, tmp_path: Path, place: str
+) -> None:
+    shutil.copytree(base, tmp_path / "elsewhere")
+    edited(saved, base_model=place.format(elsewhere=tmp_path / "elsewhere"), base_mark="0" * 32)
+    with pytest.raises(ValueError, match=r"did not save there|not in the folder"):
+        open_tokenizer(saved, open_model(saved))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_a_link_out_is_refused(saved: Path, base: Path, name: str) -> None:
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, saved)
+    (saved / name).unlink()
+    (saved / name).symlink_to(base / name)
+    with pytest.raises(ValueError, match="which is not in the folder"):
+        open_tokenizer(saved, open_model(saved))
+
+
+def test_a_config_is_looked_at_within_limits(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        is_memory_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"not in the folder|holds no model"):
+        is_memory_model(tmp_path)

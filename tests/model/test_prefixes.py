@@ -1,0 +1,120 @@
+"""States as prefixes that PEFT loads, and prefixes of PEFT as states."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import refused
+from torch import Tensor
+
+import memwrap
+from memwrap.testing.families import build
+from memwrap.testing.helpers import assert_close, ids, wrapped
+
+# PEFT asks transformers by a name that this will drop.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
+]
+WHOLE: dict[str, Any] = {
+    "segment_size": 8, "memory_size": None, "num_sinks": 2, "reference_every": 2, "slots": 5,
+}  # fmt: skip
+
+
+def logits_of(model: Any, text: Tensor, **given: Any) -> Tensor:
+    with torch.no_grad():
+        return model(text, **given).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "granite", "gpt_neox"])
+def test_a_compacted_document_is_loaded_by_peft(family: str, tmp_path: Path) -> None:
+    """Slots keep their true places, far before the prefix's length; and back again. The families
+    also have norms of keys, a scale of their own, and a part of the channels turned."""
+    base = build(family)
+    alone, tail = copy.deepcopy(base), ids(2, 9, seed=5)
+    model = memwrap.wrap(base, "compact", **WHOLE, bias_bound=0)
+    state = model.compact(model.read(ids(1, 60)), 7)
+    want = logits_of(model, tail, cache=state.repeat(2))
+    for kind in ("CARTRIDGE", "PREFIX_TUNING"):
+        model.save_prefix(state, tmp_path / kind, kind=kind)
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(alone), tmp_path / kind)
+        assert_close(logits_of(loaded, tail), want, 1e-5)
+        again = model.load_prefix(tmp_path / kind)
+        assert again.tokens_seen.tolist() == [2 + 7]
+        assert_close(logits_of(model, tail, cache=again.repeat(2)), want, 1e-5)
+
+
+def test_a_cartridge_of_peft_is_read(tmp_path: Path) -> None:
+    """Made there; it goes on like any state: read behind, compacted, saved."""
+    base = build("llama")
+    alone, tail = copy.deepcopy(base), ids(1, 20, seed=5)
+    config = peft.CartridgeConfig(num_virtual_tokens=6, num_frozen_tokens=1, task_type="CAUSAL_LM")
+    made = peft.get_peft_model(alone, config)
+    made.save_pretrained(tmp_path)
+    model = memwrap.wrap(base, "compact", **WHOLE)
+    state = model.load_prefix(tmp_path)
+    assert_close(logits_of(model, tail, cache=state.clone()), logits_of(made, tail), 1e-5)
+    state.save(tmp_path / "state.safetensors")
+    loaded = memwrap.MemoryState.load(tmp_path / "state.safetensors", model)
+    assert torch.equal(logits_of(model, tail, cache=loaded), logits_of(model, tail, cache=state))
+    small = model.compact(model.read(tail, state=model.load_prefix(tmp_path)), 7)
+    tree = small.memories["compact"]["layers"]["0"]
+    assert tree["slot_count"].tolist() == [[7, 7]] and tree["sink_count"].tolist() == [2]
+
+
+def test_what_cannot_be_a_prefix_is_refused(tmp_path: Path) -> None:
+    model = wrapped("compact", **WHOLE)
+    state = model.read(ids(2, 60))
+    with refused("2 rows", "one text"):
+        model.save_prefix(state, tmp_path)
+    one = state.select(torch.tensor([0]))
+    with refused("biases", "bias_bound=0"):
+        model.save_prefix(model.compact(one, 7), tmp_path)
+    with refused("0 to 0 rows"):
+        model.save_prefix(model.new_state(1), tmp_path)
+    with refused("'LORA'", "PREFIX_TUNING"):
+        model.save_prefix(one, tmp_path, kind="LORA")
+    assert not any(tmp_path.iterdir())
+    model.save_prefix(one, tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    about, tensors = json.loads(config.read_text()), load_file(weights)
+    config.write_text(json.dumps({**about, "peft_type": "LORA"}))
+    with refused("'LORA'"):
+        model.load_prefix(tmp_path)
+    config.write_text(json.dumps(about))
+    for wrong in (tensors["prompt_embeddings"][:, :-1], torch.full_like(
+        tensors["prompt_embeddings"], torch.nan)):  # fmt: skip
+        save_file({"prompt_embeddings": wrong.contiguous()}, weights)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+            model.load_prefix(tmp_path)
+    weights.write_bytes(b"no tensors")
+    with refused("damaged"):
+        model.load_prefix(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
+        model.load_prefix(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gpt2", {}, "table of learned positions"),
+        ("mistral", {}, "window of their own"),
+        ("llama", {"layers": [1]}, "no slots"),
+    ],
+)
+def test_models_without_room_for_a_prefix(
+    family: str, changes: dict, words: str, tmp_path: Path
+) -> None:
+    model = wrapped("compact", family, **{**WHOLE, **changes})
+    with refused(words):
+        model.save_prefix(model.read(ids(1, 20)), tmp_path)
+    with refused(words):
+        model.load_prefix(tmp_path)
