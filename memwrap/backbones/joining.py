@@ -111,7 +111,7 @@ def attend_beside(attention: LayerAttention, out: Tensor, log: Tensor) -> tuple[
 
 @dataclass(frozen=True)
 class _Plan:
-    """What queries see, which depends on positions alone.
+    """Plan of what queries see, which depends on positions alone.
 
     Attributes:
         mask: the model's; while it is kept, no other has its id.

@@ -65,21 +65,21 @@ class EarlyGradients:
         if loss.grad_fn is None:
             return None
         ends = None if self._embeds is None else self._embeds.grad_fn
-        found: dict[int, Tensor] = {}
+        leaves: dict[int, Tensor] = {}
         waiting: list[Any] = [loss.grad_fn]
         seen = {loss.grad_fn}
         while waiting:
             node = waiting.pop()
             if node is ends and self._embeds is not None:
-                found[id(self._embeds)] = self._embeds
+                leaves[id(self._embeds)] = self._embeds
                 continue
             if hasattr(node, "variable"):
-                found[id(node.variable)] = node.variable
+                leaves[id(node.variable)] = node.variable
             for following, _ in node.next_functions:
                 if following is not None and following not in seen:
                     seen.add(following)
                     waiting.append(following)
-        return list(found.values())
+        return list(leaves.values())
 
 
 def _usual(tensor: Tensor) -> bool:

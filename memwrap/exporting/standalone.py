@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 from transformers import PreTrainedModel
 
+from memwrap.backbones import Backbone
 from memwrap.backbones.auto_classes import auto_class
 from memwrap.io.whole_folders import rewriting
 from memwrap.model.limits import building
@@ -95,7 +96,7 @@ class SavingMixin:
                 copy.deepcopy(own.backbone), dtype=kind, trust_remote_code=False, **options
             )
             own.backbone = copy.deepcopy(base.config)
-            model: Any = cls(own, base)  # type: ignore[call-arg]
+            model: Any = cls(own, Backbone(base))  # type: ignore[call-arg]
         check_names(model, saved.tensors, set(model.state_dict()), folder)
         put_weights(model, saved.tensors, folder)
         if saved.generation_config is not None:

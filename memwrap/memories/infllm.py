@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 
 from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts import block_units
+from memwrap.memories.parts.block_units import HELD, UNITS_A_PAGE
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
@@ -21,16 +23,14 @@ from memwrap.ops.buffers import take as take_rows
 from memwrap.ops.buffers.host_prefetch import prefetch
 from memwrap.ops.buffers.kept import kept_beside
 from memwrap.ops.buffers.left_aligned import earliest
-from memwrap.ops.buffers.paged import SlotCache, append, number_of, put, take
-from memwrap.ops.buffers.right_aligned import latest, right_valid
+from memwrap.ops.buffers.paged import SlotCache, append, number_of, put
+from memwrap.ops.buffers.right_aligned import right_valid
 from memwrap.state.progress import Progress
 from memwrap.state.trees import HOST, STORE, Tree
 
-# Queries that attend together: the units that any of them selected are laid out at once.
-QUERIES_AT_ONCE = 128
-HELD = ("key", "value")
+QUERIES_AT_ONCE = 128  # the units that any of them selected are laid out together
 Units = tuple[Tensor, ...]
-UNITS_A_PAGE, REPRESENTATIVES_A_PAGE = 16, 256
+REPRESENTATIVES_A_PAGE = 256
 
 
 class InfLLMConfig(MemoryConfig):
@@ -194,14 +194,13 @@ class InfLLMMemory(AttentionMemory):
             received = received + scores if scores is not None else None
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         if received is not None:
-            noted |= self._scored(attention, state, received)
+            noted |= block_units.add_received(attention, state, received, self.config.window_size)
         return out, {**state, **noted}
 
     def _select(self, attention: LayerAttention, state: Tree) -> tuple[ops.Selection, Tree]:
         """Select the units that the step's queries see, and note it in the state. Where nothing is
         selected, there are no marks: what was chosen before stands."""
-        config = self.config
-        valid = attention.query_valid
+        config, valid = self.config, attention.query_valid
         rows = torch.arange(len(valid), device=valid.device)
         _, units = self._settled(attention, state)
         noted: Tree = {}
@@ -230,13 +229,10 @@ class InfLLMMemory(AttentionMemory):
             return ops.Selection(carried, torch.zeros_like(index)), noted
         chosen = state["chosen"][:, 0]  # column 0 takes what is no choice
         carried = pad(carried[:, 0], (1, 0)).scatter(1, chosen, True)[:, None, 1:]
-        place = torch.full(
-            (len(rows), means.shape[1]), self._reach(attention) - 1, device=index.device
-        )
+        place = index.new_full((len(rows), means.shape[1]), self._reach(attention) - 1)
         query = attention.rotate(means.transpose(1, 2), place).transpose(1, 2)
-        scores = torch.cat(
-            [ops.unit_scores(query, pages[str(n)]["rep"]) for n in range(len(pages))], 2
-        )
+        representatives = (pages[str(n)]["rep"] for n in range(len(pages)))
+        scores = torch.cat([ops.unit_scores(query, rep) for rep in representatives], 2)
         marks = torch.cat([carried, ops.select(scores, units, config.top_k)], 1)
         last = marks[rows, index.amax(1) if index.shape[1] else 0]
         most = min(max(config.top_k, chosen.shape[1]), number)
@@ -245,8 +241,7 @@ class InfLLMMemory(AttentionMemory):
         return ops.Selection(marks, index), noted
 
     def _starts(self, attention: LayerAttention) -> tuple[Tensor, Tensor, bool]:
-        """Find the tokens at which units are selected, `(B, T)` bool, how many selections each
-        token has seen, and whether there are any."""
+        """Find where units are selected, `(B, T)` bool, how often up to each token, and whether."""
         interval, valid = self.config.retrieval_interval, attention.query_valid
         starts = valid & (attention.query_positions % interval == 0)
         return starts, starts.long().cumsum(1), bool(starts.any())
@@ -254,8 +249,7 @@ class InfLLMMemory(AttentionMemory):
     def _attend_part(
         self, attention: LayerAttention, state: Tree, units: Units | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the output of some queries, and the score that recent and own columns received
-        from them, `(B, H, recent + K)`."""
+        """Compute some queries' output, and what other columns received, `(B, H, recent + K)`."""
         reach = self._reach(attention)
         recent, valid = self._recent(state, whole=attention.rotated_query.shape[2] == 1)
         count = valid.shape[1]
@@ -264,12 +258,10 @@ class InfLLMMemory(AttentionMemory):
         visible = valid[:, None] & (distance < reach)
         rows = self._far_rows(attention, state, units, (recent, valid, distance))
         if count:
+            cached: Any = {"static": count == self.kept, "name": ("recent", self, count)}
             rows.append(
-                MemoryKeyValues(
-                    recent["key"], recent["value"], positions, visible,
-                    static=count == self.kept, name=("recent", self, count),
-                )
-            )  # fmt: skip
+                MemoryKeyValues(recent["key"], recent["value"], positions, visible, **cached)
+            )
         local = attention.query_positions[:, :, None] - attention.key_positions[:, None] < reach
         if units is not None and self.config.score == "attention":
             out, received = attention.join_received(*rows, local=local)
@@ -289,8 +281,7 @@ class InfLLMMemory(AttentionMemory):
         self, attention: LayerAttention, state: Tree, units: Units | None,
         around: tuple[Tree, Tensor, Tensor],
     ) -> list[MemoryKeyValues]:  # fmt: skip
-        """Collect the keys that stand at the constant distance: units and sinks, and tokens past
-        the window."""
+        """Collect the keys at the constant distance: units, sinks, tokens past the window."""
         config, window = self.config, self.config.window_size
         if units is None and attention.window is not None:
             return []
@@ -313,7 +304,7 @@ class InfLLMMemory(AttentionMemory):
         visible = visible[:, None].expand(-1, length, -1)
         far: Units = (state["sink_key"], state["sink_value"], visible)
         if units is not None and units[0].shape[2]:
-            far = self._behind_units(units, far)
+            far = block_units.behind(units, far)
         at = attention.query_positions.new_full((len(tokens), length), self._reach(attention) - 1)
         return [
             MemoryKeyValues(
@@ -326,18 +317,6 @@ class InfLLMMemory(AttentionMemory):
             )
             if mask.shape[2] and bool(mask.any())
         ]  # fmt: skip
-
-    def _behind_units(self, units: Units, sinks: Units) -> Units:
-        """Put the sinks behind units; kept for as long as the same stand there."""
-
-        def joined() -> tuple[Tensor, ...]:
-            pairs = zip(units[:2], sinks[:2], strict=True)
-            return *(torch.cat(pair, 2) for pair in pairs), sinks[0]
-
-        key, value, before = kept_beside(units[0], "sinks", joined)
-        if before is not sinks[0]:
-            key, value, _ = joined()
-        return key, value, torch.cat([units[2], sinks[2]], 2)
 
     def _fetched(
         self, layer: int, state: Tree, selection: ops.Selection | None, parts: list[slice]
@@ -362,53 +341,24 @@ class InfLLMMemory(AttentionMemory):
         most = int(used.sum(1).max()) if used.shape[1] else 0
         units = earliest(used, most)
         shown = shown.gather(2, units[:, None].expand(-1, index.shape[1], -1))
-        key, value = self._taken(layer, state, units)
+        pages = state[self.where][STORE]
+        key, value = block_units.take_units(pages, units, self.slots.get(layer))
         return key, value, shown.repeat_interleave(block, 2)
 
     def _chosen_units(self, layer: int, state: Tree, index: Tensor) -> Units:
         """Take as `_units` those that were chosen before, gathered once while the choice stands."""
-        chosen = state["chosen"]
+        chosen, pages = state["chosen"], state[self.where][STORE]
 
         def gathered() -> tuple[Tensor, Tensor, Tensor]:
             taken = chosen > 0
             most = int(taken.sum(2).max()) if len(chosen) else 0
             shown = taken[..., :most].repeat_interleave(self.config.block_size, 2)
-            return *self._taken(layer, state, (chosen[:, 0, :most] - 1).clamp_min(0)), shown
+            units = (chosen[:, 0, :most] - 1).clamp_min(0)
+            return *block_units.take_units(pages, units, self.slots.get(layer)), shown
 
         offloaded = layer in self.slots
-        found = gathered() if offloaded else kept_beside(chosen, "units", gathered)
-        return *found[:2], found[2].expand(-1, index.shape[1], -1)
-
-    def _taken(self, layer: int, state: Tree, units: Tensor) -> tuple[Tensor, Tensor]:
-        """Take keys and values `(B, Hkv, U b, D)` of `units` `(B, U)`."""
-        batch, most = units.shape
-        if not most:
-            return state["recent_key"][:, :, :0], state["recent_value"][:, :, :0]
-        rows = [row for row in range(batch) for _ in range(most)]
-        numbers = units.flatten().tolist()
-        pages = state[self.where][STORE]
-        if layer in self.slots:
-            device = units.device
-            taken = self.slots[layer].take(pages, HELD, rows, numbers, UNITS_A_PAGE, device)
-        else:
-            taken = take(pages, HELD, rows, numbers, UNITS_A_PAGE)
-        key, value = (t.unflatten(0, (batch, most)).transpose(1, 2).flatten(2, 3) for t in taken)
-        return key, value
-
-    def _scored(self, attention: LayerAttention, state: Tree, received: Tensor) -> Tree:
-        """Add to the scores what recent and own columns received."""
-        total = attention.value.shape[2]
-        count = received.shape[2] - total
-        recent, segment = received[..., :count], received[..., count:]
-        score = state["score"]
-        score = torch.cat(
-            [score[..., : self.kept - count], score[..., self.kept - count :] + recent], 2
-        )
-        window = self.config.window_size
-        inside = (attention.key_positions < window) & attention.key_valid
-        index = attention.key_positions.clamp(0, window - 1)[:, None].expand_as(segment)
-        segment = segment * inside[:, None]
-        return {"score": score, "open_score": state["open_score"].scatter_add(2, index, segment)}
+        units = gathered() if offloaded else kept_beside(chosen, "units", gathered)
+        return *units[:2], units[2].expand(-1, index.shape[1], -1)
 
     # Writing
 
@@ -426,8 +376,8 @@ class InfLLMMemory(AttentionMemory):
             name: torch.cat([recent[name], rows.to(recent[name].dtype)], 2)
             for name, rows in segment.items()
         }
-        sorted_already = attention.cached_per_step((self, "sorted"), lambda: bool(pool_valid.all()))
-        if not sorted_already:
+        in_order = attention.cached_per_step((self, "order"), lambda: bool(pool_valid.all()))
+        if not in_order:
             pool = {name: take_rows(rows, order) for name, rows in pool.items()}
         new: Tree = {"tokens": tokens}
         for name, rows in pool.items():
@@ -450,35 +400,21 @@ class InfLLMMemory(AttentionMemory):
                 [state["score"][..., self.kept - count :], opened * inside[:, None]], 2
             )
             pool["score"] = scores[..., None]
-            if not sorted_already:
+            if not in_order:
                 pool["score"] = take_rows(pool["score"], order)
             new |= self._new_units(layer, state, pool, first, more)
             new["open_score"] = torch.zeros_like(state["open_score"])
-        kept = self._kept(pool, left, total - start)
+        kept = block_units.kept_rows(pool, left, total - start, self.kept)
         new |= {f"recent_{name}": kept[name] for name in HELD}
         if scores is not None:
             new["score"] = kept["score"].squeeze(-1)
         return {**state, **new}
 
-    def _kept(self, pool: Tree, left: Tensor, count: Tensor) -> Tree:
-        """Take the rows of the pool that stay, at the right end of the buffers."""
-        missing = max(0, self.kept - left.shape[1])
-        left = pad(left, (missing, 0))
-        index, valid = latest(left, self.kept), right_valid(count, self.kept)
-        return {n: take_rows(pad(x, (0, 0, missing, 0)), index, valid) for n, x in pool.items()}
-
     def _new_units(self, layer: int, state: Tree, pool: Tree, first: Tensor, more: Tensor) -> Tree:
         """Append to the stores the units made of the pool's rows from `first` on."""
-        block = self.config.block_size
-        most = int(more.max())
-        if not most:
+        if not bool(more.any()):
             return {}
-        index = first[:, None] + torch.arange(most * block, device=first.device)
-        index = index.clamp_max(pool["key"].shape[2] - 1)
-        blocks = {
-            name: take_rows(rows, index).unflatten(2, (most, block)).transpose(1, 2)
-            for name, rows in pool.items()
-        }
+        blocks = block_units.blocks_of(pool, first, more, self.config.block_size)
         scores = blocks.pop("score").squeeze(-1)
         rep = ops.representatives(blocks["key"], scores, self.config.num_representatives)
         units = self._counted(state["tokens"])[1]
@@ -491,24 +427,22 @@ class InfLLMMemory(AttentionMemory):
     # Places
 
     def _counted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        return ops.settled(tokens, config.window_size, config.num_sinks, config.block_size)
+        c = self.config
+        return ops.settled(tokens, c.window_size, c.num_sinks, c.block_size)
 
     def _settled(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor]:
         """Count the sinks and units of a state, which all layers have alike."""
         return attention.cached_per_step((self, "settled"), lambda: self._counted(state["tokens"]))
 
     def _reach(self, attention: LayerAttention) -> int:
-        """Count the tokens that the layer sees in order: the window, or the layer's own smaller
-        one."""
+        """Count the tokens that a layer sees in order: the smaller one of two windows."""
         return min(self.config.window_size, attention.window or self.config.window_size)
 
     def _recent(self, state: Tree, whole: bool = False) -> tuple[Tree, Tensor]:
         """Take recent keys and values `(B, Hkv, R, D)`, at the right end, and which are there `(B,
         R)`; columns that no row needs are left out, unless the `whole` buffers are wanted."""
-        tokens = state["tokens"]
-        sinks, units = self._counted(tokens)
-        live = tokens - sinks - units * self.config.block_size
+        sinks, units = self._counted(state["tokens"])
+        live = state["tokens"] - sinks - units * self.config.block_size
         if whole:
             return {n: state[f"recent_{n}"] for n in HELD}, right_valid(live, self.kept)
         count = int(live.max()) if len(live) else 0

@@ -45,8 +45,7 @@ class Claims:
         lengthens: tensors of the state may become longer in dimension 2, filled from its
             beginning.
         linearizes: it takes the place of the attention (`memwrap.linearize`).
-        whole: settings with which it gives what the base gives of 128 tokens, in segments of any
-            size; empty where there are none.
+        whole: settings with which it reads 128 tokens as the base does; empty: there are none.
     """
 
     neutral_start: bool = False
@@ -196,8 +195,7 @@ class Memory(nn.Module):
         yield from ()
 
     def resettled(self, changed: set[str]) -> None:
-        """Follow fields of the config, outside a state's signature, that were changed
-        (`model.memory_settings`): for what was made of them when the memory was built."""
+        """Follow `changed` fields that no state depends on (`model.memory_settings`)."""
 
     def open_named(self, config: MemoryConfig) -> None:
         """Open what the caller of `wrap` names in a config. A loaded model's config opens nothing:
@@ -229,8 +227,7 @@ class Memory(nn.Module):
         return {}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """Return parameter groups with settings of their own (`lr`, `weight_decay`, or `lr_scale`:
-        a multiple of the memory's rate); parameters not named get the default."""
+        """Return parameter groups with an own `lr`, `weight_decay` or `lr_scale` (times `lr`)."""
         return []
 
 
@@ -291,7 +288,7 @@ class LayerMemory(Memory):
 
     def start_layer(self, layer: int, hidden: Tensor, worth: Tensor) -> None:
         """Begin training from what the layer gives at the suffix, `(N, num_suffix, D)` of N
-        segments; `worth` `(N,)` bool says which of them hold what is to be remembered."""
+        segments; `worth` `(N,)` bool: they hold what is to be remembered."""
 
 
 class AttentionMemory(Memory):

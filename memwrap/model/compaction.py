@@ -14,7 +14,7 @@ from memwrap.engine.inputs import as_batch, check_inputs
 from memwrap.engine.loop import Loop
 from memwrap.engine.step import SegmentReader
 from memwrap.memories.parts.compacting import Compacts, Request
-from memwrap.model.prefixes import load_prefix, save_prefix
+from memwrap.model.peft_prefix import load_prefix, save_prefix
 from memwrap.state.memory_state import MemoryState
 
 

@@ -30,7 +30,7 @@ _flash_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cp
 
 @dataclass(frozen=True)
 class Sight:
-    """What a piece of the queries sees of a group's keys.
+    """Part of a group's keys that a piece of the queries sees.
 
     Attributes:
         keys: the columns that any of them sees.

@@ -306,7 +306,7 @@ def _followed(
     }
     optimizer = torch.optim.Adam(trained.values(), lr=settings.learning_rate)
     needed = [(p, p.requires_grad) for p in model.parameters()]
-    draw, losses, order = random.Random(settings.seed), [], list[int]()
+    draw, losses, order = random.Random(settings.seed), list[float](), list[int]()
     began, seconds = time.perf_counter(), 60 * settings.minutes
     for parameter, _ in needed:
         parameter.requires_grad_(False)

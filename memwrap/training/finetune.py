@@ -255,8 +255,8 @@ def build_data(
     if recipe.task == "tasks":
         made, collate = tasks_data(recipe, tokenizer)
         lengths = made.min_tokens, made.longest(recipe.trainer.steps * recipe.trainer.accumulation)
-        others = task_rows(recipe.tasks.names, tokenizer, *lengths)  # type: ignore[union-attr]
-        return TrainingData(made, None, collate, {}, others)
+        held_out: Any = task_rows(recipe.tasks.names, tokenizer, *lengths)  # type: ignore[union-attr]
+        return TrainingData(made, None, collate, {}, held_out)
     section = recipe.data
     if section is None:
         raise ValueError("`data` is missing; a 'finetune' recipe needs documents.")

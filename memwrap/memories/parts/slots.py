@@ -170,15 +170,15 @@ def errors_of(
 ) -> Tensor:  # fmt: skip
     """Compute what each KV head loses by slots in place of rows, `(Hkv,)`: the squared error of
     what references find, beside sinks that stay, in parts of all heads' squared output."""
-    found = []
+    outputs = []
     for part in (rows, slots):
         share = share_of(attention, part, sinks, references, farthest, softcap)
         output = output_of(attention, part, references, farthest, softcap)
-        found.append(share[..., None] * output)
+        outputs.append(share[..., None] * output)
     weight = references.weight[..., None]
     heads = rows.key.shape[1]
-    lost = ((found[0] - found[1]).square() * weight).unflatten(1, (heads, -1))
-    return lost.sum((0, 2, 3, 4)) / (found[0].square() * weight).sum().clamp_min(1e-30)
+    lost = ((outputs[0] - outputs[1]).square() * weight).unflatten(1, (heads, -1))
+    return lost.sum((0, 2, 3, 4)) / (outputs[0].square() * weight).sum().clamp_min(1e-30)
 
 
 def output_of(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memwrap.backbones.rotary import rotate, unrotate
+from memwrap.backbones.rotary import rotate
 from memwrap.io.reading import inside, read_json
 from memwrap.io.whole_folders import rewriting
 from memwrap.memories.parts.compacting import Compacts
@@ -53,7 +53,8 @@ def load_prefix(model: Any, name: str, memory: Compacts, folder: Path) -> Memory
     trees = state.memories[name]["layers"]
     for number, layer in enumerate(layers):
         key, value = (rows[:, number, n].transpose(0, 1)[None] for n in (0, 1))
-        key = unrotate(key, model.parts.rotary.angles(place, layer, key))
+        angles = model.parts.rotary.angles(place, layer, key)
+        key = rotate(key, angles.inverse() if angles else None)
         made = Rows.plain(key, value, place - count, torch.ones_like(place, dtype=torch.bool))
         trees[str(layer)] = memory.with_rows(layer, trees[str(layer)], made)
     state.tokens_seen += count

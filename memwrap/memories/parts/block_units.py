@@ -1,0 +1,90 @@
+"""Units of a store, laid out as the keys and values that queries attend to.
+
+Shapes: B rows, Hkv KV heads, U units of b tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from memwrap.backbones import LayerAttention
+from memwrap.ops.buffers import take as take_rows
+from memwrap.ops.buffers.kept import kept_beside
+from memwrap.ops.buffers.paged import Pages, SlotCache, take
+from memwrap.ops.buffers.right_aligned import latest, right_valid
+from memwrap.state.trees import Tree
+
+HELD = ("key", "value")
+UNITS_A_PAGE = 16
+
+
+def take_units(
+    pages: Pages, units: Tensor, cache: SlotCache | None = None
+) -> tuple[Tensor, Tensor]:
+    """Take keys and values `(B, Hkv, U b, D)` of `units` `(B, U)`; what is in the host's memory
+    through a `cache` on the device of `units`."""
+    batch, most = units.shape
+    if not most:  # a page is (B, n, Hkv, b, D)
+        key, value = (pages["0"][n][:, :0].transpose(1, 2).flatten(2, 3) for n in HELD)
+        return key.to(units.device), value.to(units.device)
+    rows = [row for row in range(batch) for _ in range(most)]
+    numbers = units.flatten().tolist()
+    if cache is not None:
+        taken = cache.take(pages, HELD, rows, numbers, UNITS_A_PAGE, units.device)
+    else:
+        taken = take(pages, HELD, rows, numbers, UNITS_A_PAGE)
+    key, value = (t.unflatten(0, (batch, most)).transpose(1, 2).flatten(2, 3) for t in taken)
+    return key, value
+
+
+def behind(units: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Put others behind units, each keys, values and who sees them `(B, T, N)`; keys and values are
+    kept for as long as the same units have the same behind them."""
+
+    def joined() -> tuple[Tensor, Tensor, Tensor]:
+        key, value = (torch.cat(pair, 2) for pair in zip(units[:2], others[:2], strict=True))
+        return key, value, others[0]
+
+    key, value, before = kept_beside(units[0], "behind", joined)
+    if before is not others[0]:
+        key, value, _ = joined()
+    return key, value, torch.cat([units[2], others[2]], 2)
+
+
+def kept_rows(pool: dict[str, Tensor], left: Tensor, count: Tensor, size: int) -> dict[str, Tensor]:
+    """Take the `count` `(B,)` rows of a pool that are `left` `(B, N)`, at the right end of buffers
+    of `size` rows."""
+    missing = max(0, size - left.shape[1])
+    left = pad(left, (missing, 0))
+    index, valid = latest(left, size), right_valid(count, size)
+    return {n: take_rows(pad(x, (0, 0, missing, 0)), index, valid) for n, x in pool.items()}
+
+
+def blocks_of(pool: dict[str, Tensor], first: Tensor, more: Tensor, size: int) -> dict[str, Tensor]:
+    """Cut the rows of a pool `(B, Hkv, N, D)` from `first` `(B,)` on into blocks of `size` rows,
+    `(B, U, Hkv, size, D)`, as many as the row of the batch needs that needs most (`more`)."""
+    most = int(more.max())
+    index = first[:, None] + torch.arange(most * size, device=first.device)
+    index = index.clamp_max(pool["key"].shape[2] - 1)
+    return {
+        name: take_rows(rows, index).unflatten(2, (most, size)).transpose(1, 2)
+        for name, rows in pool.items()
+    }
+
+
+def add_received(
+    attention: LayerAttention, state: Tree, received: Tensor, window: int
+) -> dict[str, Tensor]:
+    """Add what recent and own columns received, `(B, H, R + K)`, to the scores of a layer's state:
+    of recent tokens, and by position of the first `window` of the open segment."""
+    count = received.shape[2] - attention.value.shape[2]
+    recent, segment = received[..., :count], received[..., count:]
+    score = state["score"]
+    old = score.shape[2] - count
+    score = torch.cat([score[..., :old], score[..., old:] + recent], 2)
+    inside = (attention.key_positions < window) & attention.key_valid
+    index = attention.key_positions.clamp(0, window - 1)[:, None].expand_as(segment)
+    segment = segment * inside[:, None]
+    return {"score": score, "open_score": state["open_score"].scatter_add(2, index, segment)}
