@@ -209,16 +209,21 @@ def _find(run: Run, parts: texts.Parts) -> None:
         memwrap.unwrap(model)
     else:
         run.results["skipped"].append(["window + sinks", parts.lengths[-1]])
-    cells = run.results["facts"]
-    cells.sort(key=lambda cell: (CURVES.index(cell["curve"]), cell["length"]))
+    cells = _draw_facts(run.results, run.folder / "facts.png")
     for cell in cells:
         marks = " ".join("x" if hit else "." for hit in cell["depth"])
         say(f"  {cell['curve']:<18}{cell['length']:>6,} tokens  {sum(cell['depth']):.0f} of "
             f"{len(cell['depth'])}   by depth: {marks}")  # fmt: skip
-    plot_depths([SimpleNamespace(**cell) for cell in cells], run.folder / "facts.png")
     if run.results["skipped"]:
         names = "; ".join(f"{curve} at {length:,}" for curve, length in run.results["skipped"])
         say(f"  (left out, as the time is short here: {names})")
+
+
+def _draw_facts(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """Draw which facts were found; returns the cells in the picture's order."""
+    cells = sorted(results["facts"], key=lambda c: (CURVES.index(c["curve"]), c["length"]))
+    plot_depths([SimpleNamespace(**cell) for cell in cells], path)
+    return cells
 
 
 def _count(
@@ -265,6 +270,11 @@ def _measure(run: Run) -> None:
         say(f"  {name:<20}{max(sizes) / 1e6:>5.0f} MB   "
             f"{'  '.join(f'{m:.3f}' for m in means)}   mean {costs[name]['mean']:.3f}")  # fmt: skip
     run.results["nats"] = {"tokens": length, "step": step, "memories": costs}
+    _draw_nats(run.results, run.folder / "nats.png")
+
+
+def _draw_nats(results: dict[str, Any], path: Path) -> None:
+    step, costs = results["nats"]["step"], results["nats"]["memories"]
     figure, (panel,) = _figure(1)
     for index, (name, of) in enumerate(costs.items()):
         places = [step * (i + 0.5) for i in range(len(of["nats"]))]
@@ -274,7 +284,7 @@ def _measure(run: Run) -> None:
     panel.set_ylabel("nats per token")
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
-    _save(figure, run.folder / "nats.png")
+    _save(figure, path)
 
 
 def _show_trained(run: Run) -> None:
@@ -315,6 +325,9 @@ def conclusions(results: dict[str, Any]) -> list[str]:
     if ("memory", lengths[0]) in counts:
         lost = counts["memory", lengths[0]] - counts["memory", longest]
         second += f"; from the shortest to the longest the memory lost {max(lost, 0)}"
+    if "nats" not in results:
+        third = "The run was cut short: nats per token were not compared."
+        return [first, second + ".", third]
     means = {name: values["mean"] for name, values in results["nats"]["memories"].items()}
     best = min(means, key=lambda name: means[name])
     gap = means["window + sinks"] - means[best]
@@ -337,8 +350,9 @@ def publish(folder: Path, readme: Path) -> None:
     """
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     figures = readme.parent / "docs" / "figures"
-    for name in ("facts", "nats"):
-        (figures / f"demo_{name}.png").write_bytes((folder / f"{name}.png").read_bytes())
+    _draw_facts(results, figures / "demo_facts.png")
+    if "nats" in results:
+        _draw_nats(results, figures / "demo_nats.png")
     depths = len(results["facts"][0]["depth"])
     lengths = sorted({cell["length"] for cell in results["facts"]})
     counts = {_key(cell): f"{sum(cell['depth']):.0f}" for cell in results["facts"]}

@@ -158,3 +158,6 @@ def test_the_sentences_follow_from_the_numbers(best: str) -> None:
     assert "sinks 4 at 8,000, 3 at 16,000; from" in second and second.endswith("the memory lost 1.")
     assert ("far back" in third) == (best == "window + sinks")
     assert ("0.250 nats" in third) == (best != "window + sinks")
+    del results["nats"]
+    assert demo.conclusions(results)[:2] == [first, second]
+    assert "cut short" in demo.conclusions(results)[2]
