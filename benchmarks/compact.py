@@ -6,7 +6,7 @@ Texts are of three kinds that every machine with Python has, `--each` of every k
 drawn by the seed: topics of its manual, source of its library, and a module's docstrings. They
 are read in segments, and the loss is that of the tokens after `--first`. All variants are one
 memory; K keys of a KV head are 4 sinks, slots (half of K where nothing else is said) and recent
-rows altogether. Segments have 3/4 K tokens, for the window too. Full attention and no context
+rows altogether. Segments have 3/4 K - 4 tokens, for the window too. Full attention and no context
 beyond the segment stand beside them, and every variant's paired difference to the window with its
 standard error. `results/compact.json` keeps every text's numbers, is written after each variant,
 and a run goes on from it.
@@ -59,7 +59,8 @@ def variants(keys: int, shares: dict[str, float] | None = None) -> dict[str, dic
     }  # fmt: skip
     if shares is not None:
         found["match, budgets"] = {**half, "budgets": shares}
-    return {name: {"segment_size": 3 * keys // 4, **settings} for name, settings in found.items()}
+    segment = 3 * keys // 4 - SINKS
+    return {name: {"segment_size": segment, **settings} for name, settings in found.items()}
 
 
 def texts_of(tokenizer: Any, each: int, tokens: int, seed: int) -> list[Tensor]:

@@ -48,6 +48,31 @@ def infini_rows(infini: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
+def speed_text(model: str) -> str:
+    """What each memory costs beside a bare model, now and before the last large change."""
+    found = load(f"speed_{model}")
+    before = load(f"speed_{model}_before")
+    lines = [
+        f"## Beside the bare model: {model}, segments of {found['segment']}\n",
+        "Times over the bare model's (`python speed.py`, one thread, CPU time): reading a segment "
+        "with full buffers, reading a text's first segment, decoding a token; and the operations "
+        f"of that token (the bare model's: {found['base_operations']:,}). In brackets: before "
+        "attention to memories stayed on the flash kernel. Machine: "
+        f"{found['machine']['cpu']}, torch {found['machine']['torch']}.\n",
+        "| memory | read | first | decode | operations |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, values in found.items():
+        if isinstance(values, dict) and "read" in values:
+            old = before.get(name, {})
+            cells = [
+                f"{values[kind]:,.6g}" + (f" ({old[kind]:,.6g})" if old else "")
+                for kind in ("read", "first", "decode", "operations")
+            ]
+            lines.append(" | ".join(["| " + name, *cells]) + " |")
+    return "\n".join(lines) + "\n\n"
+
+
 def kernels_text() -> str:
     """Which GPUs the Triton kernels were measured on."""
     found = sorted((HERE / "results").glob("kernels_*.json"))
@@ -76,6 +101,8 @@ def main() -> None:
         (f"reading {tokens}: tokens a second", f"{reading['tokens_per_second']:,.0f}", ""),
         ("training step, streaming: peak memory, 64 / 8 segments",
          f"{streaming['streaming_64_over_8']:.3f}", "<= 1.1"),
+        ("training step, one call: peak memory, 64 / 8 segments",
+         f"{streaming['one_call_64_over_8']:.3f}", "<= 1.1"),
         ("training step, one graph: peak memory, 64 / 8 segments",
          f"{streaming['one_graph_64_over_8']:.3f}", ""),
     ]  # fmt: skip
@@ -89,7 +116,9 @@ def main() -> None:
         "one thread.\n\n" + "\n".join(lines) + "\n\n"
         f"Machine: {machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu']}; Python "
         f"{machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}. "
-        "Other work may have run beside; ratios are of interleaved pairs.\n\n" + kernels_text()
+        "Other work may have run beside; ratios are of interleaved pairs.\n\n"
+        + "".join(speed_text(model) for model in ("tiny-lm", "smollm2"))
+        + kernels_text()
     )
     (HERE / "README.md").write_text(text)
     print(text)

@@ -35,15 +35,15 @@ def auto_class(config: PreTrainedConfig) -> Any:
     names, or else that class of transformers, or else the first auto class that knows the config or
     that its code is for.
     """
-    found: list[tuple[Any, set[str]]] = []
+    candidates: list[tuple[Any, set[str]]] = []
     for name, mapping_name in _AUTO.items():
         mapping = getattr(modeling_auto, mapping_name, {})
         if type(config) in mapping:
             made = mapping[type(config)]
             kinds = made if isinstance(made, tuple) else (made,)
-            found.append((getattr(modeling_auto, name), {kind.__name__ for kind in kinds}))
+            candidates.append((getattr(modeling_auto, name), {kind.__name__ for kind in kinds}))
     wanted = list(config.architectures or ())
-    for auto, classes in found:
+    for auto, classes in candidates:
         if classes & set(wanted):
             return auto
     for name in wanted:
@@ -52,8 +52,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
         if known and kind.config_class is type(config) and kind.can_generate():
             return _One(kind)
     code = getattr(config, "auto_map", None) or {}  # of a model that brings its own
-    named = [getattr(modeling_auto, name) for name in _AUTO if not found and name in code]
-    return found[0][0] if found else (named or [AutoModelForCausalLM])[0]
+    named = [getattr(modeling_auto, name) for name in _AUTO if not candidates and name in code]
+    return candidates[0][0] if candidates else (named or [AutoModelForCausalLM])[0]
 
 
 def load_backbone(place: str | Path, **options: Any) -> PreTrainedModel:

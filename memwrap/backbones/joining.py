@@ -82,9 +82,12 @@ def _join_by_the_model(
 
 
 def flashes(attention: LayerAttention) -> bool:
-    """Tell whether the CPU's flash kernel does what the model's attention does."""
+    """Tell whether the CPU's flash kernel does what the model's attention does. What is seen is
+    looked at on the way there, which torch.compile cannot trace."""
+    if not attention.plain or torch.compiler.is_compiling():
+        return False
     given = cast(attention.rotated_query, attention.rotated_key, attention.value)
-    return attention.plain and flash.usable(*given)
+    return flash.usable(*given)
 
 
 def cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +108,7 @@ def attend_beside(attention: LayerAttention, out: Tensor, log: Tensor) -> tuple[
     """
     plan = _once(attention, "plan", "the segment", lambda: _plan(attention, (), None))
     given = cast(attention.rotated_query, attention.rotated_key, attention.value)
-    group = flash.Group(*given, sights=plan.own)
+    group = flash.Group(*given, sights=plan.main)
     return flash.attend([group], attention.rotated_scaling, (out, log))
 
 
@@ -116,13 +119,13 @@ class _Plan:
     Attributes:
         mask: the model's; while it is kept, no other has its id.
         columns: of each memory's keys those that are seen by any query; None: none are.
-        own: what is seen of the memories' keys and the segment's.
+        main: what is seen of the memories' keys and the segment's.
         apart: what is seen of each memory whose keys see the queries elsewhere.
     """
 
     mask: Tensor | None
     columns: list[slice | None]
-    own: list[flash.Sight | None]
+    main: list[flash.Sight | None]
     apart: list[list[flash.Sight | None]]
 
 
@@ -132,20 +135,20 @@ def join_received(
     """Do what `LayerAttention.join_received` says."""
     if not flashes(attention):
         out, weights = _join_by_the_model(attention, memories, local, True, None)
-        own, start = [], 0
+        runs, start = [], 0
         for memory in memories:
             stop = start + memory.keys.shape[2]
-            own += [] if memory.query_positions is not None else [slice(start, stop)]
+            runs += [] if memory.query_positions is not None else [slice(start, stop)]
             start = stop
         counted = attention.query_valid[:, None, :, None]
         wide = accumulation_dtype(out)
         whole = (weights.detach().to(wide) * counted).sum(2)  # type: ignore[union-attr]
-        return out, torch.cat([*(whole[..., columns] for columns in own), whole[..., start:]], -1)
+        return out, torch.cat([*(whole[..., columns] for columns in runs), whole[..., start:]], -1)
     plan = _plan(attention, memories, local)
     groups = _groups(attention, memories, plan, None)
     scaling, width = attention.rotated_scaling, attention.value.shape[-1]
     out, log = flash.attend(groups, scaling, width=width)
-    found = flash.received(groups[0], scaling, log, attention.query_valid)
+    received = flash.received(groups[0], scaling, log, attention.query_valid)
     parts, start = [], 0  # zeros for the columns that were left out
     for memory, columns in zip(memories, plan.columns, strict=True):
         total = memory.keys.shape[2]
@@ -153,10 +156,10 @@ def join_received(
             continue
         columns = slice(0, 0) if columns is None else columns
         count = columns.stop - columns.start
-        got = found[..., start : start + count]
+        got = received[..., start : start + count]
         parts.append(pad(got, (columns.start, total - columns.stop)))
         start += count
-    return out, torch.cat([*parts, found[..., start:]], -1)
+    return out, torch.cat([*parts, received[..., start:]], -1)
 
 
 def _groups(
@@ -188,7 +191,7 @@ def _groups(
         apart.append(_group(attention, query, key, value, sights, [bias]))
     key = torch.cat([*keys, attention.rotated_key], 2) if keys else attention.rotated_key
     value = torch.cat([*values, attention.value], 2) if keys else attention.value
-    return [_group(attention, attention.rotated_query, key, value, plan.own, biases), *apart]
+    return [_group(attention, attention.rotated_query, key, value, plan.main, biases), *apart]
 
 
 def _group(
@@ -220,8 +223,8 @@ def _plan(
             inside.append(seen[..., chosen])
         elif chosen is not None:
             apart.append(flash.sights(seen[..., chosen], groups, dtype))
-    own = torch.cat([*inside, visible], -1) if inside else visible
-    return _Plan(attention.mask, columns, flash.sights(own, groups, dtype), apart)
+    main = torch.cat([*inside, visible], -1) if inside else visible
+    return _Plan(attention.mask, columns, flash.sights(main, groups, dtype), apart)
 
 
 def _visible(
@@ -279,10 +282,10 @@ def _columns(x: Tensor, columns: slice) -> Tensor:
 
 
 def _once(
-    attention: LayerAttention, what: Hashable, name: Hashable | None, make: Callable[[], Made]
+    attention: LayerAttention, kind: Hashable, name: Hashable | None, make: Callable[[], Made]
 ) -> Made:
     """Compute `make()`, with a `name` once for all layers of the step with the same mask, which
     stays alive in it, so that no other has its id."""
     if name is None:
         return make()
-    return attention.cached_per_step((what, name, id(attention.mask)), make)
+    return attention.cached_per_step((kind, name, id(attention.mask)), make)

@@ -346,8 +346,8 @@ class LayerAttention:
             return self.rotated_query
 
         def angles() -> Angles | None:
-            there, here = self._angles(positions), self._angles(self.query_positions, "queries")
-            return None if there is None or here is None else there.behind(here.inverse())
+            key, query = self._angles(positions), self._angles(self.query_positions, "queries")
+            return None if key is None or query is None else key.behind(query.inverse())
 
         made = angles() if name is None else self.cached_per_step(("turn", name, kind), angles)
         return rotate(self.rotated_query, made)

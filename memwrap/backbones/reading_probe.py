@@ -150,14 +150,14 @@ def check_reading(backbone: Backbone) -> None:
             f"{want.shape[-1]}; memwrap needs as many."
         )
     _check_window(backbone, run, lambda: backbone.run(embeds, places, ids=ids))
-    own, made = _own_logits(backbone.model, ids), backbone.head(want)
+    model_logits, made = _own_logits(backbone.model, ids), backbone.head(want)
     other = _own_logits(backbone.model, torch.cat([ids[:, :-1], ids[:, :1]], 1))
-    if not alike(other[:, :-1], own[:, :-1]):
+    if not alike(other[:, :-1], model_logits[:, :-1]):
         raise ValueError(
             f"{name} lets tokens of a text see those behind them; memwrap reads from left to right "
             "and needs a causal LM."
         )
-    if made is None or made.shape != own.shape or not alike(made, own):
+    if made is None or made.shape != model_logits.shape or not alike(made, model_logits):
         raise ValueError(
             f"{name} does not give for a text what its decoder, read from left to right, and its "
             "head give; memwrap cannot read with it."

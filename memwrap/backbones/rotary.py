@@ -39,8 +39,8 @@ class Rotation:
     def halves(cls, width: int) -> Rotation:
         """Make the common rotation of `width` channels, whose first half pairs with the second."""
         half = width // 2
-        own = tuple(range(width))
-        return cls(0, own[half:] + own[:half], own, own, (-1,) * half + (1,) * half)
+        places = tuple(range(width))
+        return cls(0, places[half:] + places[:half], places, places, (-1,) * half + (1,) * half)
 
     def angles(self, cos: Tensor, sin: Tensor) -> Angles:
         """Spread cosines and sines `(B, T, R)` over the channels."""
@@ -104,57 +104,58 @@ _FEW = 16  # vectors of which a copy costs less than operations that avoid it
 
 @dataclass(frozen=True)
 class Angles:
-    """The factors of a rotation at positions: of the channel itself and of its partner, each
-    `(B, 1, T, N)`, or `(B, H, T, N)` where heads have positions of their own."""
+    """The factors of a rotation at positions: of the channel itself, `cos`, and of its partner,
+    `sin` with its sign; each `(B, 1, T, N)`, or `(B, H, T, N)` where heads have positions of their
+    own."""
 
     rotation: Rotation
-    own: Tensor
-    other: Tensor
+    cos: Tensor
+    sin: Tensor
 
     def of_heads(self, positions: Tensor) -> Angles:
         """Split angles of `positions` `(B, H, T)`, laid side by side, into those of each head."""
-        own, other = (x[:, 0].unflatten(1, positions.shape[1:]) for x in (self.own, self.other))
-        return Angles(self.rotation, own, other)
+        cos, sin = (x[:, 0].unflatten(1, positions.shape[1:]) for x in (self.cos, self.sin))
+        return Angles(self.rotation, cos, sin)
 
     def unit(self) -> Angles:
         """Take away what scales the rotation."""
-        scale = (self.own.square() + self.other.square()).rsqrt()
-        return Angles(self.rotation, self.own * scale, self.other * scale)
+        scale = (self.cos.square() + self.sin.square()).rsqrt()
+        return Angles(self.rotation, self.cos * scale, self.sin * scale)
 
     def inverse(self) -> Angles:
         """Make the rotation that undoes this one, which may scale; in float32 (or float64)."""
-        wide = torch.promote_types(self.own.dtype, torch.float32)
-        own, other = self.own.to(wide), self.other.to(wide)
-        size = own.square() + other.square()
-        return Angles(self.rotation, own / size, -other / size)
+        wide = torch.promote_types(self.cos.dtype, torch.float32)
+        cos, sin = self.cos.to(wide), self.sin.to(wide)
+        size = cos.square() + sin.square()
+        return Angles(self.rotation, cos / size, -sin / size)
 
     def behind(self, before: Angles) -> Angles:
         """Make the rotation that does first `before` and then this one; in float32 (or float64)."""
-        wide = torch.promote_types(self.own.dtype, torch.float32)
-        own, other, first_own, first_other = (
-            x.to(wide) for x in (self.own, self.other, before.own, before.other)
+        wide = torch.promote_types(self.cos.dtype, torch.float32)
+        cos, sin, first_cos, first_sin = (
+            x.to(wide) for x in (self.cos, self.sin, before.cos, before.sin)
         )
         partners = self.rotation.partners
         return Angles(
             self.rotation,
-            own * first_own + other * partners(first_other),
-            own * first_other + other * partners(first_own),
+            cos * first_cos + sin * partners(first_sin),
+            cos * first_sin + sin * partners(first_cos),
         )
 
     def turn(self, x: Tensor) -> Tensor:
         """Turn `x` `(B, H, T, D)`."""
-        rotation, width = self.rotation, self.own.shape[-1]
+        rotation, width = self.rotation, self.cos.shape[-1]
         first, stop = rotation.start, rotation.start + width
-        wide = torch.promote_types(x.dtype, self.own.dtype)
+        wide = torch.promote_types(x.dtype, self.cos.dtype)
         part = (x if width == x.shape[-1] else x[..., first:stop]).to(wide)
-        own, other = self.own.to(wide), self.other.to(wide)
+        cos, sin = self.cos.to(wide), self.sin.to(wide)
         wasteful = _order(rotation.partner) == "halves" and x.shape[2] > _FEW
         if torch.is_grad_enabled() or not wasteful:
-            turned = torch.addcmul(part * own, rotation.partners(part), other)
+            turned = torch.addcmul(part * cos, rotation.partners(part), sin)
         else:  # without a copy of the partners
-            turned, half = part * own, width // 2
-            turned[..., :half].addcmul_(part[..., half:], other[..., :half])
-            turned[..., half:].addcmul_(part[..., :half], other[..., half:])
+            turned, half = part * cos, width // 2
+            turned[..., :half].addcmul_(part[..., half:], sin[..., :half])
+            turned[..., half:].addcmul_(part[..., :half], sin[..., half:])
         turned = turned.to(x.dtype)
         if width == x.shape[-1]:
             return turned
@@ -186,29 +187,29 @@ class Embeddings:
     swapped: bool
     dims: int = 3
 
-    def cos_sin(self, given: Any) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, value: Any) -> tuple[Tensor, Tensor]:
         """Read cosines and sines `(B, T, R)` from what the backbone hands on."""
         if self.packed:
-            cos, sin = given.real, given.imag
+            cos, sin = value.real, value.imag
         else:
-            cos, sin = reversed(given) if self.swapped else given
+            cos, sin = reversed(value) if self.swapped else value
         for _ in range(self.dims - 3):
             cos, sin = cos[0], sin[0]
         return cos, sin
 
-    def of(self, cos: Tensor, sin: Tensor, given: Any) -> Any:
+    def of(self, cos: Tensor, sin: Tensor, value: Any) -> Any:
         """Put cosines and sines `(B, T, R)` into the form of what the backbone hands on."""
         if self.packed:
-            return torch.complex(cos.to(given.real.dtype), sin.to(given.real.dtype))
-        lead = given[0].shape[: self.dims - 3]
-        cos, sin = (t.to(given[0].dtype).expand(*lead, *t.shape) for t in (cos, sin))
+            return torch.complex(cos.to(value.real.dtype), sin.to(value.real.dtype))
+        lead = value[0].shape[: self.dims - 3]
+        cos, sin = (t.to(value[0].dtype).expand(*lead, *t.shape) for t in (cos, sin))
         return (sin, cos) if self.swapped else (cos, sin)
 
-    def unmoved(self, shape: Sequence[int], given: Any) -> Any:
+    def unmoved(self, shape: Sequence[int], value: Any) -> Any:
         """Make embeddings, `shape` is `(B, T)`, that turn nothing."""
-        cos, _ = self.cos_sin(given)
+        cos, _ = self.cos_sin(value)
         ones = cos.new_ones(*shape, cos.shape[-1])
-        return self.of(ones, torch.zeros_like(ones), given)
+        return self.of(ones, torch.zeros_like(ones), value)
 
 
 @dataclass(frozen=True)
@@ -286,11 +287,11 @@ class PositionCall:
     def again(self, like: Tensor, positions: Tensor) -> Any:
         """Call the module with `like` for every tensor of numbers, and with `positions`."""
 
-        def put(given: Any) -> Any:
-            if not isinstance(given, Tensor):
-                return given
-            if given.is_floating_point():
+        def put(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if value.is_floating_point():
                 return like
-            return positions.expand(*given.shape[:-2], *positions.shape)
+            return positions.expand(*value.shape[:-2], *positions.shape)
 
         return self.module(*map(put, self.args), **{n: put(v) for n, v in self.kwargs.items()})

@@ -29,10 +29,10 @@ def train_cartridge_of(
     if document is None or model is None:
         raise ValueError("Give --document FILE and --model (a folder, a name as smollm2).")
     given = settings_of(words)
-    own = {f.name for f in fields(Cartridge)}
-    settings = Cartridge(**{n: v for n, v in given.items() if n in own})
+    field_names = {f.name for f in fields(Cartridge)}
+    settings = Cartridge(**{n: v for n, v in given.items() if n in field_names})
     memory: dict[str, Any] = {"memory_size": None, "slots": settings.slots}
-    memory |= {n: v for n, v in given.items() if n not in own}
+    memory |= {n: v for n, v in given.items() if n not in field_names}
     texts = read_texts([document])
     named = [f"{n}={'null' if v is None else v}" for n, v in memory.items()]
     loaded = load_model(model, None, "compact", named)

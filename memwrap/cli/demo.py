@@ -289,12 +289,12 @@ def _draw_nats(results: dict[str, Any], path: Path) -> None:
 
 def _show_trained(run: Run) -> None:
     """Measure the shipped trained memory, where there is one."""
-    found = trained(run.base, run.tokenizer)
-    if found is None:
+    result = trained(run.base, run.tokenizer)
+    if result is None:
         return
-    run.results["trained"] = found
+    run.results["trained"] = result
     say(f"\n=== 4. {ADAPTER}, a trained memory: share of facts known, by tokens of text\n")
-    for curve, shares in found["curves"].items():
+    for curve, shares in result["curves"].items():
         parts = "   ".join(f"{int(n):>5,}: {share:.2f}" for n, share in shares.items())
         say(f"  {curve:<22}{parts}")
 

@@ -106,9 +106,9 @@ class MemoryReader:
             raise ValueError("The state was not read as a document in a chat turn.")
         asked = held.messages([{"role": "user", "content": question(fact)}])
         ids, count = _answer(turns, asked, fact)
-        own: dict[str, Any] = {CACHE: self.state.clone()}
+        options: dict[str, Any] = {CACHE: self.state.clone()}
         logits = self.model(
-            torch.tensor([ids[held.read :]]), **own, logits_to_keep=count + 1
+            torch.tensor([ids[held.read :]]), **options, logits_to_keep=count + 1
         ).logits
         return _first_choices(logits[0], ids, count)
 

@@ -118,9 +118,9 @@ def parts(tokenizer: Any, lengths: tuple[int, ...]) -> Parts:
     facts = [FACTS[index :: len(lengths)] for index in range(len(lengths))]
     cuts = [round(length / total * len(sentences)) for length in lengths]
     places: list[tuple[int, str]] = []
-    for cut, own in zip(cuts, facts, strict=True):
+    for cut, group in zip(cuts, facts, strict=True):
         places += [(round(depth * cut), fact.sentence.rstrip(".")) for depth, fact in
-                   zip(depths(len(own)), own, strict=True)]  # fmt: skip
+                   zip(depths(len(group)), group, strict=True)]  # fmt: skip
     texts = []
     for begin, end in zip([0, *cuts], cuts, strict=False):
         part = sentences[begin:end]

@@ -33,13 +33,13 @@ def trained(base: Any, tokenizer: Any) -> dict[str, Any] | None:
     model = memwrap.load(place, base).eval()
     lengths = [model.segment_size * count - 1 for count in SEGMENTS]
     window = 2 * model.segment_size  # what a state of the same size could keep is less
-    found = evaluate_tasks(
+    result = evaluate_tasks(
         model, tokenizer, [TASK], lengths, samples=SAMPLES, controls=CONTROLS, window=window,
         progress=False,
     )  # fmt: skip
     memwrap.unwrap(model)
     curves: dict[str, dict[str, float]] = {}
-    for cell in found.cells:
+    for cell in result.cells:
         curves.setdefault(cell.curve, {})[str(cell.length)] = cell.accuracy
     return {"samples": SAMPLES, "segment": model.segment_size, "curves": curves}
 

@@ -64,10 +64,10 @@ def evaluate(
         if task == "head-budgets":
             from memwrap.evaluation.head_budgets import head_budgets
 
-            found = head_budgets(loaded, rows)
-            typer.echo(found.table())
+            budgets = head_budgets(loaded, rows)
+            typer.echo(budgets.table())
             path = (output or Path("eval")) / "head-budgets.json"
-            found.save(path)
+            budgets.save(path)
             typer.echo(f"wrote {path}: its `shares` are the setting `budgets`")
             return
         results = (run.perplexity if task == "perplexity" else run.linear_usage)(loaded, rows)

@@ -86,17 +86,17 @@ class SavingMixin:
                 f"device_map={device_map!r} spreads the model over devices; give one device."
             )
         saved = SavedModel(cls, folder)
-        own = saved.config
+        config = saved.config
         options = (
             {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         )
-        kind = own.backbone.dtype if dtype in (None, "auto") else dtype
+        kind = config.backbone.dtype if dtype in (None, "auto") else dtype
         with building(saved.tensors, folder / CONFIG):
-            base = auto_class(own.backbone).from_config(
-                copy.deepcopy(own.backbone), dtype=kind, trust_remote_code=False, **options
+            base = auto_class(config.backbone).from_config(
+                copy.deepcopy(config.backbone), dtype=kind, trust_remote_code=False, **options
             )
-            own.backbone = copy.deepcopy(base.config)
-            model: Any = cls(own, Backbone(base))  # type: ignore[call-arg]
+            config.backbone = copy.deepcopy(base.config)
+            model: Any = cls(config, Backbone(base))  # type: ignore[call-arg]
         check_names(model, saved.tensors, set(model.state_dict()), folder)
         put_weights(model, saved.tensors, folder)
         if saved.generation_config is not None:

@@ -1,20 +1,16 @@
-"""PEFT adapters inside a backbone: put in, chosen, switched off, and which of them are in use."""
+"""PEFT adapters inside a backbone: which come back, which are in use, and how they are switched."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
-from peft.functional import delete_adapter, get_peft_model_state_dict, set_adapter
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
 # The kinds of adapters whose saved models were loaded again with the same logits (the tests try
 # every kind that PEFT has). The others keep something outside the backbone's layers, change its
@@ -51,11 +47,14 @@ def check_comes_back(config: PeftConfig) -> None:
             )
 
 
-def changes_base(config: PeftConfig) -> bool:
-    """Tell whether the adapter, as it began, changed the weights that it was put beside."""
+def changes_base(config: PeftConfig, base: nn.Module) -> bool:
+    """Tell whether the adapter, as it began or as it is trained (biases), changes the weights of
+    the base that it was put beside."""
     begins = getattr(config, "init_lora_weights", True)
     changed = isinstance(begins, str) and begins not in _HARMLESS
-    return changed or bool(getattr(config, "kasa_config", None))
+    trained = getattr(config, "bias", "none") != "none"
+    trained = trained and any(name.endswith("bias") for name, _ in base.named_parameters())
+    return changed or trained or bool(getattr(config, "kasa_config", None))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -87,7 +86,7 @@ def adapter_keys(backbone: nn.Module, idle: bool = False) -> set[str]:
             continue
         heads = [f"{name}.{part}" if name else part for part in parts]
         if idle:
-            unused = adapters_in(layer) - set(_used(layer))
+            unused = adapters_in(layer) - set(_counting(layer))
             heads = [f"{head}.{adapter}" for head in heads for adapter in unused]
             ends = tuple(heads), tuple(f"{head}." for head in heads)
             keys |= {k for k in names if k in ends[0] or k.startswith(ends[1])}
@@ -101,16 +100,41 @@ def adapters_in_use(model: nn.Module) -> list[str]:
     layers differ, the layer stands beside the name."""
     layers = [(name, adapters_in(layer), _used(layer)) for name, layer in adapter_layers(model)]
     every = list(dict.fromkeys(adapter for _, _, used in layers for adapter in used))
-    odd = {a for _, held, used in layers for a in every if a in held and a not in used}
+    odd = {a for _, held, used in layers for a in every if _name(a) in held and a not in used}
     same = [adapter for adapter in every if adapter not in odd]
     return same + [f"{a} in {n}" for n, _, used in layers for a in used if a in odd]
 
 
 def _used(layer: Any) -> list[str]:
-    """List a layer's own adapters that count in what it computes."""
+    """List a layer's own adapters that count in what it computes, with the factor of scaled
+    ones."""
+    factors = _factors(layer)
+    return [f"{a} x {factors[a]}" if a in factors else a for a in _counting(layer)]
+
+
+def _name(used: str) -> str:
+    return used.rpartition(" x ")[0] or used
+
+
+def _counting(layer: Any) -> list[str]:
     active = [] if layer._disable_adapters else list(layer.active_adapters)
     merged = list(getattr(layer, "merged_adapters", ()))
     return [a for a in dict.fromkeys([*merged, *active]) if a in adapters_in(layer)]
+
+
+def _factors(layer: Any) -> dict[str, float]:
+    """Give the factors that adapters were scaled by afterwards (PEFT's `set_scale`), by name."""
+    alphas = getattr(layer, "lora_alpha", None) or getattr(layer, "alpha", None)
+    if not isinstance(alphas, dict) or not hasattr(layer, "set_scale"):
+        return {}
+    rooted = getattr(layer, "use_rslora", {})
+    factors = {}
+    for name, scale in layer.scaling.items():
+        rank = layer.r[name] ** (0.5 if rooted.get(name) else 1)
+        factor = round(scale * rank / alphas[name], 6) if alphas[name] else 1.0
+        if factor != 1:
+            factors[name] = factor
+    return factors
 
 
 def switches_of(backbone: nn.Module) -> dict[str, Any]:
@@ -139,6 +163,7 @@ def _switches(layer: Any) -> dict[str, Any]:
         "active": list(layer.active_adapters),
         "disabled": bool(layer._disable_adapters),
         "merged": list(getattr(layer, "merged_adapters", ())),
+        **({"factors": _factors(layer)} if _factors(layer) else {}),
     }
 
 
@@ -169,10 +194,23 @@ def switch(backbone: nn.Module, switches: Any, merged: bool) -> None:
         if settings.get("merged") and not merged:
             raise ValueError("An adapter is said to be merged, but the base's weights are missing.")
         _set(layer, settings["active"])
+        _scale(layer, settings.get("factors", {}))
         if settings.get("merged"):
             layer.merged_adapters = list(settings["merged"])
         if settings.get("disabled"):
             layer.enable_adapters(False)
+
+
+def _scale(layer: Any, factors: Any) -> None:
+    known = getattr(layer, "scaling", {})
+    right = isinstance(factors, dict) and all(
+        name in known and type(f) in (int, float) and math.isfinite(f)
+        for name, f in factors.items()
+    )
+    if not right:
+        raise ValueError(f"The saved state of the adapters scales {factors}, which is no adapter.")
+    for name, factor in factors.items():
+        layer.set_scale(name, factor)
 
 
 def _set(layer: Any, names: list[str]) -> None:
@@ -201,165 +239,3 @@ def _inner(module: Any) -> nn.Module:
         inner: Any = module
         module = getattr(inner, "base_layer", None) or inner.original_module
     return module
-
-
-class AdapterMixin:
-    """The adapters of a memwrap model, which lie in its backbone: transformers' own methods for
-    them, and PEFT's `set_adapter` of a model that was wrapped, see the same ones."""
-
-    # Provided by the model
-    backbone: PreTrainedModel
-
-    @property
-    def memories(self) -> dict[str, Any]:
-        """The memory modules by name."""
-        raise NotImplementedError
-
-    def adapters(self) -> dict[str, PeftConfig]:
-        """Give the PEFT configs of the adapters in the backbone, by name."""
-        configs = getattr(self.backbone, "peft_config", None) or getattr(self, "peft_config", None)
-        return dict(configs or {})
-
-    def add_lora(self, lora: LoraConfig | None = None, adapter_name: str = "default") -> None:
-        """Put LoRA into the backbone: its other weights are frozen, the memories are trained.
-
-        Args:
-            lora: PEFT's config; default `LoraConfig()` with PEFT's targets for the family.
-            adapter_name: name of the adapter, which becomes the active one.
-
-        Raises:
-            ValueError: for a kind of adapter that would not come back from a saved model, or a
-                name that is taken.
-        """
-        config = copy.deepcopy(lora) if lora is not None else LoraConfig()
-        check_comes_back(config)
-        if adapter_name in self.adapters():
-            raise ValueError(f"There is an adapter {adapter_name!r} already; give another name.")
-        # PEFT adds to the dict there is, which a PeftModel that was wrapped shares.
-        known: dict | None = self.backbone.__dict__.get("peft_config")
-        before = dict(known or {})
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-                inject_adapter_in_model(config, self.backbone, adapter_name)
-        except BaseException:
-            if known is None:
-                self.backbone.__dict__.pop("peft_config", None)
-            else:
-                known.clear()
-                known.update(before)
-            raise
-        set_adapter(self.backbone, adapter_name)
-        for memory in self.memories.values():
-            memory.requires_grad_(True)
-
-    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
-        """Put an adapter into the backbone, as `add_lora`."""
-        self.add_lora(adapter_config, adapter_name or "default")
-
-    def load_adapter(
-        self,
-        peft_model_id: str,
-        adapter_name: str | None = None,
-        *,
-        is_trainable: bool = False,
-        **hub: Any,
-    ) -> None:
-        """Put an adapter that PEFT saved, for the backbone alone, into it.
-
-        Args:
-            peft_model_id: a folder or a name on the Hub.
-            adapter_name: its name here.
-            is_trainable: let it be trained.
-            hub: `revision`, `token`, `cache_dir`, `subfolder` ...; what PEFT's loading takes.
-
-        Raises:
-            ValueError: as `add_lora`.
-        """
-        name = adapter_name or "default"
-        config = PeftConfig.from_pretrained(peft_model_id, **hub)
-        weights = load_peft_weights(peft_model_id, device="cpu", **hub)
-        self.add_lora(config, name)
-        wrong: Any = set_peft_model_state_dict(self.backbone, weights, adapter_name=name)
-        if wrong.unexpected_keys:
-            self.delete_adapter(name)
-            raise ValueError(
-                f"{peft_model_id} holds {wrong.unexpected_keys[0]}, which this backbone has not."
-            )
-        if not is_trainable:
-            set_adapter(self.backbone, name, inference_mode=True)
-
-    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Make the named adapters, and no others, active.
-
-        Raises:
-            ValueError: for a name that is none.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._check_adapters(names)
-        set_adapter(self.backbone, names if len(names) > 1 else names[0])
-
-    def disable_adapters(self) -> None:
-        """Switch all adapters off; what they are stays."""
-        self._check_adapters()
-        for _, layer in adapter_layers(self.backbone):
-            layer.enable_adapters(False)
-
-    def enable_adapters(self) -> None:
-        """Switch the active adapters on again."""
-        self._check_adapters()
-        for _, layer in adapter_layers(self.backbone):
-            layer.enable_adapters(True)
-
-    def active_adapters(self) -> list[str]:
-        """List the adapters that are active (which may be switched off)."""
-        self._check_adapters()
-        return list(switches_of(self.backbone).get("active", []))
-
-    def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
-        """Take adapters out of the backbone for good.
-
-        Raises:
-            ValueError: for a name that is none, or a merged one.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._check_adapters(names)
-        for name in names:
-            kind: Any = self.adapters()[name].peft_type
-            delete_adapter(self.backbone, name, PEFT_TYPE_TO_PREFIX_MAPPING[kind])
-            self.backbone.peft_config.pop(name)
-        if not self.adapters():
-            take_out(self.backbone)
-
-    def get_adapter_state_dict(
-        self, adapter_name: str | None = None, state_dict: dict | None = None
-    ) -> dict[str, Tensor]:
-        """Collect an adapter's weights under the names that PEFT saves them by.
-
-        Args:
-            adapter_name: default: the first active one.
-            state_dict: of the backbone, where its weights were gathered.
-        """
-        name = adapter_name or self.active_adapters()[0]
-        self._check_adapters([name])
-        return get_peft_model_state_dict(self.backbone, state_dict=state_dict, adapter_name=name)
-
-    def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what replaces one adapter's weights by another's behind the states' back."""
-        raise ValueError(
-            "Hot swapping is not followed by a memwrap model; load the adapters under different "
-            "names (load_adapter) and choose with set_adapter."
-        )
-
-    def _check_adapters(self, names: Sequence[str] = ()) -> None:
-        known = self.adapters()
-        if not known:
-            raise ValueError("The backbone has no adapter; add one first (add_lora, load_adapter).")
-        if names == []:
-            raise ValueError("Give the name of at least one adapter (disable_adapters for none).")
-        for name in names:
-            if name not in known:
-                raise ValueError(f"There is no adapter {name!r}; the backbone has {sorted(known)}.")
-
-
-__all__ = ["AdapterMixin", "adapter_keys", "adapters_in_use", "check_comes_back"]

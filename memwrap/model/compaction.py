@@ -154,16 +154,16 @@ class CompactionMixin:
         closed for it, and what the layers gave."""
         model: Any = self
         name, memory = self._compacting_memory()
-        own = isinstance(queries, str) and queries == "own"
+        own_queries = isinstance(queries, str) and queries == "own"
         if not isinstance(slots, int) or slots < 1:
             raise ValueError(f"`slots` is {slots!r}; it must be an integer of at least 1.")
         closed = model.close_segment(state)
-        if own and not memory.has_queries(closed.memories[name]):
+        if own_queries and not memory.has_queries(closed.memories[name]):
             raise ValueError(
                 "The state holds no queries of its text (memory_size=None keeps them until a state "
                 "is compacted); give `queries` a text."
             )
-        given = torch.zeros(1, 1, dtype=torch.long) if own else queries
+        given = torch.zeros(1, 1, dtype=torch.long) if own_queries else queries
         ids, mask = as_batch(given, None, tokenizer)
         if len(ids) != closed.batch_size:
             if len(ids) != 1:
@@ -177,7 +177,7 @@ class CompactionMixin:
         # All of the queries are one step: the first layer meets them before it is compacted.
         config = replace(model.memory_configs[0], segment_size=ids.shape[1] + 1)
         loop = Loop(SegmentReader(model.parts, model.memories), config, False, False)
-        with memory.compacting(slots, own, measures) as request:
+        with memory.compacting(slots, own_queries, measures) as request:
             loop(inputs, closed.clone())
         return closed, request
 

@@ -23,12 +23,12 @@ def slowness(dtype: torch.dtype) -> float:
 
     def seconds(of: torch.dtype) -> float:
         x, weight = torch.ones(_TOKENS, _WIDTH, dtype=of), torch.ones(_WIDTH, _WIDTH, dtype=of)
-        found = []
+        times = []
         for _ in range(_TRIES):
             start = time.perf_counter()
             torch.nn.functional.linear(x, weight)
-            found.append(time.perf_counter() - start)
-        return min(found)
+            times.append(time.perf_counter() - start)
+        return min(times)
 
     return seconds(dtype) / max(seconds(torch.float32), 1e-9)
 

@@ -11,6 +11,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from memwrap.backbones.cache_names import CACHE
 from memwrap.engine.inputs import check_inputs, check_mask, refuse_pictures
+from memwrap.model.known_name import KnownName
 from memwrap.model.outputs import one_cache
 from memwrap.state.memory_state import MemoryState
 
@@ -38,7 +39,7 @@ class RowEnds(StoppingCriteriaList):
         return ends
 
 
-class MemoryGenerationMixin(GenerationMixin):
+class MemoryGenerationMixin(KnownName, GenerationMixin):
     """`generate` of transformers over a `MemoryState`."""
 
     def _prepare_cache_for_generation(  # type: ignore[override]

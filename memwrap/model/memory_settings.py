@@ -71,12 +71,12 @@ def _memories(model: Any, name: str) -> list[Any]:
 
 def _held(model: Any, name: str) -> list[MemoryConfig]:
     """List every object that holds the memory's settings."""
-    found = [c for c in model.memory_configs if c.name == name]
+    configs = [c for c in model.memory_configs if c.name == name]
     for module in model.memory_modules.modules():
         config = getattr(module, "config", None)
         if isinstance(config, MemoryConfig) and config.name == name:
-            found.append(config)
-    return list({id(config): config for config in found}.values())
+            configs.append(config)
+    return list({id(config): config for config in configs}.values())
 
 
 __all__ = ["MemorySettingsMixin"]

@@ -77,21 +77,21 @@ def save_prefix(
             f"The state has {state.batch_size} rows; a prefix is one text's (state.select)."
         )
     trees = model.close_segment(state).memories[name]["layers"]
-    found = {layer: memory.rows_of(layer, trees[str(layer)]) for layer in layers}
-    counts = {int(n) for rows in found.values() for n in rows.valid.sum(-1).flatten()}
+    layer_rows = {layer: memory.rows_of(layer, trees[str(layer)]) for layer in layers}
+    counts = {int(n) for rows in layer_rows.values() for n in rows.valid.sum(-1).flatten()}
     if len(counts) > 1 or counts == {0}:
         raise ValueError(
             f"Heads hold {min(counts)} to {max(counts)} rows; PEFT needs as many in each, at "
             "least one. Read a text, and compact without `budgets`."
         )
-    most = max(float(rows.bias.abs().max()) for rows in found.values())
+    most = max(float(rows.bias.abs().max()) for rows in layer_rows.values())
     if most > 0:
         raise ValueError(
             f"Slots have biases (up to {most:.2f}), which a prefix of PEFT cannot hold and no key "
             "can stand for; compact the document by a model with `bias_bound=0`."
         )
     count = counts.pop()
-    parts = [part for layer in layers for part in _cached(model, memory, layer, found[layer])]
+    parts = [part for layer in layers for part in _cached(model, memory, layer, layer_rows[layer])]
     tensor = torch.stack(parts).permute(2, 0, 1, 3).reshape(count, -1).contiguous()
     about = _about(model, memory, (count, len(layers), heads, width), kind)
     with rewriting(folder) as new:
@@ -113,15 +113,15 @@ def _about(
 ) -> dict[str, Any]:
     """Make the config by which PEFT finds a prefix of this shape again."""
     count, layers, heads, width = shape
-    own: dict[str, Any] = {"num_frozen_tokens": min(count, max(1, memory.config.num_sinks))}
+    fields: dict[str, Any] = {"num_frozen_tokens": min(count, max(1, memory.config.num_sinks))}
     if kind == "PREFIX_TUNING":
-        own = {"encoder_hidden_size": None, "prefix_projection": False}
+        fields = {"encoder_hidden_size": None, "prefix_projection": False}
     return {
         "peft_type": kind, "task_type": "CAUSAL_LM", "peft_version": version("peft"),
         "base_model_name_or_path": getattr(model.backbone.config, "name_or_path", None) or None,
         "revision": None, "auto_mapping": None, "modules_to_save": None, "inference_mode": True,
         "num_virtual_tokens": count, "num_layers": layers, "num_attention_heads": heads,
-        "token_dim": heads * width, "num_transformer_submodules": 1, **own,
+        "token_dim": heads * width, "num_transformer_submodules": 1, **fields,
     }  # fmt: skip
 
 

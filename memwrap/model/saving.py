@@ -25,8 +25,8 @@ from memwrap.io.version import VERSION
 from memwrap.io.whole_folders import SAVED, rewriting
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_configs import adapter_of, plain_adapter, untouched_if_it_fails
+from memwrap.model.adapter_methods import AdapterMixin
 from memwrap.model.adapter_switches import (
-    AdapterMixin,
     adapter_keys,
     check_comes_back,
     switch,

@@ -247,56 +247,57 @@ def read_weights(folder: Path, names: list[str]) -> dict[str, Tensor]:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; the saved model is not whole.")
         try:
-            own = load_file(path)
+            part = load_file(path)
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
         except (SafetensorError, OSError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        check_sums(own, metadata, path)
-        check_finite(own, str(path), "it was saved by a training that had failed, or is damaged.")
-        for key in own.keys() & tensors.keys():
+        check_sums(part, metadata, path)
+        check_finite(part, str(path), "it was saved by a training that had failed, or is damaged.")
+        for key in part.keys() & tensors.keys():
             raise ValueError(f"{path} holds {key}, which another of the model's files holds too.")
-        tensors |= own
+        tensors |= part
     return tensors
 
 
 def check_names(model: Any, tensors: dict[str, Tensor], needed: set[str], folder: Path) -> None:
     """Refuse weights that are not those of the model: all that are `needed`, and no others."""
-    own = model.state_dict(keep_vars=True)
-    there = {id(own[k]) for k in tensors.keys() & own.keys()}  # tied ones have one name in the file
-    missing = sorted(k for k in needed - tensors.keys() if id(own[k]) not in there)
-    foreign = sorted(tensors.keys() - own.keys())
+    weights = model.state_dict(keep_vars=True)
+    # Of tied ones the file has one name.
+    filled = {id(weights[k]) for k in tensors.keys() & weights.keys()}
+    missing = sorted(k for k in needed - tensors.keys() if id(weights[k]) not in filled)
+    foreign = sorted(tensors.keys() - weights.keys())
     if missing or foreign:
-        what = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which the model has not"
-        raise ValueError(f"{folder / WEIGHTS} does not fit its config: it {what}.")
+        fault = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which the model has not"
+        raise ValueError(f"{folder / WEIGHTS} does not fit its config: it {fault}.")
 
 
 def put_weights(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
     """Fill a model with the tensors of its folder, all or none of them."""
-    own = model.state_dict()
+    weights = model.state_dict()
     for key, value in tensors.items():
-        if value.shape != own[key].shape:
+        if value.shape != weights[key].shape:
             raise ValueError(
                 f"{folder / WEIGHTS}: {key} has shape {tuple(value.shape)}, the model needs "
-                f"{tuple(own[key].shape)}."
+                f"{tuple(weights[key].shape)}."
             )
-        if value.is_floating_point() != own[key].is_floating_point() or value.is_complex():
+        if value.is_floating_point() != weights[key].is_floating_point() or value.is_complex():
             raise ValueError(
                 f"{folder / WEIGHTS}: {key} has dtype {value.dtype}, the model needs "
-                f"{own[key].dtype}."
+                f"{weights[key].dtype}."
             )
-    _check_tied(own, tensors, folder)
+    _check_tied(weights, tensors, folder)
     model.load_state_dict(tensors, strict=False)
     # PEFT's trainable tokens tie their own wrappers; transformers would look for a parameter there.
     if isinstance(model.backbone.get_input_embeddings().weight, nn.Parameter):
         model.backbone.tie_weights()
 
 
-def _check_tied(own: dict[str, Tensor], tensors: dict[str, Tensor], folder: Path) -> None:
+def _check_tied(weights: dict[str, Tensor], tensors: dict[str, Tensor], folder: Path) -> None:
     """Refuse weights that the config ties, and of which the file holds two."""
     first: dict[tuple[int, tuple[int, ...]], str] = {}
     for key, value in tensors.items():
-        place = own[key].data_ptr(), tuple(value.shape)
+        place = weights[key].data_ptr(), tuple(value.shape)
         other = first.setdefault(place, key)
         if place[0] and other != key and not torch.equal(value, tensors[other]):
             raise ValueError(

@@ -60,7 +60,7 @@ def wrap(
     adapters = getattr(model, "peft_config", None) or {}
     for adapter in adapters.values():
         check_comes_back(adapter)
-    begun_anew = any(changes_base(adapter) for adapter in adapters.values())
+    begun_anew = any(changes_base(adapter, model) for adapter in adapters.values())
     parts = Backbone(model)  # says what a model lacks before anything is built
     if parts.attached:
         raise ValueError(

@@ -103,7 +103,7 @@ def attend(
     """Attend in one softmax to groups of keys.
 
     Args:
-        groups: every query sees a key of the first.
+        groups: of keys; a query that sees none at all gets zeros.
         scaling: of the scores.
         other: the output `(B, H, T, D)` of an attention to other keys and the log of its softmax's
             sum `(B, H, T)`, -inf for a query that has none; they take part too.
@@ -206,12 +206,16 @@ class _Attention(torch.autograd.Function):
                     attn_mask=sight.mask, scale=scaling,
                 )  # fmt: skip
                 if sight.blind is not None:
-                    part_log = part_log.masked_fill(sight.blind, -torch.inf)
+                    part_log = part_log.masked_fill(sight.blind, torch.finfo(part_log.dtype).min)
                 part = _first(part, width)
                 if out is None:
                     out, log = part, part_log
                 else:
                     out, log = _merged(out.to(wide), log, part.to(wide), part_log)
+            if out is None:  # nobody sees anything
+                shape = len(query), query.shape[1], piece.stop - piece.start
+                out = query.new_zeros(*shape, groups[0][2].shape[-1] if width is None else width)
+                log = out.new_full(shape, torch.finfo(wide).min, dtype=wide)
             out, log = (_unfolded(x, piece.stop - piece.start) for x in (out, log))
             if other is not None and other_log is not None:
                 given = other[:, :, piece].to(wide), other_log[:, :, piece].to(wide)

@@ -52,8 +52,8 @@ class NamedStates:
 
     def names(self) -> list[str]:
         """List all names, of states in memory and in files."""
-        found = [] if self.folder is None else self.folder.glob("*.safetensors")
-        files = [path.stem for path in found if path.is_file()]
+        paths = [] if self.folder is None else self.folder.glob("*.safetensors")
+        files = [path.stem for path in paths if path.is_file()]
         with self._lock:
             return sorted({*self._held, *(name for name in files if _NAME.fullmatch(name))})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ _ROWS = {*COUNTERS, *(f"open_{name}" for name in COLUMNS), "ids_hash", "mask_has
 _KINDS = ("open", "memories", "rows")
 _MOST_DEPTH = 16
 _MOST = 2**53
+_MOST_TENSORS = 2**18
 
 
 def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
@@ -40,7 +42,10 @@ def check_layout(about: Any, tensors: dict[str, Tensor], path: Path) -> None:
         raise _damaged(path, "its signature or weights cannot be read")
     if not (about["chat"] is None or isinstance(about["chat"], dict)):
         raise _damaged(path, "its chat cannot be read")
-    batch = len(tensors["rows.fill"]) if "rows.fill" in tensors else -1
+    fill = tensors.get("rows.fill")
+    batch = len(fill) if fill is not None and fill.dim() else 0
+    if not batch:
+        raise _damaged(path, "it has no rows")
     for name, tensor in tensors.items():
         kind, *inner = name.split(".")
         known = kind in _KINDS and 0 < len(inner) <= _MOST_DEPTH
@@ -57,6 +62,12 @@ def check_finite(tensors: dict[str, Tensor], source: str, advice: str) -> None:
         wide = tensor.is_floating_point() and tensor.element_size() > 1  # no 8-bit codes
         if wide and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
             raise ValueError(f"{source} holds numbers in {name[:80]} that are not finite; {advice}")
+
+
+def check_count(names: Sized, path: Path) -> None:
+    """Refuse more tensors than any state has, before they are read one by one."""
+    if len(names) > _MOST_TENSORS:
+        raise _damaged(path, f"it holds {len(names):,} tensors")
 
 
 def check_rows(state: Any, path: Path) -> None:

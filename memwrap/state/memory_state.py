@@ -16,7 +16,14 @@ from transformers.cache_utils import Cache
 from memwrap.io.atomic_files import replacing
 from memwrap.io.checksums import check_sums, checksums
 from memwrap.io.reading import parse_json
-from memwrap.state.file_check import COLUMNS, COUNTERS, check_finite, check_layout, check_rows
+from memwrap.state.file_check import (
+    COLUMNS,
+    COUNTERS,
+    check_count,
+    check_finite,
+    check_layout,
+    check_rows,
+)
 from memwrap.state.open_segment import OpenSegment
 from memwrap.state.past import Recorded, cropped
 from memwrap.state.trees import (
@@ -342,6 +349,7 @@ class MemoryState(Cache):
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
+                check_count(file.keys(), path)
                 # Cloned: a file's tensors lie at odd addresses, where a matrix product may round
                 # another way, and a loaded state continues bit for bit.
                 tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118

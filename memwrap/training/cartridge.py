@@ -202,7 +202,7 @@ def study(
     """Let the model ask about chunks and answer with the document; questions that repeat go."""
     draw, turns = random.Random(settings.seed), Turns(tokenizer)
     ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    found: dict[str, None] = {}
+    lines: dict[str, None] = {}
     size = 8
     for _ in range(2 * -(-count // size)):
         prompts = []
@@ -220,11 +220,11 @@ def study(
         for text in texts:
             line = turns.tokenizer.decode(text, skip_special_tokens=True).strip()
             if line:
-                found.setdefault(line.splitlines()[0])
-        if len(found) >= count:
+                lines.setdefault(line.splitlines()[0])
+        if len(lines) >= count:
             break
     talks = []
-    questions = list(found)[:count]
+    questions = list(lines)[:count]
     for part in (questions[i : i + size] for i in range(0, len(questions), size)):
         asked = [_behind(turns, full, question) for question in part]
         answers = _written(model, turns, asked, full, settings.answer_tokens, do_sample=False)
@@ -362,8 +362,8 @@ def _divergence(model: MemoryModelForCausalLM, state: MemoryState, batch: list[T
     terms = []
     for row, talk in enumerate(batch):
         index, teacher = talk.best
-        own = logs[row, : len(index)].gather(-1, index)
-        terms.append(-(teacher.exp() * own).sum(-1))
+        log_probs = logs[row, : len(index)].gather(-1, index)
+        terms.append(-(teacher.exp() * log_probs).sum(-1))
     return torch.cat(terms).mean()
 
 

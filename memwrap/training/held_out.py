@@ -47,15 +47,15 @@ def task_rows(
 
 def few(rows: Any) -> list[Row]:
     """Take the first rows: `ROWS` of them, or as many as have `TOKENS` together."""
-    found: list[Row] = []
+    selection: list[Row] = []
     total = 0
     endless = isinstance(rows, IterableDataset | Iterator)
     for row in islice(rows, ROWS) if endless else (rows[i] for i in range(min(ROWS, len(rows)))):
         total += len(row["input_ids"])
-        if len(found) >= 2 and total > TOKENS:
+        if len(selection) >= 2 and total > TOKENS:
             break
-        found.append(row)
-    return found
+        selection.append(row)
+    return selection
 
 
 @torch.no_grad()

@@ -40,13 +40,13 @@ def recipe_from_words(
     if data is None:
         raise ValueError("Give the documents to train on: --data FOLDER (or --data stdlib).")
     words = words or []
-    own = is_memory_model(model)
-    if own == (memory is not None):
+    has_memory = is_memory_model(model)
+    if has_memory == (memory is not None):
         raise ValueError(
-            f"{model} has a memory of its own; leave --memory out." if own
+            f"{model} has a memory of its own; leave --memory out." if has_memory
             else f"{model} is a model without memory; give --memory NAME (`memwrap list`)."
         )  # fmt: skip
-    start: dict[str, Any] = _of_saved(model) if own else {"model": {"name": model}}
+    start: dict[str, Any] = _of_saved(model) if has_memory else {"model": {"name": model}}
     if memory is not None:
         chosen = config_class(memory).on_pretrained()
         start["memory"] = {"name": memory, "bptt_segments": _SEGMENTS // 2, **chosen}
@@ -84,8 +84,8 @@ def _full_key(word: str) -> str:
 def _segment_size(fields: dict[str, Any], overrides: list[str]) -> int:
     size = fields.get("segment_size", config_class(fields["name"])().segment_size)
     for word in overrides:
-        found = re.fullmatch(r"memory\.segment_size=(\d+)", word)
-        size = int(found[1]) if found else size
+        match = re.fullmatch(r"memory\.segment_size=(\d+)", word)
+        size = int(match[1]) if match else size
     return max(1, size)
 
 
@@ -97,16 +97,16 @@ def _of_saved(model: str) -> dict[str, Any]:
         raise ValueError(
             f"{folder} holds several memories or its base's weights; train it with MemoryTrainer."
         )
-    found: dict[str, Any] = {
+    recipe: dict[str, Any] = {
         "model": {"name": str(base_place(config, folder))}, "memory": dict(config.memories[0]),  # type: ignore[index]
         "init_from": str(folder), "lora": None,
     }  # fmt: skip
     for adapter in (config.adapters or {}).values():
-        found["lora"] = {
+        recipe["lora"] = {
             "r": adapter["r"], "alpha": adapter["lora_alpha"],
             "target_modules": adapter["target_modules"],
         }  # fmt: skip
-    return found
+    return recipe
 
 
 __all__ = ["recipe_from_words"]

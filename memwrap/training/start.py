@@ -93,8 +93,8 @@ def start_layers(
     for name, memory in layered.items():
         for layer, hidden in seen.items():
             if str(layer) in memory.init_state(1, model.device).get("layers", {}):
-                own = hidden[:, suffixes[name]]
-                memory.start_layer(layer, own, worth.to(own.device))
+                layer_hidden = hidden[:, suffixes[name]]
+                memory.start_layer(layer, layer_hidden, worth.to(layer_hidden.device))
     return len(ids)
 
 
@@ -109,15 +109,15 @@ def segments(
     Raises:
         ValueError: where no fact lies inside one segment.
     """
-    found: dict[bool, list[list[int]]] = {True: [], False: []}
+    pieces: dict[bool, list[list[int]]] = {True: [], False: []}
     for index in range(8 * count):
         sample = task(names[index % len(names)]).sample(
             tokenizer, max(_LENGTH * size, 64), FIRST_SEED + seed + index
         )
         for first in range(0, min(sample.ask, len(sample.ids)) - size + 1, size):
-            found[_holds(sample, first, first + size)].append(sample.ids[first : first + size])
-        if min(map(len, found.values())) >= count:
-            rows = found[True][:count] + found[False][:count]
+            pieces[_holds(sample, first, first + size)].append(sample.ids[first : first + size])
+        if min(map(len, pieces.values())) >= count:
+            rows = pieces[True][:count] + pieces[False][:count]
             return torch.tensor(rows), torch.arange(2 * count) < count
     raise ValueError(
         f"The tasks {', '.join(names)} have too few facts inside segments of {size} tokens to "

@@ -138,24 +138,24 @@ class MemoryTrainer(Trainer):
         """The config that decides segments, truncation and loss, as in the model's own loop."""
         return self.memory_model.memory_configs[0]
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *given: Any, **named: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """Train as `Trainer.train`; `resume_from_checkpoint=True` takes the last whole checkpoint.
 
         Raises:
             ValueError: if there is none.
         """
         if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir)  # type: ignore[arg-type]
-            if found is None:
+            checkpoint = last_checkpoint(self.args.output_dir)  # type: ignore[arg-type]
+            if checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
-            resume_from_checkpoint = str(found)
-        return super().train(resume_from_checkpoint, *given, **named)
+            resume_from_checkpoint = str(checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def compute_loss(self, *given: Any, **named: Any) -> Any:
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as `Trainer` does, in training with `window_dropout`."""
         done = self.state.global_step / max(1, self.state.max_steps)
         with windows_dropped(self.memory_model, self.args, done):
-            return super().compute_loss(*given, **named)
+            return super().compute_loss(*args, **kwargs)
 
     # What a step trains on
 
@@ -385,8 +385,8 @@ class MemoryTrainer(Trainer):
         decay = args.weight_decay if args.memory_weight_decay is None else args.memory_weight_decay
         groups: list[dict[str, Any]] = []
         for memory in self.memory_model.memories.values():
-            own = memory.optimizer_groups() if hasattr(memory, "optimizer_groups") else []
-            for group in own:
+            memory_groups = memory.optimizer_groups() if hasattr(memory, "optimizer_groups") else []
+            for group in memory_groups:
                 params = [p for p in group["params"] if p.requires_grad]
                 if params:
                     new = {"lr": rate, "weight_decay": decay, **group, "params": params}

@@ -296,6 +296,7 @@ def libraries() -> list[Attack]:
 
 # Recipes
 
+WHOLE = "output: runs/x\nmemory: {name: rmt}\n"  # and what follows is what is wrong
 TEXTS = {
     "a tag": "task: !!python/object/apply:os.mkdir ['{outside}/CODE-RAN']",
     "another tag": "task: !!python/name:os.system",
@@ -317,17 +318,17 @@ TEXTS = {
     "infinite": "memory: {name: rmt}\ntrainer: {learning_rate: .inf}",
     "not a number": "memory: {name: rmt}\ntrainer: {learning_rate: .nan}",
     "a server": "memory: {name: knnlm, store: 'postgresql://127.0.0.1:{port}/x'}",
-    "data on a server": "memory: {name: rmt}\ndata: {source: 'datasets:json', "
+    "data on a server": WHOLE + "data: {source: 'datasets:json', "
         "options: {data_files: 'http://127.0.0.1:{port}/x.json'}}",
-    "data in a bucket": "memory: {name: rmt}\ndata: {options: {data_files: {train: ['s3://b/x']}}}",
-    "data behind an archive": "memory: {name: rmt}\ndata: {options: {data_dir: 'zip://x::s3://b'}}",
+    "data in a bucket": WHOLE + "data: {options: {data_files: {train: ['s3://b/x']}}}",
+    "data behind an archive": WHOLE + "data: {options: {data_dir: 'zip://x::s3://b'}}",
     "a server in two parts": "task: finetune\noutput: ':'\nmemory: {name: knnlm, "
         "store: 'redis${output}//127.0.0.1:{port}'}",
-    "a model on a server": "memory: {name: rmt}\nmodel: {name: 'http://127.0.0.1:{port}/m'}",
-    "a stage on a server": "memory: {name: rmt}\ninit_from: 'http://127.0.0.1:{port}/m'",
-    "a tracker": "memory: {name: rmt}\ntrainer: {report_to: wandb}",
-    "a secret in a list": "memory: {name: rmt}\ntasks: {names: ['${oc.env:HOME}']}\ntask: tasks",
-    "a secret as a key": "memory: {name: rmt}\ndata: {options: {'${oc.env:HOME}': 1}}",
+    "a model on a server": WHOLE + "model: {name: 'http://127.0.0.1:{port}/m'}",
+    "a stage on a server": WHOLE + "init_from: 'http://127.0.0.1:{port}/m'",
+    "a tracker": WHOLE + "trainer: {report_to: wandb}",
+    "a secret in a list": WHOLE + "tasks: {names: ['${oc.env:HOME}']}\ntask: tasks",
+    "a secret as a key": WHOLE + "data: {options: {'${oc.env:HOME}': 1}}",
     "a secret within a reference": "output: ${${oc.env:HOME}}\nmemory: {name: rmt}",
     "a secret behind a backslash": "output: 'a\\\\${oc.env:HOME}'\nmemory: {name: rmt}",
     "another resolver": "output: ${oc.create:x}${oc.select:a}\nmemory: {name: rmt}",

@@ -87,6 +87,20 @@ def test_stock_trainer_accumulates_like_one_batch(tmp_path: Path) -> None:
         assert torch.allclose(value, results[1][1][name], atol=1e-6), name
 
 
+@pytest.mark.proof("transformers' own Trainer", "accelerate")
+def test_label_smoothing_is_that_of_the_base(tmp_path: Path) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(3, 63).view(3, 20)]
+    settings = SETTINGS | {"max_steps": 1, "per_device_train_batch_size": 3}
+    losses = []
+    for model in (llama(), wrapped("window", window_size=64, num_sinks=0)):
+        args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **settings)
+        trainer = Trainer(model=model, args=args, train_dataset=rows)
+        trainer.train()
+        losses += losses_of(trainer)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert repr(model).startswith("MemoryModelForCausalLM(")
+
+
 @pytest.mark.proof("TRL's SFTTrainer", "trl", "datasets")
 def test_sft_loss_equals_ours(tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer

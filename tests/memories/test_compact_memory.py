@@ -11,6 +11,8 @@ import torch
 from support import assert_pieces_and_padding, refused
 
 import memwrap
+from memwrap.memories import compact as compact_module
+from memwrap.memories.parts import whole_states
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
     SEGMENT,
@@ -124,6 +126,29 @@ def test_budgets_of_heads() -> None:
     assert tree["1"]["slot_count"].tolist() == [[2, 6]]
     with refused("budgets", "'L1H1' is missing or foreign"):
         wrapped("compact", budgets={"L0H0": 0.4, "L0H1": 0.2, "L1H0": 0.1})
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["streaming", "whole"])
+def test_references_stand_behind_all_that_they_judge(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There slots are read. Of several documents, behind all of them."""
+    seen = []
+
+    def watched(attention: Any, rows: Any, budget: Any, references: Any, *rest: Any) -> Any:
+        asked = references.weight[:, 0] > 0
+        seen.append((rows.place[rows.valid].max(), references.place[asked].min()))
+        return folded(attention, rows, budget, references, *rest)
+
+    module = whole_states if whole else compact_module
+    folded = module.compacted
+    monkeypatch.setattr(module, "compacted", watched)
+    model = wrapped("compact", **(WHOLE if whole else {}))
+    states = [model.read(ids(2, n, seed=n)) for n in (60, 21)]
+    if whole:
+        model.compact(states[0], 5)
+        model.compact(model.compose(states), 5)
+    assert seen and all(float(row) < float(query) for row, query in seen), seen
 
 
 def test_what_cannot_be_compacted_is_refused() -> None:

@@ -135,3 +135,29 @@ def test_lora_comes_back(given: dict[str, Any], base: Path, tmp_path: Path) -> N
     assert error_of(again(text).logits, want) < 1e-6
     begins_by_changing = given.get("init_lora_weights") in ("pissa", "olora")
     assert again.config.base_included == begins_by_changing
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_biases_of_the_base_that_were_trained_come_back(tmp_path: Path) -> None:
+    build("qwen2").save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base", "LORA", bias="lora_only", target_modules=["q_proj"])
+    for name, parameter in model.named_parameters():
+        parameter.data.add_(0.5 if name.endswith("bias") else 0)
+    held = wrapped("rmt", base=model)
+    want = held(ids(2, 20)).logits
+    held.save_pretrained(tmp_path / "model")
+    assert torch.equal(memwrap.load(tmp_path / "model")(ids(2, 20)).logits, want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_of_tied_embeddings_come_back(tmp_path: Path) -> None:
+    base = build("llama", tie_word_embeddings=True)
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    settings = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 5, 9])
+    model: Any = peft.get_peft_model(base, settings)
+    for name, parameter in model.named_parameters():
+        parameter.data.add_(1.0 if "token_adapter" in name else 0)
+    held = wrapped("rmt", base=model)
+    want = held(ids(2, 20)).logits
+    held.save_pretrained(tmp_path, include_base=True)
+    assert torch.equal(memwrap.load(tmp_path)(ids(2, 20)).logits, want)

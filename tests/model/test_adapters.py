@@ -45,6 +45,12 @@ def two(base: Path, **settings: Any) -> Any:
     return model.eval()
 
 
+def scaled(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("a", 0.5)
+
+
 def one_layer_apart(model: Any) -> None:
     model.set_adapter("a")
     model.base_model.model.model.layers[1].self_attn.q_proj.set_adapter("b")
@@ -59,6 +65,7 @@ STATES: dict[str, Any] = {
     "disabled": lambda p: p.base_model.disable_adapter_layers(),
     "b disabled": lambda p: (p.set_adapter("b"), p.base_model.disable_adapter_layers()),
     "one layer apart": one_layer_apart,
+    "scaled": scaled,
 }
 
 
@@ -123,6 +130,7 @@ def test_a_state_knows_the_adapters_it_was_read_with(base: Path, tmp_path: Path)
         lambda: held.set_adapter(["a", "b"]),
         lambda: held.disable_adapters(),
         lambda: one_layer_apart(model),
+        lambda: scaled(model),
     ):
         held.enable_adapters()
         held.set_adapter("a")
@@ -131,6 +139,9 @@ def test_a_state_knows_the_adapters_it_was_read_with(base: Path, tmp_path: Path)
             held(question, cache=state.clone())
         with pytest.raises(ValueError, match="read with the adapters"):
             memwrap.MemoryState.load(file, held)
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("a", 1.0)
     # Adapters that nothing depends on change nothing; a merged one is in use as an active one is.
     held.enable_adapters()
     held.set_adapter("a")

@@ -78,6 +78,20 @@ def test_a_decoded_token() -> None:
     assert_close(want, written_out([(query, key, value, visible)], nothing), 1e-6)
 
 
+def test_queries_that_see_nothing() -> None:
+    """Zeros: one query among others, and all of them."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 3, WIDTH) for _ in range(3))
+    for visible in (
+        torch.tensor([[[1, 0, 1], [0, 0, 0], [1, 1, 1]]]) > 0,
+        torch.zeros(1, 3, 3) > 0,
+    ):
+        group = flash.Group(query, key, value, flash.sights(visible, 1, torch.float32))
+        out = flash.attend([group, group], SCALING)[0]
+        blind = ~visible.any(-1)[0]
+        assert bool((out[:, blind] == 0).all()) and bool((out[:, ~blind] != 0).all())
+
+
 def test_what_is_not_seen_is_left_out() -> None:
     """Windows: a piece attends to the columns alone that one of its queries sees."""
     place = torch.arange(3 * flash.PIECE)

@@ -402,3 +402,16 @@ def test_a_file_sends_a_run_nowhere(tmp_path: Path) -> None:
     path.write_text(text.replace("trainer:\n", "trainer:\n  report_to: tensorboard\n"))
     assert load_recipe(path).trainer.trackers == ["tensorboard"]
     assert load_recipe("armt_lora_tiny").trainer.trackers == []
+
+
+def test_a_server_is_named_on_the_command_line_alone(tmp_path: Path) -> None:
+    """Whatever key leads there: it would be sent this machine's credentials."""
+    key = "data.options.data_files"
+    path = write(
+        tmp_path, output="runs/x", memory={"name": "rmt"},
+        data={"source": "datasets:json", "options": {"data_files": "s3://bucket/x"}},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"`{key}` is a server"):
+        load_recipe(path)
+    recipe = load_recipe(path, [f"{key}=s3://other/x"])
+    assert recipe.data is not None and recipe.data.options == {"data_files": "s3://other/x"}

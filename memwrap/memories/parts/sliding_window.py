@@ -44,15 +44,15 @@ class Evicted:
     inside: Tensor | None
     run: slice | None
 
-    def rows(self, kept: Tensor, segment_rows: Callable[[], Tensor]) -> Tensor:
+    def rows(self, window_rows: Tensor, segment_rows: Callable[[], Tensor]) -> Tensor:
         """Take what left, `(B, H, T, D)`: of the kept rows `(B, H, W, D)` and, where it is inside,
         of what `segment_rows` gives for `columns`, `(B, H, T, D)`."""
         if self.run is not None:
-            return kept[:, :, self.run]
-        before = take(kept, self.kept)
+            return window_rows[:, :, self.run]
+        before = take(window_rows, self.kept)
         if self.inside is None:
             return before
-        return torch.where(self.inside[:, None, :, None], segment_rows().to(kept), before)
+        return torch.where(self.inside[:, None, :, None], segment_rows().to(window_rows), before)
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,8 @@ def output_of(
     block = ops.KeyValueBlock(query, key, key, attention.scaling, softcap=softcap)
     logits = block.logits(query, key, rows.bias.to(wide))
     logits = logits.masked_fill(~rows.valid[:, :, None], torch.finfo(wide).min)
-    found = torch.softmax(logits, -1) @ rows.value.to(wide)
-    return found.view(*references.query.shape[:3], -1)
+    output = torch.softmax(logits, -1) @ rows.value.to(wide)
+    return output.view(*references.query.shape[:3], -1)
 
 
 def share_of(

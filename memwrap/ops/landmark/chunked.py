@@ -62,28 +62,28 @@ def _attention(
     if short:
         k, v = (torch.nn.functional.pad(t, (0, 0, 0, short)) for t in (k, v))
         valid = torch.nn.functional.pad(valid, (0, short))
-    there = valid.view(batch, 1, 1, 1, count, m + 1)
+    valid_blocks = valid.view(batch, 1, 1, 1, count, m + 1)
     x = q.unflatten(1, (-1, groups)).flatten(2, 3) @ k.transpose(-1, -2)
     x = capped(x.to(accumulation_dtype(q)) * scaling, softcap)
     x = x.view(batch, -1, groups, length, count, m + 1)
-    tokens, gate, here = x[..., :m], x[..., m], there[..., :m]
+    tokens, gate, valid_tokens = x[..., :m], x[..., m], valid_blocks[..., :m]
     section, inside = (p[:, None, None, :, None] for p in (places // (m + 1), places % (m + 1)))
     index = torch.arange(count, device=q.device)
-    earlier = (index < section) & there[..., m] & here.any(-1)
-    own = index == section
+    earlier = (index < section) & valid_blocks[..., m] & valid_tokens.any(-1)
+    own_section = index == section
     if documents is not None:
-        mine = documents.gather(1, (places // (m + 1)).clamp_max(documents.shape[1] - 1))
-        same = documents[:, None, :count] == mine[..., None]
+        query_documents = documents.gather(1, (places // (m + 1)).clamp_max(documents.shape[1] - 1))
+        same = documents[:, None, :count] == query_documents[..., None]
         earlier = earlier & same[:, None, None]
     last = (inside - landmark[:, None, None, :, None].long())[..., None]
     row = torch.arange(m, device=q.device)
-    seen = own[..., None] & (row <= last)
+    seen = own_section[..., None] & (row <= last)
     if window is not None:
         seen = seen & (row > inside[..., None] - window)
     least = torch.finfo(x.dtype).min
-    bias = gate - tokens.masked_fill(~here, least).logsumexp(-1)
+    bias = gate - tokens.masked_fill(~valid_tokens, least).logsumexp(-1)
     bias = torch.where(earlier, bias, torch.zeros((), dtype=bias.dtype, device=bias.device))
-    visible = ((earlier[..., None] | seen) & here).expand(*x.shape[:-1], m)
+    visible = ((earlier[..., None] | seen) & valid_tokens).expand(*x.shape[:-1], m)
     y = (tokens + bias[..., None]).masked_fill_(~visible, -torch.inf).flatten(-2)
     # One exponential for the weights and for their sum.
     most = y.detach().amax(-1, keepdim=True).clamp_min(least)
@@ -106,21 +106,21 @@ def retrieved_chunked(
     batch, heads, size = ids.shape[0], ids.shape[1], landmarks.shape[2]
     # A block without a token has no share, as one that is not there.
     some = torch.nn.functional.pad(valid.any(-1), (0, 1))[:, None, None]
-    there = some.expand(*ids.shape[:3], -1).gather(-1, ids.clamp_max(size))
+    present = some.expand(*ids.shape[:3], -1).gather(-1, ids.clamp_max(size))
     kv = torch.arange(heads, device=ids.device) // (heads // landmarks.shape[1])
     row = torch.arange(batch, device=ids.device)[:, None] * landmarks.shape[1] + kv
     flat = row[..., None, None] * size + ids.clamp_max(size - 1)
     valid = valid[:, None].expand(-1, landmarks.shape[1], -1, -1)
     if ids.shape[2] == 1:
-        found, gate = _read_gathered(q, keys, values, landmarks, valid, flat, scaling, softcap)
+        outputs, gate = _read_gathered(q, keys, values, landmarks, valid, flat, scaling, softcap)
     else:
-        found, gate = _read_grouped(
-            q, keys, values, landmarks, valid, flat, there, scaling, softcap
+        outputs, gate = _read_grouped(
+            q, keys, values, landmarks, valid, flat, present, scaling, softcap
         )
-    gate = gate.masked_fill(~there, torch.finfo(gate.dtype).min)
+    gate = gate.masked_fill(~present, torch.finfo(gate.dtype).min)
     log = gate.logsumexp(-1)
-    outer = (gate - log[..., None]).exp() * there
-    return (outer.to(found.dtype)[..., None] * found).sum(-2), log
+    outer = (gate - log[..., None]).exp() * present
+    return (outer.to(outputs.dtype)[..., None] * outputs).sum(-2), log
 
 
 def _read_gathered(
@@ -129,56 +129,58 @@ def _read_gathered(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Read for `q` `(B, H, T, R, Dk)` each of its blocks, `(B, H, T, R, Dv)`, with the scores of
     their landmarks `(B, H, T, R)`; the blocks `flat` `(B, H, 1, R)` are those of all queries."""
-    key, value, mark, here = (_rows(x, flat, q.device) for x in (keys, values, landmarks, valid))
+    key, value, mark, filled = (_rows(x, flat, q.device) for x in (keys, values, landmarks, valid))
     gate = (q * mark).sum(-1)
     x = (key @ q[..., None]).squeeze(-1)
     wide = accumulation_dtype(q)
     gate, x = (capped(t.to(wide) * scaling, softcap) for t in (gate, x))
-    inner = x.masked_fill(~here, torch.finfo(wide).min).softmax(-1) * here
+    inner = x.masked_fill(~filled, torch.finfo(wide).min).softmax(-1) * filled
     return (inner.to(value.dtype)[..., None, :] @ value).squeeze(-2), gate
 
 
 def _read_grouped(
     q: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, valid: Tensor, flat: Tensor,
-    there: Tensor, scaling: float, softcap: float | None,
+    present: Tensor, scaling: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Read as `_read_gathered`, where each query has blocks of its own, `flat` and `there` `(B, H,
-    T, R)`.
+    """Read as `_read_gathered`, where each query has blocks of its own, `flat` and `present` `(B,
+    H, T, R)`.
 
     The pairs of a query and a block are sorted by block, so that a block's keys are fetched for all
     that read it: queries move, which are m times smaller. Pairs stand in rows of one length, near
     the mean number of readers; a block with more readers has several rows.
     """
-    pairs = there.flatten().nonzero().squeeze(1)
+    pairs = present.flatten().nonzero().squeeze(1)
     if not len(pairs):  # a zero that still belongs to the graph
         nothing = q.sum(-1) * 0
         return nothing[..., None].expand(*q.shape[:4], values.shape[-1]).to(values.dtype), nothing
-    blocks, which, readers = flat.flatten()[pairs].unique(return_inverse=True, return_counts=True)
+    blocks, inverse, readers = flat.flatten()[pairs].unique(return_inverse=True, return_counts=True)
     width = -(-len(pairs) // len(blocks))
     rows = (readers + width - 1) // width  # of each block
-    order = which.argsort(stable=True)
+    order = inverse.argsort(stable=True)
     first = readers.cumsum(0) - readers
-    rank = torch.arange(len(pairs), device=q.device) - first[which[order]]
-    start = (rows.cumsum(0) - rows)[which[order]] * width
+    rank = torch.arange(len(pairs), device=q.device) - first[inverse[order]]
+    start = (rows.cumsum(0) - rows)[inverse[order]] * width
     slot = start + rank
     # Places of the rows without a pair repeat the first one: what they find is not read.
     total = int(rows.sum()) * width
     source = torch.zeros(total, dtype=torch.long, device=q.device).scatter(0, slot, pairs[order])
     x = q.flatten(0, 3).index_select(0, source).view(-1, width, q.shape[-1])
-    mine = blocks.repeat_interleave(rows)
-    key, value, mark, here = (_rows(t, mine, q.device) for t in (keys, values, landmarks, valid))
+    row_blocks = blocks.repeat_interleave(rows)
+    key, value, mark, filled = (
+        _rows(t, row_blocks, q.device) for t in (keys, values, landmarks, valid)
+    )
     wide = accumulation_dtype(q)
     gate = (x @ mark[..., None]).squeeze(-1)
     scores = x @ key.transpose(-1, -2)
     gate, scores = (capped(t.to(wide) * scaling, softcap) for t in (gate, scores))
-    here = here[:, None]
-    inner = scores.masked_fill(~here, torch.finfo(wide).min).softmax(-1) * here
-    found = (inner.to(value.dtype) @ value).flatten(0, 1)
-    back = torch.zeros(there.numel(), dtype=torch.long, device=q.device)
+    filled = filled[:, None]
+    inner = scores.masked_fill(~filled, torch.finfo(wide).min).softmax(-1) * filled
+    outputs = (inner.to(value.dtype) @ value).flatten(0, 1)
+    back = torch.zeros(present.numel(), dtype=torch.long, device=q.device)
     back = back.scatter(0, pairs[order], slot)
-    out, gate = found.index_select(0, back), gate.flatten().index_select(0, back)
-    out = out * there.flatten()[:, None]
-    return out.view(*there.shape, -1), gate.view(there.shape)
+    out, gate = outputs.index_select(0, back), gate.flatten().index_select(0, back)
+    out = out * present.flatten()[:, None]
+    return out.view(*present.shape, -1), gate.view(present.shape)
 
 
 def _rows(x: Tensor, flat: Tensor, device: torch.device | None = None) -> Tensor:
