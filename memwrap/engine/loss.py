@@ -14,6 +14,7 @@ from memwrap.engine.inputs import IGNORED, Teacher
 from memwrap.engine.plan import Step
 from memwrap.engine.recomputation import recomputed
 from memwrap.engine.step import SegmentReader, StepOutput
+from memwrap.ops import accumulation_dtype
 from memwrap.state.trees import Tree
 
 # Logits of at most so many numbers (float32) exist at once while a loss is computed.
@@ -126,13 +127,14 @@ class Head:
     ) -> Tensor:
         """Sum over tokens with a target: logits `(n, V)`, targets `(n,)`, and the teacher's hidden
         states `(n, D)`."""
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)
+        logits = logits.to(accumulation_dtype(logits))
+        loss = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
         if teacher is None:
             return loss
         loss, t = loss * teacher.labels, teacher.temperature
         with torch.no_grad():
-            follow = F.log_softmax(self.backbone.head(taught[None])[0].float() / t, -1)
-        student = F.log_softmax(logits.float() / t, -1)
+            follow = F.log_softmax(self.backbone.head(taught[None])[0].to(logits.dtype) / t, -1)
+        student = F.log_softmax(logits / t, -1)
         apart = F.kl_div(student, follow, reduction="none", log_target=True).sum(-1)
         return loss + teacher.weight * t * t * apart.masked_fill(targets == IGNORED, 0.0).sum()
 

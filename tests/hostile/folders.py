@@ -16,8 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from writers import Writer, writers
+ROOT = Path(__file__).resolve().parents[2]
+for _place in ("", "tests", "tests/hostile", "kernels/torch-ext"):
+    sys.path.insert(0, str(ROOT / _place))
+
+import torch  # noqa: E402
+from writers import Writer, writers  # noqa: E402
 
 ROUNDS = 6
 # Those whose two versions are both written by memwrap, over whatever is there.

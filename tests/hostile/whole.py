@@ -135,7 +135,8 @@ def digest(*parts: Any) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             found.update(f"{tuple(part.shape)} {part.dtype}".encode())
-            part = part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            flat = part.detach().cpu().contiguous().reshape(-1)
+            part = flat.view(torch.uint8).numpy().tobytes()
         found.update(part if isinstance(part, bytes) else repr(part).encode())
     return found.hexdigest()
 
