@@ -74,7 +74,8 @@ def train(
         typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A YAML file or name; settings."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Instead of a recipe: a folder, name or repo id.")
+        str | None,
+        typer.Option("--model", help="A folder, name or repo id; a recipe's own without."),
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="stdlib, a folder, a file, or datasets:NAME.")
@@ -89,8 +90,9 @@ def train(
         bool, typer.Option("--dry-run", help="Check the recipe, print it resolved, run nothing.")
     ] = False,
 ) -> None:
-    """Train: memwrap train RECIPE, or memwrap train --model DIR --data FOLDER --memory armt, or
-    memwrap train cartridge --model DIR --document FILE."""
+    """Train: memwrap train RECIPE (with --model or --data in place of its own), or memwrap train
+    --model DIR --data FOLDER --memory armt, or memwrap train cartridge --model DIR --document FILE.
+    """
     from memwrap.training.finetune import RUN, is_first, preflight, run_recipe
     from memwrap.training.recipe import load_recipe
     from memwrap.training.recipe_from_words import recipe_from_words
@@ -101,13 +103,16 @@ def train(
 
         train_cartridge_of(document, model, output, words[1:])
         return
-    if model is not None:
-        loaded = recipe_from_words(model, data, memory, output, words)
-    elif not words or data is not None or memory is not None:
-        raise ValueError("Give the name of a recipe, or --model with --data and --memory.")
-    else:
-        extra = [f"output={output}"] if output is not None else []
+    if words and "=" not in words[0]:
+        if memory is not None:
+            raise ValueError("A recipe names its memory; --memory goes with --model and --data.")
+        given = {"model.name": model, "data.source": data, "output": output}
+        extra = [f"{key}={value}" for key, value in given.items() if value is not None]
         loaded = load_recipe(words[0], [*words[1:], *extra])
+    elif model is not None:
+        loaded = recipe_from_words(model, data, memory, output, words)
+    else:
+        raise ValueError("Give the name of a recipe, or --model with --data and --memory.")
     if dry_run:
         typer.echo(loaded.to_yaml(), nl=False)
         try:

@@ -77,6 +77,9 @@ def test_a_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
     assert not output.exists()
     result = run("train", "armt_lora_llama3.2_1b", "data.source=/not/there", "--dry-run")
     assert "would stop" in result.stderr and "/not/there" in result.stderr
+    named = ("--model", "armt-lm", "--data", "stdlib", "-o", output)
+    result = run("train", "rmt_lora_tiny", *named, "--dry-run")
+    assert all(f": {word}\n" in result.stdout for word in ("armt-lm", "stdlib", output))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,7 @@ def test_a_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
         (("train", "armt_lora_tiny", "trainer.report_to=elsewhere"), "`trainer.report_to`"),
         (("train", "armt_lora_tiny", "trainer.report_to=swanlab"), "not installed"),
         (("train",), "Give the name of a recipe"),
+        (("train", "rmt_lora_tiny", "--memory", "armt"), "A recipe names its memory"),
         (("train", "--model", "tiny-lm", "--memory", "armt"), "--data FOLDER"),
         (("train", "--model", "tiny-lm", "--data", "stdlib"), "give --memory"),
         (("train", "--model", "armt-lm", "--data", "stdlib", "--memory", "armt"), "of its own"),
