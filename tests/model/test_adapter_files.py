@@ -63,6 +63,8 @@ WRONG_CONFIGS: dict[str, Any] = {
     "no kind of adapter": {"peft_type": "NONE"},
     "a module to import": {"megatron_config": {"a": 1}, "megatron_core": "os"},
     "text for a number": {"lora_alpha": "x"},
+    "a list for a kind": {"peft_type": ["LORA"], "target_modules": "(a+)+$"},
+    "what no PEFT knows": {"strange": 3},
 }
 
 
@@ -122,7 +124,8 @@ def test_a_pattern_for_modules_is_not_matched(folder: Path, tmp_path: Path) -> N
     model.load_adapter(folder)
     wanted = model(TEXT).logits
     shutil.copytree(folder, tmp_path / "outer" / "inner")
-    edit_config(tmp_path / "outer" / "inner", target_modules="(a+)+$|([a-z_.]*)*[qv]_proj$")
+    pattern = "(a+)+$|([a-z_.]*)*[qv]_proj$"
+    edit_config(tmp_path / "outer" / "inner", target_modules=pattern, of_a_later_peft=None)
     again = wrapped("rmt")
     assert error_of(again(TEXT).logits, wanted) > 1e-2
     again.load_adapter(tmp_path / "outer", subfolder="inner")
