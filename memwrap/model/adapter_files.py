@@ -61,7 +61,7 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
 def _plain(values: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
     """Leave out what another version of PEFT has and the adapter does not use, and put the names of
     modules that have weights in the place of a pattern for them."""
-    kind = str(values.get("peft_type"))
+    kind: Any = str(values.get("peft_type"))
     known = getattr(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind), "__dataclass_fields__", {})
     values = {key: value for key, value in values.items() if value or key in known}
     if not is_pattern(values.get("target_modules")):
