@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -44,8 +44,8 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
             raise ValueError(f"{path} is damaged: {key[:80]} has dtype {value.dtype}.")
     weights = {key.removeprefix(_OUTER): value for key, value in weights.items()}
     try:
-        if isinstance(values, dict):
-            values = _plain(values, weights)
+        if isinstance(values, dict) and is_pattern(values.get("target_modules")):
+            values = _with_names(values, weights)
         config = adapter_of(values)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
@@ -58,14 +58,9 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     return config, weights
 
 
-def _plain(values: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Leave out what another version of PEFT has and the adapter does not use, and put the names of
-    modules that have weights in the place of a pattern for them."""
+def _with_names(values: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Put the names of modules that have weights in the place of a pattern for them."""
     kind: Any = str(values.get("peft_type"))
-    known = getattr(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind), "__dataclass_fields__", {})
-    values = {key: value for key, value in values.items() if value or key in known}
-    if not is_pattern(values.get("target_modules")):
-        return values
     head = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind, "lora_")
     names = {key.partition(f".{head}")[0] for key in weights if f".{head}" in key}
     left_out = dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform"))
