@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from memwrap.memories.infini import InfiniConfig
     from memwrap.memories.infllm import InfLLMConfig
     from memwrap.memories.knnlm import KnnLMConfig
+    from memwrap.memories.lact import LaCTConfig
     from memwrap.memories.landmark import LandmarkConfig
     from memwrap.memories.liger import LigerConfig
     from memwrap.memories.lolcats import LoLCATsConfig
@@ -51,6 +52,7 @@ _PLACES = {
     "InfLLMConfig": "memwrap.memories.infllm",
     "InfiniConfig": "memwrap.memories.infini",
     "KnnLMConfig": "memwrap.memories.knnlm",
+    "LaCTConfig": "memwrap.memories.lact",
     "LandmarkConfig": "memwrap.memories.landmark",
     "Library": "memwrap.retrieval.library",
     "LigerConfig": "memwrap.memories.liger",
@@ -101,6 +103,7 @@ __all__ = [
     "InfLLMConfig",
     "InfiniConfig",
     "KnnLMConfig",
+    "LaCTConfig",
     "LandmarkConfig",
     "Library",
     "LigerConfig",
