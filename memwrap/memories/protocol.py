@@ -42,8 +42,8 @@ class Claims:
         neutral_start: untrained, it gives what the base gives of a text that fits in a segment's
             reach: what it adds begins at zero.
         bounded: the state does not grow with the text.
-        lengthens: tensors of the state may become longer in dimension 2, filled from its
-            beginning.
+        lengthens: it keeps entries of the text, in tensors that become longer in dimension 2,
+            filled from its beginning; what is read twice is kept twice.
         linearizes: it takes the place of the attention (`memwrap.linearize`).
         whole: settings with which it reads 128 tokens as the base does; empty: there are none.
     """
