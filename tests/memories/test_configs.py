@@ -112,7 +112,8 @@ WRONG: dict[str, dict[str, Any]] = {
                    "context_size": 0, "similarity": "cosine", "head_layout": "mixed",
                    "layers": [-1], "attention_layers": [1, 1]},
     "rmt": {"num_memory_tokens": 0, "length_spread": 1.01, "segment_size": 0,
-            "bptt_segments": 0, "loss_on": "first", "alignment": "middle", "count_padding": 1},
+            "bptt_segments": 0, "loss_on": "first", "alignment": "middle", "count_padding": 1,
+            "gate": "gru", "gate_init": 21},
     "window": {"window_size": 0, "num_sinks": -1},
 }  # fmt: skip
 
