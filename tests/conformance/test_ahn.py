@@ -3,21 +3,17 @@ reads."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from cases import Case, Got, Tolerances, both_precisions, compare, gradients_of, names_of, read_case
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import memwrap
+from memwrap.backbones import AttentionSizes
 from memwrap.memories.ahn import LayerAHN
-from memwrap.model.published_ahn import names_of as names_of_ahn
+from memwrap.memories.sizes import Sizes
+from memwrap.model.published_ahn import FORMS, fill
+from memwrap.model.published_ahn import names_of as published_names
 from memwrap.ops import backend
 
 TOLERANCES = Tolerances(reference={"": 1e-5}, float32={"": 1e-5})
@@ -26,27 +22,17 @@ GATED_DELTA = Tolerances(exact={"": 2e-7}, reference={"": 1e-5}, float32={"": 1e
 
 
 def layer_of(case: Case) -> tuple[LayerAHN, dict[str, Tensor]]:
-    """The layer with the case's weights, as it comes out of a published folder, and its parameters
-    by the case's names."""
+    """The layer, filled as from a published checkpoint, and its parameters by the case's names."""
     heads, width = case.tensors["q"].shape[2:]
-    hidden, form = case.tensors["hidden_in"].shape[2], case.settings["ahn_implementation"]
-    shape = {
-        "model_type": "qwen2", "hidden_size": hidden, "num_hidden_layers": 1,
-        "num_attention_heads": heads,
-    }  # fmt: skip
-    base = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            **shape, num_key_value_heads=heads, head_dim=width, intermediate_size=4, vocab_size=8
-        )
-    ).to(case.dtype)
-    weights = {f"model.layers.0.ahn.fn.{n}": x for n, x in case.starting("ahn.fn.").items()}
-    about = {**shape, "_ahn_implementation": form, "sliding_window": 4}
-    with tempfile.TemporaryDirectory() as name:
-        save_file(weights, Path(name, "model.safetensors"))
-        Path(name, "config.json").write_text(json.dumps(about))
-        model = memwrap.load_ahn(name, base)
-    layer: Any = model.memories["ahn"].networks["0"]
-    found = {f"ahn.fn.{names_of_ahn(layer)[n]}": p for n, p in layer.named_parameters()}
+    hidden, form = case.tensors["hidden_in"].shape[2], case.among("ahn_implementation", FORMS)
+    own = AttentionSizes(heads, heads, width, width)
+    sizes = Sizes(
+        hidden_size=hidden, embedding_size=hidden, num_layers=1, embedding_std=1.0,
+        dtype=case.dtype, backbone_dtype=case.dtype, attention={0: own},
+    )  # fmt: skip
+    layer = LayerAHN(memwrap.AHNConfig(form=form), own, sizes)
+    fill(layer, case.starting("ahn.fn."), case.name)
+    found = {f"ahn.fn.{published_names(layer)[n]}": p for n, p in layer.named_parameters()}
     if layer.read_bias is not None:  # two biases that are only ever added
         found["ahn.fn.dt_proj.bias"] = layer.bias
     return layer, found

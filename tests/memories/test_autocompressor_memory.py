@@ -322,6 +322,7 @@ def test_pieces_and_padding_of_independent_segments(settings: dict[str, Any]) ->
     assert_pieces_and_padding(with_lora(**settings))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_learn_from_what_their_slots_are_worth(checkpointing: bool) -> None:
     """A first segment teaches them nothing; the second does, through its slots alone."""
