@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from memwrap.memories.window import WindowConfig
     from memwrap.model.configuration import MemoryModelConfig
     from memwrap.model.memory_model import MemoryModelForCausalLM
+    from memwrap.model.published_ahn import load_ahn
     from memwrap.model.wrapping import linearize, load, unwrap, wrap
     from memwrap.retrieval.library import Library
     from memwrap.state.memory_state import MemoryState
@@ -70,6 +71,7 @@ _PLACES = {
     "config_class": "memwrap.memories.registry",
     "linearize": "memwrap.model.wrapping",
     "load": "memwrap.model.wrapping",
+    "load_ahn": "memwrap.model.published_ahn",
     "pipeline": "memwrap.chat.pipeline",
     "unwrap": "memwrap.model.wrapping",
     "wrap": "memwrap.model.wrapping",
@@ -122,6 +124,7 @@ __all__ = [
     "config_class",
     "linearize",
     "load",
+    "load_ahn",
     "pipeline",
     "unwrap",
     "wrap",

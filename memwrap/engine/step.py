@@ -6,6 +6,7 @@ The prefix stands where a row's segment opens, the suffix where it closes. A ste
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memwrap.backbones import Backbone, Positions
+from memwrap.backbones.adapters import lora_disabled
 from memwrap.backbones.layer_attention import AttentionStep
 from memwrap.backbones.masks import layers_without_attention
 from memwrap.backbones.recurrence import Recurrence
@@ -124,7 +126,8 @@ class SegmentReader:
         )
         cache = segment.cache() if keep or len(segment) else None
         spread = None if ids is None else given.spread(ids)
-        hidden, ffn = self._hidden(given, cache, context, spread)
+        with self._adapters():
+            hidden, ffn = self._hidden(given, cache, context, spread)
         states = context.changed(step.closes)
         now = {"embeds": given.embeds, "hidden": hidden, "ffn": ffn}
         if spread is not None:
@@ -146,6 +149,11 @@ class SegmentReader:
         key = given.of_tokens(now[self.mixer[1].key], in_loss) if self.mixer else None
         tokens = given.of_tokens(hidden, in_loss)
         return StepOutput(tokens, states, after, auxiliary, inserted, key)
+
+    def _adapters(self) -> AbstractContextManager[None]:
+        """Switch the backbone's adapters off where a memory has them for its own passes alone."""
+        frozen = any(memory.frozen_reader for memory in self.seeing.values())
+        return lora_disabled(self.backbone.model) if frozen else nullcontext()
 
     def alone(self, embeds: Tensor, visible: Tensor, counted: Tensor) -> Tensor:
         """Compute the last hidden states of embeddings `(B, K, D)` without memories, positions from

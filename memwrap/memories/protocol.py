@@ -42,8 +42,8 @@ class Claims:
         neutral_start: untrained, it gives what the base gives of a text that fits in a segment's
             reach: what it adds begins at zero.
         bounded: the state does not grow with the text.
-        lengthens: tensors of the state may become longer in dimension 2, filled from its
-            beginning.
+        lengthens: it keeps entries of the text, in tensors that become longer in dimension 2,
+            filled from its beginning; what is read twice is kept twice.
         linearizes: it takes the place of the attention (`memwrap.linearize`).
         whole: settings with which it reads 128 tokens as the base does; empty: there are none.
     """
@@ -120,8 +120,7 @@ class Memory(nn.Module):
         bytes_per_token: at most so many bytes a token and row does the state grow by; 0 if it is
             bounded.
         takes_store: it searches a store of vectors, which a caller of `load` may name.
-        branches: parts of what is read that can be read alone (`only`); an evaluation measures
-            what each is worth.
+        branches: parts of what is read that can be read alone (`only`), as evaluation does.
         draws_branches: in training it can read a branch alone in a share of the rows.
     """
 
@@ -298,8 +297,7 @@ class AttentionMemory(Memory):
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
         within_window: what is kept is seen through a layer's own sliding window, where it has
             one: nothing older than that reaches the layer.
-        counts_positions: it rotates by places beyond a segment's, in the text or among what it
-            stored.
+        counts_positions: it rotates by places beyond a segment's: of the text, or of its entries.
     """
 
     needs_hidden: bool = False
@@ -347,9 +345,12 @@ class SeesSegment(Memory):
     Attributes:
         looks_at: what it needs of them, `"embeds"`, `"hidden"`, `"ffn"` or `"ids"`; kept beside
             the keys and values of an open segment.
+        frozen_reader: the backbone's adapters are off while segments are read, and on in the
+            memory's own passes (`SegmentTokens.run`).
     """
 
     looks_at: frozenset[str] = frozenset()
+    frozen_reader: bool = False
 
     def write_segment(self, state: Tree, tokens: SegmentTokens) -> Tree:
         """Write the state behind `write_suffix`, from the closed segment's tokens."""
@@ -440,8 +441,7 @@ def _check_names(cls: type[Memory]) -> None:
                 f"{cls.__name__}.{name} belongs to {place.__name__}, which the class does not "
                 f"derive from: it would never be called. Derive from {place.__name__} too."
             )
-        inherited = any(name in vars(base) for base in cls.__mro__[1:]) or name in _ATTRIBUTES
-        if inherited:
+        if name in _ATTRIBUTES or any(name in vars(base) for base in cls.__mro__[1:]):
             continue
         near = difflib.get_close_matches(name, [*_HOOKS, *_ATTRIBUTES], n=1, cutoff=0.8)
         plain = not callable(value) and not isinstance(value, (property, classmethod, staticmethod))

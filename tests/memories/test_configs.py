@@ -81,7 +81,7 @@ WRONG: dict[str, dict[str, Any]] = {
              "layers": "early", "read_scale": "unit", "gate_init": "1", "written_tokens": 0,
              "tokens_read": 1, "train_tokens": 0},
     "autocompressor": {"num_memory_tokens": 0, "memory_size": 0, "length_spread": 1.01,
-                       "accumulate": 1, "bptt_segments": 0},
+                       "accumulate": 1, "bptt_segments": 0, "independent": 1, "reader": "base"},
     "compact": {"slots": 0, "memory_size": 0, "num_sinks": -1, "merge": "sum", "selection": "rank",
                 "bias_bound": -1.0, "ridge": -1.0, "similarity": 1.1, "reference_every": 0,
                 "max_distance": 0, "budgets": [0.5]},
@@ -115,7 +115,8 @@ WRONG: dict[str, dict[str, Any]] = {
                    "context_size": 0, "similarity": "cosine", "head_layout": "mixed",
                    "layers": [-1], "attention_layers": [1, 1]},
     "rmt": {"num_memory_tokens": 0, "length_spread": 1.01, "segment_size": 0,
-            "bptt_segments": 0, "loss_on": "first", "alignment": "middle", "count_padding": 1},
+            "bptt_segments": 0, "loss_on": "first", "alignment": "middle", "count_padding": 1,
+            "gate": "gru", "gate_init": 21},
     "window": {"window_size": 0, "num_sinks": -1},
 }  # fmt: skip
 
@@ -133,6 +134,10 @@ RELATIONS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("ahn.validate_train_windows", {"window_size": 8, "train_windows": [4, 9]},
      {"window_size": 9, "train_windows": [4, 9]},
      "train_windows is [4, 9]; it must be None or a list of sizes from 1 to 8."),
+    ("autocompressor.validate_reader", {"reader": "frozen"},
+     {"reader": "frozen", "independent": True},
+     'reader is \'frozen\'; it must be "adapted" without `independent`: one pass reads and '
+     "summarises."),
     ("armt.validate_heads", {"d_mem": 8, "n_heads": 3}, {"d_mem": 9, "n_heads": 3},
      "n_heads is 3; it must be a divisor of d_mem (8)."),
     ("armt.validate_denominator", {"use_denom": False}, {"use_denom": False, "feature_norm": True},
