@@ -298,6 +298,7 @@ class AttentionMemory(Memory):
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
         within_window: what is kept is seen through a layer's own sliding window, where it has
             one: nothing older than that reaches the layer.
+        tells_answers: it reads tokens of an answer another way (`LayerAttention.answers`).
         counts_positions: it rotates by places beyond a segment's, in the text or among what it
             stored.
     """
@@ -305,6 +306,7 @@ class AttentionMemory(Memory):
     needs_hidden: bool = False
     within_window: bool = False
     counts_positions: bool = False
+    tells_answers: bool = False
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Compute the attention's output `(B, T, H, Dv)` and the layer's state after the T tokens.
