@@ -112,8 +112,7 @@ class Memory(nn.Module):
     """The base of all memories; derive from the places where yours attaches.
 
     Args:
-        config: its settings, checked.
-        sizes: what it may know of the backbone.
+        config, sizes: its settings, checked, and what it may know of the backbone.
 
     Attributes:
         claims: what the invariants hold it to.
@@ -299,8 +298,7 @@ class AttentionMemory(Memory):
         within_window: what is kept is seen through a layer's own sliding window, where it has
             one: nothing older than that reaches the layer.
         tells_answers: it reads tokens of an answer another way (`LayerAttention.answers`).
-        counts_positions: it rotates by places beyond a segment's, in the text or among what it
-            stored.
+        counts_positions: it rotates by places beyond a segment's, in the text or in its store.
     """
 
     needs_hidden: bool = False

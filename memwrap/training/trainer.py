@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from memwrap.engine.answers import first_labels
 from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.training_progress import training_at
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.batches import (
@@ -153,9 +154,10 @@ class MemoryTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss as `Trainer` does, in training with `window_dropout`."""
+        """Compute the loss as `Trainer` does, in training with `window_dropout`; memories know how
+        far the run has come."""
         done = self.state.global_step / max(1, self.state.max_steps)
-        with windows_dropped(self.memory_model, self.args, done):
+        with windows_dropped(self.memory_model, self.args, done), training_at(done):
             return super().compute_loss(*args, **kwargs)
 
     # What a step trains on
