@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from memwrap.backbones import LayerAttention, Positions
 from memwrap.backbones.attention_probe import AttentionSizes
@@ -96,12 +96,16 @@ class OneLayer:
         module: Any = self.module
 
         def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
-            return eager_attention_forward(module, q, k, v, mask, scaling=module.scaling)
+            # As transformers' eager attention, whose softmax is float32 in any case.
+            k, v = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (k, v))
+            scores = q @ k.transpose(2, 3) * module.scaling
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            return (weights @ v).transpose(1, 2).contiguous(), weights
 
         hidden = torch.ones(count, count, dtype=torch.bool).triu(1) | ~valid[:, None]
         hidden &= ~torch.eye(count, dtype=torch.bool)
-        mask = hidden[:, None] * torch.finfo(q.dtype).min
-        mask = mask.to(q.dtype)
+        mask = torch.zeros(hidden.shape, dtype=q.dtype)
+        mask = mask.masked_fill(hidden, torch.finfo(q.dtype).min)[:, None]
         self.attention = LayerAttention(
             module, AttentionCall(module, context, q), AttentionStep(positions, self.rotary),
             rotate(q, angles), rotate(k, angles), v, mask,

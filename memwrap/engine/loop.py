@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memwrap.engine.answers import answers_in, with_answers
+from memwrap.engine.answering import answers_in, with_answers
 from memwrap.engine.early_gradients import EarlyGradients
 from memwrap.engine.inputs import Inputs
 from memwrap.engine.loss import IGNORED, Collect, Head

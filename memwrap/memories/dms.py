@@ -88,7 +88,7 @@ class DecisionMap(nn.Module):
 
 @dataclass(frozen=True)
 class Decided:
-    """What a segment's tokens decide.
+    """Decisions of a segment's tokens.
 
     Attributes:
         logits: `(B, G, K)` by the token that decides.
@@ -102,8 +102,8 @@ class Decided:
 
 
 @dataclass(frozen=True)
-class Sight:
-    """Who sees whom in a step.
+class StepVisibility:
+    """Masks of a step: who sees whom.
 
     Attributes:
         place: `(B, W)` of the rows kept in order.
@@ -120,7 +120,7 @@ class Sight:
 
 @dataclass(frozen=True)
 class Closing:
-    """What becomes of rows as a segment closes: of those in the window and the segment's, N.
+    """Fate of rows as a segment closes: of those in the window and the segment's, N.
 
     Attributes:
         tokens: `(B,)` read afterwards.
@@ -259,23 +259,23 @@ class DMSMemory(AttentionMemory):
             compression = 1 + (self.config.compression - 1) * training_done()
             attention.losses.append((ops.target_share(compression) - share).clamp_min(0))
 
-    def _sight(self, attention: LayerAttention, state: Tree) -> Sight:
+    def _sight(self, attention: LayerAttention, state: Tree) -> StepVisibility:
         """Tell who sees whom."""
         count, queries = state["tokens"], attention.query_positions[:, :, None]
-        size, own = state["window_key"].shape[2], attention.window
-        window = min(n for n in (self.config.window_size, own) if n is not None)
+        size, most = state["window_key"].shape[2], attention.window
+        window = min(n for n in (self.config.window_size, most) if n is not None)
         place = torch.arange(-size, 0, device=count.device).expand(len(count), -1)
 
         def far(distance: Tensor, valid: Tensor) -> Tensor | None:
             seen = valid[:, None] & (distance >= window)
-            if own is not None:
-                seen = seen & (distance < own)
+            if most is not None:
+                seen = seen & (distance < most)
             return seen if bool(seen.any()) else None
 
         valid, distance = right_valid(count, size), queries - place[:, None]
         inside = queries - attention.key_positions[:, None]
         near = valid[:, None] & (distance < window)
-        return Sight(
+        return StepVisibility(
             place, near, far(distance, valid), inside < window, far(inside, attention.key_valid)
         )
 

@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from memwrap.backbones.cache_names import CACHE
-from memwrap.engine.answers import marked
+from memwrap.engine.answering import marked
 from memwrap.engine.inputs import check_inputs, check_mask, refuse_pictures
 from memwrap.model.known_name import KnownName
 from memwrap.model.outputs import one_cache

@@ -17,7 +17,7 @@ from memwrap.backbones.auto_classes import auto_class
 from memwrap.backbones.backbone import ATTENTION_IMPLEMENTATIONS
 from memwrap.backbones.cache_names import CACHE
 from memwrap.backbones.offloaded import loaded_parameters
-from memwrap.engine.answers import marked, unmarked
+from memwrap.engine.answering import marked, unmarked
 from memwrap.engine.inputs import (
     Inputs,
     as_batch,
@@ -299,8 +299,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         learning = inputs.targets is not None
         if use_cache is None:
             use_cache = inputs.rows is None and not (learning and self.training)
-        state = self._state_of(given, inputs, attention_mask, hold_open=not remember)
-        state = marked(state, first_answer)
+        state = marked(self._state_of(given, inputs, attention_mask, not remember), first_answer)
         self._check_control(memory_control, state, inputs)
         loop, first = self.loop(), None if learning else inputs.first_column(logits_to_keep)
         reading = loop(

@@ -102,10 +102,8 @@ def naive(
                 far = torch.tensor([now - n >= window for n in seen])
                 scores = keys @ query[row, head, now] * query.shape[-1] ** -0.5
                 scores = scores + torch.where(far, more, 0.0)
-                found = scores.softmax(0) @ value[row, head // groups, seen]
-                out = out.index_put(
-                    tuple(torch.tensor(n) for n in (row, head, now)), found
-                )  # fmt: skip
+                read = scores.softmax(0) @ value[row, head // groups, seen]
+                out = out.index_put(tuple(torch.tensor(n) for n in (row, head, now)), read)
     return out
 
 

@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from memwrap.engine.answers import first_labels
+from memwrap.engine.answering import first_labels
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.training_progress import training_at
 from memwrap.model.memory_model import MemoryModelForCausalLM

@@ -3,6 +3,7 @@ size, with the sets of keys that it holds."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -138,9 +139,7 @@ def training(case: Case) -> Got:
         for name, grad in gradients_of(leaves).items():
             got.setdefault(name, []).append(grad.clone())
     # Nothing is decided about the last key; the case calls that a logit of 0.
-    pending, _ = ops.about_keys(
-        ops.soft_bias(logits), valid, float(ops.soft_bias(logits[0, 0, 0] * 0))
-    )
+    pending, _ = ops.about_keys(ops.soft_bias(logits), valid, math.log(0.5))
     return {
         **got, "logits": logits, "decisions": ops.decisions_of(logits), "bias": pending,
         "frac": share, "dms_loss": loss,

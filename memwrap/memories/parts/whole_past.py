@@ -78,11 +78,11 @@ class WholePast:
             if window is None and attention.window is None:
                 return place, visible
             distance = attention.query_positions[:, :, None] - place[:, None]
-            own = attention.window
-            near = distance < min(n for n in (window, own) if n is not None)
+            most = attention.window
+            near = distance < min(n for n in (window, most) if n is not None)
             if whole is not None:
                 wide = whole[:, :, None].expand_as(near)
-                near = near | (wide if own is None else wide & (distance < own))
+                near = near | (wide if most is None else wide & (distance < most))
             return place, visible[:, None] & near
 
         place, visible = attention.cached_per_step(name, seen)

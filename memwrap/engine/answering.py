@@ -37,8 +37,8 @@ def with_answers(state: MemoryState, inputs: Inputs) -> MemoryState:
         outside = (column < starts) | (column >= starts + inputs.lengths[:, None])
         targets = targets[inputs.rows].masked_fill(outside, IGNORED)
     first, new = first_labels(targets, inputs.starts), state.clone()
-    found = torch.where(first == NEVER, NEVER, state.tokens_seen + first)
-    new.answer_from = torch.where(known == NEVER, found, known)
+    number = torch.where(first == NEVER, NEVER, state.tokens_seen + first)
+    new.answer_from = torch.where(known == NEVER, number, known)
     return new
 
 
