@@ -86,9 +86,7 @@ class WholePast:
             return place, visible[:, None] & near
 
         place, visible = attention.cached_per_step(name, seen)
-        return MemoryKeyValues(
-            state["past_key"], state["past_value"], place, visible, static=True
-        )
+        return MemoryKeyValues(state["past_key"], state["past_value"], place, visible, static=True)
 
     def closed(self, attention: LayerAttention, state: Tree) -> Tree:
         """Make the segment part of the past."""
