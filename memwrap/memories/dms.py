@@ -67,7 +67,7 @@ class DMSConfig(MemoryConfig):
     @classmethod
     def tiny(cls) -> DMSConfig:
         # Decisions of random maps are far apart: a high temperature keeps their gradients alive.
-        return cls(segment_size=8, window_size=6, temperature=10.0, noise=False)
+        return cls(segment_size=8, window_size=10, temperature=10.0, noise=False)
 
 
 class DecisionMap(nn.Module):
