@@ -212,8 +212,8 @@ class DMSMemory(AttentionMemory):
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         past = self.whole.get(layer)
         if past is not None:
-            rows = past.read(attention, state, None, None)
-            return attention.join(rows, name=("whole", past))[0], state
+            everything = past.read(attention, state, None, None)
+            return attention.join(everything, name=("whole", past))[0], state
         decided = self._decided(layer, attention)
         attention.notes["dms", layer] = decided
         if self.training:
@@ -337,7 +337,7 @@ class DMSMemory(AttentionMemory):
         return [{"params": list(self.maps.parameters()), "weight_decay": 0.0}]
 
     def figures(self) -> dict[str, Tensor]:
-        norms = [one.weight.detach().float().norm(dim=1) for one in self.maps.values()]  # type: ignore[operator, union-attr]
+        norms = [one.weight.detach().float().norm(dim=1) for one in self.maps.values()]  # type: ignore[operator]
         same = len({len(n) for n in norms}) == 1
         return {"decision_norm": torch.stack(norms)} if same else {}
 
@@ -362,7 +362,8 @@ def _rows(state: Tree) -> Rows:
     """Take the rows that every head keeps."""
     count, size = state["kept_count"], state["kept_key"].shape[2]
     valid = filled(count.flatten(), size).view(*count.shape, size)
-    return Rows(*(state[f"kept_{name}"] for name in NAMES), valid)
+    key, value, bias, place = (state[f"kept_{name}"] for name in NAMES)
+    return Rows(key, value, bias, place, valid)
 
 
 def _kept(state: Tree) -> MemoryKeyValues:
