@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from memwrap.memories.compact import CompactConfig
     from memwrap.memories.compressive import CompressiveConfig
     from memwrap.memories.config import MemoryConfig
+    from memwrap.memories.dms import DMSConfig
     from memwrap.memories.extended_mind import ExtendedMindConfig
     from memwrap.memories.hmt import HMTConfig
     from memwrap.memories.infini import InfiniConfig
@@ -48,6 +49,7 @@ _PLACES = {
     "AutoCompressorConfig": "memwrap.memories.autocompressor",
     "CompactConfig": "memwrap.memories.compact",
     "CompressiveConfig": "memwrap.memories.compressive",
+    "DMSConfig": "memwrap.memories.dms",
     "ExtendedMindConfig": "memwrap.memories.extended_mind",
     "HMTConfig": "memwrap.memories.hmt",
     "InfLLMConfig": "memwrap.memories.infllm",
@@ -100,6 +102,7 @@ __all__ = [
     "AutoCompressorConfig",
     "CompactConfig",
     "CompressiveConfig",
+    "DMSConfig",
     "ExtendedMindConfig",
     "HMTConfig",
     "InfLLMConfig",

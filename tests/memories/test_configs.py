@@ -87,6 +87,8 @@ WRONG: dict[str, dict[str, Any]] = {
                 "max_distance": 0, "budgets": [0.5]},
     "compressive": {"memory_size": 0, "compressed_size": 0, "compression_rate": 0, "store": "q",
                     "compression": "sum", "loss_weight": -1e-9, "bptt_segments": 0},
+    "dms": {"window_size": 0, "compression": 0.9, "decisions": "head", "temperature": 0.0,
+            "noise": 1},
     "extended_mind": {"segment_size": 0, "cache_size": 0, "top_k": 0, "positions": "near",
                       "similarity_threshold": 1.01},
     "hmt": {"num_sensory": -1, "cache_size": 0, "d_mem": 0, "summary_fraction": 0.0,
