@@ -58,4 +58,3 @@ class Routing:
         sent = F.one_hot(self.chosen, self.probabilities.shape[-1]).sum(-2) * real
         share, mean = sent.sum(1) / count, (self.probabilities * real).sum(1) / count
         return share.shape[-1] * (share * mean).sum(-1)
-

@@ -74,14 +74,11 @@ def run_layer(case: Case) -> Got:
     logits = x @ gate.T
     routing = Routing.of(logits, own["topk"])
     sent = routing.mask(torch.ones(x.shape[:2], dtype=torch.bool), shared)
-    states = [*[(f"{{}}_proj.{m}.weight") for m in range(memories)], *["shared_{}.weight"] * shared]
-    inputs = x.repeat_interleave(len(states), 0)  # rows of states
+    states = [f"{{}}_proj.{m}.weight" for m in range(memories)] + ["shared_{}.weight"] * shared
 
     def projected(name: str) -> Tensor:
-        own = torch.stack([w[state.format(name)] for state in states])
-        return torch.einsum("bntd,ncd->bntc", inputs.unflatten(0, (-1, len(states))), own).flatten(
-            0, 1
-        )
+        maps = torch.stack([w[state.format(name)] for state in states])
+        return torch.einsum("btd,ncd->bntc", x, maps).flatten(0, 1)
 
     def convolved(rows: Tensor, name: str) -> Tensor:
         """Over the tokens that a state takes in, as if no others stood between."""
@@ -92,11 +89,13 @@ def run_layer(case: Case) -> Got:
             done.append(torch.zeros_like(row).index_put((here,), found))
         return torch.stack(done).unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    q = convolved(inputs @ w["q_proj.weight"].T, "q")
+    q = (x @ w["q_proj.weight"].T).repeat_interleave(len(states), 0)  # rows of states
+    q = convolved(q, "q")
     k, v = (convolved(projected(n), n) for n in "kv")
     beta = projected("b").sigmoid().transpose(1, 2)
     step = F.softplus(projected("a") + w["dt_bias"])
-    g = (-w["A_log"].exp() * step).transpose(1, 2)
+    rate = w["A_log"].float().exp().to(x.dtype)  # a float32 parameter there
+    g = (-rate * step).transpose(1, 2)
     out, _ = delta.scan(q, k, v, beta, g, l2norm=True, mask=sent)
     o = mixture(case, routing, out).transpose(1, 2)
     y = F.rms_norm(o, o.shape[-1:], w["o_norm.weight"], own["norm_eps"])
