@@ -355,8 +355,8 @@ class LigerMemory(AttentionMemory):
             slots = states[0].shape[-1]
             log = F.logsigmoid(raw.unflatten(-1, (slots, -1)).mean(-1)) / config.divisor
             q, k = (features(x, config.features).to(dtype) for x in (q, k))
-            K, V = states
-            out, ends = gsa.scan(*rows(q, k, v, -torch.expm1(log), log), (K, V), **full)
+            q, k, v, s, log = rows(q, k, v, -torch.expm1(log), log)
+            out, ends = gsa.scan(q, k, v, s, log, (states[0], states[1]), **full)
             return out, [*ends]
         forget = self._gate(raw)
         k = features(k, config.features) if config.form != "hgrn2" else raw.neg().sigmoid()
@@ -365,15 +365,16 @@ class LigerMemory(AttentionMemory):
             v = F.pad(v, (0, 1), value=1.0)
         if config.form in DELTA_RULES:
             logit, erase = raw.mean(-1), None
+            beta = logit.sigmoid()
             if config.form == "gdn2":
                 network: Any = self.networks[str(layer)]
                 beta, erase = network.strengths(attention.inputs, logit)
-            else:
-                beta = logit.sigmoid()
-            *given, erase = rows(q, k, v, beta, forget, erase)
-            out, end = delta.scan(*given, states[0], erase=erase, l2norm=True, **full)
+            q, k, v, beta, forget, erase = rows(q, k, v, beta, forget, erase)
+            full |= {"erase": erase, "l2norm": True}
+            out, end = delta.scan(q, k, v, beta, forget, states[0], **full)
         else:
-            out, end = gla.scan(*rows(q, k, v, forget), states[0], **full)
+            q, k, v, forget = rows(q, k, v, forget)
+            out, end = gla.scan(q, k, v, forget, states[0], **full)
         if config.normalised:
             out = out[..., :-1] / out[..., -1:].clamp_min(EPS)
         return out, [end]

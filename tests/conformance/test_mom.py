@@ -11,7 +11,8 @@ from torch import Tensor
 from memwrap.ops import backend, delta
 from memwrap.ops.mixture import Routing
 
-TOLERANCES = Tolerances(reference={"": 1e-12}, float32={"": 1e-5})
+# All cases are of float64; the layer's, through convolutions and a norm, differs by 9e-13.
+TOLERANCES = Tolerances(reference={}, float32={"": 1e-5}, exact={"": 1e-11})
 
 
 def as_rows(x: Tensor) -> Tensor:
