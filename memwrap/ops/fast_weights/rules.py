@@ -69,7 +69,7 @@ class WriteGates:
 
 @dataclass(frozen=True)
 class FastMemory:
-    """What is kept of a network: tuples of matrices `(B, G, out, in)`.
+    """Matrices of a network and what is kept beside them: tuples of matrices `(B, G, out, in)`.
 
     Attributes:
         weights: what is read.
