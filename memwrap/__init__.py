@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from memwrap.memories.compact import CompactConfig
     from memwrap.memories.compressive import CompressiveConfig
     from memwrap.memories.config import MemoryConfig
+    from memwrap.memories.dms import DMSConfig
     from memwrap.memories.extended_mind import ExtendedMindConfig
     from memwrap.memories.hmt import HMTConfig
     from memwrap.memories.infini import InfiniConfig
     from memwrap.memories.infllm import InfLLMConfig
     from memwrap.memories.knnlm import KnnLMConfig
+    from memwrap.memories.lact import LaCTConfig
     from memwrap.memories.landmark import LandmarkConfig
     from memwrap.memories.liger import LigerConfig
     from memwrap.memories.lolcats import LoLCATsConfig
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from memwrap.memories.window import WindowConfig
     from memwrap.model.configuration import MemoryModelConfig
     from memwrap.model.memory_model import MemoryModelForCausalLM
+    from memwrap.model.published_ahn import load_ahn
     from memwrap.model.wrapping import linearize, load, unwrap, wrap
     from memwrap.retrieval.library import Library
     from memwrap.state.memory_state import MemoryState
@@ -46,11 +49,13 @@ _PLACES = {
     "AutoCompressorConfig": "memwrap.memories.autocompressor",
     "CompactConfig": "memwrap.memories.compact",
     "CompressiveConfig": "memwrap.memories.compressive",
+    "DMSConfig": "memwrap.memories.dms",
     "ExtendedMindConfig": "memwrap.memories.extended_mind",
     "HMTConfig": "memwrap.memories.hmt",
     "InfLLMConfig": "memwrap.memories.infllm",
     "InfiniConfig": "memwrap.memories.infini",
     "KnnLMConfig": "memwrap.memories.knnlm",
+    "LaCTConfig": "memwrap.memories.lact",
     "LandmarkConfig": "memwrap.memories.landmark",
     "Library": "memwrap.retrieval.library",
     "LigerConfig": "memwrap.memories.liger",
@@ -68,6 +73,7 @@ _PLACES = {
     "config_class": "memwrap.memories.registry",
     "linearize": "memwrap.model.wrapping",
     "load": "memwrap.model.wrapping",
+    "load_ahn": "memwrap.model.published_ahn",
     "pipeline": "memwrap.chat.pipeline",
     "unwrap": "memwrap.model.wrapping",
     "wrap": "memwrap.model.wrapping",
@@ -96,11 +102,13 @@ __all__ = [
     "AutoCompressorConfig",
     "CompactConfig",
     "CompressiveConfig",
+    "DMSConfig",
     "ExtendedMindConfig",
     "HMTConfig",
     "InfLLMConfig",
     "InfiniConfig",
     "KnnLMConfig",
+    "LaCTConfig",
     "LandmarkConfig",
     "Library",
     "LigerConfig",
@@ -119,6 +127,7 @@ __all__ = [
     "config_class",
     "linearize",
     "load",
+    "load_ahn",
     "pipeline",
     "unwrap",
     "wrap",

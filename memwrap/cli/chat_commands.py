@@ -12,6 +12,7 @@ from memwrap.cli.shared import (
     Dtype,
     MemoryName,
     ModelName,
+    Passes,
     files_and_settings,
     load_model,
     load_tokenizer,
@@ -29,6 +30,7 @@ def read(
     output: Annotated[Path, typer.Option("-o", help="State file to write.")],
     memory: MemoryName = None,
     state: Annotated[Path | None, typer.Option(help="A state file to continue.")] = None,
+    passes: Passes = 1,
     dtype: Dtype = None,
 ) -> None:
     """Read text, Markdown, HTML, PDF and code into a state file."""
@@ -38,7 +40,7 @@ def read(
     texts = read_texts(files)
     loaded = load_model(model, dtype, memory, settings)
     current = memwrap.MemoryState.load(state, loaded) if state is not None else None
-    current = _into(loaded, load_tokenizer(model, loaded), texts, current)
+    current = _into(loaded, load_tokenizer(model, loaded), texts, current, passes)
     current.save(output)
     typer.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
@@ -58,6 +60,7 @@ def chat(
     ask: Annotated[str | None, typer.Option(help="One question, then leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    passes: Passes = 1,
     dtype: Dtype = None,
 ) -> None:
     """Talk with a model about what it read: memwrap chat smollm2 --memory infllm --read FILE.
@@ -75,7 +78,7 @@ def chat(
     tokenizer = load_tokenizer(model, loaded)
     current = memwrap.MemoryState.load(state, loaded) if state is not None else None
     if texts:
-        current = _into(loaded, tokenizer, texts, current)
+        current = _into(loaded, tokenizer, texts, current, passes)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling["temperature"] = temperature
@@ -119,12 +122,15 @@ def read_texts(names: list[str]) -> list[str]:
     return list(texts.values())
 
 
-def _into(model: Any, tokenizer: Any, texts: list[str], state: Any) -> Any:
-    """Read texts one after the other; say what it took."""
+def _into(model: Any, tokenizer: Any, texts: list[str], state: Any, passes: int) -> Any:
+    """Read texts one after the other, all of them `passes` times; say what it took."""
     from memwrap.chat import read_document
+    from memwrap.model.text_reading import check_passes
+
+    check_passes(model.memories, passes)
 
     start, before = time.monotonic(), 0 if state is None else int(state.tokens_seen[0])
-    for text in texts:
+    for text in texts * passes:
         state = read_document(model, tokenizer, text, state, progress=True)
     number, seconds = int(state.tokens_seen[0]) - before, time.monotonic() - start
     typer.echo(

@@ -11,6 +11,7 @@ from memwrap.cli.shared import (
     Dtype,
     MemoryName,
     ModelName,
+    Passes,
     Settings,
     load_model,
     load_tokenizer,
@@ -42,6 +43,7 @@ def evaluate(
         int | None, typer.Option(help="Recall: rows at each distance (256). Tasks: texts (20).")
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tasks: tokens of the texts.")] = "1024,4096",
+    passes: Passes = 1,
     output: Annotated[
         Path | None,
         typer.Option("-o", help="Folder to write (default: eval in a saved model's, ./eval)."),
@@ -52,7 +54,7 @@ def evaluate(
     from memwrap.assets import asset
     from memwrap.evaluation import run
 
-    suite = run.suite_tasks(task)
+    suite = run.suite_tasks(task, passes)
     if task == "head-budgets" and memory == "compact":
         settings = ["memory_size=null", *(settings or [])]
     loaded = load_model(model, dtype, memory, settings)
@@ -72,10 +74,10 @@ def evaluate(
             return
         results = (run.perplexity if task == "perplexity" else run.linear_usage)(loaded, rows)
     elif task == "recall":
-        results = run.recall(loaded, folder, samples or 256)
+        results = run.recall(loaded, folder, samples or 256, passes)
     else:
         tokenizer = load_tokenizer(model, loaded)
-        results = run.tasks(loaded, tokenizer, suite, lengths, samples or 20, model)
+        results = run.tasks(loaded, tokenizer, suite, lengths, samples or 20, model, passes)
     typer.echo(run.table(results))
     if output is None:
         beside = folder.is_dir() and asset(model) is None and memory is None

@@ -24,6 +24,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the memory, as window_size=1024."),
 ]
+Passes = Annotated[int, typer.Option(help="Times that the text is read before the question.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the backbone, as float32.")]
 
 

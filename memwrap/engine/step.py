@@ -6,6 +6,7 @@ The prefix stands where a row's segment opens, the suffix where it closes. A ste
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memwrap.backbones import Backbone, Positions
+from memwrap.backbones.adapters import lora_disabled
 from memwrap.backbones.layer_attention import AttentionStep
 from memwrap.backbones.masks import layers_without_attention
 from memwrap.backbones.recurrence import Recurrence
@@ -70,6 +72,7 @@ class SegmentReader:
         self.looks_at = sorted({kind for m in self.seeing.values() for kind in m.looks_at})
         self.needs_ids = "ids" in self.looks_at or backbone.ids_matter
         self.notes_ffn = "ffn" in {*self.looks_at, *(m.key for _, m in mixing)}
+        self.tells_answers = any(m.tells_answers for m in self.attending.values())
         self.count_padding = any(m.config.count_padding for m in memories.values())
         self.layout = InputLayout(backbone, memories, self.count_padding)
 
@@ -96,6 +99,7 @@ class SegmentReader:
         segment: OpenSegment,
         keep: bool,
         ids: Tensor | None = None,
+        answers: Tensor | None = None,
     ) -> StepOutput:
         """Read one step.
 
@@ -107,8 +111,11 @@ class SegmentReader:
             keep: whether the open segments are wanted after it.
             ids: `(B, N)` of the step's tokens, -1 where there is none; for memories that look
                 at them, and a backbone where they matter.
+            answers: `(B, N)` bool, tokens that are part of an answer; None: none.
         """
         given = self.layout(embeds, step, states, segment)
+        if answers is not None:
+            given.positions.answers = given.spread(answers.long())[..., 0] > 0
         recurrent, valid = self.backbone.recurrent, given.positions.query_valid
         context = LayerContext(
             layered=self.layered,
@@ -124,7 +131,8 @@ class SegmentReader:
         )
         cache = segment.cache() if keep or len(segment) else None
         spread = None if ids is None else given.spread(ids)
-        hidden, ffn = self._hidden(given, cache, context, spread)
+        with self._adapters():
+            hidden, ffn = self._hidden(given, cache, context, spread)
         states = context.changed(step.closes)
         now = {"embeds": given.embeds, "hidden": hidden, "ffn": ffn}
         if spread is not None:
@@ -146,6 +154,11 @@ class SegmentReader:
         key = given.of_tokens(now[self.mixer[1].key], in_loss) if self.mixer else None
         tokens = given.of_tokens(hidden, in_loss)
         return StepOutput(tokens, states, after, auxiliary, inserted, key)
+
+    def _adapters(self) -> AbstractContextManager[None]:
+        """Switch the backbone's adapters off where a memory has them for its own passes alone."""
+        frozen = any(memory.frozen_reader for memory in self.seeing.values())
+        return lora_disabled(self.backbone.model) if frozen else nullcontext()
 
     def alone(self, embeds: Tensor, visible: Tensor, counted: Tensor) -> Tensor:
         """Compute the last hidden states of embeddings `(B, K, D)` without memories, positions from

@@ -34,6 +34,7 @@ class RecallResult:
         accuracy: by curve ("memory", "memory off", "memory shuffled"), one value a distance.
         seconds: by curve, time of all samples; reading the pairs counts for "memory".
         peak_bytes: by curve, most memory in use; None where the system does not tell.
+        passes: times that the pairs were read.
     """
 
     task: dict[str, Any]
@@ -44,6 +45,7 @@ class RecallResult:
     accuracy: dict[str, list[float]]
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int | None] = field(default_factory=dict)
+    passes: int = 1
 
     def error(self, accuracy: float) -> float:
         """Compute the binomial standard error."""
@@ -77,6 +79,7 @@ def evaluate_recall(
     pairs: int | None = None,
     samples: int = 256,
     batch_size: int = 128,
+    passes: int = 1,
     controls: tuple[str, ...] = (OFF, SHUFFLED, TRUNCATED),
     seed: int = 0,
     progress: bool = True,
@@ -93,13 +96,15 @@ def evaluate_recall(
         pairs: pairs stored; None: as many as the distance, so that the first is asked for.
         samples: rows at each distance.
         batch_size: rows at once.
+        passes: times that the pairs are read.
         controls: curves beside the memory: "memory off", "memory shuffled", and "base, truncated":
             the backbone without adapters, which sees the whole text as far as its window reaches.
         seed: of the samples.
         progress: show a bar.
 
     Raises:
-        ValueError: if the model's segments have another length than the task's.
+        ValueError: if the model's segments have another length than the task's, or `passes` as for
+            `model.read`.
     """
     if model.segment_size != task.segment_size:
         raise ValueError(
@@ -118,15 +123,16 @@ def evaluate_recall(
             ids, labels = task.sample(
                 rows, generator, num_pairs=pairs or distance, distance=distance
             )
-            for name, answers in _answers(model, task, ids, list(accuracy), costs).items():
+            for name, answers in _answers(model, task, ids, list(accuracy), costs, passes).items():
                 wanted = labels[:, -task.value_size - 1 : -1]
                 right[name] += int((answers == wanted).all(1).sum())
         for name, count in right.items():
             accuracy[name].append(count / samples)
     model.train(was_training)
     return RecallResult(
-        asdict(task), pairs, list(distances), samples, task.chance, accuracy, **asdict(costs)
-    )
+        asdict(task), pairs, list(distances), samples, task.chance, accuracy, **asdict(costs),
+        passes=passes,
+    )  # fmt: skip
 
 
 def _answers(
@@ -135,14 +141,15 @@ def _answers(
     ids: Tensor,
     curves: list[str],
     costs: Costs,
+    passes: int,
 ) -> dict[str, Tensor]:
     """Choose what each curve holds likeliest as the values asked for, `(B, value_size)`.
 
-    The pairs are read once; the memory and its read controls answer from the same state.
+    The memory and its read controls answer from one state of the pairs.
     """
     ids, first = ids.to(model.device), ids.shape[1] - task.segment_size
     with costs.of(MEMORY, model.device):
-        state = model.read(ids[:, :first])
+        state = model.read(ids[:, :first], passes=passes)
     answers = {}
     keep = task.value_size + 2
     for name in curves:

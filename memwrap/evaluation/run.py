@@ -28,12 +28,14 @@ TASKS = ("perplexity", "recall", "linear-usage", "head-budgets")
 Results = dict[str, PerplexityResult] | dict[str, RecallResult] | dict[str, SuiteResult]
 
 
-def suite_tasks(names: str) -> list[str]:
+def suite_tasks(names: str, passes: int = 1) -> list[str]:
     """List the tasks of the suite in a comma-separated list; none for the names in `TASKS`.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or more than one of the `passes` where texts are read once.
     """
+    if passes != 1 and names in TASKS and names != "recall":
+        raise ValueError(f"`passes` is {passes}; {names} reads its texts once.")
     if names in TASKS:
         return []
     tasks = [name.strip() for name in names.split(",")]
@@ -51,6 +53,7 @@ def tasks(
     lengths: str,
     samples: int,
     name: str,
+    passes: int = 1,
 ) -> dict[str, SuiteResult]:
     """Evaluate tasks of the suite at lengths given as "1024,4096", beside their controls.
 
@@ -64,9 +67,10 @@ def tasks(
     controls = tuple(c for c in CURVES[1:] if c != WINDOW or _windowed(model))
     return {
         "tasks": evaluate_tasks(
-            model, tokenizer, names, numbers, samples=samples, controls=controls, name=name
+            model, tokenizer, names, numbers, samples=samples, controls=controls, passes=passes,
+            name=name,
         )
-    }
+    }  # fmt: skip
 
 
 def _windowed(model: MemoryModelForCausalLM) -> bool:
@@ -139,7 +143,7 @@ def linear_usage(model: MemoryModelForCausalLM, rows: list[Tensor]) -> dict[str,
 
 
 def recall(
-    model: MemoryModelForCausalLM, folder: Path, samples: int = 256
+    model: MemoryModelForCausalLM, folder: Path, samples: int = 256, passes: int = 1
 ) -> dict[str, RecallResult]:
     """Recall by distance on the tasks of the model's recipe.
 
@@ -147,6 +151,7 @@ def recall(
         model: trained by a recall recipe.
         folder: where it is saved; holds `recipe.yaml`.
         samples: rows at each distance.
+        passes: times that the pairs are read.
 
     Raises:
         ValueError: if the folder has no `recipe.yaml`, or that of another task.
@@ -163,7 +168,9 @@ def recall(
         # Distinct keys end somewhere; keys that may come again do not.
         far = [d for d in (1, 2, 4, 8, 16, 32, 64) if task.rewrite or d <= task.num_keys]
         name = "rewrite" if task.rewrite else "remember"
-        results[name] = evaluate_recall(model, task, distances=tuple(far), samples=samples)
+        results[name] = evaluate_recall(
+            model, task, distances=tuple(far), samples=samples, passes=passes
+        )
     return results
 
 

@@ -77,6 +77,7 @@ class SuiteResult:
     window: int
     segment_size: int
     cells: list[Cell] = field(default_factory=list)
+    passes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
@@ -126,6 +127,7 @@ def evaluate_tasks(
     samples: int = 20,
     controls: tuple[str, ...] = CURVES[1:],
     window: int | None = None,
+    passes: int = 1,
     seed: int = 0,
     name: str = "",
     progress: bool = True,
@@ -148,6 +150,7 @@ def evaluate_tasks(
             last window of the text, on all of it as far as 4 windows and its positions reach, and
             with window and sinks.
         window: of the base (default: the backbone's context).
+        passes: times that the whole segments before the question are read into the memory.
         seed: of the samples.
         name: of the model, for reports.
         progress: show a bar.
@@ -161,7 +164,7 @@ def evaluate_tasks(
     if samples < 1:
         raise ValueError(f"`samples` is {samples}; at least 1.")
     window = window or own_context(model)
-    result = SuiteResult(name, seed, window, model.segment_size)
+    result = SuiteResult(name, seed, window, model.segment_size, passes=passes)
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(tasks) * len(lengths) * (samples + 1), disable=not progress)
@@ -169,7 +172,7 @@ def evaluate_tasks(
         for task_name in tasks:
             for length in lengths:
                 bar.set_description(f"{task_name} {length:,}")
-                scores = _Scores(model, tokenizer, task_name, length, window)
+                scores = _Scores(model, tokenizer, task_name, length, window, passes)
                 scores.run(samples, (MEMORY, *controls), seed, bar)
                 result.cells += scores.cells(samples)
     finally:
@@ -182,10 +185,12 @@ class _Scores:
     """Scores of one task at one length."""
 
     def __init__(
-        self, model: MemoryModelForCausalLM, tokenizer: Any, name: str, length: int, window: int
-    ) -> None:
+        self, model: MemoryModelForCausalLM, tokenizer: Any, name: str, length: int, window: int,
+        passes: int,
+    ) -> None:  # fmt: skip
         self.model, self.tokenizer = model, tokenizer
         self.task, self.length, self.window = task(name), length, window
+        self.passes = passes
         self.of_samples: dict[str, list[float]] = {}
         self.of_depth: dict[str, list[list[float]]] = {}
         self.answers = 0
@@ -205,7 +210,7 @@ class _Scores:
             with (self.costs if index >= 0 else Costs()).of(MEMORY, self.model.device):
                 state = self.model.new_state(1)
                 if boundary:
-                    state = self.model.read(ids[:, :boundary], state=state)
+                    state = self.model.read(ids[:, :boundary], state=state, passes=self.passes)
             if index >= 0:
                 self._sample(sample, ids, boundary, {MEMORY: state, SHUFFLED: donor}, curves)
             donor = state

@@ -119,7 +119,7 @@ def merged(model: MemoryModelForCausalLM) -> dict[str, Tensor]:
     adapters.
 
     Raises:
-        ValueError: for an adapter that cannot be merged into a weight.
+        ValueError: for an adapter that cannot be merged into a weight, or is not on in all passes.
     """
     tensors = {
         f"memory_modules.{name}.{key}": value
@@ -127,6 +127,12 @@ def merged(model: MemoryModelForCausalLM) -> dict[str, Tensor]:
         for key, value in memory.state_dict().items()
     }
     added = adapter_keys(model.backbone)
+    for name, memory in model.memories.items():
+        if added and getattr(memory, "frozen_reader", False):
+            raise ValueError(
+                f"{name!r} writes with the adapters and reads without them; merged into the "
+                "weights they would be in both. Save it (save_pretrained) instead."
+            )
     for key, value in model.backbone.state_dict().items():
         if key not in added:
             tensors[f"backbone.{plain_name(key)}"] = value

@@ -21,6 +21,7 @@ import memwrap
 REPLACED = {
     "memwrap.model.saving": "memwrap.exporting.standalone",
     "memwrap.model.adapter_switches": "memwrap.exporting.plain_adapters",
+    "memwrap.backbones.adapters": "memwrap.exporting.plain_adapters",
     "memwrap.memories.registry": "memwrap.exporting.names",
 }
 NAMES = {

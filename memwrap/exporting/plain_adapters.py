@@ -1,8 +1,10 @@
-"""Stands in for `memwrap.model.adapter_switches` in exported code, whose backbone has none."""
+"""Stands in for `memwrap.model.adapter_switches` and `memwrap.backbones.adapters` in exported code,
+whose backbone has no adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -14,6 +16,12 @@ def adapter_layers(model: Any) -> Iterator[tuple[str, Any]]:
 def adapter_keys(backbone: Any, idle: bool = False) -> set[str]:
     """Name no tensors."""
     return set()
+
+
+@contextmanager
+def lora_disabled(model: Any) -> Iterator[None]:
+    """Run the block; there is nothing to switch off."""
+    yield
 
 
 def adapters_in_use(model: Any) -> list[str]:

@@ -1,16 +1,16 @@
-"""AutoCompressor: segments become summary vectors, and those a soft prompt (Chevalier et al.
-2023)."""
+"""AutoCompressor: segments become summary vectors, and those a soft prompt (Chevalier et al. 2023);
+ICAE: the same, each segment by itself, for a reader that stays as it is (Ge et al. 2024)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import Bounds, Claims, SoftPrompt
+from memwrap.memories.protocol import Bounds, Claims, SeesSegment, SegmentTokens, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.settings import Fraction, PositiveInt
 from memwrap.memories.sizes import Sizes, memory_tokens
@@ -34,6 +34,10 @@ class AutoCompressorConfig(MemoryConfig):
         memory_size: summary vectors that are kept at most; the oldest go first.
         accumulate: keep those of earlier segments. Off: only the last segment's (the paper's
             RMT baseline).
+        independent: a segment is summarised in a pass of its own, without earlier summaries, as
+            ICAE does.
+        reader: `"frozen"`: the backbone reads without its adapters, which only make summaries
+            (ICAE; needs `independent`). `"adapted"`: they are on in both.
         length_spread: as for all memories; the published value.
         zero_positions: on a backbone with a table of learned positions, summaries get a zero
             vector instead of one from the table and tokens count from 0. No effect on others.
@@ -45,6 +49,8 @@ class AutoCompressorConfig(MemoryConfig):
     num_memory_tokens: PositiveInt = 50
     memory_size: PositiveInt = 1000
     accumulate: bool = True
+    independent: bool = False
+    reader: Literal["adapted", "frozen"] = "adapted"
     length_spread: Fraction = 1 / 3
     zero_positions: bool = True
     bptt_segments: PositiveInt | None = 2
@@ -52,6 +58,10 @@ class AutoCompressorConfig(MemoryConfig):
     def validate_memory_size(self) -> None:
         if self.memory_size < self.num_memory_tokens:
             self.refuse("memory_size", f"at least num_memory_tokens ({self.num_memory_tokens})")
+
+    def validate_reader(self) -> None:
+        if self.reader == "frozen" and not self.independent:
+            self.refuse("reader", '"adapted" without `independent`: one pass reads and summarises')
 
     @classmethod
     def tiny(cls) -> AutoCompressorConfig:
@@ -63,9 +73,10 @@ class AutoCompressorConfig(MemoryConfig):
 
 
 @register(AutoCompressorConfig)
-class AutoCompressorMemory(SoftPrompt):
+class AutoCompressorMemory(SoftPrompt, SeesSegment):
     """`[summaries | segment | summary tokens]`: the last hidden states of the summary tokens join
-    the summaries (section 3)."""
+    the summaries (section 3). With `independent` that is two passes, `[summaries | segment]` and,
+    as a segment closes, `[segment | summary tokens]`."""
 
     claims = Claims(neutral_start=True)
 
@@ -73,8 +84,11 @@ class AutoCompressorMemory(SoftPrompt):
 
     def __init__(self, config: AutoCompressorConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        self.num_suffix = config.num_memory_tokens
-        self.num_prefix = config.memory_size if config.accumulate else self.num_suffix
+        count = config.num_memory_tokens
+        self.num_suffix = 0 if config.independent else count
+        self.num_prefix = config.memory_size if config.accumulate else count
+        self.looks_at = frozenset(["embeds"] if config.independent else [])
+        self.frozen_reader = config.reader == "frozen"
         self.zero_positions = config.zero_positions
         self.tokens = memory_tokens(config.num_memory_tokens, sizes)
 
@@ -96,9 +110,23 @@ class AutoCompressorMemory(SoftPrompt):
         return filled(state["count"], self.num_prefix)
 
     def suffix(self, state: Tree) -> Tensor:
-        return self.tokens.expand(state["count"].shape[0], -1, -1)
+        return self.tokens[: self.num_suffix].expand(state["count"].shape[0], -1, -1)
 
     def write_suffix(self, state: Tree, hidden: Tensor) -> Tree:
+        return state if self.config.independent else self._joined(state, hidden)
+
+    def write_segment(self, state: Tree, tokens: SegmentTokens) -> Tree:
+        embeds = tokens.embeds
+        if embeds is None:
+            return state
+        end = self.tokens.expand(len(embeds), -1, -1).to(embeds)
+        here = tokens.valid.new_ones(end.shape[:2])
+        visible, counted = (torch.cat([x, here], 1) for x in (tokens.valid, tokens.counted))
+        hidden = tokens.run(torch.cat([embeds, end], 1), visible, counted)
+        return self._joined(state, hidden[:, -end.shape[1] :])
+
+    def _joined(self, state: Tree, hidden: Tensor) -> Tree:
+        """Put the newest summaries behind those that are kept."""
         before = state["count"] if self.config.accumulate else torch.zeros_like(state["count"])
         summaries, count = left_aligned.append(state["summaries"], before, hidden)
         return {"summaries": summaries, "count": count}

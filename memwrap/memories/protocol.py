@@ -42,8 +42,8 @@ class Claims:
         neutral_start: untrained, it gives what the base gives of a text that fits in a segment's
             reach: what it adds begins at zero.
         bounded: the state does not grow with the text.
-        lengthens: tensors of the state may become longer in dimension 2, filled from its
-            beginning.
+        lengthens: it keeps entries of the text, in tensors that become longer in dimension 2,
+            filled from its beginning; what is read twice is kept twice.
         linearizes: it takes the place of the attention (`memwrap.linearize`).
         whole: settings with which it reads 128 tokens as the base does; empty: there are none.
     """
@@ -112,16 +112,14 @@ class Memory(nn.Module):
     """The base of all memories; derive from the places where yours attaches.
 
     Args:
-        config: its settings, checked.
-        sizes: what it may know of the backbone.
+        config, sizes: its settings, checked, and what it may know of the backbone.
 
     Attributes:
         claims: what the invariants hold it to.
         bytes_per_token: at most so many bytes a token and row does the state grow by; 0 if it is
             bounded.
         takes_store: it searches a store of vectors, which a caller of `load` may name.
-        branches: parts of what is read that can be read alone (`only`); an evaluation measures
-            what each is worth.
+        branches: parts of what is read that can be read alone (`only`), as evaluation does.
         draws_branches: in training it can read a branch alone in a share of the rows.
     """
 
@@ -298,13 +296,14 @@ class AttentionMemory(Memory):
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
         within_window: what is kept is seen through a layer's own sliding window, where it has
             one: nothing older than that reaches the layer.
-        counts_positions: it rotates by places beyond a segment's, in the text or among what it
-            stored.
+        tells_answers: it reads tokens of an answer another way (`LayerAttention.answers`).
+        counts_positions: it rotates by places beyond a segment's: of the text, or of its entries.
     """
 
     needs_hidden: bool = False
     within_window: bool = False
     counts_positions: bool = False
+    tells_answers: bool = False
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Compute the attention's output `(B, T, H, Dv)` and the layer's state after the T tokens.
@@ -347,9 +346,12 @@ class SeesSegment(Memory):
     Attributes:
         looks_at: what it needs of them, `"embeds"`, `"hidden"`, `"ffn"` or `"ids"`; kept beside
             the keys and values of an open segment.
+        frozen_reader: the backbone's adapters are off while segments are read, and on in the
+            memory's own passes (`SegmentTokens.run`).
     """
 
     looks_at: frozenset[str] = frozenset()
+    frozen_reader: bool = False
 
     def write_segment(self, state: Tree, tokens: SegmentTokens) -> Tree:
         """Write the state behind `write_suffix`, from the closed segment's tokens."""
@@ -376,44 +378,11 @@ PLACES: dict[str, type[Memory]] = {
     "segment": SeesSegment,
     "inserted": InsertsTokens,
 }
-_EXCLUSIVE = ("attention", "logits", "inserted")
 
 
 def places_of(memory: type[Memory]) -> list[str]:
     """Name the places where a memory attaches."""
     return [name for name, place in PLACES.items() if issubclass(memory, place)]
-
-
-def check_together(memories: dict[str, type[Memory]]) -> None:
-    """Refuse memories that need one and the same thing.
-
-    Raises:
-        ValueError: names both and what they would share.
-    """
-    taken: dict[str, str] = {}
-    for name, memory in memories.items():
-        for place in places_of(memory):
-            if place in _EXCLUSIVE and place in taken:
-                raise ValueError(
-                    f"{name!r} and {taken[place]!r} both attach at the {place} place; wrap with "
-                    "one of them."
-                )
-            taken.setdefault(place, name)
-
-
-def check_prefix(memories: dict[str, Memory]) -> None:
-    """Refuse a prefix in front of segments that another memory cuts into blocks.
-
-    Raises:
-        ValueError: names both.
-    """
-    cutting = [name for name, memory in memories.items() if isinstance(memory, InsertsTokens)]
-    for name, memory in memories.items():
-        if cutting and isinstance(memory, SoftPrompt) and memory.num_prefix:
-            raise ValueError(
-                f"{cutting[0]!r} counts its blocks from a segment's first position, which the "
-                f"prefix of {name!r} takes; wrap with one of them."
-            )
 
 
 # Hooks and attributes by the place that they belong to; and what a memory may set.
@@ -440,8 +409,7 @@ def _check_names(cls: type[Memory]) -> None:
                 f"{cls.__name__}.{name} belongs to {place.__name__}, which the class does not "
                 f"derive from: it would never be called. Derive from {place.__name__} too."
             )
-        inherited = any(name in vars(base) for base in cls.__mro__[1:]) or name in _ATTRIBUTES
-        if inherited:
+        if name in _ATTRIBUTES or any(name in vars(base) for base in cls.__mro__[1:]):
             continue
         near = difflib.get_close_matches(name, [*_HOOKS, *_ATTRIBUTES], n=1, cutoff=0.8)
         plain = not callable(value) and not isinstance(value, (property, classmethod, staticmethod))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from memwrap.backbones import Backbone
@@ -17,9 +16,9 @@ from memwrap.backbones.auto_classes import auto_class
 from memwrap.backbones.backbone import ATTENTION_IMPLEMENTATIONS
 from memwrap.backbones.cache_names import CACHE
 from memwrap.backbones.offloaded import loaded_parameters
+from memwrap.engine.answering import marked
 from memwrap.engine.inputs import (
     Inputs,
-    as_batch,
     check_control,
     check_fit,
     check_inputs,
@@ -32,10 +31,7 @@ from memwrap.engine.loss import Collect
 from memwrap.engine.packed_documents import packed
 from memwrap.engine.step import SegmentReader
 from memwrap.io.fingerprints import fingerprint
-from memwrap.memories.protocol import (
-    LogitsMemory,
-    Memory,
-)
+from memwrap.memories.protocol import LogitsMemory, Memory
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_switches import adapter_keys, adapters_in_use
 from memwrap.model.building import build_memories
@@ -48,6 +44,7 @@ from memwrap.model.memory_settings import MemorySettingsMixin
 from memwrap.model.outputs import LaterLogits, MemoryModelOutput, one_cache
 from memwrap.model.saving import SavingMixin, plain_name
 from memwrap.model.state_files import check_file_state
+from memwrap.model.text_reading import ReadingMixin
 from memwrap.state.check import signature_difference
 from memwrap.state.memory_state import MemoryState
 from memwrap.state.past import Recorded
@@ -56,8 +53,9 @@ MEMORY_CHILD = "memory_modules"
 
 
 class MemoryModelForCausalLM(  # type: ignore[misc]
-    SavingMixin, MemorySettingsMixin, CompactionMixin, MemoryGenerationMixin, PreTrainedModel
-):
+    ReadingMixin, SavingMixin, MemorySettingsMixin, CompactionMixin, MemoryGenerationMixin,
+    PreTrainedModel,
+):  # fmt: skip
     """A causal LM with memories: reads text of any length in bounded space.
 
     Make one with `memwrap.wrap` or `memwrap.load`.
@@ -276,6 +274,8 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
                 the keywords: transformers' Trainer takes every named "label" for a needed one.
             teacher: a `Teacher` whose distribution is followed beside the labels (a keyword).
+            answer_from: `(B,)` number of each row's first token that is part of an answer; the
+                state keeps it. Default: the first label behind ignored ones (a keyword).
 
         Returns:
             `loss`, `logits` `(B, T, V)` (zeros at padding) or None, and `cache`, the state.
@@ -284,8 +284,8 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             ValueError: for misshapen inputs, a mask with a hole or one that contradicts the
                 state, a state of another model, or packed documents with a state.
         """
-        names = ("shift_labels", "teacher", "cu_seq_lens_q")
-        shift_labels, teacher, ends = (kwargs.pop(name, None) for name in names)
+        names = ("shift_labels", "teacher", "cu_seq_lens_q", "answer_from")
+        shift_labels, teacher, ends, first_answer = (kwargs.pop(name, None) for name in names)
         refuse_unknown(kwargs, type(self).forward)
         given = one_cache(cache, past_key_values)
         if getattr(given, "record_past", False) and input_ids is not None:
@@ -299,7 +299,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         learning = inputs.targets is not None
         if use_cache is None:
             use_cache = inputs.rows is None and not (learning and self.training)
-        state = self._state_of(given, inputs, attention_mask, hold_open=not remember)
+        state = marked(self._state_of(given, inputs, attention_mask, not remember), first_answer)
         self._check_control(memory_control, state, inputs)
         loop, first = self.loop(), None if learning else inputs.first_column(logits_to_keep)
         reading = loop(
@@ -381,68 +381,6 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         if isinstance(keep, Tensor):
             hidden = hidden[:, keep] if keep.dim() == 1 else hidden[keep.bool()][None]
         return hidden if self._collected is Collect.LOGITS else self.parts.head(hidden)
-
-    @torch.no_grad()
-    def read(
-        self,
-        text: Tensor | str | list,
-        attention_mask: Tensor | None = None,
-        *,
-        tokenizer: Any = None,
-        state: MemoryState | None = None,
-        progress: bool = False,
-    ) -> MemoryState:
-        """Read without computing logits, in space that does not grow with the text.
-
-        Examples:
-            >>> import memwrap
-            >>> model = memwrap.load("armt-lm")
-            >>> state = model.read([list(range(300))])
-            >>> state.segments, state.fill  # two segments of 128 are written, 44 tokens wait
-            (tensor([2]), tensor([44]))
-
-        Args:
-            text: `(B, T)` or `(T,)` ids, a list of id lists or tensors of any lengths, a string,
-                or a list of strings.
-            attention_mask: `(B, T)`, for padded tensors.
-            tokenizer: turns strings into ids.
-            state: continue this one; it stays as it is.
-            progress: show a bar over segments.
-
-        Returns:
-            The state after the text.
-
-        Raises:
-            ValueError: for nothing to read, ids outside the vocabulary, or strings without a
-                tokenizer.
-        """
-        ids, mask = as_batch(text, attention_mask, tokenizer)
-        inputs = self._inputs(ids.to(self.device), None, mask)
-        old = self._state_of(state, inputs, mask, hold_open=False).clone()
-
-        def bar(steps: Any) -> Any:
-            return tqdm(steps, desc="reading", unit="segment", disable=not progress)
-
-        new = self.loop()(inputs, old, progress=bar).state
-        return self._advanced(old, new)
-
-    @torch.no_grad()
-    def close_segment(self, state: MemoryState) -> MemoryState:
-        """Close the open segments, as at the end of a document: runs the write.
-
-        Examples:
-            >>> import memwrap
-            >>> model = memwrap.load("armt-lm")
-            >>> state = model.close_segment(model.read([list(range(300))]))
-            >>> state.segments, state.fill
-            (tensor([3]), tensor([0]))
-
-        Returns:
-            The state with nothing open; the given one stays as it is.
-        """
-        self.check_state(state)
-        new = self.loop().close(self._settled(state))
-        return self._advanced(state.clone(), new)
 
 
 def _at_least_one(count: Tensor | int, device: torch.device) -> Tensor:

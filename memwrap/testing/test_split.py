@@ -103,6 +103,24 @@ def test_reading_equals_forward(memory: str, family: str) -> None:
 
 
 @pairs()
+def test_a_second_pass_is_the_text_once_more(memory: str, family: str) -> None:
+    model, text = wrapped(memory, family), ids(2, TOTAL)
+    rows = [text[0].tolist(), text[1, :9].tolist()]
+    if any(m.claims.lengthens for m in model.memories.values()):
+        with pytest.raises(ValueError, match=r"`passes` is 2.*entries of the text.*Read once"):
+            model.read(rows, passes=2)
+        return
+    state = model.read(rows, passes=2)
+    assert state.tokens_seen.tolist() == [2 * TOTAL, 18]
+    assert state.segments.tolist() == [2 * TOTAL // SEGMENT, 18 // SEGMENT]
+    for number, row in enumerate(rows):
+        alone = state.select(torch.tensor([number]))
+        assert_same_states(alone, model.read([row + row]))
+    with pytest.raises(ValueError, match="at least 1"):
+        model.read(rows, passes=0)
+
+
+@pairs()
 def test_embeddings_give_what_ids_give(memory: str, family: str) -> None:
     model, text = wrapped(memory, family), ids(2, TOTAL)
     with torch.no_grad():

@@ -104,6 +104,7 @@ def test_a_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
         (("read", "tiny-lm", __file__, "-o", "x"), "model without memory"),
         (("read", "tiny-lm", __file__, "-o", "x", "--memory", "infllm", "top_kk=1"), "`top_k`"),
         (("read", "armt-lm", __file__, "-o", "x", "--memory", "infllm"), "a memory of its own"),
+        (("eval", "armt-lm", "--passes", "2"), "perplexity reads its texts once"),
         (("chat", "/not/there", "--ask", "a"), "no folder /not/there"),
         (("chat", "tiny-lm", "--ask", "a"), "--memory NAME"),
         (("chat", "tiny-lm", "--max-new-tokens", "0"), "at least 1"),
@@ -134,6 +135,10 @@ def test_reading_continues_a_state(
     run("read", trained[0], document, "-o", more, "--state", state)
     once, twice = (memwrap.MemoryState.load(p) for p in (state, more))
     assert int(twice.tokens_seen[0]) == 2 * int(once.tokens_seen[0]) - 1  # one beginning of text
+    again = tmp_path / "again.safetensors"
+    run("read", trained[0], document, "-o", again, "--passes", "2")
+    both = memwrap.MemoryState.load(again)
+    assert both.ids_hash == twice.ids_hash and torch.equal(both.tokens_seen, twice.tokens_seen)
 
 
 def test_asking(trained: tuple[Path, str], state: Path) -> None:
@@ -189,6 +194,8 @@ def test_any_model_takes_a_memory(base: Path, document: Path, tmp_path: Path) ->
     first = run("chat", base, *words, "--state", state, *ask).stdout
     again = run("chat", base, "--read", document, tmp_path / "page.html", *words, *ask).stdout
     assert first == again
+    result = run("read", base, document, "-o", tmp_path / "x", *words, "--passes=2", expect=2)
+    assert "'infllm' keeps entries of the text" in result.stderr
     result = run("read", base, tmp_path / "bad.pdf", "-o", tmp_path / "x", *words, expect=2)
     assert "Nothing can be read" in result.stderr and not (tmp_path / "x").exists()
     run("export", base, tmp_path / "out", "--memory", "rmt", "segment_size=16")

@@ -1,4 +1,5 @@
-"""Conformance of AHN: a layer's recurrence and output, token n entering before query n reads."""
+"""Conformance of AHN: a published layer, its recurrence and output, token n entering before query n
+reads."""
 
 from __future__ import annotations
 
@@ -11,25 +12,17 @@ import memwrap
 from memwrap.backbones import AttentionSizes
 from memwrap.memories.ahn import LayerAHN
 from memwrap.memories.sizes import Sizes
+from memwrap.model.published_ahn import FORMS, fill
+from memwrap.model.published_ahn import names_of as published_names
 from memwrap.ops import backend
 
 TOLERANCES = Tolerances(reference={"": 1e-5}, float32={"": 1e-5})
 # Its A_log is float32 in the public code, and so is exp(A_log): 6e-8 of itself at most.
 GATED_DELTA = Tolerances(exact={"": 2e-7}, reference={"": 1e-5}, float32={"": 1e-5})
-FORMS = {"GatedDeltaNet": "gated_delta", "DeltaNet": "delta", "Mamba2": "gated"}
-# Ours, by the names of the published checkpoints.
-DELTA = {
-    "write": "b_proj.weight", "forget": "a_proj.weight", "rate": "A_log", "bias": "dt_bias",
-    "read": "g_proj.weight", "norm": "o_norm.weight", "out": "o_proj.weight",
-}  # fmt: skip
-MAMBA = {
-    "write": "dt_proj.weight", "rate": "A_log", "bias": "dt_bias", "read": "g_proj.weight",
-    "read_bias": "g_proj.bias", "norm": "norm.weight", "out": "o_proj.weight",
-}  # fmt: skip
 
 
 def layer_of(case: Case) -> tuple[LayerAHN, dict[str, Tensor]]:
-    """The layer with the case's weights, and its parameters by the case's names."""
+    """The layer, filled as from a published checkpoint, and its parameters by the case's names."""
     heads, width = case.tensors["q"].shape[2:]
     hidden, form = case.tensors["hidden_in"].shape[2], case.among("ahn_implementation", FORMS)
     own = AttentionSizes(heads, heads, width, width)
@@ -38,18 +31,9 @@ def layer_of(case: Case) -> tuple[LayerAHN, dict[str, Tensor]]:
         dtype=case.dtype, backbone_dtype=case.dtype, attention={0: own},
     )  # fmt: skip
     layer = LayerAHN(memwrap.AHNConfig(form=form), own, sizes)
-    weights = case.starting("ahn.fn.")
-    names = MAMBA if form == "gated" else DELTA
-    parameters = dict(layer.named_parameters())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights.pop(names[name]))
-        if form == "gated":  # two biases that are only ever added
-            parameters["bias"] += weights.pop("dt_proj.bias")
-    weights.pop("D", None)  # used by nothing
-    assert not weights, f"{case.name}: {sorted(weights)} are not understood"
-    found = {f"ahn.fn.{names[n]}": p for n, p in parameters.items()}
-    if form == "gated":
+    fill(layer, case.starting("ahn.fn."), case.name)
+    found = {f"ahn.fn.{published_names(layer)[n]}": p for n, p in layer.named_parameters()}
+    if layer.read_bias is not None:  # two biases that are only ever added
         found["ahn.fn.dt_proj.bias"] = layer.bias
     return layer, found
 

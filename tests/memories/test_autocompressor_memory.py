@@ -1,15 +1,19 @@
-"""AutoCompressor: drawn lengths, reusable summaries, positions."""
+"""AutoCompressor: drawn lengths, reusable summaries, positions; segments by themselves (ICAE)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from support import assert_pieces_and_padding
 
 import memwrap
+from memwrap.backbones.adapters import lora_disabled
 from memwrap.engine.plan import draw_lengths
+from memwrap.exporting import export
 from memwrap.memories.autocompressor import AutoCompressorConfig
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
@@ -259,3 +263,88 @@ def test_a_table_limits_tokens_not_summaries() -> None:
         wrapped(NAME, "gpt2", memory_size=200, segment_size=16, zero_positions=False)
     with pytest.raises(ValueError, match="at most"):
         wrapped(NAME, "gpt2", segment_size=60, length_spread=1 / 3)
+
+
+# ICAE: every segment by itself, read without adapters
+
+ICAE: dict[str, Any] = {"independent": True, "reader": "frozen"}
+
+
+def with_lora(family: str = "llama", **settings: Any) -> Any:
+    """A model whose adapters, and memory, are random: everything matters."""
+    model = wrapped(NAME, family, **settings)
+    model.add_lora(peft.LoraConfig(r=2, target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_slots_are_made_with_adapters_and_read_without(family: str) -> None:
+    """Both passes, run by hand on the backbone: `[segment | tokens]` with the adapters, `[slots of
+    all segments before | segment]` without; rotary positions count through the slots."""
+    model, text = with_lora(family, **ICAE), ids(1, 3 * SEGMENT)
+    memory: Any = model.memories[NAME]
+    tokens = memory.tokens[None]
+    parts = [model.parts.embed(part) for part in text.split(SEGMENT, 1)]
+
+    def alone(embeds: torch.Tensor) -> torch.Tensor:
+        return model.parts.run(embeds, torch.arange(embeds.shape[1])[None])
+
+    with torch.no_grad():
+        got, state = model(text).logits, model.read(text)
+        slots = [alone(torch.cat([part, tokens], 1))[:, -2:] for part in parts]
+        with lora_disabled(model.backbone):
+            seen = [torch.cat([*slots[:n], part], 1) for n, part in enumerate(parts)]
+            want = [model.parts.head(alone(x)[:, -SEGMENT:]) for x in seen]
+            plain = model.backbone(text[:, :SEGMENT]).logits
+    assert_close(got, torch.cat(want, 1), 1e-5)
+    assert_close(got[:, :SEGMENT], plain, 1e-5)  # adapters or not, a first segment is the base's
+    # Five places for three segments' two slots: the oldest is gone.
+    assert_close(memory.summaries(state)[0], torch.cat(slots, 1)[0, 1:], 1e-5)
+    with torch.no_grad():
+        both = with_lora(family, independent=True)(text).logits
+    assert error_of(both, got) > 1e-2
+
+
+def test_slots_do_not_depend_on_what_was_read_before() -> None:
+    model, text = with_lora(**ICAE), ids(1, 2 * SEGMENT)
+    memory: Any = model.memories[NAME]
+    last = memory.summaries(model.read(text))[0][-2:]
+    assert_close(last, memory.summaries(model.read(text[:, SEGMENT:]))[0], 1e-5)
+
+
+@pytest.mark.parametrize("settings", [ICAE, {"independent": True}, {**ICAE, "accumulate": False}])
+def test_pieces_and_padding_of_independent_segments(settings: dict[str, Any]) -> None:
+    assert_pieces_and_padding(with_lora(**settings))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_learn_from_what_their_slots_are_worth(checkpointing: bool) -> None:
+    """A first segment teaches them nothing; the second does, through its slots alone."""
+    model = with_lora(**ICAE).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    text = ids(2, 2 * SEGMENT)
+    labels = text.clone()
+    labels[:, SEGMENT + 1 :] = -100
+    adapters = {n: p for n, p in model.backbone.named_parameters() if "lora_" in n}
+    for labelled, learns in ((labels, False), (text, True)):
+        model.zero_grad()
+        loss = model(text, labels=labelled).loss
+        if loss.requires_grad:
+            loss.backward()
+        grads = [p.grad for p in adapters.values() if p.grad is not None]
+        most = max((float(g.abs().max()) for g in grads), default=0.0)
+        assert (most > 1e-6) is learns, most
+
+
+def test_what_is_on_in_one_pass_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reads without them.*save_pretrained"):
+        export(with_lora(**ICAE), tmp_path / "out", check=False)
+    assert not (tmp_path / "out").exists()
+    export(wrapped(NAME, **ICAE), tmp_path / "out")  # without adapters there is one model

@@ -69,6 +69,40 @@ def test_a_cartridge_of_peft_is_read(tmp_path: Path) -> None:
     assert tree["slot_count"].tolist() == [[7, 7]] and tree["sink_count"].tolist() == [2]
 
 
+def test_a_learned_prefix_goes_in_stays_and_comes_out(tmp_path: Path) -> None:
+    """Persistent memory: prefix tuning of PEFT, trained there, is read before every segment however
+    much follows, and is the same prefix again."""
+    base, text = build("llama"), ids(1, 40, seed=6)
+    alone, count = copy.deepcopy(base), 5
+    config = peft.PrefixTuningConfig(num_virtual_tokens=count, task_type="CAUSAL_LM")
+    made = peft.get_peft_model(alone, config)
+    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=5.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        made(text, labels=text).loss.backward()
+        optimizer.step()
+    made.eval().save_pretrained(tmp_path / "given")
+    given = load_file(tmp_path / "given" / "adapter_model.safetensors")["prompt_embeddings"]
+    whole = memwrap.wrap(base, "compact", **{**WHOLE, "num_sinks": count}).eval()
+    state = whole.load_prefix(tmp_path / "given")
+    got = logits_of(whole, text, cache=state)
+    assert_close(got, logits_of(made, text), 1e-5)
+    assert float((got - logits_of(whole, text)).abs().max()) > 1e-3  # it matters
+    # In a memory of fixed size the prefix is its sinks, which nothing replaces.
+    memwrap.unwrap(whole)
+    small = memwrap.wrap(base, "compact", segment_size=8, memory_size=8, num_sinks=count, slots=4)
+    first = small.load_prefix(tmp_path / "given")
+    last = small.read(text, state=first)
+    trees = [s.memories["compact"]["layers"] for s in (first, last)]
+    for layer, tree in trees[0].items():
+        kept = {n: x for n, x in tree.items() if n.startswith("sink")}
+        assert kept and tree["sink_count"].tolist() == [count]
+        assert all(torch.equal(trees[1][layer][n], x) for n, x in kept.items())
+    small.save_prefix(first, tmp_path / "made", kind="PREFIX_TUNING")
+    back = load_file(tmp_path / "made" / "adapter_model.safetensors")["prompt_embeddings"]
+    assert_close(back, given, 1e-5)
+
+
 def test_what_cannot_be_a_prefix_is_refused(tmp_path: Path) -> None:
     model = wrapped("compact", **WHOLE)
     state = model.read(ids(2, 60))
