@@ -55,12 +55,15 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
         _events.append(f"{event} {str(arguments)[:80]}")
     elif event == "open" or event in CHANGES:
         for path in arguments[:2]:
-            if isinstance(path, (str, bytes, os.PathLike)) and _is_outside(os.fsdecode(path)):
+            named = isinstance(path, (str, bytes, os.PathLike))
+            if named and _is_outside(event, os.fsdecode(path)):
                 _events.append(f"{event} {os.fsdecode(path)}")
 
 
-def _is_outside(path: str) -> bool:
-    """Tell whether a path leads to where nothing may be opened or changed."""
+def _is_outside(event: str, path: str) -> bool:
+    """Tell whether a call goes to where nothing may be opened or changed."""
+    if event not in ("open", "os.chmod", "os.truncate", "os.utime"):  # it is done to a link itself
+        path = os.path.join(os.path.realpath(os.path.dirname(path)), "file")
     return f"{os.path.realpath(path)}/".startswith(f"{_watched[0]}/")
 
 

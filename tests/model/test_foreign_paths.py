@@ -90,6 +90,26 @@ def test_a_damaged_tokenizer_is_refused_in_a_sentence(saved: Path, base: Path) -
         open_tokenizer(saved, open_model(saved))
 
 
+@pytest.mark.parametrize("what", [".old", ".gone.json"])
+def test_completing_a_stopped_save_changes_and_reads_nothing_elsewhere(
+    saved: Path, tmp_path: Path, what: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for folder in (saved, saved / ".saved"):
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / "file").write_text("x")
+    target = elsewhere
+    if what == ".gone.json":
+        target = elsewhere / "names"
+        target.write_text('["config.json"]')
+    (saved / ".saved" / what).symlink_to(target)
+    with pytest.raises(ValueError, match=r"cannot be completed|not in the folder"):
+        open_model(saved)
+    assert [path.name for path in elsewhere.iterdir()] == ["names"] * (what == ".gone.json")
+    assert (saved / "config.json").is_file()
+
+
 def test_a_config_is_looked_at_within_limits(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="nested too deeply"):
