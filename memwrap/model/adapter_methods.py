@@ -49,7 +49,7 @@ class AdapterMixin:
         configs = getattr(self.backbone, "peft_config", None) or getattr(self, "peft_config", None)
         return dict(configs or {})
 
-    def add_lora(self, lora: LoraConfig | None = None, adapter_name: str = "default") -> None:
+    def add_lora(self, lora: PeftConfig | None = None, adapter_name: str = "default") -> None:
         """Put LoRA into the backbone: its other weights are frozen, the memories are trained.
 
         Args:
