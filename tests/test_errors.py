@@ -247,15 +247,16 @@ def test_states_that_do_not_fit(model: Any) -> None:
     with refused("dict", "MemoryState"):
         model(ids(1, 3), cache={})
     before = state.clone()
-    for settings in ({"segment_size": 9}, {"bptt_segments": 3}, {"loss_on": "last"}):
-        other = wrapped(memory, **settings)
-        name = next(iter(settings))
-        with refused("another model", name, str(settings[name])):
-            other(ids(1, 3), cache=state)
-        with refused("another model", name):
-            other.generate(ids(1, 3), cache=state, max_new_tokens=2)
-        with refused("another model", name):
-            other.read(ids(1, 3), state=state)
+    other = wrapped(memory, segment_size=9)
+    with refused("another model", "segment_size", "9"):
+        other(ids(1, 3), cache=state)
+    with refused("another model", "segment_size"):
+        other.generate(ids(1, 3), cache=state, max_new_tokens=2)
+    with refused("another model", "segment_size"):
+        other.read(ids(1, 3), state=state)
+    # How a model is trained leaves no trace in a state.
+    trained = wrapped(memory, bptt_segments=3, loss_on="last")
+    trained(ids(1, 3), cache=state.clone())
     with refused("another model", "model_type", "qwen3"):
         wrapped(memory, "qwen3")(ids(1, 3), cache=state)
     for foreign in MEMORIES:

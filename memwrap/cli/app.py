@@ -95,8 +95,7 @@ def train(
     or memwrap train decoder --model DIR --data FOLDER -o DIR store=FOLDER.
     """
     from memwrap.training.finetune import RUN, is_first, preflight, run_recipe
-    from memwrap.training.recipe import load_recipe
-    from memwrap.training.recipe_from_words import recipe_from_words
+    from memwrap.training.recipe_from_words import recipe_of
 
     words = list(words or [])
     if words[:1] == ["cartridge"]:
@@ -109,16 +108,7 @@ def train(
 
         train_decoder_of(model, data, output, words[1:])
         return
-    if words and "=" not in words[0]:
-        if memory is not None:
-            raise ValueError("A recipe names its memory; --memory goes with --model and --data.")
-        given = {"model.name": model, "data.source": data, "output": output}
-        extra = [f"{key}={value}" for key, value in given.items() if value is not None]
-        loaded = load_recipe(words[0], [*words[1:], *extra])
-    elif model is not None:
-        loaded = recipe_from_words(model, data, memory, output, words)
-    else:
-        raise ValueError("Give the name of a recipe, or --model with --data and --memory.")
+    loaded = recipe_of(words, model, data, memory, output)
     if dry_run:
         typer.echo(loaded.to_yaml(), nl=False)
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
 from memwrap.state.memory_state import MemoryState
 
@@ -228,7 +229,7 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
         )
     refuse_pictures(kwargs)
     names = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
-    for name in kwargs:
+    for name in kwargs.keys() - FlashAttentionKwargs.__annotations__:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
         if near:
             raise ValueError(f"`{name}` is no argument of the model; did you mean `{near[0]}`?")

@@ -120,7 +120,7 @@ class AssociativeLayer(nn.Module):
         else:
             nn.init.normal_(self.value.weight, std=0.02)
         if config.read_scale == "hidden":
-            self.gate = nn.Parameter(torch.full((), config.gate_init, **make))
+            self.gate = nn.Parameter(torch.full((1,), config.gate_init, **make))
 
     def _heads(self, x: Tensor) -> Tensor:
         """Split heads: `(B, T, H * d)` -> `(B, H, T, d)`."""
@@ -269,4 +269,4 @@ class ARMTMemory(SoftPrompt, LayerMemory):
         if self.config.read_scale == "raw":
             return {}
         layers: list[Any] = list(self.layers.values())
-        return {"gate": torch.stack([layer.gate.detach().float() for layer in layers])[:, None]}
+        return {"gate": torch.stack([layer.gate.detach().float() for layer in layers])}

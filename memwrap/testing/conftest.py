@@ -108,17 +108,23 @@ def meets(memory: str, family: str) -> bool:
     """Whether a pair meets code that the memory meets on no family before: the first memory of
     each place on every family, and all of a place where the family makes a difference to it; fewer
     where attention alone is another; those of other packages everywhere."""
-    foreign = installed().names
+    foreign, first = _kinds()
     if memory in foreign:
         return True
     if family in ONLY_ATTENTION:
         return memory in ONLY_ATTENTION[family]
+    return memory in first or bool(BRANCHES.get(family, set()) & {*places_of(memory_class(memory))})
+
+
+@cache
+def _kinds() -> tuple[set[str], set[str]]:
+    """Memories of other packages, and the first of each place among the others."""
+    foreign = set(installed().names)
     first: dict[str, str] = {}
     for name in sorted({*memwrap.available()} - foreign):
         for place in places_of(memory_class(name)):
             first.setdefault(place, name)
-    places = places_of(memory_class(memory))
-    return memory in first.values() or bool(BRANCHES.get(family, set()) & set(places))
+    return foreign, set(first.values())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

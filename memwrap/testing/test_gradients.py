@@ -178,7 +178,11 @@ def test_loss_on_the_last_segment(memory: str, family: str) -> None:
 
 
 def test_a_model_in_float64_agrees_to_its_precision(memory: str) -> None:
-    """Truncation once more where noise cannot hide a mistake (norms still round to float32)."""
+    """Truncation once more where noise cannot hide a mistake.
+
+    Transformers' eager attention takes its softmax in float32 whatever the dtype: another order of
+    sums in its gradient is seen at 1.9e-8 (LoLCATs).
+    """
 
     def double(**settings: Any) -> Any:
         return wrapped(memory, base=build("gpt_neox").double(), **settings)
@@ -186,4 +190,4 @@ def test_a_model_in_float64_agrees_to_its_precision(memory: str) -> None:
     _, want = unrolled(double(), TEXT, 2)
     _, got = gradients_of(double(bptt_segments=2))
     assert all(g.dtype == torch.float64 for g in got.values())
-    assert_same_gradients(got, want, 1e-9)
+    assert_same_gradients(got, want, 1e-7)

@@ -11,10 +11,30 @@ from memwrap.memories.registry import config_class
 from memwrap.model.base_loading import base_place, find_folder
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.opening import is_memory_model
-from memwrap.training.recipe import Recipe, resolve
+from memwrap.training.recipe import Recipe, load_recipe, resolve
 
 _SEGMENTS = 8
 """Segments of a document that are read at once; gradients flow through half of them."""
+
+
+def recipe_of(
+    words: list[str], model: str | None, data: str | None, memory: str | None, output: Path | None
+) -> Recipe:
+    """Make the recipe that a command line asks for: a file or name in front of `words`, whose
+    model, data and output the other ones replace; without it as `recipe_from_words`.
+
+    Raises:
+        ValueError: for what is missing or does not go together, and as `load_recipe`.
+    """
+    if words and "=" not in words[0]:
+        if memory is not None:
+            raise ValueError("A recipe names its memory; --memory goes with --model and --data.")
+        given = {"model.name": model, "data.source": data, "output": output}
+        extra = [f"{key}={value}" for key, value in given.items() if value is not None]
+        return load_recipe(words[0], [*words[1:], *extra])
+    if model is None:
+        raise ValueError("Give the name of a recipe, or --model with --data and --memory.")
+    return recipe_from_words(model, data, memory, output, words)
 
 
 def recipe_from_words(
@@ -109,4 +129,4 @@ def _of_saved(model: str) -> dict[str, Any]:
     return recipe
 
 
-__all__ = ["recipe_from_words"]
+__all__ = ["recipe_from_words", "recipe_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -30,9 +31,14 @@ def fit(*names: str) -> bool:
         check_together({name: memory_class(name) for name in names})
     except ValueError:
         return False
-    prefixes = [n for n in names if wrapped(n).memories[n].__dict__.get("num_prefix")]
+    prefixes = [n for n in names if has_prefix(n)]
     cutting = [n for n in names if issubclass(memory_class(n), InsertsTokens)]
     return not (prefixes and cutting)
+
+
+@cache
+def has_prefix(name: str) -> bool:
+    return bool(wrapped(name).memories[name].__dict__.get("num_prefix"))
 
 
 PAIRS = [p for p in combinations(MEMORIES, 2) if fit(*p)]

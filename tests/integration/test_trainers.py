@@ -225,7 +225,8 @@ def test_peft_around_trains_memory_and_adapters(
         for name, p in model.named_parameters()
         if any(p is q for q in group["params"])
     }
-    assert {rates[n] for n in memory} == {3e-2}
+    # Gates of late layers move faster than what they let through.
+    assert {n: rates[n] for n in memory} == {n: 0.6 if "gate" in n else 3e-2 for n in memory}
     assert {rates[n] for n in changed - memory} == {1e-2}
 
 

@@ -52,7 +52,7 @@ assert "ema_memory" not in sys.modules  # named without being imported
 ids = torch.randint(4, 99, (2, 160), generator=torch.Generator().manual_seed(0))
 """
 FIRST = f"""
-assert "saved runs/ema: 2 steps" in run("train", "trainer.steps=2")
+assert "saved runs/ema: 2 of 2 steps" in run("train", "trainer.steps=2")
 print(run("list"), run("doctor"))
 {blocks("python")[1]}
 assert model.memory_configs[0].segment_size == 64

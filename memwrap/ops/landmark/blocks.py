@@ -62,7 +62,7 @@ def block_scores(
     near = near.sum(-1)
     x = torch.cat([x, x[..., :1]], -1)  # a column for what is not there
     index = torch.where(places >= 0, places, size)[:, None, None, None].expand(near.shape)
-    x = x.scatter(-1, index, near)[..., :size].flatten(1, 2)
+    x = x.scatter(-1, index, near.to(x.dtype))[..., :size].flatten(1, 2)
     x = capped(x.to(accumulation_dtype(q)) * scaling, softcap)
     present = torch.arange(size, device=count.device) < count[:, None]
     return x.masked_fill(~present[:, None, None], -torch.inf)
