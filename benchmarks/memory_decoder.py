@@ -41,7 +41,7 @@ from memwrap.training.decoder_training import (
 
 SEGMENT, TOKENS, LAYERS, SEED = 512, 6000, 3, 0
 CUTS = (0.6, 0.8)
-STEPS, FILES, ROWS = 24, 6, 4
+STEPS, FILES, ROWS = 40, 8, 4
 
 
 def base() -> Any:

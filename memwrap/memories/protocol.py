@@ -416,21 +416,6 @@ def check_together(memories: dict[str, type[Memory]]) -> None:
             taken.setdefault(place, name)
 
 
-def check_prefix(memories: dict[str, Memory]) -> None:
-    """Refuse a prefix in front of segments that another memory cuts into blocks.
-
-    Raises:
-        ValueError: names both.
-    """
-    cutting = [name for name, memory in memories.items() if isinstance(memory, InsertsTokens)]
-    for name, memory in memories.items():
-        if cutting and isinstance(memory, SoftPrompt) and memory.num_prefix:
-            raise ValueError(
-                f"{cutting[0]!r} counts its blocks from a segment's first position, which the "
-                f"prefix of {name!r} takes; wrap with one of them."
-            )
-
-
 # Hooks and attributes by the place that they belong to; and what a memory may set.
 _BASES: tuple[type[Memory], ...] = (Memory, *PLACES.values())
 _HOOKS: dict[str, type[Memory]] = {

@@ -9,10 +9,10 @@ from memwrap.backbones.backbone import memory_dtype
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.protocol import (
     AttentionMemory,
+    InsertsTokens,
     LayerMemory,
     Memory,
     SoftPrompt,
-    check_prefix,
     check_together,
 )
 from memwrap.memories.registry import memory_class
@@ -38,6 +38,21 @@ def build_memories(parts: Backbone, configs: list[MemoryConfig]) -> dict[str, Me
     check_prefix(memories)
     _check_positions(parts, configs[0], memories)
     return memories
+
+
+def check_prefix(memories: dict[str, Memory]) -> None:
+    """Refuse a prefix in front of segments that another memory cuts into blocks.
+
+    Raises:
+        ValueError: names both.
+    """
+    cutting = [name for name, memory in memories.items() if isinstance(memory, InsertsTokens)]
+    for name, memory in memories.items():
+        if cutting and isinstance(memory, SoftPrompt) and memory.num_prefix:
+            raise ValueError(
+                f"{cutting[0]!r} counts its blocks from a segment's first position, which the "
+                f"prefix of {name!r} takes; wrap with one of them."
+            )
 
 
 def sizes_of(parts: Backbone, *, layers: bool = True, attention: bool = False) -> Sizes:

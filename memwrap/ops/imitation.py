@@ -15,9 +15,9 @@ def naive(logits: Tensor, targets: Tensor, probs: Tensor, share: float) -> Tenso
     sum_v P_v (log P_v - log softmax(s)_v), and the rest of the cross entropy with `targets`."""
     total = logits.new_zeros(())
     for scores, target, p in zip(logits, targets.tolist(), probs, strict=True):
-        own = scores.softmax(0).log()
-        apart = sum(p[v] * (p[v].log() - own[v]) for v in range(len(p)) if p[v] > 0)
-        total = total + share * apart - (1 - share) * own[target]
+        logs = scores.softmax(0).log()
+        apart = sum(p[v] * (p[v].log() - logs[v]) for v in range(len(p)) if p[v] > 0)
+        total = total + share * apart - (1 - share) * logs[target]
     return total / len(targets)
 
 
@@ -33,9 +33,9 @@ def imitation_losses(logits: Tensor, targets: Tensor, probs: Tensor) -> tuple[Te
     Returns:
         The divergence KL(probs || softmax(logits)), and the cross entropy with the targets.
     """
-    own = logits.log_softmax(-1)
-    apart = F.kl_div(own, probs.to(own.dtype), reduction="none").sum(-1)
-    return apart.mean(), F.nll_loss(own, targets)
+    logs = logits.log_softmax(-1)
+    apart = F.kl_div(logs, probs.to(logs.dtype), reduction="none").sum(-1)
+    return apart.mean(), F.nll_loss(logs, targets)
 
 
 def imitation_loss(logits: Tensor, targets: Tensor, probs: Tensor, share: float = 0.5) -> Tensor:

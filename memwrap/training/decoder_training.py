@@ -94,13 +94,13 @@ def lessons_of(
         if len(ids) < 2:
             continue
         keys = torch.cat([key.cpu() for _, key in read_tokens(model, ids)])[:-1]
-        found = store.search(keys, top_k + 1)
-        about = store.entries(found.ids)
+        near = store.search(keys, top_k + 1)
+        about = store.entries(near.ids)
         values, places = (torch.from_numpy(x.astype("int64")) for x in (about.values, about.starts))
         same = torch.from_numpy(about.documents.astype("int64")) == numbers.get(name, -2)
-        own = same & (places == torch.arange(1, len(ids))[:, None])
-        costs = found.scores if store.metric == "l2" else -found.scores
-        costs, order = costs.masked_fill(own | (values < 0), torch.inf).sort(dim=-1, stable=True)
+        itself = same & (places == torch.arange(1, len(ids))[:, None])
+        costs = near.scores if store.metric == "l2" else -near.scores
+        costs, order = costs.masked_fill(itself | (values < 0), torch.inf).sort(dim=-1, stable=True)
         values = values.clamp_min(0).gather(1, order)
         yield Lesson(ids.cpu(), costs[:, :top_k].float(), values[:, :top_k].int())
 
@@ -223,15 +223,15 @@ def token_likelihoods(model: MemoryModelForCausalLM, ids: Tensor) -> tuple[Tenso
     ids = ids.to(model.device)[None]
     behind = ids[:, 1:, None]
     base = model(ids, memory_control="off", use_cache=False).logits[:, :-1].float()
-    own = memory.decoder.head(memory.decoder.text(ids)[:, :-1]) / memory.config.temperature
-    pair = (scores.log_softmax(-1).gather(2, behind)[0, :, 0].double() for scores in (base, own))
+    alone = memory.decoder.head(memory.decoder.text(ids)[:, :-1]) / memory.config.temperature
+    pair = (scores.log_softmax(-1).gather(2, behind)[0, :, 0].double() for scores in (base, alone))
     return next(pair), next(pair)
 
 
-def mixed_nats(base: Tensor, own: Tensor, weight: float) -> Tensor:
+def mixed_nats(base: Tensor, decoder: Tensor, weight: float) -> Tensor:
     """Compute the surprise, in nats, at tokens of which model and decoder have the log-likelihoods
-    `base` and `own`."""
-    return -torch.log((1 - weight) * base.exp() + weight * own.exp())
+    `base` and `decoder`."""
+    return -torch.log((1 - weight) * base.exp() + weight * decoder.exp())
 
 
 def best_weight(
@@ -239,8 +239,8 @@ def best_weight(
 ) -> tuple[float, dict[float, float]]:
     """Choose the decoder's share on validation text: the best of `weights`, and the nats per token
     with each; `pairs` are from `token_likelihoods`."""
-    base, own = (torch.cat(part) for part in zip(*pairs, strict=True))
-    nats = {weight: float(mixed_nats(base, own, weight).mean()) for weight in weights}
+    base, alone = (torch.cat(part) for part in zip(*pairs, strict=True))
+    nats = {weight: float(mixed_nats(base, alone, weight).mean()) for weight in weights}
     return min(nats, key=lambda weight: nats[weight]), nats
 
 

@@ -37,13 +37,17 @@ def decoder_of(model: Any, layers: int = LAYERS, window: int = 64) -> SmallDecod
     return decoder
 
 
+# transformers computes norms and angles in float32, whatever the weights are: 4e-7 was seen.
+FLOAT32 = 3e-6
+
+
 @torch.no_grad()
 def test_it_is_the_model_whose_weights_it_takes_over() -> None:
     model = other()
     decoder, want = decoder_of(model), model(TEXT).logits
-    assert_close(decoder.head(decoder.text(TEXT)), want, 1e-12)
+    assert_close(decoder.head(decoder.text(TEXT)), want, FLOAT32)
     padded = torch.cat([torch.full((2, 3), -1), TEXT], 1)
-    assert_close(decoder.head(decoder.text(padded))[:, 3:], want, 1e-12)
+    assert_close(decoder.head(decoder.text(padded))[:, 3:], want, FLOAT32)
 
 
 @pytest.mark.parametrize("window", [1, 2, 7])

@@ -163,10 +163,10 @@ class SmallDecoder(nn.Module):
         Returns:
             Last hidden states `(B, N, D)`, and the state behind the tokens.
         """
-        there = torch.cat([state["there"], ids >= 0], 1)
-        hidden, keys, values = self._run(ids, state, there)
-        kept = latest(there, self.shape.window - 1)
-        filled = there.gather(1, kept)
+        real = torch.cat([state["there"], ids >= 0], 1)
+        hidden, keys, values = self._run(ids, state, real)
+        kept = latest(real, self.shape.window - 1)
+        filled = real.gather(1, kept)
         after = {"keys": take(keys, kept, filled), "values": take(values, kept, filled)}
         return hidden, {**after, "there": filled}
 
@@ -177,9 +177,9 @@ class SmallDecoder(nn.Module):
         nothing = {name: empty[name][:, :, :0] for name in ("keys", "values")}
         return self._run(ids, nothing, ids >= 0)[0]
 
-    def _run(self, ids: Tensor, past: Tree, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute hidden states, and keys and values of all columns `there` `(B, P + N)`."""
-        seen = self._seen(there, ids.shape[1])
+    def _run(self, ids: Tensor, past: Tree, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute hidden states, and keys and values of all columns `real` `(B, P + N)`."""
+        seen = self._seen(real, ids.shape[1])
         x, keys, values = self.embed_tokens(ids.clamp_min(0)), [], []
         pasts = [past[name].chunk(self.shape.layers, 1) for name in ("keys", "values")]
         for layer, *rows in zip(self.layers, *pasts, strict=True):
@@ -192,20 +192,20 @@ class SmallDecoder(nn.Module):
         """Compute logits `(..., V)` of last hidden states."""
         return hidden @ self.embed_tokens.weight.T
 
-    def _seen(self, there: Tensor, new: int) -> Seen:
-        """Lay out the columns `there` `(B, P + N)`, the last `new` of which are the step's."""
+    def _seen(self, real: Tensor, new: int) -> Seen:
+        """Lay out the columns `real` `(B, P + N)`, the last `new` of which are the step's."""
         shape, weight = self.shape, self.embed_tokens.weight
-        past = there.shape[1] - new
+        past = real.shape[1] - new
         # A step's tokens stand side by side behind the past, whatever padding lies between them.
-        place = torch.arange(past, device=there.device).expand(len(there), -1)
-        place = torch.cat([place, past - 1 + there[:, past:].long().cumsum(1)], 1)
+        place = torch.arange(past, device=real.device).expand(len(real), -1)
+        place = torch.cat([place, past - 1 + real[:, past:].long().cumsum(1)], 1)
         query, key = place[:, past:, None], place[:, None]
-        mask = there[:, None] & (key <= query) & (key > query - shape.window)
+        mask = real[:, None] & (key <= query) & (key > query - shape.window)
         # What is no token sees itself, lest it see nothing.
-        own = torch.arange(new, device=there.device)
-        mask[:, own, past + own] = True
+        number = torch.arange(new, device=real.device)
+        mask[:, number, past + number] = True
         wide = torch.promote_types(weight.dtype, torch.float32)
-        rates = torch.arange(0, shape.head_width, 2, device=there.device, dtype=wide)
+        rates = torch.arange(0, shape.head_width, 2, device=real.device, dtype=wide)
         angles = place[..., None] * shape.theta ** (-rates / shape.head_width)
         angles = torch.cat([angles, angles], -1)[:, None]
         return Seen(mask[:, None], angles.cos().to(weight.dtype), angles.sin().to(weight.dtype))
@@ -233,16 +233,16 @@ class SmallDecoder(nn.Module):
         layers = {int(name.split(".")[1]) for name in weights if name.startswith("layers.")}
         last, count = max(layers, default=0), self.shape.layers
         chosen = [round(i * last / max(1, count - 1)) for i in range(count)]
-        for name, own in self.state_dict().items():
-            there = name
+        for name, weight in self.state_dict().items():
+            source = name
             if name.startswith("layers."):
                 _, number, rest = name.split(".", 2)
-                there = f"layers.{chosen[int(number)]}.{rest}"
-            given = weights.get(there)
-            if given is None or given.shape != own.shape:
+                source = f"layers.{chosen[int(number)]}.{rest}"
+            given = weights.get(source)
+            if given is None or given.shape != weight.shape:
                 shape = "is missing" if given is None else f"has shape {tuple(given.shape)}"
                 raise ValueError(
-                    f"{there} {shape}; the decoder needs {tuple(own.shape)}. Give the settings of "
-                    "the model that it is to begin with, or begin with none."
+                    f"{source} {shape}; the decoder needs {tuple(weight.shape)}. Give the settings "
+                    "of the model that it is to begin with, or begin with none."
                 )
-            own.copy_(given)
+            weight.copy_(given)
