@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from memwrap.memories.liger import LigerConfig
     from memwrap.memories.lolcats import LoLCATsConfig
     from memwrap.memories.memorizing import MemorizingConfig
+    from memwrap.memories.memory_decoder import MemoryDecoderConfig
     from memwrap.memories.memoryprompt import MemoryPromptConfig
     from memwrap.memories.neurocache import NeurocacheConfig
     from memwrap.memories.registry import available, config_class
@@ -62,6 +63,7 @@ _PLACES = {
     "LoLCATsConfig": "memwrap.memories.lolcats",
     "MemorizingConfig": "memwrap.memories.memorizing",
     "MemoryConfig": "memwrap.memories.config",
+    "MemoryDecoderConfig": "memwrap.memories.memory_decoder",
     "MemoryModelConfig": "memwrap.model.configuration",
     "MemoryModelForCausalLM": "memwrap.model.memory_model",
     "MemoryPromptConfig": "memwrap.memories.memoryprompt",
@@ -115,6 +117,7 @@ __all__ = [
     "LoLCATsConfig",
     "MemorizingConfig",
     "MemoryConfig",
+    "MemoryDecoderConfig",
     "MemoryModelConfig",
     "MemoryModelForCausalLM",
     "MemoryPromptConfig",

@@ -97,6 +97,25 @@ def test_navigation_and_pages_are_the_same() -> None:
     assert set(listed) == set(PAGES)
 
 
+@pytest.mark.parametrize("memory", memwrap.available())
+def test_every_memory_has_its_row_in_the_index_of_papers(memory: str) -> None:
+    lines = text_of("papers.md").splitlines()
+    rows = [line for line in lines if line.startswith(f"| [`{memory}`]")]
+    assert len(rows) == 1, f"{memory} needs one row in docs/papers.md, not {len(rows)}"
+    cells = [cell.strip() for cell in rows[0].strip("|").split(" | ")]
+    name, paper, file, *_, vectors, _, seen = cells
+    assert len(cells) == 7 and all(cells), cells
+    assert name == f"[`{memory}`](methods/{memory}.md)"
+    assert re.search(r"arXiv \d{4}\.\d{5}\b", paper), paper
+    module = importlib.import_module(memwrap.config_class(memory).__module__).__name__
+    assert f"`{module.replace('.', '/')}.py`" in file
+    paths = re.findall(r"`((?:memwrap|tests)/[\w/.]+)`", f"{file} {vectors}")
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    runner = f"tests/conformance/test_{memory}.py"
+    assert f"`{runner}`" in vectors or not (ROOT / runner).exists()
+    assert f"methods/{memory}.md#measured-here" in seen
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = text_of(page)

@@ -91,7 +91,8 @@ def train(
     ] = False,
 ) -> None:
     """Train: memwrap train RECIPE (with --model or --data in place of its own), or memwrap train
-    --model DIR --data FOLDER --memory armt, or memwrap train cartridge --model DIR --document FILE.
+    --model DIR --data FOLDER --memory armt, or memwrap train cartridge --model DIR --document FILE,
+    or memwrap train decoder --model DIR --data FOLDER -o DIR store=FOLDER.
     """
     from memwrap.training.finetune import RUN, is_first, preflight, run_recipe
     from memwrap.training.recipe_from_words import recipe_of
@@ -101,6 +102,11 @@ def train(
         from memwrap.cli.cartridge_command import train_cartridge_of
 
         train_cartridge_of(document, model, output, words[1:])
+        return
+    if words[:1] == ["decoder"]:
+        from memwrap.cli.decoder_command import train_decoder_of
+
+        train_decoder_of(model, data, output, words[1:])
         return
     loaded = recipe_of(words, model, data, memory, output)
     if dry_run:

@@ -161,11 +161,10 @@ class Loop:
                 f"{type(self.reader.backbone.model).__name__} looks at the ids of what it reads; "
                 "give `input_ids` instead of `inputs_embeds`."
             )
-        if inputs.ids is None and "ids" in self.reader.looks_at:
-            names = [n for n, m in self.reader.seeing.items() if "ids" in m.looks_at]
+        if inputs.ids is None and self.reader.keeps_ids:
             raise ValueError(
-                f"The memory {names[0]!r} keeps the ids of what is read; give `input_ids` instead "
-                "of `inputs_embeds`."
+                f"The memory {self.reader.keeps_ids[0]!r} keeps the ids of what is read; give "
+                "`input_ids` instead of `inputs_embeds`."
             )
         drawing = self.training and torch.is_grad_enabled()  # reading never draws
         groups = []

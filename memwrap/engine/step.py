@@ -70,7 +70,9 @@ class SegmentReader:
         mixing = [(n, m) for n, m in memories.items() if isinstance(m, LogitsMemory)]
         self.mixer: tuple[str, LogitsMemory] | None = mixing[0] if mixing else None
         self.looks_at = sorted({kind for m in self.seeing.values() for kind in m.looks_at})
-        self.needs_ids = "ids" in self.looks_at or backbone.ids_matter
+        self.keeps_ids = [n for n, m in self.seeing.items() if "ids" in m.looks_at]
+        self.keeps_ids += [n for n, m in mixing if m.key == "ids"]
+        self.needs_ids = bool(self.keeps_ids) or backbone.ids_matter
         self.notes_ffn = "ffn" in {*self.looks_at, *(m.key for _, m in mixing)}
         self.tells_answers = any(m.tells_answers for m in self.attending.values())
         self.count_padding = any(m.config.count_padding for m in memories.values())
@@ -133,7 +135,8 @@ class SegmentReader:
         spread = None if ids is None else given.spread(ids)
         with self._adapters():
             hidden, ffn = self._hidden(given, cache, context, spread)
-        states = context.changed(step.closes)
+        states, key = self._key(ids, context.changed(step.closes))
+        noted_now = segment.noted or context.noting or key is not None
         now = {"embeds": given.embeds, "hidden": hidden, "ffn": ffn}
         if spread is not None:
             now["ids"] = spread
@@ -146,12 +149,12 @@ class SegmentReader:
             tree = keys_and_values(cache) | {name: part for name, part in noted.items() if part}
             where, valid = given.positions.key_positions, given.positions.key_valid
             tokens = self.layout.insertion.tokens(where - given.base)
-            changed = segment.noted or context.noting
-            after = OpenSegment(tree, where, valid, tokens, changed).after(step.closes)
+            after = OpenSegment(tree, where, valid, tokens, noted_now).after(step.closes)
         auxiliary = torch.stack(context.losses).sum(0) if context.losses else None
         in_loss, ends = self.layout.insertion.in_loss, given.ends
         inserted = (given.of_tokens(hidden), ends) if in_loss and ends is not None else None
-        key = given.of_tokens(now[self.mixer[1].key], in_loss) if self.mixer else None
+        if self.mixer and key is None:
+            key = given.of_tokens(now[self.mixer[1].key], in_loss)
         tokens = given.of_tokens(hidden, in_loss)
         return StepOutput(tokens, states, after, auxiliary, inserted, key)
 
@@ -159,6 +162,17 @@ class SegmentReader:
         """Switch the backbone's adapters off where a memory has them for its own passes alone."""
         frozen = any(memory.frozen_reader for memory in self.seeing.values())
         return lora_disabled(self.backbone.model) if frozen else nullcontext()
+
+    def _key(
+        self, ids: Tensor | None, states: dict[str, Tree]
+    ) -> tuple[dict[str, Tree], Tensor | None]:
+        """Let the memory at the logits read the step's ids, if it does; the trees after it, and
+        what it makes of them."""
+        if self.mixer is None or self.mixer[1].key != "ids" or ids is None:
+            return states, None
+        name, memory = self.mixer
+        key, tree = memory.read_ids(ids, states[name])
+        return {**states, name: tree}, key
 
     def alone(self, embeds: Tensor, visible: Tensor, counted: Tensor) -> Tensor:
         """Compute the last hidden states of embeddings `(B, K, D)` without memories, positions from

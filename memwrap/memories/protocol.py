@@ -4,7 +4,7 @@
     SoftPrompt       prefix, prefix_mask, suffix        write_suffix
     LayerMemory      read_layer                         write_layer
     AttentionMemory  attend                             write_attention
-    LogitsMemory     mix
+    LogitsMemory     mix, read_ids
     SeesSegment                                         write_segment
     InsertsTokens    inserted
 
@@ -195,6 +195,9 @@ class Memory(nn.Module):
     def resettled(self, changed: set[str]) -> None:
         """Follow `changed` fields that no state depends on (`model.memory_settings`)."""
 
+    def resized(self, vocab_size: int) -> None:
+        """Follow embeddings of the backbone that have `vocab_size` rows now."""
+
     def open_named(self, config: MemoryConfig) -> None:
         """Open what the caller of `wrap` names in a config. A loaded model's config opens nothing:
         somebody else may have written it."""
@@ -323,18 +326,30 @@ class LogitsMemory(Memory):
     """A place: the logits. One memory of a model can have it.
 
     Attributes:
-        key: what `mix` is given of the tokens: `"hidden"`, the last hidden states, or `"ffn"`,
-            what the last layer's feed-forward block was given.
+        key: what `mix` is given of the tokens: `"hidden"`, the last hidden states, `"ffn"`, what
+            the last layer's feed-forward block was given, or `"ids"`, what `read_ids` makes of
+            their ids.
     """
 
     key: str = "hidden"
+
+    def read_ids(self, ids: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+        """Read the tokens' ids `(B, T)`, -1 where there is none, with the `key` "ids".
+
+        Called for every step, also in the middle of a segment: what is made of a token must not
+        depend on how a segment is fed.
+
+        Returns:
+            What `mix` is given of the tokens, `(B, T, D)`, and the state behind them.
+        """
+        raise NotImplementedError
 
     def mix(self, logits: Tensor, key: Tensor, state: Tree) -> Tensor:
         """Mix the logits that the model gives instead of its own.
 
         Args:
             logits: `(B, T, V)` float32.
-            key: `(B, T, D)` of the same tokens.
+            key: `(B, T, D)` of the same tokens; D is the memory's own with the `key` "ids".
             state: as the segment found it: what its own tokens wrote is not in it.
         """
         return logits

@@ -37,6 +37,11 @@ class MemoryModules(nn.Module):
 
         return super()._apply(kept, recurse)
 
+    def resized(self, vocab_size: int) -> None:
+        """Let the memories follow embeddings that have `vocab_size` rows now."""
+        for memory in self.by_name().values():
+            memory.resized(vocab_size)
+
     def by_name(self) -> dict[str, Memory]:
         return dict(self.named_children())  # type: ignore[arg-type]
 

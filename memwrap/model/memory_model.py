@@ -150,6 +150,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         result = self.backbone.resize_token_embeddings(*args, **kwargs)
         self.config.backbone = copy.deepcopy(self.backbone.config)
+        self.memory_modules.resized(self.parts.embedding_weight.shape[0])
         return result
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -70,3 +70,28 @@ def interpolate(
     store_part = p.clamp_min(_LEAST).log() + weight.clamp_min(_LEAST).log() + level
     mixed = torch.where(p > _LEAST, torch.logaddexp(model_part, store_part), model_part)
     return torch.where(costs.isfinite().any(-1, keepdim=True), mixed, logits)
+
+
+def interpolate_logits(
+    logits: Tensor, other: Tensor, weight: Tensor | float, temperature: float = 1.0
+) -> Tensor:
+    """Compute logits of `(1 - weight) softmax(logits) + weight softmax(other / temperature)`.
+
+    Args:
+        logits: `(..., V)`.
+        other: `(..., U)` of another model with the same ids; those that it does not know (U < V)
+            have no share in it, those beyond V are left out.
+        weight: lambda in [0, 1), a number or `(..., 1)`.
+        temperature: a number.
+
+    Returns:
+        `(..., V)` with the log-sum-exp of `logits`; `logits` themselves for a `weight` of 0.
+    """
+    weight = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
+    known = min(other.shape[-1], logits.shape[-1])
+    shares = (other[..., :known].to(logits.dtype) / temperature).log_softmax(-1)
+    level = logits.logsumexp(-1, keepdim=True) + weight.clamp_min(_LEAST).log()
+    model_part = logits + torch.log1p(-weight)
+    mixed = torch.logaddexp(model_part[..., :known], shares + level)
+    mixed = torch.cat([mixed, model_part[..., known:]], -1)
+    return torch.where(weight > 0, mixed, logits)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import memwrap
-from memwrap.memories.protocol import SeesSegment
+from memwrap.memories.protocol import LogitsMemory, SeesSegment
 from memwrap.state.trees import aligned, alike, tree_leaves
 from memwrap.testing.families import FAMILIES, VOCABULARY, build
 from memwrap.testing.margins import record
@@ -163,8 +163,10 @@ def greedy_by_recomputation(model: Any, text: Tensor, new_tokens: int) -> Tensor
 
 def needs_ids(model: Any) -> bool:
     """Whether a memory keeps the ids of what is read, so that embeddings are refused."""
-    seeing = [m for m in model.memories.values() if isinstance(m, SeesSegment)]
-    return any("ids" in m.looks_at for m in seeing)
+    memories = model.memories.values()
+    seeing = [m for m in memories if isinstance(m, SeesSegment)]
+    reading = [m for m in memories if isinstance(m, LogitsMemory) and m.key == "ids"]
+    return bool(reading) or any("ids" in m.looks_at for m in seeing)
 
 
 def checkpointed(model: Any) -> Any:
