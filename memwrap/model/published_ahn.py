@@ -165,7 +165,7 @@ def fill(layer: LayerAHN, tensors: dict[str, Tensor], source: str) -> None:
     for name, parameter in wanted.items():
         parameter.copy_(tensors[name])
     if _ADDED in shapes:
-        layer.bias += tensors[_ADDED].to(layer.bias)
+        layer.bias.add_(tensors[_ADDED].to(layer.bias))
 
 
 def names_of(layer: LayerAHN) -> dict[str, str]:
