@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from memwrap.memories.compact import CompactConfig
     from memwrap.memories.compressive import CompressiveConfig
     from memwrap.memories.config import MemoryConfig
+    from memwrap.memories.dms import DMSConfig
     from memwrap.memories.extended_mind import ExtendedMindConfig
     from memwrap.memories.hmt import HMTConfig
     from memwrap.memories.infini import InfiniConfig
     from memwrap.memories.infllm import InfLLMConfig
     from memwrap.memories.knnlm import KnnLMConfig
+    from memwrap.memories.lact import LaCTConfig
     from memwrap.memories.landmark import LandmarkConfig
     from memwrap.memories.liger import LigerConfig
     from memwrap.memories.lolcats import LoLCATsConfig
@@ -47,11 +49,13 @@ _PLACES = {
     "AutoCompressorConfig": "memwrap.memories.autocompressor",
     "CompactConfig": "memwrap.memories.compact",
     "CompressiveConfig": "memwrap.memories.compressive",
+    "DMSConfig": "memwrap.memories.dms",
     "ExtendedMindConfig": "memwrap.memories.extended_mind",
     "HMTConfig": "memwrap.memories.hmt",
     "InfLLMConfig": "memwrap.memories.infllm",
     "InfiniConfig": "memwrap.memories.infini",
     "KnnLMConfig": "memwrap.memories.knnlm",
+    "LaCTConfig": "memwrap.memories.lact",
     "LandmarkConfig": "memwrap.memories.landmark",
     "Library": "memwrap.retrieval.library",
     "LigerConfig": "memwrap.memories.liger",
@@ -98,11 +102,13 @@ __all__ = [
     "AutoCompressorConfig",
     "CompactConfig",
     "CompressiveConfig",
+    "DMSConfig",
     "ExtendedMindConfig",
     "HMTConfig",
     "InfLLMConfig",
     "InfiniConfig",
     "KnnLMConfig",
+    "LaCTConfig",
     "LandmarkConfig",
     "Library",
     "LigerConfig",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from memwrap.backbones import LayerAttention, Positions
 from memwrap.backbones.attention_probe import AttentionSizes
@@ -83,24 +83,32 @@ class OneLayer:
         self.memory = memory_class(config.name)(config, sizes)
         self.state = self.memory.init_state(rows, torch.device("cpu"))["layers"]["0"]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Read a whole segment `(B, H, T, D)`, leaving it open: `(B, H, T, D)`."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Read a whole segment `(B, H, T, D)`, leaving it open: `(B, H, T, D)`; `valid` `(B, T)`
+        is false at padding in front."""
         batch, _, count, _ = q.shape
-        where = torch.arange(count).expand(batch, -1)
+        valid = torch.ones(batch, count, dtype=torch.bool) if valid is None else valid
+        where = (valid.long().cumsum(1) - 1).clamp_min(0)
         angles = self.rotary.angles(where, 0, q)
-        valid = torch.ones(batch, count, dtype=torch.bool)
         nothing = where[:, :0], valid[:, :0]
         positions = Positions.of(nothing, (where, valid), torch.zeros_like(valid))
         context: Any = None
         module: Any = self.module
 
         def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
-            return eager_attention_forward(module, q, k, v, mask, scaling=module.scaling)
+            # As transformers' eager attention, whose softmax is float32 in any case.
+            k, v = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (k, v))
+            scores = q @ k.transpose(2, 3) * module.scaling
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            return (weights @ v).transpose(1, 2).contiguous(), weights
 
-        mask = torch.full((count, count), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+        hidden = torch.ones(count, count, dtype=torch.bool).triu(1) | ~valid[:, None]
+        hidden &= ~torch.eye(count, dtype=torch.bool)
+        mask = torch.zeros(hidden.shape, dtype=q.dtype)
+        mask = mask.masked_fill(hidden, torch.finfo(q.dtype).min)[:, None]
         self.attention = LayerAttention(
             module, AttentionCall(module, context, q), AttentionStep(positions, self.rotary),
-            rotate(q, angles), rotate(k, angles), v, mask.expand(batch, 1, -1, -1),
+            rotate(q, angles), rotate(k, angles), v, mask,
             module.scaling, call, call,
         )  # fmt: skip
         out, self.state = self.memory.attend(0, self.attention, self.state)

@@ -146,6 +146,11 @@ class LayerAttention:
         return self.step.positions.key_valid
 
     @property
+    def answers(self) -> Tensor | None:
+        """Which queries are part of an answer, `(B, T)` bool; None: none."""
+        return self.step.positions.answers
+
+    @property
     def losses(self) -> list[Tensor]:
         """Auxiliary losses `(B,)`, means per token; appended to by the memory in training."""
         return self.step.losses

@@ -20,6 +20,7 @@ class Positions:
         inserted: `(B, K)` bool, the keys of tokens that a memory inserted.
         length: one more than the largest position of a key.
         ordered: the keys of every row stand at positions 0, 1, ... without padding.
+        answers: `(B, T)` bool, queries that are part of an answer; None: none of them are.
     """
 
     query_positions: Tensor
@@ -29,6 +30,7 @@ class Positions:
     inserted: Tensor
     length: int
     ordered: bool
+    answers: Tensor | None = None
 
     @classmethod
     def of(
@@ -52,6 +54,7 @@ class Positions:
             self,
             query_positions=self.query_positions[:, start:stop],
             query_valid=self.query_valid[:, start:stop],
+            answers=None if self.answers is None else self.answers[:, start:stop],
         )
 
 

@@ -228,7 +228,7 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
             "across segments; set it to False in the model's config (model.backbone.config)."
         )
     refuse_pictures(kwargs)
-    names = [*inspect.signature(forward).parameters, "shift_labels", "teacher"]
+    names = [*inspect.signature(forward).parameters, "shift_labels", "teacher", "answer_from"]
     for name in kwargs.keys() - FlashAttentionKwargs.__annotations__:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
         if near:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memwrap.engine.answering import answers_in, with_answers
 from memwrap.engine.early_gradients import EarlyGradients
 from memwrap.engine.inputs import Inputs
 from memwrap.engine.loss import IGNORED, Collect, Head
@@ -106,6 +107,8 @@ class Loop:
             early = EarlyGradients(inputs.embeds)
         for texts, steps in groups:
             before = self._fresh(texts, state) if packed else state
+            if self.reader.tells_answers and texts.targets is not None:
+                before = with_answers(before, texts)
             made, after = self._read(texts, progress(steps), before, ask, keep_open, control, early)
             if packed and early is not None and texts is not groups[-1][0]:
                 _take_early(early, made, 0)
@@ -215,7 +218,8 @@ class Loop:
                 states = {name: tree_map(Tensor.detach, tree) for name, tree in states.items()}
                 segment = segment.detach()
             keep = keep_open and bool(((step.ends > 0) & ~step.closes).any())
-            run, before = partial(self._step, inputs, ask, step), states
+            answers = answers_in(step, inputs, state) if self.reader.tells_answers else None
+            run, before = partial(self._step, inputs, ask, step, answers), states
             if control != "off" or keep_open:  # an empty memory needs no state to go on with
                 result, states, segment = run(states, segment, keep)
             if control is not None:
@@ -227,8 +231,9 @@ class Loop:
         return results, new
 
     def _step(
-        self, inputs: Inputs, ask: Ask, step: Step, states: Trees, segment: OpenSegment, keep: bool
-    ) -> tuple[Any, Trees, OpenSegment]:
+        self, inputs: Inputs, ask: Ask, step: Step, answers: Tensor | None, states: Trees,
+        segment: OpenSegment, keep: bool,
+    ) -> tuple[Any, Trees, OpenSegment]:  # fmt: skip
         """Run one step: give what is asked of it, and what follows."""
 
         def function(states: Trees, tree: Tree) -> tuple[Any, Trees, OpenSegment]:
@@ -238,7 +243,7 @@ class Loop:
                 embeds = self.reader.backbone.embed(step.take(inputs.ids))
             before = replace(segment, tree=tree)
             ids = step.take(inputs.ids, -1) if self.reader.needs_ids else None  # type: ignore[arg-type]
-            out = self.reader.run(embeds, step, states, before, keep, ids)
+            out = self.reader.run(embeds, step, states, before, keep, ids, answers)
             return ask(out, step, states) if ask else None, out.states, out.segment
 
         if self.checkpointing and torch.is_grad_enabled():

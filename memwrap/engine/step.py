@@ -72,6 +72,7 @@ class SegmentReader:
         self.looks_at = sorted({kind for m in self.seeing.values() for kind in m.looks_at})
         self.needs_ids = "ids" in self.looks_at or backbone.ids_matter
         self.notes_ffn = "ffn" in {*self.looks_at, *(m.key for _, m in mixing)}
+        self.tells_answers = any(m.tells_answers for m in self.attending.values())
         self.count_padding = any(m.config.count_padding for m in memories.values())
         self.layout = InputLayout(backbone, memories, self.count_padding)
 
@@ -98,6 +99,7 @@ class SegmentReader:
         segment: OpenSegment,
         keep: bool,
         ids: Tensor | None = None,
+        answers: Tensor | None = None,
     ) -> StepOutput:
         """Read one step.
 
@@ -109,8 +111,11 @@ class SegmentReader:
             keep: whether the open segments are wanted after it.
             ids: `(B, N)` of the step's tokens, -1 where there is none; for memories that look
                 at them, and a backbone where they matter.
+            answers: `(B, N)` bool, tokens that are part of an answer; None: none.
         """
         given = self.layout(embeds, step, states, segment)
+        if answers is not None:
+            given.positions.answers = given.spread(answers.long())[..., 0] > 0
         recurrent, valid = self.backbone.recurrent, given.positions.query_valid
         context = LayerContext(
             layered=self.layered,

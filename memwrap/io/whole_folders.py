@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from memwrap.io.atomic_files import finish, locked, scratch, unlock
-from memwrap.io.reading import parse_json
+from memwrap.io.reading import inside, read_json
 
 SAVED = ".saved"
 _GONE, _OLD = ".gone.json", ".old"  # inside it: names that go, and folders that were replaced
@@ -121,11 +121,12 @@ def _complete(folder: Path) -> None:
             continue
         target = folder / entry.name
         if _is_folder(target):
-            (saved / _OLD).mkdir(exist_ok=True)
+            if not _is_folder(saved / _OLD):  # somebody else's link to a folder would pass for one
+                (saved / _OLD).mkdir()
             os.replace(target, saved / _OLD / entry.name)
         os.replace(entry, target)
-    if (saved / _GONE).is_file():
-        names = parse_json((saved / _GONE).read_text(encoding="utf-8"), saved / _GONE)
+    if inside(saved, _GONE).is_file():
+        names = read_json(saved / _GONE)
         for name in names if isinstance(names, list) else []:
             if isinstance(name, str) and Path(name).name == name and not _is_folder(folder / name):
                 (folder / name).unlink(missing_ok=True)

@@ -120,8 +120,8 @@ class AutoCompressorMemory(SoftPrompt, SeesSegment):
         if embeds is None:
             return state
         end = self.tokens.expand(len(embeds), -1, -1).to(embeds)
-        here = tokens.valid.new_ones(end.shape[:2])
-        visible, counted = (torch.cat([x, here], 1) for x in (tokens.valid, tokens.counted))
+        present = tokens.valid.new_ones(end.shape[:2])
+        visible, counted = (torch.cat([x, present], 1) for x in (tokens.valid, tokens.counted))
         hidden = tokens.run(torch.cat([embeds, end], 1), visible, counted)
         return self._joined(state, hidden[:, -end.shape[1] :])
 

@@ -1,7 +1,9 @@
 """Liger: attention becomes a gated recurrence beside a short window (Lan et al. 2025).
 
 The gates are made of the keys that the layer projects anyway, so that a conversion adds no
-parameter: the pretrained weights are linearized as they are and then adapted with LoRA.
+parameter: the pretrained weights are linearized as they are and then adapted with LoRA. What has
+parameters of its own, the gates of GDN-2 and routed memories beside the one that takes in all (Du
+et al. 2025, "MoM"), starts as if it were not there.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from memwrap.backbones import AttentionSizes, LayerAttention
 from memwrap.memories.config import MemoryConfig
@@ -29,17 +31,20 @@ from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import delta, gla
 from memwrap.ops.gla import gsa
 from memwrap.ops.gla.features import FEATURE_MAPS, SAME_WIDTH, FeatureMap, feature_width, features
+from memwrap.ops.mixture import Routing
 from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 EPS = 1e-10
-Form = Literal["gla", "hgrn2", "gsa", "linear", "retnet", "delta", "gated_delta"]
+ROUTER_STD = 0.02  # not zero: all memories would tie
+Form = Literal["gla", "hgrn2", "gsa", "linear", "retnet", "delta", "gated_delta", "kda", "gdn2"]
+DELTA_RULES = ("delta", "gated_delta", "kda", "gdn2")
 BRANCHES = ("window", "recurrent")
 # By form: the feature map, the gate's divisor.
 _DEFAULTS = {
     "gla": ("softmax", 16.0), "hgrn2": ("softmax", 1.0), "gsa": ("none", 16.0),
     "linear": ("softmax", 1.0), "retnet": ("softmax", 1.0), "delta": ("none", 1.0),
-    "gated_delta": ("none", 16.0),
+    "gated_delta": ("none", 16.0), "kda": ("none", 16.0), "gdn2": ("none", 16.0),
 }  # fmt: skip
 
 
@@ -53,8 +58,9 @@ class LigerConfig(MemoryConfig):
 
     Attributes:
         form: `"gla"` (a gate a channel), `"hgrn2"` (the key is one minus the gate), `"gsa"`
-            (slots), `"linear"` (no gate), `"retnet"` (a fixed decay a head), `"delta"` or
-            `"gated_delta"`.
+            (slots), `"linear"` (no gate), `"retnet"` (a fixed decay a head), `"delta"`,
+            `"gated_delta"` (a gate a head), `"kda"` (a gate a channel) or `"gdn2"` (that, and
+            learned strengths of erasing and writing by channel).
         window_size: tokens that the softmax sees, the query itself among them; 0 for none. The
             published code's 64 sees 65.
         num_sinks: first tokens that the softmax sees too. Published: none.
@@ -69,9 +75,15 @@ class LigerConfig(MemoryConfig):
         layers: decoder layers that are converted (`None`: all).
         other_window_size: in the layers that are not: tokens that their own softmax sees, with
             the sinks. A text up to this length has full attention there.
+        num_memories: recurrences that a learned router chooses from for each token; 0: none.
+        top_k: so many of them take a token in, and are read by it.
+        shared: beside them one recurrence takes in all tokens, as without them; what is read from
+            the others is added with a learned weight a head that starts at 0.
+        balance_weight: of the loss that keeps the router from using few of them.
     """
 
     name: ClassVar[str] = "liger"
+    not_in_state: ClassVar[frozenset[str]] = frozenset({"balance_weight"})
 
     form: Form = "gla"
     window_size: NonNegativeInt = 64
@@ -85,6 +97,10 @@ class LigerConfig(MemoryConfig):
     num_slots: PositiveInt | None = None
     layers: LayerList | None = None
     other_window_size: PositiveInt = 1024
+    num_memories: NonNegativeInt = 0
+    top_k: PositiveInt = 2
+    shared: bool = True
+    balance_weight: NonNegativeFloat = 0.01
 
     def __post_init__(self) -> None:
         if self.window_size == 0 and self.num_sinks and self.layers is None:
@@ -94,14 +110,23 @@ class LigerConfig(MemoryConfig):
         allowed: tuple[str, ...] = FEATURE_MAPS
         if self.form in ("hgrn2", "gsa"):
             allowed = SAME_WIDTH
-        elif self.form == "gla":  # a gate a channel says nothing of products of channels
+        elif self.form in ("gla", "kda", "gdn2"):
+            # A gate a channel says nothing of products of channels.
             allowed = tuple(n for n in FEATURE_MAPS if n != "taylor")
         if self.feature_map is not None and self.feature_map not in allowed:
             self.refuse("feature_map", f"for {self.form!r} one of {', '.join(allowed)}")
 
     def validate_normaliser(self) -> None:
-        if self.normaliser and self.form in ("gsa", "delta", "gated_delta"):
+        if self.normaliser and self.form in ("gsa", *DELTA_RULES):
             self.refuse("normaliser", f"false for {self.form!r}, whose reads need none")
+
+    def validate_top_k(self) -> None:
+        if 0 < self.num_memories < self.top_k:
+            self.refuse("top_k", f"at most num_memories ({self.num_memories})")
+
+    def validate_shared(self) -> None:
+        if not (self.shared or self.num_memories):
+            self.refuse("shared", "true without num_memories: nothing else would be left")
 
     @property
     def features(self) -> str:
@@ -123,12 +148,50 @@ class LigerConfig(MemoryConfig):
         return cls(segment_size=8, window_size=5, num_sinks=2)
 
 
+class LayerLiger(nn.Module):
+    """One layer's own parameters: a router and the weight of what routed memories give, maps of the
+    strengths of GDN-2, which start as KDA's.
+
+    M memories, H heads, D the hidden size, Dk and Dv the widths of all KV heads together.
+    """
+
+    def __init__(self, config: LigerConfig, dims: AttentionSizes, sizes: Sizes) -> None:
+        super().__init__()
+        make: dict[str, Any] = {"dtype": sizes.dtype, "device": sizes.device}
+        width, keys = sizes.hidden_size, feature_width(config.features, dims.key_dim)
+        if config.num_memories:
+            router = torch.empty(config.num_memories, width, **make).normal_(std=ROUTER_STD)
+            self.router = nn.Parameter(router)
+            start = 0.0 if config.shared else 1.0
+            self.routed_weight = nn.Parameter(torch.full((dims.num_heads,), start, **make))
+        if config.form == "gdn2":
+            self.erase = nn.Parameter(torch.zeros(dims.num_kv_heads * keys, width, **make))
+            writing = dims.num_kv_heads * dims.value_dim
+            self.write = nn.Parameter(torch.zeros(writing, width, **make))
+
+    def strengths(self, inputs: Tensor, logit: Tensor) -> list[Tensor]:
+        """Compute GDN-2's strengths of the write `(B, Hkv, T, Dv)` and of erasing `(B, Hkv, T,
+        Dk)`, from the attention's input `(B, T, D)` and KDA's logit of both `(B, Hkv, T)`."""
+        inputs = inputs.to(logit.dtype)
+        maps = (inputs @ x.to(logit.dtype).T for x in (self.write, self.erase))
+        heads = (x.unflatten(2, (logit.shape[1], -1)).transpose(1, 2) for x in maps)
+        return [(x + logit[..., None]).sigmoid() for x in heads]
+
+    def mixed(self, routing: Routing, read: Tensor) -> Tensor:
+        """Join what was read from all states `(B, N, H, T, Dv)`: `(B, H, T, Dv)`."""
+        weight, count = self.routed_weight, routing.weights.shape[-1]
+        wide = routing.weights.dtype
+        routed = routing.mixed(read[:, :count].to(wide)) * weight.to(wide)[:, None, None]
+        return (routed + read[:, count:].sum(1)).to(read.dtype)
+
+
 @register(LigerConfig)
 class LigerMemory(AttentionMemory):
     """Per layer and KV head the recurrence's matrix, in float32, and the window's keys and values.
 
     The matrix takes in every token as it is read, so that nothing depends on where segments end;
     the window reaches back over their ends. All heads that share keys and values share the matrix.
+    With a router there are several, `(B, N, Hkv, Dk, Dv)`, the shared one last.
     """
 
     claims = Claims(linearizes=True)
@@ -142,8 +205,11 @@ class LigerMemory(AttentionMemory):
         self.chosen = frozenset(attending_layers(config, sizes))
         self.window = SlidingWindow(config.window_size, config.num_sinks)
         self.other = SlidingWindow(config.other_window_size, config.num_sinks)
-        for layer in self.chosen:
+        self.networks = nn.ModuleDict()
+        for layer in sorted(self.chosen):
             self._check(layer, sizes.attention[layer].key_dim)
+            if config.num_memories or config.form == "gdn2":
+                self.networks[str(layer)] = LayerLiger(config, sizes.attention[layer], sizes)
 
     def _check(self, layer: int, width: int) -> None:
         slots = self.config.num_slots
@@ -174,9 +240,12 @@ class LigerMemory(AttentionMemory):
 
     def _empty(self, batch_size: int, dims: AttentionSizes, device: torch.device) -> Tree:
         dtype = torch.promote_types(self.sizes.backbone_dtype, torch.float32)
+        rows = [batch_size]
+        if self.config.num_memories:
+            rows.append(self.config.num_memories + self.config.shared)
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(batch_size, dims.num_kv_heads, *shape, dtype=dtype, device=device)
+            return torch.zeros(*rows, dims.num_kv_heads, *shape, dtype=dtype, device=device)
 
         if self.config.form == "gsa":
             slots = self.config.num_slots or dims.key_dim
@@ -201,7 +270,7 @@ class LigerMemory(AttentionMemory):
         if layer not in self.chosen:
             return self.other.attend(attention, state["window"])[0], state
         with torch.autocast(attention.value.device.type, enabled=False):
-            read, state = self._recurrent(attention, state)
+            read, state = self._recurrent(layer, attention, state)
         if window is None:
             return read * (self.config.window_weight + self.config.recurrent_weight), state
         of_window, of_recurrence = self._weights(read)
@@ -235,40 +304,86 @@ class LigerMemory(AttentionMemory):
         )
         return window, recurrence
 
-    def _recurrent(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+    def _recurrent(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Read the recurrence for the step's tokens, `(B, T, H, Dv)`; also gives the state
         after."""
+        names, valid = [n for n in ("S", "K", "V") if n in state], attention.query_valid
+        states = [state[n] for n in names]
+        new: Tree = {**state, "read": state["read"] + valid.sum(1)}
+        if not self.config.num_memories:
+            mask = valid if attention.padded else None
+            out, ends = self._scan(layer, attention, state["read"], states, mask)
+            return out.transpose(1, 2), new | dict(zip(names, ends, strict=True))
+        network: Any = self.networks[str(layer)]
+        wide = states[0].dtype
+        routing = Routing.of(
+            attention.inputs.to(wide) @ network.router.to(wide).T, self.config.top_k
+        )
+        if self.training and self.config.balance_weight:
+            loss = routing.imbalance(valid) * (self.config.balance_weight / len(self.networks))
+            attention.losses.append(loss)
+        mask = routing.mask(valid, self.config.shared)
+        joined = [x.flatten(0, 1) for x in states]
+        out, ends = self._scan(layer, attention, state["read"], joined, mask)
+        rows = (len(valid), -1)
+        out = network.mixed(routing, out.unflatten(0, rows))
+        ends = [x.unflatten(0, rows) for x in ends]
+        return out.transpose(1, 2), new | dict(zip(names, ends, strict=True))
+
+    def _scan(
+        self, layer: int, attention: LayerAttention, read: Tensor, states: list[Tensor],
+        mask: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """Read N states of each row, `(B * N, Hkv, ...)`: `(B * N, H, T, Dv)`; each takes in the
+        tokens of its `mask` `(B * N, T)`. Also gives the states after."""
         config = self.config
         q, length = attention.query, attention.query.shape[2]
         k, v = attention.step_key, attention.value[:, :, attention.value.shape[2] - length :]
-        mask = attention.query_valid
-        new: Tree = {**state, "read": state["read"] + mask.sum(1)}
-        gate = k.to(state["S" if "S" in state else "K"].dtype)  # before feature map and rotation
+        dtype, raw = v.dtype, k.to(states[0].dtype)  # before feature map and rotation
         if config.rotate:
-            positions = state["read"][:, None] + mask.cumsum(1) - 1
+            positions = read[:, None] + attention.query_valid.cumsum(1) - 1
             q, k = (attention.rotate(x, positions) for x in (q, k))
-        dtype = v.dtype
-        full: dict[str, Any] = {"mask": mask if attention.padded else None, "scale": 1.0}
+        count = len(states[0]) // len(q)
+
+        def rows(*tensors: Tensor | None) -> list[Any]:
+            if count == 1:
+                return [*tensors]
+            return [None if x is None else x.repeat_interleave(count, 0) for x in tensors]
+
+        full: dict[str, Any] = {"mask": mask, "scale": 1.0}
         if config.form == "gsa":
-            slots = state["K"].shape[-1]
-            log = F.logsigmoid(gate.unflatten(-1, (slots, -1)).mean(-1)) / config.divisor
+            slots = states[0].shape[-1]
+            log = F.logsigmoid(raw.unflatten(-1, (slots, -1)).mean(-1)) / config.divisor
             q, k = (features(x, config.features).to(dtype) for x in (q, k))
-            s = -torch.expm1(log)
-            out, (new["K"], new["V"]) = gsa.scan(q, k, v, s, log, (state["K"], state["V"]), **full)
-            return out.transpose(1, 2), new
-        forget = self._gate(gate)
-        k = features(k, config.features) if config.form != "hgrn2" else gate.neg().sigmoid()
+            q, k, v, s, log = rows(q, k, v, -torch.expm1(log), log)
+            out, ends = gsa.scan(q, k, v, s, log, (states[0], states[1]), **full)
+            return out, [*ends]
+        forget = self._gate(raw)
+        k = features(k, config.features) if config.form != "hgrn2" else raw.neg().sigmoid()
         q, k = features(q, config.features).to(dtype), k.to(dtype)
         if config.normalised:
             v = F.pad(v, (0, 1), value=1.0)
-        if config.form.endswith("delta"):
-            beta = gate.mean(-1).sigmoid()
-            out, new["S"] = delta.scan(q, k, v, beta, forget, state["S"], l2norm=True, **full)
+        if config.form in DELTA_RULES:
+            logit, erase = raw.mean(-1), None
+            beta = logit.sigmoid()
+            if config.form == "gdn2":
+                network: Any = self.networks[str(layer)]
+                beta, erase = network.strengths(attention.inputs, logit)
+            q, k, v, beta, forget, erase = rows(q, k, v, beta, forget, erase)
+            full |= {"erase": erase, "l2norm": True}
+            out, end = delta.scan(q, k, v, beta, forget, states[0], **full)
         else:
-            out, new["S"] = gla.scan(q, k, v, forget, state["S"], **full)
+            q, k, v, forget = rows(q, k, v, forget)
+            out, end = gla.scan(q, k, v, forget, states[0], **full)
         if config.normalised:
             out = out[..., :-1] / out[..., -1:].clamp_min(EPS)
-        return out.transpose(1, 2), new
+        return out, [end]
+
+    def figures(self) -> dict[str, Tensor]:
+        if not self.config.num_memories:
+            return {}
+        networks: list[Any] = list(self.networks.values())
+        return {"routed_weight": torch.stack([n.routed_weight.detach().float() for n in networks])}
 
     def _gate(self, raw: Tensor) -> Tensor | None:
         """Compute the log of the forget gate, from raw keys `(B, Hkv, T, Dk)`."""

@@ -112,8 +112,7 @@ class Memory(nn.Module):
     """The base of all memories; derive from the places where yours attaches.
 
     Args:
-        config: its settings, checked.
-        sizes: what it may know of the backbone.
+        config, sizes: its settings, checked, and what it may know of the backbone.
 
     Attributes:
         claims: what the invariants hold it to.
@@ -297,12 +296,14 @@ class AttentionMemory(Memory):
         needs_hidden: keep the attention's inputs of the open segment (`LayerAttention.hidden`).
         within_window: what is kept is seen through a layer's own sliding window, where it has
             one: nothing older than that reaches the layer.
+        tells_answers: it reads tokens of an answer another way (`LayerAttention.answers`).
         counts_positions: it rotates by places beyond a segment's: of the text, or of its entries.
     """
 
     needs_hidden: bool = False
     within_window: bool = False
     counts_positions: bool = False
+    tells_answers: bool = False
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         """Compute the attention's output `(B, T, H, Dv)` and the layer's state after the T tokens.
@@ -377,44 +378,11 @@ PLACES: dict[str, type[Memory]] = {
     "segment": SeesSegment,
     "inserted": InsertsTokens,
 }
-_EXCLUSIVE = ("attention", "logits", "inserted")
 
 
 def places_of(memory: type[Memory]) -> list[str]:
     """Name the places where a memory attaches."""
     return [name for name, place in PLACES.items() if issubclass(memory, place)]
-
-
-def check_together(memories: dict[str, type[Memory]]) -> None:
-    """Refuse memories that need one and the same thing.
-
-    Raises:
-        ValueError: names both and what they would share.
-    """
-    taken: dict[str, str] = {}
-    for name, memory in memories.items():
-        for place in places_of(memory):
-            if place in _EXCLUSIVE and place in taken:
-                raise ValueError(
-                    f"{name!r} and {taken[place]!r} both attach at the {place} place; wrap with "
-                    "one of them."
-                )
-            taken.setdefault(place, name)
-
-
-def check_prefix(memories: dict[str, Memory]) -> None:
-    """Refuse a prefix in front of segments that another memory cuts into blocks.
-
-    Raises:
-        ValueError: names both.
-    """
-    cutting = [name for name, memory in memories.items() if isinstance(memory, InsertsTokens)]
-    for name, memory in memories.items():
-        if cutting and isinstance(memory, SoftPrompt) and memory.num_prefix:
-            raise ValueError(
-                f"{cutting[0]!r} counts its blocks from a segment's first position, which the "
-                f"prefix of {name!r} takes; wrap with one of them."
-            )
 
 
 # Hooks and attributes by the place that they belong to; and what a memory may set.

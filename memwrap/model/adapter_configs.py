@@ -35,7 +35,7 @@ def plain_adapter(name: str, config: PeftConfig, backbone: PreTrainedModel) -> d
     for key in _LEFT_OUT:
         if key in values:
             values[key] = None
-    if not any(_wild(values.get(key)) for key in (*_PATTERNS, *_BY_PATTERN)):
+    if not any(is_pattern(values.get(key)) for key in (*_PATTERNS, *_BY_PATTERN)):
         return values
     adapted = {n: m for n, m in backbone.named_modules() if _holds(m, name)}
     # What is adapted by parameter (experts) is named by `target_parameters`, as it was.
@@ -49,7 +49,7 @@ def plain_adapter(name: str, config: PeftConfig, backbone: PreTrainedModel) -> d
         by_target = {t: _by_pattern(values.get(key) or {}, t) for t in (*targets, *parameters)}
         if key in values:
             values[key] = {t: value for t, value in by_target.items() if value is not None}
-    if _wild(values.get("feedforward_modules")):
+    if is_pattern(values.get("feedforward_modules")):
         pattern = values["feedforward_modules"]
         values["feedforward_modules"] = [t for t in targets if re.fullmatch(pattern, t)]
     values["target_modules"] = targets
@@ -71,18 +71,28 @@ def adapter_of(values: Any) -> Any:
     for key in _REFUSED:
         if values.get(key):
             raise ValueError(f"An adapter has `{key}`, which is not followed from a file.")
-    if _wild(values):
+    values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
+    if is_pattern(values):
         raise ValueError(
             "An adapter has a pattern that repeats or branches; matching it could take for ever. "
             "Write the modules' names instead."
         )
     # Its weights come from the file; PEFT need not begin it, some ways of which change the base.
     values = {k: True if k.startswith("init_") and isinstance(v, str) else v
-              for k, v in values.items() if k not in _LEFT_OUT}  # fmt: skip
+              for k, v in values.items()}  # fmt: skip
     try:
         return PeftConfig.from_peft_type(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"An adapter is none that PEFT knows: {error}") from error
+
+
+def is_pattern(value: Any) -> bool:
+    """Tell whether a string in it can, as a pattern, repeat or branch."""
+    if isinstance(value, dict):
+        return any(is_pattern(x) for pair in value.items() for x in pair)
+    if isinstance(value, list):
+        return any(is_pattern(x) for x in value)
+    return isinstance(value, str) and bool(_REPEATS & set(value))
 
 
 @contextmanager
@@ -117,15 +127,6 @@ def _by_pattern(patterns: dict[str, Any], name: str) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return None
-
-
-def _wild(value: Any) -> bool:
-    """Tell whether a string in it can, as a pattern, repeat or branch."""
-    if isinstance(value, dict):
-        return any(_wild(x) for pair in value.items() for x in pair)
-    if isinstance(value, list):
-        return any(_wild(x) for x in value)
-    return isinstance(value, str) and bool(_REPEATS & set(value))
 
 
 def _json_able(value: Any) -> Any:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.functional import delete_adapter, get_peft_model_state_dict, set_adapter
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memwrap.model.adapter_files import CONFIG, WEIGHTS, read_adapter
 from memwrap.model.adapter_switches import (
     adapter_layers,
     check_comes_back,
     switches_of,
     take_out,
 )
+from memwrap.model.base_loading import find_folder
+from memwrap.model.limits import building
 
 
 class AdapterMixin:
@@ -59,23 +64,37 @@ class AdapterMixin:
         check_comes_back(config)
         if adapter_name in self.adapters():
             raise ValueError(f"There is an adapter {adapter_name!r} already; give another name.")
+        with self._or_as_it_was(adapter_name, config.peft_type), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            inject_adapter_in_model(config, self.backbone, adapter_name)
+        set_adapter(self.backbone, adapter_name)
+        for memory in self.memories.values():
+            memory.requires_grad_(True)
+
+    @contextmanager
+    def _or_as_it_was(self, name: str, kind: Any) -> Iterator[None]:
+        """Take a new adapter, half of one too, out again if the block fails."""
         # PEFT adds to the dict there is, which a PeftModel that was wrapped shares.
         known: dict | None = self.backbone.__dict__.get("peft_config")
         before = dict(known or {})
+        active = self.active_adapters() if before else []
+        modules = {id(module) for module in self.backbone.modules()}
+        trained = [(p, p.requires_grad) for p in self.parameters()]  # type: ignore[attr-defined]
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-                inject_adapter_in_model(config, self.backbone, adapter_name)
+            yield
         except BaseException:
+            take_out(self.backbone, modules)
+            delete_adapter(self.backbone, name, PEFT_TYPE_TO_PREFIX_MAPPING[kind])
             if known is None:
                 self.backbone.__dict__.pop("peft_config", None)
             else:
                 known.clear()
                 known.update(before)
+            if active:
+                set_adapter(self.backbone, active)
+            for parameter, was in trained:
+                parameter.requires_grad_(was)
             raise
-        set_adapter(self.backbone, adapter_name)
-        for memory in self.memories.values():
-            memory.requires_grad_(True)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Put an adapter into the backbone, as `add_lora`."""
@@ -95,23 +114,44 @@ class AdapterMixin:
             peft_model_id: a folder or a name on the Hub.
             adapter_name: its name here.
             is_trainable: let it be trained.
-            hub: `revision`, `token`, `cache_dir`, `subfolder` ...; what PEFT's loading takes.
+            hub: `subfolder`, `revision`, `token`, `cache_dir` ... for a name on the Hub.
 
         Raises:
-            ValueError: as `add_lora`.
+            FileNotFoundError: if a file is missing.
+            ValueError: as `add_lora`; for damaged files, links to elsewhere, and weights that are
+                not those of the adapter in this backbone. The backbone is then as it was.
         """
         name = adapter_name or "default"
-        config = PeftConfig.from_pretrained(peft_model_id, **hub)
-        weights = load_peft_weights(peft_model_id, device="cpu", **hub)
-        self.add_lora(config, name)
-        wrong: Any = set_peft_model_state_dict(self.backbone, weights, adapter_name=name)
-        if wrong.unexpected_keys:
-            self.delete_adapter(name)
-            raise ValueError(
-                f"{peft_model_id} holds {wrong.unexpected_keys[0]}, which this backbone has not."
-            )
+        wanted = [f"*{file}" for file in (CONFIG, WEIGHTS)]
+        folder = find_folder(peft_model_id, allow_patterns=wanted, **hub)
+        config, weights = read_adapter(folder)
+        if name in self.adapters():
+            raise ValueError(f"There is an adapter {name!r} already; give another name.")
+        path = folder / CONFIG
+        with self._or_as_it_was(name, config.peft_type), building(weights, path):
+            self.add_lora(config, name)
+            self._fill_adapter(name, weights, folder / WEIGHTS)
         if not is_trainable:
             set_adapter(self.backbone, name, inference_mode=True)
+
+    def _fill_adapter(self, name: str, weights: dict[str, Tensor], path: Path) -> None:
+        """Put weights from a file into an adapter.
+
+        Raises:
+            ValueError: if they are not all of the adapter's, or others.
+        """
+        needed = get_peft_model_state_dict(
+            self.backbone, adapter_name=name, save_embedding_layers=False
+        )
+        missing = sorted(needed.keys() - weights.keys())
+        if missing:
+            raise ValueError(
+                f"{path.name} beside it lacks {missing[0]}; it is no adapter of this backbone."
+            )
+        wrong: Any = set_peft_model_state_dict(self.backbone, dict(weights), adapter_name=name)
+        if wrong.unexpected_keys:
+            foreign = wrong.unexpected_keys[0]
+            raise ValueError(f"{path.name} beside it holds {foreign}, which is not the adapter's.")
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make the named adapters, and no others, active.

@@ -47,11 +47,15 @@ def check_comes_back(config: PeftConfig) -> None:
             )
 
 
+def begins_by_changing(begins: Any) -> bool:
+    """Tell whether LoRA with this `init_lora_weights` changes the weights of its base first."""
+    return isinstance(begins, str) and begins not in _HARMLESS
+
+
 def changes_base(config: PeftConfig, base: nn.Module) -> bool:
     """Tell whether the adapter, as it began or as it is trained (biases), changes the weights of
     the base that it was put beside."""
-    begins = getattr(config, "init_lora_weights", True)
-    changed = isinstance(begins, str) and begins not in _HARMLESS
+    changed = begins_by_changing(getattr(config, "init_lora_weights", True))
     trained = getattr(config, "bias", "none") != "none"
     trained = trained and any(name.endswith("bias") for name, _ in base.named_parameters())
     return changed or trained or bool(getattr(config, "kasa_config", None))

@@ -7,14 +7,8 @@ import warnings
 from memwrap.backbones import Backbone
 from memwrap.backbones.backbone import memory_dtype
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.protocol import (
-    AttentionMemory,
-    LayerMemory,
-    Memory,
-    SoftPrompt,
-    check_prefix,
-    check_together,
-)
+from memwrap.memories.pairs import check_prefix, check_together
+from memwrap.memories.protocol import AttentionMemory, LayerMemory, Memory, SoftPrompt
 from memwrap.memories.registry import memory_class
 from memwrap.memories.sizes import Sizes
 

@@ -10,6 +10,7 @@ from transformers import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from memwrap.backbones.cache_names import CACHE
+from memwrap.engine.answering import marked
 from memwrap.engine.inputs import check_inputs, check_mask, refuse_pictures
 from memwrap.model.known_name import KnownName
 from memwrap.model.outputs import one_cache
@@ -78,6 +79,7 @@ class MemoryGenerationMixin(KnownName, GenerationMixin):
         is_first_iteration: bool | None = False,
         position_ids: Tensor | None = None,
         row_ends: RowEnds | None = None,
+        answer_from: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Collect what one call of the model in `generate` reads: the new columns and their mask.
@@ -103,6 +105,8 @@ class MemoryGenerationMixin(KnownName, GenerationMixin):
                 attention_mask = mask.masked_fill(ended[:, None].to(mask.device), 0)
         name = "input_ids" if embeds is None else "inputs_embeds"
         given = {**kwargs, name: new, "attention_mask": attention_mask}
+        if answer_from is not None:
+            given["answer_from"] = answer_from
         return {
             k: v.to(self.device) if isinstance(v, Tensor) else v  # type: ignore[attr-defined]
             for k, v in given.items()
@@ -121,7 +125,7 @@ class MemoryGenerationMixin(KnownName, GenerationMixin):
         which are read again for it (that of the beams themselves is another)."""
         first, times = kwargs.get(CACHE), generation_config.num_beams
         first = None if first is None else first.clone()
-        remember = kwargs.get("remember", True)
+        remember, begins = kwargs.get("remember", True), kwargs.get("answer_from")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         out: Any = cast(Any, super())._beam_search(
             input_ids, generation_config=generation_config, **kwargs
@@ -130,7 +134,7 @@ class MemoryGenerationMixin(KnownName, GenerationMixin):
             return out
         rows = torch.arange(0, len(input_ids), times)
         rows = rows.repeat_interleave(generation_config.num_return_sequences)
-        state: MemoryState = first.select(rows)
+        state = marked(first.select(rows), None if begins is None else begins[rows])
         answer = out.sequences[:, input_ids.shape[1] :]
         prompt = out.sequences[:, : input_ids.shape[1]]
         real = (out.beam_indices >= 0).long()
@@ -233,6 +237,8 @@ class MemoryGenerationMixin(KnownName, GenerationMixin):
             kwargs[CACHE] = state
         if not remember:
             kwargs["remember"] = False
+        if any(getattr(m, "tells_answers", False) for m in self.memories.values()):  # type: ignore[attr-defined]
+            kwargs.setdefault("answer_from", _behind(ids, kwargs))
         out = super().generate(inputs, *args, **kwargs)
         final = getattr(out, CACHE, None)
         if isinstance(final, MemoryState) and not self._setting(kwargs, "is_assistant"):
@@ -325,6 +331,19 @@ def _refuse_cache(name: Any) -> None:
         f"cache_implementation={name!r} has no meaning here: a memwrap model keeps its own "
         "MemoryState. Leave it out."
     )
+
+
+def _behind(ids: Tensor | None, kwargs: dict) -> Tensor:
+    """Count the tokens of each row up to the end of the prompt, `(B,)`: there the answer begins."""
+    fed = ids if ids is not None else kwargs.get("inputs_embeds")
+    if fed is None:  # transformers begins with the first token of all texts
+        return torch.ones(1, dtype=torch.long)
+    state, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+    read = state.columns if state is not None and _holds(state, ids) else 0
+    new = torch.full((len(fed),), fed.shape[1] - read)
+    if mask is not None:
+        new = mask[:, -int(new[0]) :].long().sum(1).cpu()
+    return new if state is None else new + state.tokens_seen
 
 
 def _holds(state: MemoryState, ids: Tensor | None) -> bool:

@@ -16,6 +16,7 @@ from memwrap.backbones.auto_classes import auto_class
 from memwrap.backbones.backbone import ATTENTION_IMPLEMENTATIONS
 from memwrap.backbones.cache_names import CACHE
 from memwrap.backbones.offloaded import loaded_parameters
+from memwrap.engine.answering import marked
 from memwrap.engine.inputs import (
     Inputs,
     check_control,
@@ -30,10 +31,7 @@ from memwrap.engine.loss import Collect
 from memwrap.engine.packed_documents import packed
 from memwrap.engine.step import SegmentReader
 from memwrap.io.fingerprints import fingerprint
-from memwrap.memories.protocol import (
-    LogitsMemory,
-    Memory,
-)
+from memwrap.memories.protocol import LogitsMemory, Memory
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_switches import adapter_keys, adapters_in_use
 from memwrap.model.building import build_memories
@@ -276,6 +274,8 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
                 the keywords: transformers' Trainer takes every named "label" for a needed one.
             teacher: a `Teacher` whose distribution is followed beside the labels (a keyword).
+            answer_from: `(B,)` number of each row's first token that is part of an answer; the
+                state keeps it. Default: the first label behind ignored ones (a keyword).
 
         Returns:
             `loss`, `logits` `(B, T, V)` (zeros at padding) or None, and `cache`, the state.
@@ -284,8 +284,8 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             ValueError: for misshapen inputs, a mask with a hole or one that contradicts the
                 state, a state of another model, or packed documents with a state.
         """
-        names = ("shift_labels", "teacher", "cu_seq_lens_q")
-        shift_labels, teacher, ends = (kwargs.pop(name, None) for name in names)
+        names = ("shift_labels", "teacher", "cu_seq_lens_q", "answer_from")
+        shift_labels, teacher, ends, first_answer = (kwargs.pop(name, None) for name in names)
         refuse_unknown(kwargs, type(self).forward)
         given = one_cache(cache, past_key_values)
         if getattr(given, "record_past", False) and input_ids is not None:
@@ -299,7 +299,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         learning = inputs.targets is not None
         if use_cache is None:
             use_cache = inputs.rows is None and not (learning and self.training)
-        state = self._state_of(given, inputs, attention_mask, hold_open=not remember)
+        state = marked(self._state_of(given, inputs, attention_mask, not remember), first_answer)
         self._check_control(memory_control, state, inputs)
         loop, first = self.loop(), None if learning else inputs.first_column(logits_to_keep)
         reading = loop(

@@ -98,13 +98,17 @@ def open_tokenizer(name: str | Path, model: Any) -> Any:
     """
     for place in _places(name, model):
         folder = Path(place)
-        for file in folder.iterdir() if folder.is_dir() else ():
-            if file.suffix in (".json", ".jinja", ".model", ".txt"):
-                inside(folder, file.name)
+        for pattern in ("*", "additional_chat_templates/*"):
+            for file in folder.glob(pattern):
+                if file.suffix in (".json", ".jinja", ".model", ".txt"):
+                    inside(folder, str(file.relative_to(folder)))
         try:
             return AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError):
             continue
+        except Exception as error:  # of the tokenizers package, of every kind
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"The tokenizer in {place} is damaged: {reason}") from error
     raise ValueError(f"{name} has no tokenizer; save it there: tokenizer.save_pretrained(folder).")
 
 

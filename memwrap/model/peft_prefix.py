@@ -45,9 +45,12 @@ def load_prefix(model: Any, name: str, memory: Compacts, folder: Path) -> Memory
             f"{folder / WEIGHTS}: {NAME!r} is {got}; this model needs (tokens, {size}): keys and "
             f"values of {len(layers)} layers with {heads} KV heads of {width} channels."
         )
-    check_finite({NAME: given}, str(folder / WEIGHTS), "it is not read.")
+    if not given.is_floating_point():
+        raise ValueError(f"{folder / WEIGHTS}: {NAME!r} has dtype {given.dtype}; floats are read.")
     state = model.new_state(1)
     dtype, count = model.parts.embedding_weight.dtype, len(given)
+    given = given.to(dtype)
+    check_finite({NAME: given}, f"{folder / WEIGHTS}, read in {dtype},", "it is not read.")
     rows = given.to(model.device, dtype).view(count, len(layers), 2, heads, width)
     place = torch.arange(count, device=model.device)[None]
     trees = state.memories[name]["layers"]

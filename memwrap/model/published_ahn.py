@@ -125,13 +125,13 @@ def _tensors(path: Path) -> dict[str, dict[str, Tensor]]:
     check_finite(tensors, str(file), "it is not read.")
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        found = _NAME.fullmatch(name)
-        if found is None:
+        parts = _NAME.fullmatch(name)
+        if parts is None:
             raise ValueError(
                 f"{file} holds {name[:100]!r}, which is no part of a recurrence; checkpoints with "
                 "weights of the base are not read."
             )
-        layers.setdefault(str(int(found[1])), {})[found[2]] = tensor
+        layers.setdefault(str(int(parts[1])), {})[parts[2]] = tensor
     return layers
 
 
@@ -154,8 +154,8 @@ def fill(layer: LayerAHN, tensors: dict[str, Tensor], source: str) -> None:
         shapes[_ADDED] = layer.bias.shape
     missing, unknown = shapes.keys() - tensors, tensors.keys() - shapes.keys() - {_UNUSED}
     if missing or unknown:
-        what, which = ("lacks", missing) if missing else ("has the unknown", unknown)
-        raise ValueError(f"{source}: it {what} {min(which)[:100]!r}; its form has {[*shapes]}.")
+        fault, wrong = ("lacks", missing) if missing else ("has the unknown", unknown)
+        raise ValueError(f"{source}: it {fault} {min(wrong)[:100]!r}; its form has {[*shapes]}.")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memwrap.engine.answering import unmarked
 from memwrap.engine.inputs import as_batch
 from memwrap.memories.protocol import Memory
 from memwrap.state.memory_state import MemoryState
@@ -57,7 +58,7 @@ class ReadingMixin:
         check_passes(model.memories, passes)
         ids, mask = as_batch(text, attention_mask, tokenizer)
         inputs = model._inputs(ids.to(model.device), None, mask)
-        old = model._state_of(state, inputs, mask, hold_open=False).clone()
+        old = unmarked(model._state_of(state, inputs, mask, hold_open=False).clone())
 
         def bar(steps: Any) -> Any:
             return tqdm(steps, desc="reading", unit="segment", disable=not progress)

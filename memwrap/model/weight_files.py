@@ -286,6 +286,13 @@ def put_weights(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
                 f"{folder / WEIGHTS}: {key} has dtype {value.dtype}, the model needs "
                 f"{weights[key].dtype}."
             )
+        if value.numel() and value.is_floating_point() and value.element_size() > 1:
+            ends = torch.stack(value.aminmax()).to(weights[key].dtype)
+            if not bool(ends.isfinite().all()):
+                raise ValueError(
+                    f"{folder / WEIGHTS}: {key} holds numbers that {ends.dtype} cannot; load the "
+                    "model in a wider dtype."
+                )
     _check_tied(weights, tensors, folder)
     model.load_state_dict(tensors, strict=False)
     # PEFT's trainable tokens tie their own wrappers; transformers would look for a parameter there.

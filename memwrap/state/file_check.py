@@ -11,7 +11,7 @@ from torch import Tensor
 
 COUNTERS = ("fill", "segments", "tokens_seen")
 COLUMNS = ("positions", "valid", "tokens")  # of an open segment
-_ROWS = {*COUNTERS, *(f"open_{name}" for name in COLUMNS), "ids_hash", "mask_hash"}
+_ROWS = {*COUNTERS, *(f"open_{n}" for n in COLUMNS), "ids_hash", "mask_hash", "answer_from"}
 _KINDS = ("open", "memories", "rows")
 _MOST_DEPTH = 16
 _MOST = 2**53
@@ -83,8 +83,12 @@ def check_rows(state: Any, path: Path) -> None:
         tensor = getattr(state, name)
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise _damaged(path, f"its {name} is {tensor.dtype} {tuple(tensor.shape)}")
-    if state.ids_hash is not None and state.ids_hash.dtype != torch.long:
-        raise _damaged(path, "its ids_hash is none")
+    for name in ("ids_hash", "answer_from"):
+        tensor = getattr(state, name)
+        if tensor is not None and (tuple(tensor.shape), tensor.dtype) != ((batch,), torch.long):
+            raise _damaged(path, f"its {name} is none")
+    if state.answer_from is not None and int(state.answer_from.min()) < 0:
+        raise _damaged(path, "its answers begin before the text")
     if positions.dtype != torch.long or valid.dtype != torch.bool or valid.dim() != 2:
         raise _damaged(path, "its open segment has no positions")
     if not positions.shape == valid.shape == tokens.shape or tokens.dtype != torch.long:

@@ -39,6 +39,7 @@ from memwrap.state.trees import (
 FORMAT, VERSION = "memwrap-state", 5
 
 
+NEVER = 2**62  # where no token is part of an answer
 BACKBONE = "backbone"  # the name, among the memories, of what recurrent layers of its own remember
 
 
@@ -72,6 +73,9 @@ class MemoryState(Cache):
         fill: `(B,)` tokens in each row's open segment.
         segments: `(B,)` segments closed.
         tokens_seen: `(B,)` tokens read, padding not counted.
+        answer_from: `(B,)` the number, from 0, of the first token of each row that is part of an
+            answer, for memories that tell answers from the rest (`window` with `decode="full"`);
+            None where nothing was said.
         hold_open: while true no segment closes (`generate(..., remember=False)`).
         signature: which memories on which backbone the state belongs to.
         weights: fingerprint of the weights that wrote it, or None while training.
@@ -93,6 +97,7 @@ class MemoryState(Cache):
         self.open = OpenSegment.empty(batch_size)
         self.ids_hash: Tensor | None = torch.zeros(batch_size, dtype=torch.long)
         self.mask_hash = torch.zeros(batch_size, dtype=torch.long)
+        self.answer_from: Tensor | None = None
         self.hold_open = False
         self.signature = signature or {}
         self.weights: dict[str, str] | None = None
@@ -189,7 +194,7 @@ class MemoryState(Cache):
         for name in COUNTERS:
             setattr(new, name, rows(getattr(self, name)))
         new.mask_hash = rows(self.mask_hash)
-        for name in ("ids_hash", "owed"):
+        for name in ("ids_hash", "owed", "answer_from"):
             value = getattr(self, name)
             setattr(new, name, None if value is None else rows(value))
         new.recorded = None
@@ -249,12 +254,20 @@ class MemoryState(Cache):
         new.chat = first.chat if len(states) == 1 else None
         for name in (*COUNTERS, "mask_hash"):
             setattr(new, name, torch.cat([getattr(s, name) for s in states]))
+        if any(s.answer_from is not None for s in states):
+            new.answer_from = torch.cat([s.answers for s in states])
         new.columns = max(s.columns for s in states)
         same = all(s.ids_hash is not None and s.columns == first.columns for s in states)
         new.ids_hash = torch.cat([s.ids_hash for s in states]) if same else None  # type: ignore[misc]
         return new
 
-    # Which ids have been read
+    # What has been read
+
+    @property
+    def answers(self) -> Tensor:
+        """`answer_from`, with a number beyond every text where nothing was said."""
+        known = self.answer_from
+        return torch.full_like(self.tokens_seen, NEVER) if known is None else known
 
     def extend_hash(self, input_ids: Tensor | None, length: int) -> Tensor | None:
         """Compute the rolling hash after `input_ids` `(B, T)`; None once embeddings were fed."""
@@ -316,8 +329,8 @@ class MemoryState(Cache):
         rows = {name: getattr(self, name) for name in (*COUNTERS, "mask_hash")}
         rows |= {f"open_{name}": getattr(self.open, name) for name in COLUMNS}
         leaves |= {f"rows.{name}": tensor for name, tensor in rows.items()}
-        if self.ids_hash is not None:
-            leaves["rows.ids_hash"] = self.ids_hash
+        known = {"ids_hash": self.ids_hash, "answer_from": self.answer_from}
+        leaves |= {f"rows.{name}": t for name, t in known.items() if t is not None}
         tensors = {n: t.detach().cpu().contiguous().clone() for n, t in leaves.items()}
         check_finite(tensors, "The state", "it is not saved. Go back to an earlier one.")
         about = {
@@ -387,7 +400,7 @@ class MemoryState(Cache):
         state.open = OpenSegment(tree.get("open", {}), positions, valid, read, noted)
         for name in (*COUNTERS, "mask_hash"):
             setattr(state, name, rows[name])
-        state.ids_hash = rows.get("ids_hash")
+        state.ids_hash, state.answer_from = rows.get("ids_hash"), rows.get("answer_from")
         state.columns = int(about["columns"])
         state.hold_open = bool(about["hold_open"])
         state.weights = about["weights"]

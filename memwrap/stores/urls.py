@@ -29,6 +29,13 @@ def without_password(url: str, **more: object) -> str:
     return urlunsplit(parts._replace(netloc=netloc, query=urlencode(query, quote_via=quote)))
 
 
+def without_secrets(text: str) -> str:
+    """Return a text, such as a word of a command, without passwords of URLs in it and values of
+    keys that are called after secrets."""
+    text = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1@", text)
+    return re.sub(r"((?:token|password|secret)['\"]?\s*[=:]\s*)[^,}&\s]+", r"\1***", text)
+
+
 def parts_of(url: str) -> tuple[str, str, dict[str, int]]:
     """Split a URL: that for libpq, the table, and the index's settings."""
     parts = urlsplit(url)

@@ -12,7 +12,7 @@ from memwrap.memories.protocol import AttentionMemory
 from memwrap.memories.registry import memory_class
 from memwrap.state.trees import tree_leaves
 from memwrap.testing.families import build
-from memwrap.testing.helpers import SEGMENT, error_of, gradients, ids, padded, pairs, wrapped
+from memwrap.testing.helpers import SEGMENT, error_of, gradients, ids, padded, pairs, tiny, wrapped
 
 # A row of random ids, and one of the same id again and again.
 ROWS = 2
@@ -164,12 +164,18 @@ EQUAL = (
 )
 
 
+# Longer ones make fewer steps of as many tokens, and fewer units that every look-up goes through.
+LENGTHS = ("segment_size", "window_size", "block_size", "retrieval_interval")
+
+
 @pytest.mark.parametrize(("tokens", "dtype"), EQUAL, ids=str)
 def test_equal_tokens(memory: str, tokens: int, dtype: torch.dtype) -> None:
-    size = 16 if tokens < 10_000 else 64
-    model = wrapped(memory, base=build("llama").to(dtype), segment_size=size)
+    config, times = tiny(memory), 2 if tokens < 10_000 else 32
+    lengths = {name: times * getattr(config, name) for name in LENGTHS if hasattr(config, name)}
+    base = build("llama", max_position_embeddings=tokens).to(dtype)
+    model = wrapped(memory, base=base, **lengths)
     state = None
-    for part in torch.full((1, tokens), 7).split(4000, 1):
+    for part in torch.full((1, tokens), 7).split(20_000, 1):
         with torch.no_grad():
             out = model(part, cache=state, use_cache=True, logits_to_keep=1)
         state = out.cache

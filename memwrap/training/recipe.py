@@ -19,6 +19,7 @@ from memwrap.io.yaml_files import read_yaml_text
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import config_class
 from memwrap.memories.settings import Kind
+from memwrap.stores.urls import without_secrets
 from memwrap.training.pretrain import PretrainConfig
 from memwrap.training.schema_check import build, check
 from memwrap.training.sections import (
@@ -109,9 +110,11 @@ class Recipe(Section):
         return config_class((self.memory or {})["name"]).from_dict(self.memory or {})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the resolved recipe, without what its task has no use for or concerns one run
-        only."""
+        """Return the resolved recipe, without what its task has no use for, what concerns one run
+        only, and credentials."""
         values = asdict(self)
+        for name in _CREDENTIALS if self.data else ():
+            values["data"]["options"].pop(name, None)
         if self.memory is not None:
             values["memory"] = self.memory_config().to_dict()
         return {k: v for k, v in values.items() if k not in _foreign(self.task) | _RUN}
@@ -122,9 +125,10 @@ class Recipe(Section):
 
     @property
     def command(self) -> list[str]:
-        """The command that runs this recipe again."""
+        """The command that runs this recipe again, without passwords and tokens: it is written
+        down."""
         source = [self.source] if self.source else self.options
-        return ["memwrap", "train", *source, *self.overrides]
+        return ["memwrap", "train", *source, *map(without_secrets, self.overrides)]
 
 
 _SECTIONS = {
@@ -145,6 +149,7 @@ _SECTIONS = {
 
 
 _RUN = {"resume", "overwrite"}
+_CREDENTIALS = ("token", "use_auth_token", "storage_options")  # of `datasets.load_dataset`
 
 
 def _foreign(task: str) -> set[str]:

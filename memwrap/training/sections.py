@@ -90,6 +90,11 @@ class LoraSection(Section):
     dropout: Annotated[float, Range(0, below=1)] = 0.0
     target_modules: Text | list[str] = "all-linear"
 
+    def validate_target_modules(self) -> None:
+        if isinstance(self.target_modules, str) and set(self.target_modules) & set("*+?{}()[]|"):
+            allowed = "a list of names, or all-linear; matching a pattern can take for ever"
+            self.refuse("target_modules", allowed)
+
 
 class DataSection(Section):
     """Documents to train on (see `memwrap.data.documents.load_documents`).

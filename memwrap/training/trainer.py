@@ -15,7 +15,9 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from memwrap.engine.answering import first_labels
 from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.training_progress import training_at
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.batches import (
@@ -152,9 +154,10 @@ class MemoryTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss as `Trainer` does, in training with `window_dropout`."""
+        """Compute the loss as `Trainer` does, in training with `window_dropout`; memories know how
+        far the run has come."""
         done = self.state.global_step / max(1, self.state.max_steps)
-        with windows_dropped(self.memory_model, self.args, done):
+        with windows_dropped(self.memory_model, self.args, done), training_at(done):
             return super().compute_loss(*args, **kwargs)
 
     # What a step trains on
@@ -288,6 +291,14 @@ class MemoryTrainer(Trainer):
         each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         return each or self.accelerator.sync_gradients
 
+    def _answers(self, inputs: Batch) -> Tensor | None:
+        """Find where each row's answer begins, `(B,)`, before it is cut into pieces; None if no
+        memory reads answers another way."""
+        if not any(getattr(m, "tells_answers", False) for m in self.memory_model.memories.values()):
+            return None
+        targets = shifted_labels(inputs)
+        return first_labels(targets, torch.zeros(len(targets), dtype=torch.long))
+
     def _stream(
         self, model: nn.Module, inputs: Batch, window: int, num_items: Tensor | int | None
     ) -> Tensor:
@@ -306,6 +317,7 @@ class MemoryTrainer(Trainer):
         else:
             num_items = torch.as_tensor(num_items).clamp(min=1)
         total = torch.zeros((), device=self.args.device)
+        first = self._answers(inputs)
         state, reading = None, torch.empty(0)
         for rows, piece in pieces(inputs, window):
             if state is not None and len(rows) < len(reading):  # some rows have ended
@@ -316,6 +328,8 @@ class MemoryTrainer(Trainer):
             if teacher is not None:
                 piece["teacher"] = replace(teacher, hidden=piece.pop("teacher_hidden"))
             piece |= {"cache": state, "use_cache": True}
+            if first is not None:
+                piece["answer_from"] = first[rows]
             with torch.set_grad_enabled(trained), self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(
                     model, piece, return_outputs=True, num_items_in_batch=num_items

@@ -32,8 +32,7 @@ OWN = Path(__file__).parent / "data"
 # Methods with vectors that memwrap does not have yet: the one place that says so. A folder that is
 # neither here nor read by a runner is an error (test_cases.py), and so is a name here that is.
 NOT_BUILT = frozenset({
-    "dms", "gdn2", "kda", "lact", "memory_decoder", "memoryllm", "mom",
-    "sentinel", "titans",
+    "memory_decoder", "memoryllm", "sentinel",
 })  # fmt: skip
 PRECISIONS = (torch.float64, torch.float32)
 both_precisions = pytest.mark.parametrize("dtype", PRECISIONS, ids=["float64", "float32"])

@@ -1,9 +1,10 @@
-"""Conformance of gated linear attention and the delta rule: the plain recurrences."""
+"""Conformance of gated linear attention and the delta rules: the plain recurrences."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import Case, Got, Tolerances, both_precisions, compare, gradients_of, names_of, read_case
 from torch import Tensor
 
@@ -46,9 +47,47 @@ def run(case: Case) -> Got:
     return got | gradients_of(leaves)
 
 
+def run_by_key(case: Case) -> Got:
+    """The same of the delta rules with gates of key channels, KDA and GDN-2."""
+    t = case.tensors
+    inputs = ("q", "k", "v", "g", "beta", "b", "w", "initial_state", "raw", "A_log", "dt_bias")
+    leaves = case.leaves(*inputs)
+    gate = gate_of(case, leaves)
+    got: Got = {} if "g" in leaves else {"g": gate}
+    x = {n: turned(leaf) for n, leaf in leaves.items() if leaf.dim() > 2}
+    q, k, v = x["q"], x["k"], x["v"]
+    case.holds(
+        B=len(q), H=q.shape[1], HV=v.shape[1], T=q.shape[2], K=q.shape[3], V=v.shape[3],
+        initial_state="initial_state" in t,
+    )  # fmt: skip
+    case.aside("seed")
+    q, k = (n.repeat_interleave(v.shape[1] // q.shape[1], 1) for n in (q, k))
+    strength, state = x["w"] if "w" in x else x["beta"], leaves.get("initial_state")
+    out, state = delta.scan(q, k, v, strength, turned(gate), state, erase=x.get("b"))
+    got |= {"o": turned(out), "final_state": state}
+    ((got["o"] * t["do"]).sum() + (state * t["dht"]).sum()).backward()  # type: ignore[operator]
+    return got | gradients_of(leaves)
+
+
+def gate_of(case: Case, leaves: dict[str, Tensor]) -> Tensor:
+    """The log of the decay, `(B, T, H, K)`: given, or made by one of the layers' maps."""
+    bound = case.settings["lower_bound"]
+    if case.settings["gate"] is None and bound is None:
+        return leaves["g"]
+    del leaves["g"]  # a result
+    raw = leaves["raw"] + leaves["dt_bias"].unflatten(0, leaves["raw"].shape[2:])
+    rate = leaves["A_log"].exp()[:, None]
+    kinds = {
+        ("softplus", True): lambda: -rate * F.softplus(raw),
+        ("lower_bound", False): lambda: bound * torch.sigmoid(rate * raw),
+    }
+    return kinds[case.settings["gate"], bound is None]()
+
+
 def check(case: Case, ops: str = "torch") -> None:
     with backend(ops):
-        compare(case, run(case), TOLERANCES)
+        by_key = case.method in ("kda", "gdn2")
+        compare(case, run_by_key(case) if by_key else run(case), TOLERANCES)
 
 
 @both_precisions
@@ -63,3 +102,17 @@ def test_gated_linear_attention(name: str, ops: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("name", names_of("delta_rule"))
 def test_delta_rule(name: str, ops: str, dtype: torch.dtype) -> None:
     check(read_case("delta_rule", name, dtype), ops)
+
+
+@both_precisions
+@pytest.mark.parametrize("ops", ["naive", "torch"])
+@pytest.mark.parametrize("name", names_of("kda"))
+def test_kimi_delta_attention(name: str, ops: str, dtype: torch.dtype) -> None:
+    check(read_case("kda", name, dtype), ops)
+
+
+@both_precisions
+@pytest.mark.parametrize("ops", ["naive", "torch"])
+@pytest.mark.parametrize("name", names_of("gdn2"))
+def test_gated_delta_net_2(name: str, ops: str, dtype: torch.dtype) -> None:
+    check(read_case("gdn2", name, dtype), ops)

@@ -307,6 +307,49 @@ def from_another(name: str) -> Attack:
     return Attack(f"{name}: of another save", apply)
 
 
+# A save that was stopped, as its writer did not leave it
+
+
+def stopped(what: str, make: Callable[[Path, Path], Any]) -> Attack:
+    def apply(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
+        clear(outside)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("x")
+        (folder / ".saved" / "sub").mkdir(parents=True)
+        make(folder / ".saved", outside)
+
+    return Attack(f".saved: {what}", apply)
+
+
+def _gone_elsewhere(saved: Path, outside: Path) -> None:
+    (outside / "gone").write_text("[]")
+    (saved / ".gone.json").symlink_to(outside / "gone")
+
+
+def _all_elsewhere(saved: Path, outside: Path) -> None:
+    shutil.move(saved, outside / "saved")
+    saved.symlink_to(outside / "saved")
+
+
+def _files_elsewhere(saved: Path, outside: Path) -> None:
+    for file in [path for path in saved.parent.iterdir() if path.is_file()]:
+        shutil.copy(file, outside)
+        (saved / file.name).symlink_to(outside / file.name)
+
+
+STOPPED = (
+    stopped("old folders go elsewhere", lambda saved, o: (saved / ".old").symlink_to(o)),
+    stopped("old folders go into a file", lambda saved, o: (saved / ".old").write_text("")),
+    stopped("a list elsewhere of what goes", _gone_elsewhere),
+    stopped("a deep list of what goes", lambda saved, o: (saved / ".gone.json").write_text(DEEP)),
+    stopped("a pipe for what goes", lambda saved, o: os.mkfifo(saved / ".gone.json")),
+    stopped("names elsewhere of what goes",
+            lambda saved, o: (saved / ".gone.json").write_text('["../outside", 3, "sub"]')),
+    stopped("it is elsewhere", _all_elsewhere),
+    stopped("its files are elsewhere", _files_elsewhere),
+)  # fmt: skip
+
+
 def attacks_on(target: str, whole: Path, port: int) -> list[Attack]:
     """All attacks on the files of a whole folder, and those that concern its kind."""
     from forged import forgeries
@@ -339,4 +382,6 @@ def attacks_on(target: str, whole: Path, port: int) -> list[Attack]:
                       if some or what.startswith(("a head", "a foreign", "a deep"))]  # fmt: skip
         if name.endswith(".json"):
             found += [of_bytes(name, what, change) for what, change in JSONS.items()]
+    if target.startswith(("model", "export", "store", "library")):
+        found += STOPPED
     return found + forgeries(target, port)

@@ -326,6 +326,7 @@ TEXTS = {
         "store: 'redis${output}//127.0.0.1:{port}'}",
     "a model on a server": WHOLE + "model: {name: 'http://127.0.0.1:{port}/m'}",
     "a stage on a server": WHOLE + "init_from: 'http://127.0.0.1:{port}/m'",
+    "a pattern for adapters": WHOLE + "lora: {target_modules: '(a+)+$'}",
     "a tracker": WHOLE + "trainer: {report_to: wandb}",
     "a secret in a list": WHOLE + "tasks: {names: ['${oc.env:HOME}']}\ntask: tasks",
     "a secret as a key": WHOLE + "data: {options: {'${oc.env:HOME}': 1}}",

@@ -31,14 +31,12 @@ for _place in ("", "tests", "tests/integration", "tests/hostile", "kernels/torch
 
 import test_killed  # noqa: E402
 import torch  # noqa: E402
-from running import put_into_page  # noqa: E402
+from running import CHANGES, put_into_page  # noqa: E402
 from writers import Writer, writers  # noqa: E402
 
 from memwrap.training.resuming import last_checkpoint  # noqa: E402
 
 RANDOM = 20  # kills at random moments
-CHANGES = {"os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink",
-           "os.truncate", "os.utime"}  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 

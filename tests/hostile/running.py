@@ -38,6 +38,8 @@ from memwrap.serving.named_states import NoStateError  # noqa: E402
 PAGE = ROOT / "docs" / "security.md"
 SECONDS, MEGABYTES = 10.0, 400  # of processor time; waiting may take six times as long
 OUTCOMES = ("refused", "harmless", "FAILED")
+CHANGES = {"os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink",
+           "os.truncate", "os.utime"}  # fmt: skip
 RAN = "CODE-RAN"  # the file that hostile code would make
 
 _events: list[str] = []
@@ -51,10 +53,15 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
     if event in ("socket.connect", "socket.getaddrinfo", "os.system", "subprocess.Popen",
                  "pickle.find_class"):  # fmt: skip
         _events.append(f"{event} {str(arguments)[:80]}")
-    elif event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        path = os.fsdecode(arguments[0])
-        if os.path.realpath(path).startswith(_watched[0]):
-            _events.append(f"opened {path}")
+    elif event == "open" or event in CHANGES:
+        for path in arguments[:2]:
+            if isinstance(path, (str, bytes, os.PathLike)) and _is_outside(os.fsdecode(path)):
+                _events.append(f"{event} {os.fsdecode(path)}")
+
+
+def _is_outside(path: str) -> bool:
+    """Tell whether a path leads to where nothing may be opened or changed."""
+    return f"{os.path.realpath(path)}/".startswith(f"{_watched[0]}/")
 
 
 class TooLongError(BaseException):

@@ -49,6 +49,12 @@ def test_killed_writers_leave_whole_files(kills: int, by_chance: int) -> None:
     assert "| library |" in out and "| checkpoint of a training" in out
 
 
+@pytest.mark.proof("A full disk at any call of any writer: the old or the new", "safetensors")
+@pytest.mark.parametrize("sample", [12, pytest.param(1, marks=pytest.mark.full)])
+def test_a_full_disk_leaves_whole_files(sample: int) -> None:
+    assert "| library |" in output_of("faults.py", "--sample", str(sample))
+
+
 def test_files_have_the_modes_that_the_process_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

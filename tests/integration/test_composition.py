@@ -11,7 +11,8 @@ import torch
 from support import MEMORIES
 
 import memwrap
-from memwrap.memories.protocol import InsertsTokens, check_together
+from memwrap.memories.pairs import check_together
+from memwrap.memories.protocol import InsertsTokens
 from memwrap.memories.registry import memory_class
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (

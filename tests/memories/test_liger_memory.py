@@ -36,6 +36,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"form": "gsa", "num_slots": 4},
     {"form": "linear", "feature_map": "taylor", "rotate": True},
     {"form": "hgrn2", "layers": [1], "other_window_size": 11},
+    {"form": "kda", "feature_map": "hedgehog", "rotate": True},
+    {"form": "gated_delta", "num_memories": 3},
+    {"form": "gdn2", "num_memories": 2, "top_k": 1, "layers": [1]},
+    {"form": "linear", "num_memories": 3, "shared": False, "window_size": 0},
+    {"form": "gsa", "num_memories": 2, "top_k": 1, "rotate": True},
 ]
 FAMILIES = ("llama", "gemma3", "gpt_neox", "qwen3", "opt", "phi3", "smollm3", "granite")
 CASES = [
@@ -71,7 +76,7 @@ def heads(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in projections)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("form", ["linear", "retnet", "delta", "gated_delta"])
+@pytest.mark.parametrize("form", ["linear", "retnet", "delta", "gated_delta", "kda", "gdn2"])
 def test_a_layer_is_its_formula(form: str) -> None:
     """The forms for which there are no reference vectors, by hand."""
     model, attention = one_layer(form=form, window_size=0)
@@ -88,9 +93,94 @@ def test_a_layer_is_its_formula(form: str) -> None:
             log = torch.log(1 - 2.0 ** (-5 - torch.arange(2)))[None, :, None].expand(2, -1, 21)
             want, _ = gla.scan(features(q, "softmax"), features(k, "softmax"), v, log, scale=1.0)
         else:
-            log = F.logsigmoid(k.mean(-1)) / 16 if form == "gated_delta" else None
-            want, _ = delta.scan(q, k, v, k.mean(-1).sigmoid(), log, scale=1.0, l2norm=True)
+            log = {"delta": None, "gated_delta": F.logsigmoid(k.mean(-1)) / 16}
+            gate = log.get(form, F.logsigmoid(k) / 16)
+            want, _ = delta.scan(q, k, v, k.mean(-1).sigmoid(), gate, scale=1.0, l2norm=True)
     assert_close(got, want.transpose(1, 2).flatten(2), 1e-5)
+
+
+def test_gates_of_their_own_by_hand() -> None:
+    """GDN-2 with maps that were learned: strengths are of KV heads and of channels, in order."""
+    model, attention = one_layer(form="gdn2", window_size=0)
+    network: Any = model.memories["liger"].networks["0"]
+    x = torch.randn(2, 21, 32)
+    with torch.no_grad(), backend("naive"):
+        for parameter in network.parameters():
+            parameter.normal_()
+        got = model(inputs_embeds=x).logits - x
+        q, k, v = heads(attention, x)
+        write, erase = (
+            ((x @ m.T).view(2, 21, 2, 8).transpose(1, 2) + k.mean(-1, keepdim=True)).sigmoid()
+            for m in (network.write, network.erase)
+        )
+        full: Any = {"erase": erase, "scale": 1.0, "l2norm": True}
+        want, _ = delta.scan(q, k, v, write, F.logsigmoid(k) / 16, **full)
+    assert_close(got, want.transpose(1, 2).flatten(2), 1e-5)
+
+
+@pytest.mark.parametrize("form", ["gla", "gated_delta", "gdn2"])
+def test_routed_memories_by_hand(form: str) -> None:
+    """Each memory is the recurrence over the tokens that were sent to it, and no others."""
+    model, _ = one_layer(form=form, num_memories=3, window_size=0)
+    plain, _ = one_layer(form=form, window_size=0)
+    network: Any = model.memories["liger"].networks["0"]
+    x, weight = torch.randn(1, 21, 32) * 2, torch.tensor([0.5, -1.0, 2.0, 0.0])
+    with torch.no_grad():
+        network.router.normal_()
+        network.routed_weight.copy_(weight)
+        got = model(inputs_embeds=x).logits - x
+        shares = (x[0] @ network.router.T).softmax(-1)
+        want = plain(inputs_embeds=x).logits - x
+        for m in range(3):
+            others = shares.clone()
+            others[:, m] = -1
+            sent = shares[:, m] > others.sort(-1).values[:, -2]  # among the first two
+            read = plain(inputs_embeds=x[:, sent]).logits - x[:, sent]
+            share = shares[sent, m] / shares[sent].sort(-1).values[:, -2:].sum(-1)
+            scaled = read.unflatten(-1, (4, 8)) * (share[:, None] * weight)[..., None]
+            want[:, sent] += scaled.flatten(-2)
+    assert_close(got, want, 1e-5)
+
+
+def test_new_parameters_start_as_if_not_there() -> None:
+    """Routed memories beside the shared one add nothing, GDN-2 starts as KDA; and a single memory
+    that is not beside another one is the recurrence as it is."""
+    base, text = build("llama"), ids(2, 30)
+    settings: Any = {"segment_size": 8, "window_size": 5}
+
+    def logits(**own: Any) -> Tensor:
+        model = memwrap.linearize(base, "liger", **settings, **own)
+        with torch.no_grad():
+            found = model(text).logits
+        memwrap.unwrap(model)
+        return found
+
+    for form in FORMS:
+        want = logits(form=form)
+        assert_close(logits(form=form, num_memories=3), want, 1e-6)
+        alone = logits(form=form, num_memories=1, top_k=1, shared=False)
+        assert_close(alone, want, 1e-6)
+    assert_close(logits(form="gdn2"), logits(form="kda"), 1e-6)
+    assert error_of(logits(form="gated_delta"), logits(form="kda")) > 1e-4
+
+
+def test_the_router_is_kept_from_using_few_memories() -> None:
+    """Its loss is there in training alone, by row, and as large as the page says."""
+    text, losses = ids(2, 24), {}
+    for weight in (0.0, 1.0):
+        model = wrapped("liger", num_memories=4, balance_weight=weight, segment_size=24)
+        with torch.no_grad():
+            for network in model.memories["liger"].networks.values():
+                network.router.zero_()  # all tie: the first two get everything, evenly weighted
+        losses[weight] = [model.train(mode)(text, labels=text).loss for mode in (False, True)]
+    assert torch.equal(losses[1.0][0], losses[0.0][0])
+    # 4 memories, each probability 1/4, shares 1, 1, 0, 0.
+    assert (losses[1.0][1] - losses[0.0][1]).item() == pytest.approx(2.0, abs=1e-5)
+    model.zero_grad()
+    losses[1.0][1].backward()
+    assert all(
+        float(n.router.grad.abs().max()) > 0 for n in model.memories["liger"].networks.values()
+    )
 
 
 def test_the_softmax_alone_is_the_window_memory() -> None:
@@ -127,7 +217,9 @@ def test_beyond_the_window_only_the_recurrence_reaches() -> None:
 def test_no_parameter_is_added_and_all_projections_learn() -> None:
     for form in FORMS:
         model = wrapped("liger", form=form).train()
-        assert not list(model.memory_parameters())
+        # 2 layers, maps to 2 KV heads of 8 channels from 32
+        count = sum(p.numel() for p in model.memory_parameters())
+        assert count == (2 * 2 * 16 * 32 if form == "gdn2" else 0)
         text = ids(2, 30)
         model(text, labels=text).loss.backward()
         found = gradients(model)
@@ -142,6 +234,8 @@ def test_heads_share_a_state() -> None:
     tree = model.read(ids(2, 20)).memories["liger"]["layers"]["0"]
     assert tree["S"].shape == (2, 2, 8, 8) and tree["S"].dtype == torch.float32
     assert tree["window"]["window_key"].shape == (2, 2, 4, 8)
+    routed = wrapped("liger", num_memories=3).read(ids(2, 20)).memories["liger"]["layers"]
+    assert routed["0"]["S"].shape == (2, 4, 2, 8, 8)
     slots = wrapped("liger", form="gsa", num_slots=4).read(ids(1, 9)).memories["liger"]["layers"]
     assert slots["0"]["K"].shape == (1, 2, 8, 4) and slots["0"]["V"].shape == (1, 2, 4, 8)
 

@@ -10,6 +10,7 @@ from support import MEMORIES
 from torch import Tensor
 
 import memwrap
+from memwrap.memories.pairs import check_together
 from memwrap.memories.protocol import (
     PLACES,
     AttentionMemory,
@@ -18,7 +19,6 @@ from memwrap.memories.protocol import (
     Memory,
     SeesSegment,
     SoftPrompt,
-    check_together,
     places_of,
 )
 from memwrap.memories.registry import memory_class

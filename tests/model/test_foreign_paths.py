@@ -64,6 +64,32 @@ def test_a_tokenizer_that_is_a_link_out_is_refused(saved: Path, base: Path, name
         open_tokenizer(saved, open_model(saved))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["a template", "the folder of templates"])
+def test_a_chat_template_that_is_a_link_out_is_refused(
+    saved: Path, base: Path, tmp_path: Path, whole: bool
+) -> None:
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, saved)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.jinja").write_text("a secret")
+    templates = saved / "additional_chat_templates"
+    if whole:
+        templates.symlink_to(tmp_path / "elsewhere")
+    else:
+        templates.mkdir()
+        (templates / "x.jinja").symlink_to(tmp_path / "elsewhere" / "x.jinja")
+    with pytest.raises(ValueError, match="which is not in the folder"):
+        open_tokenizer(saved, open_model(saved))
+
+
+def test_a_damaged_tokenizer_is_refused_in_a_sentence(saved: Path, base: Path) -> None:
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, saved)
+    (saved / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "strange"}}')
+    with pytest.raises(ValueError, match="is damaged"):
+        open_tokenizer(saved, open_model(saved))
+
+
 def test_a_config_is_looked_at_within_limits(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="nested too deeply"):

@@ -123,11 +123,15 @@ def test_what_cannot_be_a_prefix_is_refused(tmp_path: Path) -> None:
     with refused("'LORA'"):
         model.load_prefix(tmp_path)
     config.write_text(json.dumps(about))
-    for wrong in (tensors["prompt_embeddings"][:, :-1], torch.full_like(
-        tensors["prompt_embeddings"], torch.nan)):  # fmt: skip
+    right = tensors["prompt_embeddings"]
+    for wrong in (right[:, :-1], torch.full_like(right, torch.nan), right.long(),
+                  right.to(torch.complex64)):  # fmt: skip
         save_file({"prompt_embeddings": wrong.contiguous()}, weights)
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
             model.load_prefix(tmp_path)
+    save_file({"prompt_embeddings": torch.full_like(right, 1e5)}, weights)
+    with refused("float16", "not finite"):
+        wrapped("compact", base=build("llama").half(), **WHOLE).load_prefix(tmp_path)
     weights.write_bytes(b"no tensors")
     with refused("damaged"):
         model.load_prefix(tmp_path)

@@ -19,7 +19,10 @@ from memwrap.ops.gla.features import FEATURE_MAPS, feature_width, features
 
 BACKENDS = ("naive", "torch")
 DOUBLE = torch.float64
-KINDS = ("none", "scalar", "vector", "delta", "delta channels", "gated delta", "slots")
+KINDS = (
+    "none", "scalar", "vector", "delta", "delta channels", "gated delta", "key gated delta",
+    "erasing delta", "slots",
+)  # fmt: skip
 Scan = Callable[..., tuple[Tensor, ...]]
 
 
@@ -59,10 +62,18 @@ def problem(
     if "delta" in kind:
         beta = strengths(*rows, values) if kind == "delta channels" else strengths(*rows)
         given = [q, k, v, beta, S]
-        if kind == "gated delta":
+        if kind == "erasing delta":
+            given[3] = strengths(*rows, values)
+            return (
+                lambda q, k, v, w, S, g, b, **kw: delta.scan(
+                    q, k, v, w, g, S, erase=b, l2norm=True, **kw
+                ),
+                [*given, gate(*rows, keys), draw(*rows, keys, seed=8).sigmoid().to(wide)],
+            )
+        if "gated" in kind:
             return (
                 lambda q, k, v, b, S, g, **kw: delta.scan(q, k, v, b, g, S, l2norm=True, **kw),
-                [*given, gate(*rows)],
+                [*given, gate(*rows, keys) if "key" in kind else gate(*rows)],
             )
         return lambda q, k, v, b, S, **kw: delta.scan(q, k, v, b, None, S, l2norm=True, **kw), given
     given = [q, k, v, S]
@@ -131,7 +142,7 @@ def test_compiled_whole(kind: str) -> None:
 def test_chunks_are_as_long_as_their_gates_allow(gate: float, length: int, strong: bool) -> None:
     """Factors stay within 2 ** 60: 64 tokens with gates of 0.9, 32 of 1.8, 16 of 3.7."""
     logs = torch.full((1, 2, 3, 64, 4), -gate)
-    assert chunked._length(logs) == (length, strong)
+    assert chunked.allowed_length(logs) == (length, strong)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,6 +256,24 @@ def test_special_cases_meet() -> None:
     assert relative(plain[0], scores @ v) < 1e-12
 
 
+def test_special_cases_of_the_delta_rule_meet() -> None:
+    """A gate of all key channels is one of the head, no gate one of 0, and what is erased with the
+    strength of the write is the plain rule: every pair comes from different code."""
+    q, k, v = (draw(1, 2, 37, 4, seed=s) for s in (1, 2, 3))
+    g, beta = F.logsigmoid(draw(1, 2, 37, seed=5)), draw(1, 2, 37, seed=6).sigmoid()
+    wide, both = (x[..., None].expand_as(k).contiguous() for x in (g, beta))
+    for gate in (None, g):
+        want = delta.scan(q, k, v, beta, gate, l2norm=True)
+        by_key = torch.zeros_like(k) if gate is None else wide
+        for got in (
+            delta.scan(q, k, v, beta, by_key, l2norm=True),
+            delta.scan(q, k, v, beta, gate, erase=both, l2norm=True),
+            delta.scan(q, k, v, both, by_key, erase=both, l2norm=True),
+            delta.scan(q, k, v, both, by_key, l2norm=True),
+        ):
+            assert all(relative(a, b) < 1e-12 for a, b in zip(got, want, strict=True))
+
+
 def test_the_delta_rule_replaces_a_value() -> None:
     """With beta 1 and unit keys a key read again gives its last value, whatever was there."""
     k = unit(draw(1, 1, 1, 4, seed=1)).expand(-1, -1, 3, -1)
@@ -304,6 +333,8 @@ def test_wrong_input_is_explained() -> None:
     with pytest.raises(ValueError, match="beta is"):
         delta.scan(q, k, v, beta[..., :3])
     with pytest.raises(ValueError, match="g is"):
-        delta.scan(q, k, v, beta, torch.zeros(2, 2, 5, 4))
+        delta.scan(q, k, v, beta, torch.zeros(2, 2, 5, 3))
+    with pytest.raises(ValueError, match="erase is"):
+        delta.scan(q, k, v, beta, erase=beta)
     with pytest.raises(ValueError, match="s is"):
         gsa.scan(q, k, v, beta, beta)

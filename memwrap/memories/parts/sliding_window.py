@@ -124,14 +124,14 @@ class SlidingWindow:
     ) -> tuple[Tensor, Tensor | None]:
         """Attend in one softmax to window, sinks and segment; as `LayerAttention.join`."""
         name = ("window", self, attention.window)
-        masks = attention.cached_per_step(name, lambda: self._masks(attention, state))
+        masks = attention.cached_per_step(name, lambda: self.masks(attention, state))
         window = MemoryKeyValues(
             state["window_key"], state["window_value"], masks.window_positions, masks.window,
             static=True,
         )  # fmt: skip
         if not self.num_sinks or attention.window is not None:
             return attention.join(window, local=masks.local, weights=weights, name=name)
-        key, value = self._sinks(attention, state)
+        key, value = self.sinks(attention, state)
         sinks = MemoryKeyValues(
             key, value, masks.sink_positions, masks.sinks, masks.query_positions
         )
@@ -155,7 +155,7 @@ class SlidingWindow:
             else:
                 new[name] = take(torch.cat([old, rows.to(old)], 2), kept, valid)
         if self.num_sinks:
-            new["sink_key"], new["sink_value"] = self._sinks(attention, state)
+            new["sink_key"], new["sink_value"] = self.sinks(attention, state)
         return new
 
     def evicted(self, attention: LayerAttention, state: Tree) -> Evicted:
@@ -200,7 +200,8 @@ class SlidingWindow:
         rows = latest(torch.cat([right_valid(before, self.kept), valid], 1), self.kept)
         return tokens, rows, right_valid(tokens, self.kept)
 
-    def _masks(self, attention: LayerAttention, state: Tree) -> VisibilityMasks:
+    def masks(self, attention: LayerAttention, state: Tree) -> VisibilityMasks:
+        """Tell who sees whom in a step."""
         queries, before = attention.query_positions, state["tokens"]
         most = self.size if attention.window is None else min(self.size, attention.window)
         window: Tensor | int = most
@@ -218,7 +219,7 @@ class SlidingWindow:
             absolute.clamp_max(last[:, 0] if isinstance(last, Tensor) else last),
         )  # fmt: skip
 
-    def _sinks(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor]:
+    def sinks(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor]:
         """Take keys and values of the document's first tokens, those just read among them."""
         before = state["sink_key"], state["sink_value"]
         first = attention.cached_per_step(

@@ -7,6 +7,12 @@ al., "Parallelizing Linear Transformers with the Delta Rule" (2024) and "Gated D
     S' = exp(g_t) * S_{t-1}
     S_t = S' + k_t (beta_t * (v_t - k_t S'))^T        o_t = scale * q_t S_t
 
+g_t may be a number for each key channel, a row of S: Kimi Delta Attention (Kimi Team 2025, "Kimi
+Linear"). With a strength of erasing b_t for each key channel, beta_t is of the write alone (Gated
+DeltaNet 2; b_t = beta_t is the line above):
+
+    S_t = S' + k_t (beta_t * v_t - (b_t * k_t) S')^T
+
 Keys longer than 1 make the recurrence unstable for beta near 1: give unit keys, or `l2norm`.
 """
 

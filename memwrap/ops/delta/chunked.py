@@ -4,6 +4,11 @@ Inside a chunk the changes `u_t = beta_t (v_t - k_t S')` depend on each other th
 system (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", section 3): with
 `A_ti = beta_t (k_t k_i) exp(g_i+1 + ... + g_t)` below the diagonal, `(1 + A) u = beta (v - k S)`,
 S the state before the chunk. Its inverse is found for all chunks at once; only `k S` waits for S.
+
+With a gate a key channel (`_block_by_key`) the decay between two tokens is a part of their product,
+`A_ti = sum_c e_tc k_ic exp(g_(i+1)c + ... + g_tc)` with e what a token erases with, `b_t * k_t`.
+Weak gates are split into a factor of either token; strong ones meet at the seams of halves, as in
+`memwrap.ops.gla.chunked`, so that no factor is above 1.
 """
 
 from __future__ import annotations
@@ -11,11 +16,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memwrap.ops import accumulation_dtype
 from memwrap.ops.gla.chunked import (
     LOG2_E,
+    allowed_length,
     chunk_size,
     chunked,
     decayed,
@@ -44,21 +51,23 @@ def between(g: Tensor) -> Tensor:
 
 
 def scan_chunked(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
-    l2norm: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, erase: Tensor | None,
+    state: Tensor, scale: float, l2norm: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute `delta.scan`."""
     if q.shape[2] == 1:
-        return _token(q, k, v, beta, g, state, scale, l2norm)
-    if beta.dim() == 4:
+        return _token(q, k, v, beta, g, erase, state, scale, l2norm)
+    if beta.dim() == 4 and erase is None:
         return _by_channel(q, k, v, beta, g, state, scale, l2norm)
-    function = partial(_block, scale=scale, l2norm=l2norm)
-    return in_blocks(function, (q, k, v, beta, g), state)
+    if erase is not None or (g is not None and g.dim() == 4):
+        function = partial(_block_by_key, scale=scale, l2norm=l2norm)
+        return in_blocks(function, (q, k, v, beta, g, erase), state)
+    return in_blocks(partial(_block, scale=scale, l2norm=l2norm), (q, k, v, beta, g), state)
 
 
 def _token(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
-    l2norm: bool,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, erase: Tensor | None,
+    state: Tensor, scale: float, l2norm: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Take in a single token, as in decoding: no system to be solved."""
     dtype, strength = state.dtype, beta if beta.dim() == 4 else beta[..., None]
@@ -66,7 +75,11 @@ def _token(
     if l2norm:
         q, k = unit(q), unit(k)
     state = decayed(state, g)
-    change = strength.to(dtype) * (v.to(dtype) - k @ state)
+    strength, v_wide = strength.to(dtype), v.to(dtype)
+    if erase is None:
+        change = strength * (v_wide - k @ state)
+    else:
+        change = strength * v_wide - (erase.to(dtype) * k) @ state
     state = torch.addcmul(state, k.mT, change)
     return read_token(q, state, scale, v.dtype), state
 
@@ -83,7 +96,7 @@ def _by_channel(
     g = None if g is None else g.repeat_interleave(width, 1)
     v, beta = (x.transpose(2, 3).flatten(1, 2) for x in (v, beta))
     state = state.transpose(2, 3).flatten(1, 2)[..., None]
-    out, state = scan_chunked(q.flatten(1, 3), k, v[..., None], beta, g, state, scale, l2norm)
+    out, state = scan_chunked(q.flatten(1, 3), k, v[..., None], beta, g, None, state, scale, l2norm)
     out = out.squeeze(-1).unflatten(1, (heads, width, group)).permute(0, 1, 3, 4, 2).flatten(1, 2)
     return out, state.squeeze(-1).unflatten(1, (heads, width)).transpose(2, 3)
 
@@ -119,6 +132,75 @@ def _block(
     return ungrouped(out.view(*queries.shape[:-1], -1), tokens, v.dtype), state
 
 
+def _block_by_key(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, erase: Tensor | None,
+    state: Tensor, *, scale: float, l2norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute a block whose gates or strengths of erasing are of single key channels."""
+    tokens, dtype = q.shape[2], state.dtype
+    k = unit(k.to(dtype)) if l2norm else k.to(dtype)
+    q = unit(q.to(dtype)) if l2norm else q
+    strength = (beta if beta.dim() == 4 else beta[..., None]).to(dtype)
+    gates = torch.zeros_like(k) if g is None else g.to(dtype) * LOG2_E
+    gates = gates if gates.dim() == 4 else gates[..., None].expand_as(k)
+    size = min(CHUNK, chunk_size(tokens))
+    size, strong = allowed_length(chunked(gates, size, dtype))
+    logs, keys = chunked(gates, size, dtype), chunked(k, size, dtype)
+    erasing = chunked(k * (strength if erase is None else erase.to(dtype)), size, dtype)
+    values = chunked(v.to(dtype) * strength, size, dtype)
+    queries = grouped(q, k.shape[1], size, scale, dtype)
+    rows = torch.cat([queries, erasing[..., None, :]], -2)
+    decayed_rows = rows * logs.cumsum(-2).exp2()[..., None, :]
+    if strong:
+        pairs = _pairs(rows, keys, logs)
+    else:
+        rest = (keys * logs.cumsum(-2).neg().exp2()).mT
+        pairs = (decayed_rows.flatten(-3, -2) @ rest).unflatten(-2, rows.shape[-3:-1])
+    seen = torch.ones_like(pairs[0, 0, 0, :, 0]).tril()
+    scores, same = pairs[..., :-1, :] * seen[:, None], pairs[..., -1, :].tril(-1)
+    one = torch.eye(size, dtype=dtype, device=q.device).expand_as(same)
+    inverse = torch.linalg.solve_triangular(same, one, upper=False, unitriangular=True)
+    last_keys = keys * behind(logs).exp2()
+    decay = logs.sum(-2).exp2()[..., None]
+    before, change, state = _changes(
+        decayed_rows[..., -1, :], last_keys, values, inverse, decay, state
+    )
+    queries = decayed_rows[..., :-1, :].flatten(-3, -2)
+    inner = (scores.flatten(-3, -2) @ change).flatten(0, 2)
+    out = torch.baddbmm(inner, queries.flatten(0, 2), before.flatten(0, 2))
+    return ungrouped(out.view(*scores.shape[:-1], -1), tokens, v.dtype), state
+
+
+def behind(g: Tensor) -> Tensor:
+    """Sum gates `(..., C, D)` from behind each token up to the last."""
+    return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+
+
+def _pairs(rows: Tensor, keys: Tensor, logs: Tensor) -> Tensor:
+    """Compute what each token's rows see of each key up to it, for gates of any strength.
+
+    Args:
+        rows: `(..., C, R, D)`. keys: `(..., C, D)`.
+        logs: of the gates, to base 2, as `keys`.
+
+    Returns:
+        `(..., C, R, C)`, 0 behind the token.
+    """
+    out, size = (rows * keys[..., None, :]).sum(-1)[..., None, :, None], 1
+    while size < keys.shape[-2]:
+        halves = (-1, 2, size)
+        late = rows.unflatten(-3, halves)[..., 1, :, :, :]
+        early = keys.unflatten(-2, halves)[..., 0, :, :]
+        early_logs, late_logs = logs.unflatten(-2, halves).unbind(-3)
+        late = late * late_logs.cumsum(-2).exp2()[..., None, :]
+        early = early * behind(early_logs).exp2()
+        met = (late.flatten(-3, -2) @ early.mT).unflatten(-2, late.shape[-3:-1])
+        first, second = out.unflatten(-4, (-1, 2)).unbind(-4)
+        out = torch.cat([F.pad(first, (0, size)), torch.cat([met, second], -1)], -3)
+        size *= 2
+    return out.squeeze(-4)
+
+
 def _changes(
     first_keys: Tensor, last_keys: Tensor, values: Tensor, inverse: Tensor, decay: Tensor | None,
     state: Tensor,
@@ -128,7 +210,7 @@ def _changes(
     Args:
         first_keys, last_keys, values: `(B, H, N, C, D)`.
         inverse: `(1 + A)^-1 beta`, `(B, H, N, C, C)`.
-        decay: `(B, H, N, 1, 1)`; None for 1.
+        decay: `(B, H, N, 1, 1)` or, by key channel, `(B, H, N, Dk, 1)`; None for 1.
         state: `(B, H, Dk, Dv)`.
 
     Returns:

@@ -149,7 +149,7 @@ def _block(
     if g is not None or gv is not None:
         gates = gv if g is None else g if g.dim() == 4 else g[..., None]
         gates = gates.to(dtype) * LOG2_E  # type: ignore[union-attr]
-        size, strong = _length(chunked(gates, size, dtype))
+        size, strong = allowed_length(chunked(gates, size, dtype))
         logs = chunked(gates, size, dtype)
     queries = grouped(q, k.shape[1], size, scale, dtype)
     keys, values = chunked(k, size, dtype), chunked(v, size, dtype)
@@ -205,7 +205,7 @@ def _halved(
     return out + (read if of_keys else read * after[..., None, :]), state
 
 
-def _length(logs: Tensor) -> tuple[int, bool]:
+def allowed_length(logs: Tensor) -> tuple[int, bool]:
     """Tell how many tokens a chunk may have, of at most C in `(..., C, D)`, for the gates to stay
     in range; and whether they are so strong that none may (a compiler must think so)."""
     longest = size = logs.shape[-2]
