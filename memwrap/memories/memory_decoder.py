@@ -109,6 +109,4 @@ class MemoryDecoderMemory(LogitsMemory):
     def mix(self, logits: Tensor, key: Tensor, state: Tree) -> Tensor:
         with torch.autocast(key.device.type, enabled=False):
             other = self.decoder.head(key)
-        return interpolate_logits(
-            logits, other, self.config.interpolation, self.config.temperature
-        )
+        return interpolate_logits(logits, other, self.config.interpolation, self.config.temperature)

@@ -134,7 +134,7 @@ def train_decoder(
     decoder, heat = memory.decoder, settings.temperature or temperature
     weights = [p for p in decoder.parameters() if p.dim() > 1]
     others = [p for p in decoder.parameters() if p.dim() < 2]
-    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
     )
@@ -171,7 +171,7 @@ class _Rows:
 
     def batch(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Draw rows: ids, the tokens behind them, costs and following tokens of neighbours."""
-        drawn = []
+        drawn: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         while len(drawn) < self.settings.batch_size:
             if not self.waiting:
                 self.waiting = self._cut()
