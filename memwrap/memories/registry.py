@@ -102,7 +102,7 @@ def _resolve(name: str) -> tuple[type[MemoryConfig], type[Memory]]:
         names = available()
         near = difflib.get_close_matches(str(name), names, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "Is the package that brings it installed?"
-        raise ValueError(f"Unknown memory {name!r}; available: {', '.join(names)}. {hint}")
+        raise ValueError(f"Unknown memory {name!r}; memwrap.available() names {len(names)}. {hint}")
     _RESOLVED.add(name)
     return _MEMORIES[name]
 
