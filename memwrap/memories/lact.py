@@ -87,7 +87,7 @@ class LaCTConfig(MemoryConfig):
     @classmethod
     def tiny(cls) -> LaCTConfig:
         # Muon carries the rounding of a step's small directions up, to 1e-5 of a state.
-        return cls(segment_size=8, window_size=10, num_sinks=2, step="gradient")
+        return cls(segment_size=8, window_size=16, num_sinks=2, step="gradient")
 
 
 class LayerLaCT(nn.Module):
