@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import memwrap
@@ -17,6 +18,30 @@ from memwrap.assets import asset
 from memwrap.testing.helpers import assert_close, assert_same_states, ids, padded
 
 MEMORIES = tuple(memwrap.available())
+
+
+def with_masks(base: Any, text: Tensor, mask_of: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Logits of a base where every layer's attention has a mask of its own: the naive statement.
+
+    Args:
+        mask_of: of a layer's number and its attention's input `(B, T, D)`: who sees whom, bool
+            `(B or 1, H or 1, T, T)`.
+    """
+    hooks, least = [], torch.finfo(torch.float32).min
+    for number, layer in enumerate(base.model.layers):
+
+        def put(module: Any, args: Any, kwargs: Any, number: int = number) -> Any:
+            seen = mask_of(number, kwargs.get("hidden_states", args[0] if args else None))
+            mask = torch.where(seen, 0.0, least).expand(len(text), -1, -1, -1)
+            return args, {**kwargs, "attention_mask": mask}
+
+        hooks.append(layer.self_attn.register_forward_pre_hook(put, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            return base(text).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def save_small_base(folder: Path) -> Path:

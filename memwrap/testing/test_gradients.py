@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
@@ -177,17 +178,32 @@ def test_loss_on_the_last_segment(memory: str, family: str) -> None:
     assert any(float(grads[n].abs().max()) > 0 for n in names)
 
 
-def test_a_model_in_float64_agrees_to_its_precision(memory: str) -> None:
-    """Truncation once more where noise cannot hide a mistake.
+class Float32Softmax(TorchDispatchMode):
+    """Whether a softmax was taken in float32 inside the block."""
 
-    Transformers' eager attention takes its softmax in float32 whatever the dtype: another order of
-    sums in its gradient is seen at 1.9e-8 (LoLCATs).
+    seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._softmax.default:
+            self.seen |= out.dtype == torch.float32
+        return out
+
+
+def test_a_model_in_float64_agrees_to_its_precision(memory: str) -> None:
+    """Truncation once more where noise cannot hide a mistake (norms still round to float32).
+
+    Transformers' eager attention takes its softmax in float32 whatever the dtype; where a memory
+    has it run, another order of sums in its gradient is seen at 1.9e-8.
     """
 
     def double(**settings: Any) -> Any:
         return wrapped(memory, base=build("gpt_neox").double(), **settings)
 
-    _, want = unrolled(double(), TEXT, 2)
+    with Float32Softmax() as softmax:
+        _, want = unrolled(double(), TEXT, 2)
     _, got = gradients_of(double(bptt_segments=2))
     assert all(g.dtype == torch.float64 for g in got.values())
-    assert_same_gradients(got, want, 1e-7)
+    assert_same_gradients(got, want, 1e-7 if softmax.seen else 1e-9)

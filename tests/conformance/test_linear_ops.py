@@ -11,6 +11,11 @@ from torch import Tensor
 from memwrap.ops import backend, delta, gla
 
 TOLERANCES = Tolerances(reference={"": 3e-6}, float32={"": 1e-5})
+NAMES = {
+    "gla": names_of("gla"), "delta_rule": names_of("delta_rule"), "kda": names_of("kda"),
+    "gdn2": names_of("gdn2"),
+}  # fmt: skip
+CASES = [(method, name) for method, names in NAMES.items() for name in names]
 
 
 def turned(x: Tensor) -> Tensor:
@@ -92,27 +97,6 @@ def check(case: Case, ops: str = "torch") -> None:
 
 @both_precisions
 @pytest.mark.parametrize("ops", ["naive", "torch"])
-@pytest.mark.parametrize("name", names_of("gla"))
-def test_gated_linear_attention(name: str, ops: str, dtype: torch.dtype) -> None:
-    check(read_case("gla", name, dtype), ops)
-
-
-@both_precisions
-@pytest.mark.parametrize("ops", ["naive", "torch"])
-@pytest.mark.parametrize("name", names_of("delta_rule"))
-def test_delta_rule(name: str, ops: str, dtype: torch.dtype) -> None:
-    check(read_case("delta_rule", name, dtype), ops)
-
-
-@both_precisions
-@pytest.mark.parametrize("ops", ["naive", "torch"])
-@pytest.mark.parametrize("name", names_of("kda"))
-def test_kimi_delta_attention(name: str, ops: str, dtype: torch.dtype) -> None:
-    check(read_case("kda", name, dtype), ops)
-
-
-@both_precisions
-@pytest.mark.parametrize("ops", ["naive", "torch"])
-@pytest.mark.parametrize("name", names_of("gdn2"))
-def test_gated_delta_net_2(name: str, ops: str, dtype: torch.dtype) -> None:
-    check(read_case("gdn2", name, dtype), ops)
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_recurrences(method: str, name: str, ops: str, dtype: torch.dtype) -> None:
+    check(read_case(method, name, dtype), ops)

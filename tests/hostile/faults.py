@@ -88,7 +88,7 @@ def try_writer(writer: Writer, folder: Path, disk: Disk, sample: int) -> list[An
         try:
             version = wanted.index(writer.load(folder))
             found[version] += 1
-            if version == 0:  # entries that are there already would be added once more
+            if version == 0 or writer.again:
                 writer.write(folder, 1)
             left = [p for p in folder.rglob(".*") if p.name != ".lock"]
             if writer.load(folder) != wanted[1] or left:

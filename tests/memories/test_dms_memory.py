@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import with_masks
 from torch import Tensor
 
 import memwrap
@@ -16,7 +17,6 @@ from memwrap.testing.families import build
 from memwrap.testing.helpers import assert_close, error_of, ids
 
 WINDOW, TOTAL = 6, 45
-NEG = torch.finfo(torch.float32).min
 
 
 def dropping(base: Any = None, seed: int = 3, **settings: Any) -> Any:
@@ -34,26 +34,15 @@ def by_mask(base: Any, model: Any, text: Tensor, window: int) -> Tensor:
     """Logits of the base where every head's mask is made of decisions: the naive statement, layer
     by layer, since a layer's decisions depend on the layers below."""
     place = torch.arange(text.shape[1])
-    distance = place[:, None] - place[None]
     maps = model.memories["dms"].maps
-    hooks = []
-    for number, layer in enumerate(base.model.layers):
 
-        def put(module: Any, args: Any, kwargs: Any, one: Any = maps[str(number)]) -> Any:
-            raw = one(kwargs.get("hidden_states", args[0] if args else None))
-            made = (ops.decision_logits(raw, 1.0) > 0).long()
-            until = ops.visible_until(made, window).expand(-1, 2, -1)
-            seen = (distance >= 0) & (place[:, None] < until[:, :, None])
-            mask = torch.where(seen, 0.0, NEG).repeat_interleave(2, 1)
-            return args, {**kwargs, "attention_mask": mask}
+    def seen(number: int, hidden: Tensor) -> Tensor:
+        made = (ops.decision_logits(maps[str(number)](hidden), 1.0) > 0).long()
+        until = ops.visible_until(made, window).expand(-1, 2, -1)
+        visible = (place[:, None] >= place) & (place[:, None] < until[:, :, None])
+        return visible.repeat_interleave(2, 1)
 
-        hooks.append(layer.self_attn.register_forward_pre_hook(put, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            return base(text).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return with_masks(base, text, seen)
 
 
 @pytest.mark.parametrize("decisions", ["kv_head", "layer"])

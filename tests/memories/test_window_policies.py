@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import with_masks
 from torch import Tensor
 
 import memwrap
@@ -20,25 +21,6 @@ from memwrap.testing.helpers import (
 )
 
 WINDOW, SEGMENT, TOTAL = 9, 7, 45
-NEG = torch.finfo(torch.float32).min
-
-
-def masked(base: Any, text: Tensor, visible: dict[int, Tensor]) -> Tensor:
-    """Logits of the base with a mask `(T, T)` of its own in every layer: the naive statement."""
-    hooks = []
-    for number, layer in enumerate(base.model.layers):
-        mask = torch.where(visible[number], 0.0, NEG)[None, None].expand(len(text), 1, -1, -1)
-
-        def put(module: Any, args: Any, kwargs: Any, mask: Tensor = mask) -> Any:
-            return args, {**kwargs, "attention_mask": mask}
-
-        hooks.append(layer.self_attn.register_forward_pre_hook(put, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            return base(text).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def causal(total: int = TOTAL) -> tuple[Tensor, Tensor]:
@@ -57,7 +39,7 @@ def policy(base: Any = None, **settings: Any) -> Any:
 def test_other_layers_see_everything(layers: Any, windowed: list[int]) -> None:
     base, text = build("llama", attention="eager"), ids(2, TOTAL)
     every, near = causal()
-    want = masked(base, text, {n: near if n in windowed else every for n in range(2)})
+    want = with_masks(base, text, lambda n, _: (near if n in windowed else every)[None, None])
     model = policy(base, layers=layers)
     with torch.no_grad():
         assert_close(model(text).logits, want, 1e-5)
@@ -74,7 +56,7 @@ def test_an_answer_sees_everything(layers: Any) -> None:
     every, near = causal()
     answers = near | (every & (torch.arange(TOTAL) >= first)[:, None])
     seen = {n: answers if layers is None or n == 0 else every for n in range(2)}
-    want = masked(base, text, seen)
+    want = with_masks(base, text, lambda n, _: seen[n][None, None])
     model = policy(base, layers=layers, decode="full")
     with torch.no_grad():
         plain = model(text).logits
@@ -191,6 +173,12 @@ def test_a_mark_is_saved_and_joined(tmp_path: Any) -> None:
     state.save(tmp_path / "state.safetensors")
     loaded = memwrap.MemoryState.load(tmp_path / "state.safetensors", model)
     assert loaded.answer_from.tolist() == [11]
+    for wrong in (torch.tensor([-1]), torch.tensor([11.0]), torch.tensor([11, 11])):
+        forged = state.clone()
+        forged.answer_from = wrong
+        forged.save(tmp_path / "forged.safetensors")
+        with pytest.raises(ValueError, match="answer"):
+            memwrap.MemoryState.load(tmp_path / "forged.safetensors", model)
     both = memwrap.MemoryState.cat([loaded, model.read(text)])
     assert both.answer_from[0] == 11 and both.answer_from[1] > 2**60
     with pytest.raises(ValueError, match=r"`answer_from` is \[1.5\]; it needs a whole number"):
