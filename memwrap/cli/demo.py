@@ -328,17 +328,24 @@ def conclusions(results: dict[str, Any]) -> list[str]:
     if "nats" not in results:
         third = "The run was cut short: nats per token were not compared."
         return [first, second + ".", third]
-    means = {name: values["mean"] for name, values in results["nats"]["memories"].items()}
-    best = min(means, key=lambda name: means[name])
-    gap = means["window + sinks"] - means[best]
-    third = (
-        "With states of the same size the plain window with sinks predicts the next word best: "
-        "take a memory to find what is far back, not to lower the loss."
-        if best == "window + sinks"
-        else f"With states of the same size {best} predicts the next word best, by {gap:.3f} nats "
-        "a token over the window with sinks."
+    return [first, second + ".", _of_nats(results["nats"]["memories"])]
+
+
+def _of_nats(memories: dict[str, Any]) -> str:
+    """Say which memory predicts best, with the bytes that it takes for it."""
+    best = min(memories, key=lambda name: memories[name]["mean"])
+    window = memories["window + sinks"]
+    if best == "window + sinks":
+        return (
+            f"With {ROWS} entries a layer the plain window with sinks predicts the next word best: "
+            "take a memory to find what is far back, not to lower the loss."
+        )
+    sizes = [f"{values['bytes'] / 1e6:.0f} MB" for values in (memories[best], window)]
+    return (
+        f"With {ROWS} entries a layer {best} ({sizes[0]}) predicts the next word of this one text "
+        f"best, by {window['mean'] - memories[best]['mean']:.3f} nats a token over the window with "
+        f"sinks ({sizes[1]})."
     )
-    return [first, second + ".", third]
 
 
 def publish(folder: Path, readme: Path) -> None:
@@ -363,11 +370,19 @@ def publish(folder: Path, readme: Path) -> None:
     rows += [[curve, *(counts.get((curve, n), "-") for n in lengths)] for curve in CURVES]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     text = "\n".join(f"- {sentence}" for sentence in conclusions(results))
-    picture = "![Facts found by depth and length](docs/figures/demo_facts.png)"
+    parts = [table, "![Facts found by depth and length](docs/figures/demo_facts.png)"]
+    if "nats" in results:
+        parts.append("![Nats per token by position](docs/figures/demo_nats.png)")
+    if "trained" in results:
+        curves = results["trained"]["curves"]
+        heads = ["a trained memory: facts known", *(f"{n} tokens" for n in curves["memory"])]
+        lines = [heads, ["---"] * len(heads)]
+        lines += [[n, *(f"{share:.2f}" for share in c.values())] for n, c in curves.items()]
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in lines))
     begin, end = MARKS
     before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
-    after = rest.partition(end)[2]
-    write_text(readme, f"{before}{begin}\n\n{table}\n\n{picture}\n\n{text}\n\n{end}{after}")
+    whole = "\n\n".join([f"{before}{begin}", *parts, text, f"{end}{rest.partition(end)[2]}"])
+    write_text(readme, whole)
 
 
 def _conclude(run: Run) -> None:

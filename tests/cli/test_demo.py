@@ -60,6 +60,11 @@ def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
     text = page.read_text()
     assert "BEFORE" not in text and text.startswith("# A\n") and text.endswith("-->\nZ\n")
     assert "| window + sinks | - | - |" in text and demo.conclusions(results)[2] in text
+    assert "demo_nats.png" in text
+    best = min(m["mean"] for m in results["nats"]["memories"].values())
+    assert ("take a memory" in demo.conclusions(results)[2]) == (
+        results["nats"]["memories"]["window + sinks"]["mean"] == best
+    )
     sizes = [m["bytes"] for m in results["nats"]["memories"].values()]
     assert max(sizes) < 2 * min(sizes)
 
@@ -150,8 +155,9 @@ def test_the_sentences_follow_from_the_numbers(best: str) -> None:
         "facts": [{"curve": curve, "length": n, "depth": [1.0] * count + [0.0] * (10 - count)}
                   for curve, counts in found.items()
                   for n, count in zip(demo.LENGTHS, counts, strict=True) if count is not None],
-        "nats": {"memories": {name: {"mean": 2.5 if name == best else 2.75}
-                              for name in ("window + sinks", "extended_mind")}},
+        "nats": {"memories": {name: {"mean": 2.5 if name == best else 2.75, "bytes": size}
+                              for name, size in (("window + sinks", 35_400_000),
+                                                 ("extended_mind", 52_600_000))}},
     }  # fmt: skip
     first, second, third = demo.conclusions(results)
     assert "the memory found 8, the base with all that its context holds 2, with" in first
@@ -159,6 +165,7 @@ def test_the_sentences_follow_from_the_numbers(best: str) -> None:
     assert "sinks 4 at 8,000, 3 at 16,000; from" in second and second.endswith("the memory lost 1.")
     assert ("far back" in third) == (best == "window + sinks")
     assert ("0.250 nats" in third) == (best != "window + sinks")
+    assert best == "window + sinks" or ("(53 MB)" in third and "(35 MB)" in third)
     del results["nats"]
     assert demo.conclusions(results)[:2] == [first, second]
     assert "cut short" in demo.conclusions(results)[2]
