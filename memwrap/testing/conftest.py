@@ -134,10 +134,7 @@ def _available() -> list[str]:
 def _kinds() -> tuple[set[str], set[str]]:
     """Memories of other packages, and few of the others that stand in every place."""
     foreign = set(installed().names)
-    places = {
-        name: {*places_of(memory_class(name))}
-        for name in sorted({*_available()} - foreign)
-    }
+    places = {name: {*places_of(memory_class(name))} for name in sorted({*_available()} - foreign)}
     few: set[str] = set()
     missing = set().union(*places.values())
     while missing:
