@@ -1,6 +1,6 @@
 """A trained memory far beyond the segments it was trained on, with and without its guards.
 
-    python benchmarks/state_guards.py MODEL [--segments 240] [--documents 4] [--split test]
+    python benchmarks/state_guards.py MODEL [--segments 240] [--documents 4] [--only READING]
 
 Documents of the standard library are read with the memory as it was saved, with decays and caps,
 and with the memory off. The table gives nats per token by segment, those with the memory off in the
@@ -30,9 +30,9 @@ from memwrap.evaluation.run import documents
 NAME = "state_guards"
 EDGES = [0, 8, 32, 64, 120, 240]
 SETTINGS: dict[str, dict[str, float]] = {
+    "memory off": {},
     "as trained": {},
     "state_decay 0.8": {"state_decay": 0.8},
-    "state_decay 0.9": {"state_decay": 0.9},
     "read_cap 0.05": {"read_cap": 0.05},
 }
 
@@ -74,24 +74,29 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=240)
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--split", default="test")
+    parser.add_argument("--only", nargs="*", default=[], help="add these readings to the entry")
     args = parser.parse_args()
     model = memwrap.load(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(asset(args.model) or args.model)
     tokens = args.segments * model.segment_size
     ids = torch.stack(documents("stdlib", args.split, tokenizer, tokens, args.documents))
     config = model.memory_configs[0]
+    label = args.label or Path(args.model).name
+    before_now = load(NAME).get(label, {}).get("readings", {}) if args.only else {}
     entry: dict[str, Any] = {
         "memory": config.name, "settings": config.to_dict(), "split": args.split,
-        "documents": len(ids), "segments": args.segments, "readings": {},
+        "documents": len(ids), "segments": args.segments, "readings": before_now,
     }  # fmt: skip
-    for name, settings in {"memory off": {}, **SETTINGS}.items():
+    for name in args.only or SETTINGS:
+        settings = SETTINGS[name]
         before = model.memory_settings(config.name, **settings)
         control = "off" if name == "memory off" else None
         entry["readings"][name] = reading(model, ids, control)
         model.memory_settings(config.name, **before)
         results = {k: v for k, v in load(NAME).items() if k not in ("benchmark", "machine")}
-        save(NAME, results | {args.label or Path(args.model).name: entry})
-        print(table(rows_of(entry)), flush=True)
+        save(NAME, results | {label: entry})
+        if "memory off" in entry["readings"]:
+            print(table(rows_of(entry)), flush=True)
 
 
 if __name__ == "__main__":
