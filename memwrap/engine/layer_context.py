@@ -14,6 +14,7 @@ from memwrap.backbones import LayerAttention, Positions
 from memwrap.backbones.layer_attention import AttentionStep, cached_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
+from memwrap.memories.parts.sums import decayed
 from memwrap.memories.protocol import AttentionMemory, LayerMemory
 from memwrap.ops import narrowed
 from memwrap.state.memory_state import BACKBONE
@@ -78,6 +79,7 @@ class LayerContext:
             return
         for name, memory, state in self._at(layer, self.layered):
             suffix = hidden[:, self.suffixes.get(name, slice(0))]
+            state = decayed(memory, layer, state)
             self.written[name][str(layer)] = memory.write_layer(layer, suffix, state)
 
     def attention_step(self, device: torch.device) -> AttentionStep:
@@ -97,6 +99,7 @@ class LayerContext:
             out, state = memory.attend(layer, attention, state)
             self.noted[name][str(layer)] = state
             if self.closing:
+                state = decayed(memory, layer, state)
                 self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
             return narrowed(out, attention.value.dtype)
         return attention.local()
@@ -106,6 +109,7 @@ class LayerContext:
         for name, memory, state in self._at(layer, self.attending):
             attention = cached_attention(module, self, keys, values)
             self._keep_hidden(memory, attention)
+            state = decayed(memory, layer, state)
             self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
 
     @property

@@ -42,7 +42,7 @@ NO_REFERRER = "ignore:It looks like `register_random`:hypothesis.errors.Hypothes
 MARKERS = (
     "full: the whole product of methods and families; off unless -m names it",
     "slow: long processes, of which others show less; off unless -m names it",
-    "pairs(reach, families): run on every pair of a memory and a family",
+    "pairs(reach, families, having): run on every pair of a memory and a family",
 )
 
 torch.set_num_threads(int(os.environ.get("MEMWRAP_TEST_THREADS", "1")))
@@ -88,6 +88,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if mark is None:
         metafunc.parametrize("memory", memories)
         return
+    if having := mark.kwargs["having"]:
+        memories = [name for name in memories if getattr(memory_class(name), having)]
     named = metafunc.config.getoption("family", None) or ()
     reach, asked = mark.kwargs["reach"], metafunc.config.getoption("memory", None)
     chosen = {

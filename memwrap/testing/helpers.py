@@ -27,7 +27,9 @@ PEFT_EXPERTS = pytest.mark.filterwarnings(
 
 
 def pairs(
-    reach: Literal["llama", "places", "branches"] = "llama", families: Sequence[str] = FAMILIES
+    reach: Literal["llama", "places", "branches"] = "llama",
+    families: Sequence[str] = FAMILIES,
+    having: str = "",
 ) -> pytest.MarkDecorator:
     """Run a test on every pair of a memory and a family; `conftest.py` reads the mark.
 
@@ -35,8 +37,9 @@ def pairs(
         reach: which pairs are not left to `full`: all memories on llama; one of each place on the
             other families too; besides those, all memories for which a family makes a difference.
         families: the families, some of `FAMILIES`.
+        having: an attribute of the memories' class that is not empty ("sums"); "" for all of them.
     """
-    return pytest.mark.pairs(reach=reach, families=tuple(families))
+    return pytest.mark.pairs(reach=reach, families=tuple(families), having=having)
 
 
 def tiny(memory: str, **settings: Any) -> memwrap.MemoryConfig:

@@ -35,7 +35,7 @@ from memwrap.training.collating import DocumentCollator
 from memwrap.training.distillation import teacher_of
 from memwrap.training.reducing import average_gradients
 from memwrap.training.resuming import check_loss, last_checkpoint
-from memwrap.training.watch import LossWatch
+from memwrap.training.watch import LossWatch, NormWatch, any_sums
 from memwrap.training.window_dropout import check_window_dropout, windows_dropped
 
 logger = logging.get_logger(__name__)
@@ -92,7 +92,7 @@ class MemoryTrainer(Trainer):
                 "wrap it first: memwrap.wrap(model, ...)."
             )
         check_window_dropout(self.memory_model, args)
-        self.watch = LossWatch()
+        self.watch, self.norms = LossWatch(), NormWatch()
         if args.label_names is None:
             # transformers takes every argument with "label" in its name, and then evaluates
             # only batches that have them all.
@@ -151,14 +151,25 @@ class MemoryTrainer(Trainer):
             if checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
             resume_from_checkpoint = str(checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.memory_model.config.trained_norms = self.norms.largest or None
+        return result
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as `Trainer`; beside a loss how large the states have become (`NormWatch`)."""
+        super().log({**logs, **(self.norms.logged() if "loss" in logs else {})}, *args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         """Compute the loss as `Trainer` does, in training with `window_dropout`; memories know how
         far the run has come."""
-        done = self.state.global_step / max(1, self.state.max_steps)
-        with windows_dropped(self.memory_model, self.args, done), training_at(done):
-            return super().compute_loss(*args, **kwargs)
+        done, memories = self.state.global_step / max(1, self.state.max_steps), self.memory_model
+        with windows_dropped(memories, self.args, done), training_at(done):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and getattr(outputs, "cache", None) is not None:
+            self.norms.add(memories, outputs.cache)
+        return (loss, outputs) if return_outputs else loss
 
     # What a step trains on
 
@@ -257,6 +268,9 @@ class MemoryTrainer(Trainer):
         inputs = self._taught(self.prepare_batch(inputs))
         window = self._stream_window()
         if window is None or not has_labels(inputs):
+            # DataParallel (several GPUs) would gather tensors alone.
+            if has_labels(inputs) and self.args.n_gpu <= 1 and any_sums(self.memory_model):
+                inputs = {**inputs, "use_cache": True}
             loss = super().training_step(model, inputs, num_items_in_batch)
             self._watched(loss)
             return loss
