@@ -160,13 +160,14 @@ class MemoryTrainer(Trainer):
         super().log({**logs, **(self.norms.logged() if "loss" in logs else {})}, *args, **kwargs)
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
         """Compute the loss as `Trainer` does, in training with `window_dropout`; memories know how
         far the run has come."""
         done, memories = self.state.global_step / max(1, self.state.max_steps), self.memory_model
         with windows_dropped(memories, self.args, done), training_at(done):
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and getattr(outputs, "cache", None) is not None:
             self.norms.add(memories, outputs.cache)
         return (loss, outputs) if return_outputs else loss
