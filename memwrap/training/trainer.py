@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from memwrap.engine.answering import first_labels
+from memwrap.engine.mixer_matching import mixers_matched
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.training_progress import training_at
 from memwrap.model.memory_model import MemoryModelForCausalLM
@@ -33,6 +34,7 @@ from memwrap.training.batches import (
 )
 from memwrap.training.collating import DocumentCollator
 from memwrap.training.distillation import teacher_of
+from memwrap.training.mixer_stage import check_mixer_matching
 from memwrap.training.reducing import average_gradients
 from memwrap.training.resuming import check_loss, last_checkpoint
 from memwrap.training.watch import LossWatch
@@ -92,6 +94,7 @@ class MemoryTrainer(Trainer):
                 "wrap it first: memwrap.wrap(model, ...)."
             )
         check_window_dropout(self.memory_model, args)
+        check_mixer_matching(self.memory_model, args)
         self.watch = LossWatch()
         if args.label_names is None:
             # transformers takes every argument with "label" in its name, and then evaluates
@@ -157,7 +160,11 @@ class MemoryTrainer(Trainer):
         """Compute the loss as `Trainer` does, in training with `window_dropout`; memories know how
         far the run has come."""
         done = self.state.global_step / max(1, self.state.max_steps)
-        with windows_dropped(self.memory_model, self.args, done), training_at(done):
+        matching = self.args.mixer_matching and self._trained.training
+        with (
+            windows_dropped(self.memory_model, self.args, done), training_at(done),
+            mixers_matched(matching),
+        ):  # fmt: skip
             return super().compute_loss(*args, **kwargs)
 
     # What a step trains on
