@@ -16,6 +16,7 @@ from memwrap.backbones.layer_attention import AttentionStep, cached_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.engine.mixer_matching import keeps_softmax, matching_mixers, unexplained
+from memwrap.memories.parts.sums import decayed
 from memwrap.memories.protocol import AttentionMemory, LayerMemory
 from memwrap.memories.sizes import attending_layers
 from memwrap.ops import narrowed
@@ -81,6 +82,7 @@ class LayerContext:
             return
         for name, memory, state in self._at(layer, self.layered):
             suffix = hidden[:, self.suffixes.get(name, slice(0))]
+            state = decayed(memory, layer, state)
             self.written[name][str(layer)] = memory.write_layer(layer, suffix, state)
 
     def attention_step(self, device: torch.device) -> AttentionStep:
@@ -123,6 +125,7 @@ class LayerContext:
             out, state = memory.attend(layer, attention, state)
             self.noted[name][str(layer)] = state
             if self.closing:
+                state = decayed(memory, layer, state)
                 self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
             return narrowed(out, attention.value.dtype)
         return attention.local()
@@ -132,6 +135,7 @@ class LayerContext:
         for name, memory, state in self._at(layer, self.attending):
             attention = cached_attention(module, self, keys, values)
             self._keep_hidden(memory, attention)
+            state = decayed(memory, layer, state)
             self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
 
     @property

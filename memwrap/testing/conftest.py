@@ -41,7 +41,7 @@ ONLY_ATTENTION = {
 NO_REFERRER = "ignore:It looks like `register_random`:hypothesis.errors.HypothesisWarning"
 MARKERS = (
     "full: the whole product of methods and families; off unless -m names it",
-    "pairs(everywhere, families): run on every pair of a memory and a family",
+    "pairs(everywhere, families, having): run on every pair of a memory and a family",
 )
 
 torch.set_num_threads(int(os.environ.get("MEMWRAP_TEST_THREADS", "1")))
@@ -87,6 +87,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if mark is None:
         metafunc.parametrize("memory", memories)
         return
+    if having := mark.kwargs["having"]:
+        memories = [name for name in memories if getattr(memory_class(name), having)]
     named = metafunc.config.getoption("family", None) or ()
     everywhere, asked = mark.kwargs["everywhere"], metafunc.config.getoption("memory", None)
     chosen = {

@@ -24,15 +24,18 @@ PEFT_EXPERTS = pytest.mark.filterwarnings(
 )
 
 
-def pairs(everywhere: bool = False, families: Sequence[str] = FAMILIES) -> pytest.MarkDecorator:
+def pairs(
+    everywhere: bool = False, families: Sequence[str] = FAMILIES, having: str = ""
+) -> pytest.MarkDecorator:
     """Run a test on every pair of a memory and a family; `conftest.py` reads the mark.
 
     Args:
         everywhere: on families that make a difference, too; otherwise on llama, the others being
             `full`.
         families: the families, some of `FAMILIES`.
+        having: an attribute of the memories' class that is not empty ("sums"); "" for all of them.
     """
-    return pytest.mark.pairs(everywhere=everywhere, families=tuple(families))
+    return pytest.mark.pairs(everywhere=everywhere, families=tuple(families), having=having)
 
 
 def tiny(memory: str, **settings: Any) -> memwrap.MemoryConfig:

@@ -350,6 +350,7 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
     data = build_data(recipe, tokenizer, model.config.vocab_size)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     log = LossLog(output / LOG, keep_until=done)
+    figures = FigureLog(output / FIGURES, keep_until=done)
     limit = TimeLimit(section.max_minutes if section.max_minutes is not None else math.inf)
     trainer = MemoryTrainer(
         model,
@@ -358,8 +359,9 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        callbacks=[log, FigureLog(output / FIGURES, keep_until=done), limit],
+        callbacks=[log, figures, limit],
     )
+    figures.norms = trainer.norms
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Bar)
     if trainer.is_world_process_zero():  # nothing was wrong so far: the folder is in use now

@@ -21,6 +21,7 @@ from memwrap.cli import doctor
 from memwrap.cli.catalogue import own_memories
 from memwrap.memories.protocol import places_of
 from memwrap.memories.registry import memory_class
+from memwrap.model.configuration import MemoryModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHERS = {"memwrap", "python", "bitsandbytes"}  # constraints.txt has none of them
@@ -331,6 +332,17 @@ def test_doctor(base: Path) -> None:
     assert torch.__version__ in output and "ops" in output
     for name in memwrap.available():
         assert any(line.split() == [name, "works"] for line in output.splitlines())
+
+
+@pytest.mark.parametrize("settings", [{}, {"state_decay": 0.8}, {"read_cap": 1.0}])
+def test_doctor_tells_of_sums_without_a_bound(settings: dict) -> None:
+    memories = [memwrap.ARMTConfig(**settings).to_dict(), memwrap.RMTConfig().to_dict()]
+    config = MemoryModelConfig(memories=memories)
+    assert doctor.growth_note(config) == ""  # nothing is known of a training
+    config.trained_norms = {"armt": {"0": 2.0, "3": 31.25}}
+    words = "nothing bounds what 'armt' sums (at most 31.25, in layer 3, in training)"
+    told = doctor.growth_note(config)
+    assert (words in told) is (told != "") is not bool(settings)
 
 
 def test_doctor_compares_with_the_tested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
