@@ -156,6 +156,7 @@ class MemoryTrainer(Trainer):
                 raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
             resume_from_checkpoint = str(checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.norms.logged()  # the steps since the last log are the end of the training
         self.memory_model.config.trained_norms = self.norms.largest or None
         return result
 
