@@ -157,7 +157,7 @@ def test_training_beside_reading_and_training(memory: str, family: str, recomput
     def train() -> None:
         assert_same_gradients(gradients_of(model, other_text), other_wanted, EXACT)
 
-    for other, every in ((reading.check, 9), (train, 17)):
+    for other, every in ((reading.check, 9), (train, 13)):
         with meanwhile(model, other, every) as times:
             assert_same_gradients(gradients_of(model, text), wanted, EXACT)
         assert times[0] > 3
