@@ -181,7 +181,7 @@ class AHNMemory(AttentionMemory):
     entered. Nothing depends on where segments end.
     """
 
-    claims = Claims(neutral_start=True)
+    claims = Claims(neutral_start=True, linearizes=True)
     sums = ("S",)
     counts_positions = True
 

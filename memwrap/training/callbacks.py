@@ -124,7 +124,14 @@ class FigureLog(TrainerCallback):
 
 
 class Bar(ProgressCallback):
-    """The progress bar with the loss beside it, instead of a printed dict a log."""
+    """The progress bar with the loss beside it, instead of a printed dict a log; where time ends a
+    run, its steps are all there were."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None and self.training_bar.n < self.training_bar.total:
+            self.training_bar.total = self.training_bar.n
+            self.training_bar.refresh()
+        super().on_train_end(args, state, control, **kwargs)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any

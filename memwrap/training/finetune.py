@@ -319,6 +319,7 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArgumen
         distillation_weight=section.distillation_weight,
         distillation_temperature=section.distillation_temperature,
         label_weight=section.label_weight,
+        mixer_matching=section.mixer_matching,
         window_dropout=section.window_dropout,
         window_dropout_end=section.window_dropout_end,
         streaming=section.streaming,

@@ -390,7 +390,7 @@ def test_only_the_first_of_several_processes_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others may be done before the first has written what it reports."""
-    monkeypatch.setattr("memwrap.training.finetune.run_recipe", lambda recipe: tmp_path)
+    monkeypatch.setattr("memwrap.training.stages.run", lambda recipe: tmp_path)
     monkeypatch.setenv("RANK", "1")
     assert run("train", "armt_lora_tiny").output == ""
     (tmp_path / "run.json").write_text('{"seconds": 1.0}')
