@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from common import save
-from pages import load, table
+from pages import load, put, table
 from transformers import AutoTokenizer
 
 import memwrap
@@ -67,10 +67,24 @@ def rows_of(entry: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def page(results: dict[str, Any]) -> str:
+    """What `docs/howto/finetune.md` says of all models."""
+    parts = [
+        "Nats per token by segment, on held-out documents of the standard library, four of "
+        f"{EDGES[-1]} segments each (`python benchmarks/state_guards.py MODEL`); differences to "
+        "the memory off by documents, with their standard error (positive: worse). Growth: of the "
+        "layer whose sums grew most, from segment 8 to the end."
+    ]
+    for name, entry in results.items():
+        parts += [f"**{entry.get('about', name)}**", table(rows_of(entry))]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--label", default=None, help="of the entry; default: the model's name")
+    parser.add_argument("--about", default=None, help="what the page calls it")
     parser.add_argument("--segments", type=int, default=240)
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--split", default="test")
@@ -86,6 +100,7 @@ def main() -> None:
     entry: dict[str, Any] = {
         "memory": config.name, "settings": config.to_dict(), "split": args.split,
         "documents": len(ids), "segments": args.segments, "readings": before_now,
+        "about": args.about or label,
     }  # fmt: skip
     for name in args.only or SETTINGS:
         settings = SETTINGS[name]
@@ -94,9 +109,11 @@ def main() -> None:
         entry["readings"][name] = reading(model, ids, control)
         model.memory_settings(config.name, **before)
         results = {k: v for k, v in load(NAME).items() if k not in ("benchmark", "machine")}
-        save(NAME, results | {label: entry})
+        results[label] = entry
+        save(NAME, results)
         if "memory off" in entry["readings"]:
             print(table(rows_of(entry)), flush=True)
+    put("howto/finetune.md", NAME, page(results))
 
 
 if __name__ == "__main__":

@@ -164,8 +164,9 @@ class MemoryTrainer(Trainer):
         super().log({**logs, **(self.norms.logged() if "loss" in logs else {})}, *args, **kwargs)
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
         """Compute the loss as `Trainer` does, in training with `window_dropout`; memories know how
         far the run has come."""
         done, memories = self.state.global_step / max(1, self.state.max_steps), self.memory_model
@@ -173,7 +174,7 @@ class MemoryTrainer(Trainer):
         with (
             windows_dropped(memories, self.args, done), training_at(done), mixers_matched(matching),
         ):  # fmt: skip
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         cache = getattr(outputs, "cache", None)
         if model.training and cache is not None and not matching:  # nothing is read there
             self.norms.add(memories, cache)

@@ -260,7 +260,11 @@ def test_the_light_commands_import_no_torch() -> None:
 
 @pytest.mark.parametrize(
     "first",
-    ["", "from memwrap.training.trainer import MemoryTrainer", "from memwrap import ARMTConfig"],
+    [
+        "",
+        pytest.param("from memwrap.training.trainer import MemoryTrainer", marks=pytest.mark.slow),
+        pytest.param("from memwrap import ARMTConfig", marks=pytest.mark.slow),
+    ],
 )
 def test_auto_classes_know_saved_models_after_a_plain_import(first: str) -> None:
     code = (

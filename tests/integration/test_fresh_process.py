@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from remote_code import own_base
 from transformers import (
@@ -49,11 +50,14 @@ def infinite() -> torch.nn.Module:
     return small_model(BambaConfig(attn_layer_indices=[1, 3]))
 
 
+@pytest.mark.parametrize(
+    "families", [("llama", "gpt2"), pytest.param(tuple(CONFIGS), marks=pytest.mark.slow)], ids=len
+)
 @torch.no_grad()
-def test_every_family_and_remote_code(tmp_path: Path) -> None:
+def test_every_family_and_remote_code(families: tuple[str, ...], tmp_path: Path) -> None:
     own = own_base(tmp_path / "base")
     ids = torch.arange(3, 23)[None]
-    bases = {f"plain-{family}": build(family) for family in CONFIGS}
+    bases = {f"plain-{family}": build(family) for family in families}
     bases |= {"plain-infinite": infinite(), "plain-seeing": small_model(Gemma3Config())}
     for name in ("own-alone", "own-whole"):
         bases[name] = AutoModelForCausalLM.from_pretrained(own, trust_remote_code=True)

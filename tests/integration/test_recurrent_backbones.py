@@ -37,6 +37,8 @@ _SHORT = ["conv", "conv", "full_attention", "conv"]
 
 # Delta rules (gated, by channel), state spaces, short convolutions; layers that do both, and
 # layers that do neither.
+# transformers' own layers loop over tokens there, half a minute long.
+SLOW = {"kimi_linear": pytest.param("kimi_linear", marks=pytest.mark.slow)}
 ALL: dict[str, dict[str, Any]] = {
     "qwen3_next": _DELTA | _EXPERTS | {"layer_types": _THIRD},
     "qwen3_5_text": _DELTA | {"layer_types": _THIRD},
@@ -92,7 +94,7 @@ def wide(base: Any) -> memwrap.MemoryModelForCausalLM:
 
 
 @carried
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", [SLOW.get(kind, kind) for kind in ALL])
 @torch.no_grad()
 def test_segments_give_what_the_base_gives_at_once(kind: str) -> None:
     base, ids = small(kind), text()
