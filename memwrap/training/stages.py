@@ -98,6 +98,7 @@ def _run_stage(stage: Recipe, resume: bool) -> dict[str, Any]:
     """Run a stage, from its last checkpoint where it was stopped behind one."""
     stopped = resume and last_checkpoint(Path(stage.output) / CHECKPOINTS) is not None
     stage.resume, stage.overwrite = stopped, resume
+    stage.source = str(Path(stage.output) / RECIPE)  # what runs it again
     folder = run_recipe(stage)
     return read_json(folder / RUN) if is_first() else {}
 

@@ -61,6 +61,9 @@ def test_stages_follow_each_other_and_go_on(
     about = json.loads((output / "run.json").read_text())
     assert about["stages"]["mixers"] == first, "a stage that had ended ran again"
     assert [about["stages"][n]["steps"] for n in ("mixers", "logits", "text")] == [2, 2, 2]
+    command = about["command"].split()
+    assert command[:3] == ["memwrap", "linearize", str(base)] and "layers=auto" in command
+    run(*command[1:], "--dry-run")
     # The choice stands in the saved config, its figures beside it.
     assert json.loads((output / "layer_choice.json").read_text()) == sweep
     kept, converted = sweep["kept"], sweep["converted"]
