@@ -1,6 +1,6 @@
 """A conversion in stages on SmolLM2-135M: is it better than its window alone?
 
-    python benchmarks/staged_conversion.py [--memory ahn] [--steps 25 16 8] [--seed 0]
+    python benchmarks/staged_conversion.py [--memory ahn] [--steps 40 24 12] [--seed 0]
     python benchmarks/staged_conversion.py --memory window    # the control, the last two stages
 
 The stages are those of `memwrap linearize`: mixers, logits, long text, with so many steps of 1,024,
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--memory", default="ahn")
     parser.add_argument("--settings", nargs="*", default=[])
     parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--steps", type=int, nargs=3, default=[25, 16, 8])
+    parser.add_argument("--steps", type=int, nargs=3, default=[40, 24, 12])
     parser.add_argument("--documents", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=1025)
     parser.add_argument("--seed", type=int, default=0)

@@ -102,7 +102,9 @@ def linearize_recipe(
         },
     }  # fmt: skip
     recipe = resolve(values, Path("the command line"), overrides)
-    recipe.options = ["--model", model, "--data", data, "--memory", memory, "-o", str(output)]
+    recipe.verb = "linearize"
+    recipe.options = [model, "--memory", memory, "--stages", ",".join(stages), "--data", data]
+    recipe.options += ["--out", str(output), *(["layers=auto"] if automatic else [])]
     return recipe
 
 

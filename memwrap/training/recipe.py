@@ -80,7 +80,7 @@ class Recipe(Section):
     def __post_init__(self) -> None:
         self.runs: list[Recipe] = []
         self.source = ""
-        self.options: list[str] = []
+        self.verb, self.options = "train", list[str]()
         self.overrides: list[str] = []
         self.output = expanded(self.output)
         self.init_from = self.init_from and expanded(self.init_from)
@@ -151,7 +151,7 @@ class Recipe(Section):
         """The command that runs this recipe again, without passwords and tokens: it is written
         down."""
         source = [self.source] if self.source else self.options
-        return ["memwrap", "train", *source, *map(without_secrets, self.overrides)]
+        return ["memwrap", self.verb, *source, *map(without_secrets, self.overrides)]
 
 
 _OF_A_STAGE = {"memory", "lora", "train_backbone", "data", "trainer"}

@@ -52,25 +52,11 @@ def run(recipe: Recipe) -> Path:
         preflight(recipe)
         shutil.rmtree(output / STAGES, ignore_errors=True)
     begun = time.monotonic()
-    facts: dict[str, Any] = {}
-    layers: list[int] | None = None
-    chosen_from = recipe.init_from
-    waiting = recipe.layer_choice is not None
-    for index, (name, stage) in enumerate(zip(recipe.stages or {}, recipe.runs, strict=True)):
-        if waiting and not stage.trainer.mixer_matching:
-            chosen_from = str(output / STAGES / CHOICE)
-            layers = choose_layers(recipe, stage, chosen_from)
-            waiting = False
-            stage = replaced(stage, layers, chosen_from)
-        elif layers is not None:
-            stage = replaced(stage, layers, recipe.runs[index - 1].output)
-        print(f"stage {index + 1} of {len(recipe.runs)}: {name}", flush=True)
-        facts[name] = _ended(stage, recipe.resume) or _run_stage(stage, recipe.resume)
+    facts, layers, last = _run_all(recipe)
     if is_first():
-        _hand_over(Path(recipe.runs[-1].output), output)
-        last = facts[name]
+        _hand_over(last, Path(recipe.runs[-1].output), output)
         about = describe_run(recipe) | {"stages": facts, "layers": layers}
-        about |= {k: last.get(k) for k in ("loss", "eval_loss")}
+        about |= {k: [*facts.values()][-1].get(k) for k in ("loss", "eval_loss")}
         about["seconds"] = round(time.monotonic() - begun, 1)
         write_text(output / RECIPE, recipe.to_yaml())
         write_text(output / RUN, json.dumps(about, indent=2) + "\n")
@@ -79,10 +65,32 @@ def run(recipe: Recipe) -> Path:
     return output
 
 
-def replaced(stage: Recipe, layers: list[int], init_from: str | None) -> Recipe:
-    """Return a stage's recipe for a model of which `layers` are converted."""
-    memory = {**(stage.memory or {}), "layers": layers}
-    return replace(stage, memory=memory, init_from=init_from)
+def _run_all(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], list[int] | None, Path]:
+    """Run the stages, and choose layers where the recipe says so: behind the stages that match
+    mixers.
+
+    Returns:
+        What each stage wrote of itself, the layers that are converted where they were chosen, and
+        the folder of the last model.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    layers: list[int] | None = None
+    before, choice = recipe.init_from, str(Path(recipe.output) / STAGES / CHOICE)
+    for name, planned in zip(recipe.stages or {}, recipe.runs, strict=True):
+        stage = planned
+        if recipe.layer_choice is not None and layers is None and not stage.trainer.mixer_matching:
+            layers, before = choose_layers(recipe, stage, choice), choice
+        if layers is not None:
+            stage = replace(
+                stage, memory={**(stage.memory or {}), "layers": layers}, init_from=before
+            )
+        print(f"stage {len(facts) + 1} of {len(recipe.runs)}: {name}", flush=True)
+        facts[name] = _ended(stage, recipe.resume) or _run_stage(stage, recipe.resume)
+        before = stage.output
+    if recipe.layer_choice is not None and layers is None:
+        last = replace(recipe.runs[-1], init_from=before)
+        layers, before = choose_layers(recipe, last, choice), choice
+    return facts, layers, Path(before or "")
 
 
 def _ended(stage: Recipe, resume: bool) -> dict[str, Any] | None:
@@ -98,15 +106,16 @@ def _run_stage(stage: Recipe, resume: bool) -> dict[str, Any]:
     """Run a stage, from its last checkpoint where it was stopped behind one."""
     stopped = resume and last_checkpoint(Path(stage.output) / CHECKPOINTS) is not None
     stage.resume, stage.overwrite = stopped, resume
+    stage.source = str(Path(stage.output) / RECIPE)  # what runs it again
     folder = run_recipe(stage)
     return read_json(folder / RUN) if is_first() else {}
 
 
-def _hand_over(last: Path, output: Path) -> None:
-    """Save the last stage's model as the output's."""
-    memwrap.load(last).save_pretrained(output)
+def _hand_over(model: Path, stage: Path, output: Path) -> None:
+    """Save a model and the last stage's tokenizer as the output's."""
+    memwrap.load(model).save_pretrained(output)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(last)
+        tokenizer = AutoTokenizer.from_pretrained(stage)
     except (OSError, ValueError):  # recall has none
         return
     tokenizer.save_pretrained(output)

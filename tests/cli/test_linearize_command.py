@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from commands import run
 
@@ -61,6 +62,9 @@ def test_stages_follow_each_other_and_go_on(
     about = json.loads((output / "run.json").read_text())
     assert about["stages"]["mixers"] == first, "a stage that had ended ran again"
     assert [about["stages"][n]["steps"] for n in ("mixers", "logits", "text")] == [2, 2, 2]
+    command = about["command"].split()
+    assert command[:3] == ["memwrap", "linearize", str(base)] and "layers=auto" in command
+    run(*command[1:], "--dry-run")
     # The choice stands in the saved config, its figures beside it.
     assert json.loads((output / "layer_choice.json").read_text()) == sweep
     kept, converted = sweep["kept"], sweep["converted"]
@@ -88,6 +92,29 @@ def test_one_stage_that_time_ends(base: Path, texts: Path, tmp_path: Path, memor
     log = (tmp_path / "x" / "stages" / "mixers" / "train_log.jsonl").read_text().splitlines()
     assert 0 < json.loads(log[0])["loss"] < 10
     assert memwrap.load(tmp_path / "x").memory_configs[0].layers is None  # type: ignore[attr-defined]
+
+
+def test_layers_are_chosen_behind_mixers_alone(base: Path, texts: Path, tmp_path: Path) -> None:
+    """What stage 1 taught the layers that stay converted is kept; the others are the base's."""
+    words = ["linearize", base, "--memory", "lolcats", "--data", texts, "-o", tmp_path / "x"]
+    words += [word for word in SMALL if not word.startswith("stages.")]
+    words += ["--stages", "mixers", "stages.mixers.trainer.steps=2", "segment_size=64"]
+    run(*words, "layers=auto", "keep=1", "layer_choice.rows=1", "layer_choice.tokens=64")
+    sweep = json.loads((tmp_path / "x" / "layer_choice.json").read_text())
+    model: Any = memwrap.load(tmp_path / "x")
+    whole: Any = memwrap.load(tmp_path / "x" / "stages" / "mixers")
+    (kept,), (other,) = sweep["kept"], sweep["converted"]
+    assert model.memory_configs[0].layers == [other]
+    for (name, got), (_, want) in zip(
+        model.parts.layers.named_parameters(), whole.parts.layers.named_parameters(), strict=True
+    ):
+        if "lora_B" in name:
+            same = torch.equal(got, want)
+            assert same == name.startswith(f"{other}.") and bool(want.any())
+            assert bool(got.any()) == same
+    maps = model.memories["lolcats"].maps[str(other)], whole.memories["lolcats"].maps[str(other)]
+    assert torch.equal(maps[0].query, maps[1].query)
+    assert kept != other
 
 
 def test_a_dry_run_prints_the_recipe(base: Path, tmp_path: Path) -> None:
