@@ -16,7 +16,7 @@ from memwrap.cli.chat_commands import chat, read
 from memwrap.cli.linearize_command import linearize
 from memwrap.cli.model_commands import compare, evaluate, export_model, run_harness
 from memwrap.cli.serve_command import serve
-from memwrap.cli.shared import MemoryName, plain_errors, quiet
+from memwrap.cli.shared import MemoryName, hush, plain_errors, quiet
 from memwrap.cli.store_commands import bench_commands, store_commands
 from memwrap.io.version import VERSION
 
@@ -44,6 +44,7 @@ def options(
     ] = False,
 ) -> None:
     """Attach memory to language models that already exist."""
+    hush()
 
 
 @app.command("list")

@@ -136,7 +136,9 @@ class PerplexityResult:
         head = ["segments", *spans, "all", "minus memory"]
         rows = [head, ["---"] * len(head)]
         for name, curve in self.curves.items():
-            gain = "" if name == MEMORY else f"{curve.gain:+.4f} ± {curve.gain_error:.4f}"
+            gain = "" if name == MEMORY else f"{curve.gain:+.4f}"
+            if gain and not math.isnan(curve.gain_error):  # one document has no error
+                gain += f" ± {curve.gain_error:.4f}"
             cells = ["-" if math.isnan(v) else f"{v:.3f}" for v in curve.mean]
             rows.append([name, *cells, f"{curve.overall:.3f}", gain])
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -178,6 +178,9 @@ def table(results: Results) -> str:
     """Write the tables of all results."""
     parts = []
     for name, result in results.items():
+        if isinstance(result, PerplexityResult):
+            texts = "1 text" if result.documents == 1 else f"{result.documents} texts"
+            parts.append(f"nats a token, {texts} in segments of {result.segment_size} tokens")
         plain = isinstance(result, (PerplexityResult, SuiteResult))
         parts.append(result.table() if plain else f"{name}\n\n{result.table()}")
         if isinstance(result, PerplexityResult) and (warning := result.growth()):
