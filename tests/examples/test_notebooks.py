@@ -27,6 +27,7 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(found))
     # One thread, as in every test: threads of several test processes wait for each other.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MEMWRAP_SMALL", "1")  # what is made for a real model runs on a toy
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
