@@ -55,7 +55,7 @@ MEASURES = (
     (UPDATED, "likeliest", "updated: the newest likeliest"),
     (TAKEN_BACK, "right", "taken back: not named"),
     (TAKEN_BACK, "likeliest", "taken back: still likeliest"),
-    (NEVER, "right", "never told: nothing told is named"),
+    (NEVER, "right", "never told: nothing is named"),
 )
 """Of a kind of question, what is counted, and what it is called."""
 
@@ -67,12 +67,12 @@ class Outcome:
     Attributes:
         turns, number: of the conversation: how long, and which.
         curve, kind: who answered, and what was asked.
-        right: the newest place is named; the one that was taken back is not; of what was never
-            told no place of another thing is named.
-        old: the old place is named, and the newest is not.
-        other: a place that was told of another thing is named.
-        likeliest: all tokens of the newest place (of one taken back: of that) are greedy's after
-            the beginning of an answer; None where no place was told.
+        right: the newest value is named; the one that was taken back is not; of what was never
+            told no value is named, its own or one told of something else.
+        old: the old value is named, and the newest is not.
+        other: a value that was told of something else is named.
+        likeliest: all tokens of the newest value (of one taken back: of that) are greedy's after
+            the beginning of an answer; None where none was told.
         distance, sessions: since what decides it was said.
         answer: what was said.
     """
@@ -202,10 +202,14 @@ def _markdown(lines: list[list[str]]) -> str:
 def scored(asked: Asked, answer: str) -> tuple[bool, bool, bool]:
     """Score an answer: right, the old value named instead, another thing's value named."""
     said = set(words(answer))
-    named = asked.value is not None and asked.value in said
-    other = not said.isdisjoint(asked.others)
-    right = {TAKEN_BACK: not named, NEVER: not other}.get(asked.kind, named)
-    return right, asked.old in said and not named, other
+
+    def names(*values: str | None) -> bool:
+        return any(value is not None and value.lower() in said for value in values)
+
+    named, other = names(asked.value), names(*asked.others)
+    silent = not other and not names(*asked.invented)
+    right = {TAKEN_BACK: not named, NEVER: silent}.get(asked.kind, named)
+    return right, names(asked.old) and not named, other
 
 
 def hear(listener: Listener, talk: Dialogue) -> None:
@@ -258,7 +262,7 @@ def evaluate_conversations(
         tokenizer: the model's.
         turns: numbers of turns of the user.
         dialogues: conversations of each number.
-        each: things of every kind of question.
+        each: topics of every kind of question.
         session: turns of a session.
         readers: those to ask: the memory, the model with an empty memory (in which the open
             segment still stands), and the backbone with the last tokens, with window and sinks

@@ -6,22 +6,79 @@ import random
 import re
 from dataclasses import dataclass
 
-from memwrap.tasks.told import NAMES, PLACES, SENTENCES, THINGS, plain_prose, shared_out
+from memwrap.tasks.told import plain_prose
 
 ONCE, UPDATED, TAKEN_BACK, NEVER = KINDS = ("told once", "updated", "taken back", "never told")
-UPDATES = (
-    "{name} took the {thing} to the {place}.",
-    "The {thing} has been moved to the {place}.",
-    "Now the {thing} is in the {place}.",
-)
-WITHDRAWALS = (
-    "What I said about the {thing} was wrong; forget it.",
-    "Please forget where the {thing} is, and do not tell anybody.",
-)
-QUESTION = "Where is the {thing}? Answer in a short sentence, and say so if you do not know."
-BEGUN = "The {thing} is in the"
-TALK = "I read this: {sentence}"
-NOTED, FORGOTTEN, HEARD = "I will remember that.", "It is forgotten.", "I see."
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Something that a user may tell of, with its value in `{}`.
+
+    Attributes:
+        told, updated, question: what the user says.
+        about: it, as an indirect question of the user.
+        begun: how an answer begins; the value follows.
+        values: what it may be, single words that stand in no other topic.
+    """
+
+    told: str
+    updated: str
+    question: str
+    about: str
+    begun: str
+    values: tuple[str, ...]
+
+
+def _topic(told: str, updated: str, question: str, about: str, begun: str, values: str) -> Topic:
+    return Topic(told, updated, question, about, begun, tuple(values.split()))
+
+
+TOPICS = (
+    _topic("My dog is called {}.", "My dog has a new name, {}.", "What is my dog called?",
+           "what my dog is called", "Your dog is called", "Rex Bella Bruno Luna Max"),
+    _topic("My sister lives in {}.", "My sister moved to {}.", "Where does my sister live?",
+           "where my sister lives", "Your sister lives in", "Paris Rome Madrid Vienna Dublin"),
+    _topic("My car is {}.", "I had my car painted {}.", "Which colour is my car?",
+           "which colour my car is", "Your car is", "red blue green black white"),
+    _topic("My swimming lesson is on {}.", "My swimming lesson was moved to {}.",
+           "On which day is my swimming lesson?", "on which day my swimming lesson is",
+           "Your swimming lesson is on", "Monday Tuesday Wednesday Thursday Friday"),
+    _topic("My brother works as a {}.", "My brother has a new job as a {}.",
+           "What does my brother work as?", "what my brother works as",
+           "Your brother works as a", "teacher doctor baker farmer lawyer"),
+    _topic("I like {} best of all food.", "By now I like {} best of all food.",
+           "Which food do I like best?", "which food I like best",
+           "The food that you like best is", "pizza rice soup cheese fish"),
+    _topic("My daughter plays the {}.", "My daughter gave that up and plays the {} now.",
+           "Which instrument does my daughter play?", "which instrument my daughter plays",
+           "Your daughter plays the", "violin piano guitar flute trumpet"),
+    _topic("The spare key is in the {}.", "I have put the spare key in the {} instead.",
+           "Where is the spare key?", "where the spare key is", "The spare key is in the",
+           "kitchen garage cellar garden office"),
+    _topic("Our wedding is in {}.", "Our wedding was put off to {}.",
+           "In which month is our wedding?", "in which month our wedding is",
+           "Your wedding is in", "April June July August October"),
+    _topic("I am allergic to {}.", "The doctors found that I am allergic to {} instead.",
+           "What am I allergic to?", "what I am allergic to", "You are allergic to",
+           "nuts milk eggs dust pollen"),
+    _topic("My uncle collects {}.", "My uncle sold all that and collects {} now.",
+           "What does my uncle collect?", "what my uncle collects", "Your uncle collects",
+           "stamps coins clocks maps shells"),
+    _topic("My son plays {}.", "My son changed his sport and plays {} now.",
+           "Which sport does my son play?", "which sport my son plays", "Your son plays",
+           "tennis football hockey golf rugby"),
+    _topic("I am learning {}.", "I changed my course and am learning {} now.",
+           "Which language am I learning?", "which language I am learning", "You are learning",
+           "Spanish French German Italian Greek"),
+    _topic("My neighbour keeps a {}.", "My neighbour gave it away and keeps a {} now.",
+           "Which animal does my neighbour keep?", "which animal my neighbour keeps",
+           "Your neighbour keeps a", "parrot rabbit snake goat horse"),
+)  # fmt: skip
+WITHDRAWALS = ("What I said was wrong, please forget {}.", "Please forget {}, and tell nobody.")
+UNKNOWN, NOTED = "I do not know {}.", "I see. {} {}."
+TALK = ("Tell me something.", "Go on.", "What else?", "Tell me more.", "And then?")
+TURNED = {"my": "your", "our": "your", "i": "you", "am": "are"}
 TELLINGS = {ONCE: 1, UPDATED: 2, TAKEN_BACK: 2, NEVER: 0}
 
 
@@ -39,10 +96,11 @@ class Asked:
 
     Attributes:
         kind: one of `KINDS`.
-        text, begun: the question, and how an answer that names a place begins.
-        value: the place to be named, or the one that was taken back; None where none was told.
-        old: the place before the newest one.
-        others: places that were told of other things.
+        text, begun: the question, and how an answer that names a value begins.
+        value: to be named, or the one that was taken back; None where none was told.
+        old: the value before the newest one.
+        others: values that were told of other things.
+        invented: what could be named where nothing was told.
         turns, sessions: since what decides it was said; None where nothing was.
     """
 
@@ -52,6 +110,7 @@ class Asked:
     value: str | None
     old: str | None
     others: tuple[str, ...]
+    invented: tuple[str, ...]
     turns: int | None
     sessions: int | None
 
@@ -66,99 +125,110 @@ class Dialogue:
 
 @dataclass
 class _Subject:
-    """A thing that facts are about: its kind, its places in order, and when it was spoken of."""
+    """A topic of one conversation: its kind, its values in order, and when it was spoken of."""
 
     kind: str
-    name: str
-    thing: str
-    places: list[str]
+    topic: Topic
+    values: list[str]
     spoken: list[int]
 
     def turn(self, index: int, draw: random.Random) -> Said:
         """Make what is said of it at a turn."""
         self.spoken.append(index)
-        first = len(self.spoken) == 1
+        first, topic = len(self.spoken) == 1, self.topic
         if not first and self.kind == TAKEN_BACK:
-            return Said(draw.choice(WITHDRAWALS).format(thing=self.thing), FORGOTTEN)
-        form = draw.choice(SENTENCES if first else UPDATES)
-        place = self.places[len(self.spoken) - 1]
-        return Said(form.format(name=self.name, thing=self.thing, place=place), NOTED)
+            return Said(draw.choice(WITHDRAWALS).format(topic.about), self.unknown())
+        value = self.values[len(self.spoken) - 1]
+        form = topic.told if first else topic.updated
+        return Said(form.format(value), NOTED.format(topic.begun, value))
+
+    def unknown(self) -> str:
+        words = [TURNED.get(word.lower(), word) for word in self.topic.about.split()]
+        return UNKNOWN.format(" ".join(words))
+
+    def example(self) -> Said:
+        """Make a question with its right answer."""
+        known = f"{self.topic.begun} {self.values[0]}."
+        return Said(self.topic.question, self.unknown() if self.kind == NEVER else known)
+
+    def told(self) -> list[str]:
+        return self.values[: {ONCE: 1, UPDATED: 2, TAKEN_BACK: 1, NEVER: 0}[self.kind]]
 
 
 def dialogue(seed: int, turns: int, *, each: int = 2, session: int = 8) -> Dialogue:
     """Make a conversation and its questions.
 
-    What is told stands at drawn turns; between it stands prose. Names, things and prose are those
-    that no recipe trains on (`told_facts`).
+    What is told stands at drawn turns; between it stands prose. Sessions end with a question that
+    is answered, about what the first turn told or what was never told: small models answer as they
+    saw it done. The prose is a part that no recipe trains on (`told_facts`).
 
     Args:
         seed: everything random comes from it.
         turns: of the user, the questions not counted.
-        each: things of every kind.
+        each: topics of every kind.
         session: turns of one session; the last may have fewer.
 
     Raises:
-        ValueError: if the turns are too few for what is told, or `each` asks for too many things.
+        ValueError: if the turns are too few for what is told, or `each` asks for too many topics.
     """
-    things, names = shared_out(THINGS, False), shared_out(NAMES, False)
-    least, most = each * sum(TELLINGS.values()), len(things) // len(KINDS)
+    most = (len(TOPICS) - 2) // len(KINDS)
     if not 1 <= each <= most:
-        raise ValueError(f"`each` is {each}; there are things for 1 to {most} of every kind.")
-    if turns < least or session < 1:
-        raise ValueError(
-            f"{turns} turns in sessions of {session}: with {each} things of every kind at least "
-            f"{least} turns are needed, in sessions of at least 1."
-        )
+        raise ValueError(f"`each` is {each}; there are topics for 1 to {most} of every kind.")
+    if session < 3:
+        raise ValueError(f"`session` is {session}; a session has at least 3 turns.")
     draw = random.Random(seed)
-    subjects = _subjects(draw, each, names, things)
+    *subjects, known, unknown = _subjects(draw, each)
+    said: dict[int, Said] = {0: known.turn(0, draw)}
+    for number, last in enumerate(range(session - 1, turns, session)):
+        said[last] = (known, unknown)[number % 2].example()
     order = [s for s in subjects for _ in range(TELLINGS[s.kind])]
+    free = [index for index in range(turns) if index not in said]
+    if len(free) < len(order):
+        raise ValueError(
+            f"{turns} turns in sessions of {session} have room for {len(free)} facts; {each} topics "
+            f"of every kind need {len(order)}."
+        )
     draw.shuffle(order)
-    when = dict(zip(sorted(draw.sample(range(turns), len(order))), order, strict=True))
-    used = {word for s in subjects for word in (s.thing, *s.places)}
-    prose = _prose(draw, used)
-    said = [
-        when[index].turn(index, draw)
-        if index in when
-        else Said(TALK.format(sentence=prose[index % len(prose)]), HEARD)
-        for index in range(turns)
-    ]
-    sessions = tuple(tuple(said[at : at + session]) for at in range(0, turns, session))
-    questions = [_question(s, subjects, turns, session) for s in subjects]
+    told = zip(sorted(draw.sample(free, len(order))), order, strict=True)
+    said |= {index: subject.turn(index, draw) for index, subject in told}
+    prose = _prose(draw)
+    for index in range(turns):
+        if index not in said:
+            said[index] = Said(draw.choice(TALK), prose[index % len(prose)])
+    ordered = [said[index] for index in range(turns)]
+    sessions = tuple(tuple(ordered[at : at + session]) for at in range(0, turns, session))
+    questions = [_question(s, [*subjects, known], turns, session) for s in subjects]
     draw.shuffle(questions)
     return Dialogue(sessions, tuple(questions))
 
 
-def _subjects(draw: random.Random, each: int, names: list[str], things: list[str]) -> list[_Subject]:
-    count = each * len(KINDS)
-    places = draw.sample(PLACES, 2 * count)
-    drawn = zip(draw.sample(names, count), draw.sample(things, count), strict=True)
-    return [
-        _Subject(KINDS[n % len(KINDS)], name, thing, places[2 * n : 2 * n + 2], [])
-        for n, (name, thing) in enumerate(drawn)
-    ]
+def _subjects(draw: random.Random, each: int) -> list[_Subject]:
+    """Draw topics of all kinds, one more that is told and one more that is not."""
+    kinds = [*KINDS * each, ONCE, NEVER]
+    topics = zip(kinds, draw.sample(TOPICS, len(kinds)), strict=True)
+    return [_Subject(kind, topic, draw.sample(topic.values, 2), []) for kind, topic in topics]
 
 
-def _prose(draw: random.Random, used: set[str]) -> list[str]:
-    """List sentences from a drawn place on, without those that name what is told."""
+def _prose(draw: random.Random) -> list[str]:
+    """List sentences from a drawn place on, without those that name a value."""
+    values = {value.lower() for topic in TOPICS for value in topic.values}
     text = " ".join(plain_prose(False))
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", text) if 40 < len(s) < 240]
-    plain = [s for s in sentences if not used & set(words(s))]
+    plain = [s for s in sentences if values.isdisjoint(words(s))]
     first = draw.randrange(len(plain))
     return plain[first:] + plain[:first]
 
 
 def _question(subject: _Subject, subjects: list[_Subject], turns: int, session: int) -> Asked:
-    told = {ONCE: 1, UPDATED: 2, TAKEN_BACK: 1, NEVER: 0}
-    own = subject.places[: told[subject.kind]]
-    others = [p for s in subjects if s is not subject for p in s.places[: told[s.kind]]]
-    last = subject.spoken[-1] if subject.spoken else None
+    own, last = subject.told(), subject.spoken[-1] if subject.spoken else None
     return Asked(
         subject.kind,
-        QUESTION.format(thing=subject.thing),
-        BEGUN.format(thing=subject.thing),
+        subject.topic.question,
+        subject.topic.begun,
         own[-1] if own else None,
         own[0] if subject.kind == UPDATED else None,
-        tuple(others),
+        tuple(value for s in subjects if s is not subject for value in s.told()),
+        subject.topic.values,
         None if last is None else turns - last,
         None if last is None else -(-turns // session) - last // session,
     )
@@ -169,5 +239,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text.lower())
 
 
-__all__ = ["KINDS", "NEVER", "ONCE", "TAKEN_BACK", "UPDATED", "Asked", "Dialogue", "Said", "dialogue",
-           "words"]  # fmt: skip
+__all__ = [
+    "KINDS", "NEVER", "ONCE", "TAKEN_BACK", "TOPICS", "UPDATED", "Asked", "Dialogue", "Said", "Topic",
+    "dialogue", "words",
+]  # fmt: skip
