@@ -241,7 +241,8 @@ class Conversation:
     def _settled(self) -> list[int]:
         """Compute the ids of all turns, as far as they stay as they are whatever comes next."""
         first, second = (
-            self._rendered([*self.turns, {"role": "user", "content": text}]) for text in ("?", "And")
+            self._rendered([*self.turns, {"role": "user", "content": text}])
+            for text in ("?", "And")
         )
         return first[: common_length(first, second)]
 

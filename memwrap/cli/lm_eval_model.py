@@ -45,8 +45,8 @@ class MemwrapLM(HFLM):
         dtype: of the backbone, as "float32"; default as saved.
         batch_size, max_batch_size: texts read at once; as for the harness's own models.
         revision: of a repo on the Hub.
-        settings: fields of the memory's config, and what `HFLM` takes for a model that is given to it (`max_length`,
-            `add_bos_token`, `prefix_token_id`, `logits_cache`, `softmax_dtype`, ...).
+        settings: fields of the memory's config, and what `HFLM` takes for a model that is given to
+            it (`max_length`, `add_bos_token`, `prefix_token_id`, `logits_cache`, ...).
 
     Raises:
         FileNotFoundError, ValueError: as `memwrap.load`; also for what goes by another way here.
@@ -99,7 +99,6 @@ class MemwrapLM(HFLM):
         self._scored = 1
         # The harness notes them beside its results.
         self.pretrained, self.revision = pretrained, revision or "main"
-
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         self._scored = max((len(continuation) for *_, continuation in requests), default=1)

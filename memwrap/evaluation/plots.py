@@ -75,8 +75,8 @@ def plot_conversations(result: ConversationsResult, path: str | Path) -> None:
     for axis, (kind, counted, name) in zip(axes, shown, strict=True):
         for index, curve in enumerate(result.curves()):
             counts = [(n, *result.count(n, curve, kind, counted)) for n in result.turns()]
-            points = [(n, right / count, *wilson(right / count, count)) for n, right, count in counts
-                      if count]  # fmt: skip
+            shares = [(n, right / count, count) for n, right, count in counts if count]
+            points = [(n, share, *wilson(share, count)) for n, share, count in shares]
             axis.errorbar(
                 [n for n, *_ in points],
                 [share for _, share, *_ in points],

@@ -1,4 +1,4 @@
-"""Conversations over many sessions: facts that are told, updated and taken back, and asked later."""
+"""Conversations over many sessions: what is told, updated and taken back, and asked at the end."""
 
 from __future__ import annotations
 
@@ -185,8 +185,8 @@ def dialogue(seed: int, turns: int, *, each: int = 2, session: int = 8) -> Dialo
     free = [index for index in range(turns) if index not in said]
     if len(free) < len(order):
         raise ValueError(
-            f"{turns} turns in sessions of {session} have room for {len(free)} facts; {each} topics "
-            f"of every kind need {len(order)}."
+            f"{turns} turns in sessions of {session} have room for {len(free)} facts; {each} "
+            f"topics of every kind need {len(order)}."
         )
     draw.shuffle(order)
     told = zip(sorted(draw.sample(free, len(order))), order, strict=True)
@@ -240,6 +240,6 @@ def words(text: str) -> list[str]:
 
 
 __all__ = [
-    "KINDS", "NEVER", "ONCE", "TAKEN_BACK", "TOPICS", "UPDATED", "Asked", "Dialogue", "Said", "Topic",
-    "dialogue", "words",
+    "KINDS", "NEVER", "ONCE", "TAKEN_BACK", "TOPICS", "UPDATED", "Asked", "Dialogue", "Said",
+    "Topic", "dialogue", "words",
 ]  # fmt: skip
