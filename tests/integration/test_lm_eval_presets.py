@@ -162,7 +162,7 @@ def test_a_preset_reads_whole_texts_and_reports_what_the_model_says(
             if name == "longbench2":
                 check_choices(lm, sample)
                 continue
-            prompt = sample["arguments"]["gen_args_0"]["arg_0"]
+            prompt = sample["arguments"][0][0]
             assert MANY.strip() in prompt  # nothing is cut
             ids = lm.tokenizer(
                 prompt, add_special_tokens=not prompt.startswith(lm.tokenizer.bos_token),
@@ -175,7 +175,7 @@ def test_a_preset_reads_whole_texts_and_reports_what_the_model_says(
                 pad_token_id=lm.tokenizer.eos_token_id,
             )  # fmt: skip
             text = lm.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
-            stops = sample["arguments"]["gen_args_0"]["arg_1"]["until"]
+            stops = sample["arguments"][0][1]["until"]
             for stop in stops if isinstance(stops, list) else [stops]:
                 text = text.split(stop)[0]
             assert sample["resps"][0][0] == text
@@ -189,7 +189,7 @@ def test_a_preset_reads_whole_texts_and_reports_what_the_model_says(
 def check_choices(lm: Any, sample: dict[str, Any]) -> None:
     """Log-likelihoods of the letters are those of the whole text."""
     for index, [(response, _)] in enumerate(sample["resps"]):
-        context, letter = sample["arguments"][f"gen_args_{index}"].values()
+        context, letter = sample["arguments"][index]
         ids = torch.tensor([lm.tokenizer(context).input_ids])
         wanted = lm.tokenizer(letter, add_special_tokens=False).input_ids
         logits = lm.model(ids, use_cache=False).logits[0, -1].log_softmax(-1)
@@ -198,10 +198,10 @@ def check_choices(lm: Any, sample: dict[str, Any]) -> None:
 
 
 def test_chat_templates_and_examples_stand_in_one_turn(found: dict[str, Any]) -> None:
-    prompt = found["babilong"]["samples"]["babilong_qa1"][0]["arguments"]["gen_args_0"]["arg_0"]
+    prompt = found["babilong"]["samples"]["babilong_qa1"][0]["arguments"][0][0]
     assert prompt.count("user: ") == 1 and prompt.count("Where is ") == 3
     assert prompt.endswith("assistant: ")
-    prompt = found["ruler"]["samples"]["niah_single_1"][0]["arguments"]["gen_args_0"]["arg_0"]
+    prompt = found["ruler"]["samples"]["niah_single_1"][0]["arguments"][0][0]
     assert prompt.endswith("mentioned in the provided text is")
 
 
