@@ -16,8 +16,10 @@ from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
 
 
 def plot_perplexity(result: PerplexityResult, path: str | Path, title: str = "") -> None:
-    """Plot NLL by position, and below it each curve's difference to the memory switched off."""
-    figure, (upper, lower) = _figure(2)
+    """Plot NLL by position, below it each curve's difference to the memory switched off, and below
+    that how large the memory's sums become, a line a layer."""
+    figure, panels = _figure(3 if result.norms else 2)
+    upper, lower = panels[:2]
     centres = [(a + b) / 2 for a, b in pairwise(result.edges)]
     reference = result.curves.get(OFF, result.curves[MEMORY])
     for index, (name, curve) in enumerate(result.curves.items()):
@@ -35,9 +37,17 @@ def plot_perplexity(result: PerplexityResult, path: str | Path, title: str = "")
     upper.set_title(title or f"{result.documents} held-out documents")
     upper.legend(fontsize=8)
     lower.set_ylabel(f"minus {OFF if OFF in result.curves else MEMORY}")
-    lower.set_xlabel("position in the document (tokens)")
+    panels[-1].set_xlabel("position in the document (tokens)")
     lower.axhline(0, color="black", linewidth=0.6)
-    for axis in (upper, lower):
+    for name in [name for name in (result.norms or [{}])[0] if name != "tokens"]:
+        for index, layer in enumerate(result.norms[0][name]):
+            points = [(at["tokens"], at[name][layer]) for at in result.norms]
+            style = {"color": COLOURS[index % len(COLOURS)], "label": f"layer {layer}"}
+            panels[2].plot(*zip(*points, strict=True), **style)
+        panels[2].set_ylabel(f"norm of {name}'s sums")
+        panels[2].set_yscale("log")
+        panels[2].legend(fontsize=7, ncols=4)
+    for axis in panels:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     _save(figure, path)

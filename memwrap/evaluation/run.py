@@ -215,6 +215,8 @@ def table(results: Results) -> str:
     for name, result in results.items():
         plain = isinstance(result, (PerplexityResult, SuiteResult, ConversationsResult))
         parts.append(result.table() if plain else f"{name}\n\n{result.table()}")
+        if isinstance(result, PerplexityResult) and (warning := result.growth()):
+            parts.append(warning)
     return "\n\n".join(parts)
 
 
