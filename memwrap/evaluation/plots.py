@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from memwrap.evaluation.controls import MEMORY, OFF
+from memwrap.evaluation.conversations import MEASURES, ConversationsResult
 from memwrap.evaluation.perplexity import PerplexityResult
 from memwrap.evaluation.recall import RecallResult
+from memwrap.evaluation.suite import wilson
 from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
 
 
@@ -73,6 +75,37 @@ def plot_recall(results: dict[str, RecallResult], path: str | Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel("segments between a pair and its query")
+    _save(figure, path)
+
+
+def plot_conversations(result: ConversationsResult, path: str | Path) -> None:
+    """Plot what was answered by number of turns, a panel a kind of question, a line a reader."""
+    shown = [measure for measure in MEASURES if measure[1] == "right"]
+    figure, axes = _figure(len(shown))
+    for axis, (kind, counted, name) in zip(axes, shown, strict=True):
+        for index, curve in enumerate(result.curves()):
+            counts = [(n, *result.count(n, curve, kind, counted)) for n in result.turns()]
+            shares = [(n, right / count, count) for n, right, count in counts if count]
+            points = [(n, share, *wilson(share, count)) for n, share, count in shares]
+            axis.errorbar(
+                [n for n, *_ in points],
+                [share for _, share, *_ in points],
+                yerr=[
+                    [max(0.0, share - low) for _, share, low, _ in points],
+                    [max(0.0, high - share) for _, share, _, high in points],
+                ],
+                label=curve,
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                capsize=2,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_title(name)
+        axis.set_ylabel("share of questions")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    axes[-1].set_xlabel("turns of the user")
     _save(figure, path)
 
 
