@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,14 +99,13 @@ def read_texts(names: list[str]) -> list[str]:
         ValueError: if nothing can be read.
         ImportError: if a library for one of them is missing.
     """
-    from memwrap.data.readers import DOCUMENTS, read_files
+    from memwrap.data.readers import files_in, read_files
 
     paths: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in DOCUMENTS)
-            paths += [p for p in inside if p.is_file()]
+            paths += files_in(path)
         elif path.is_file():
             paths.append(path)
         else:
@@ -150,18 +150,25 @@ def _converse(talk: Any, tokenizer: Any) -> None:
         try:
             line = input("> ").strip()
         except EOFError:
+            typer.echo()
             return
+        if not sys.stdin.isatty():  # what is piped in is not seen otherwise
+            typer.echo(line)
         if line in ("/quit", "/exit"):
             return
         if line == "/undo":
             try:
                 talk.undo()
+                typer.echo("taken back: the last question and its answer")
             except ValueError as error:
                 typer.echo(str(error), err=True)
         elif line == "/reset":
             talk.reset()
-        elif line.startswith("/save"):
+            typer.echo("back to what was read before the first question")
+        elif line.split()[:1] == ["/save"]:
             _save(talk, line.removeprefix("/save").strip())
+        elif line.startswith("/") and " " not in line:
+            typer.echo(f"no command {line}; there are /undo, /reset, /save FILE, /quit", err=True)
         elif line:
             talk.ask(line, streamer)
 

@@ -4,8 +4,10 @@ settings or files."""
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,15 +31,18 @@ Dtype = Annotated[str | None, typer.Option(help="Of the backbone, as float32.")]
 
 
 def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print what the user can mend as one or two lines and leave with code 2.
+    """Print what the user can mend as one or two lines and leave with code 2; a warning is a line.
 
     `MEMWRAP_TRACEBACK=1` shows where it came from.
     """
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
+        before, warnings.formatwarning = warnings.formatwarning, _note
         try:
             command(*args, **kwargs)
+        except BrokenPipeError:  # of `memwrap list | head`: click ends the process quietly
+            raise
         except (ValueError, TypeError, OSError, ImportError) as error:
             if os.environ.get("MEMWRAP_TRACEBACK"):
                 raise
@@ -47,15 +52,33 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as error:
             typer.echo("\ninterrupted", err=True)
             raise typer.Exit(130) from error
+        finally:
+            warnings.formatwarning = before
 
     return wrapper
 
 
-def quiet() -> None:
-    """Turn off the bars that transformers shows while it loads."""
-    from transformers.utils import logging
+def _note(message: Warning | str, *where: Any) -> str:
+    return f"note: {message}\n"
 
-    logging.disable_progress_bar()
+
+# Of what transformers imports: notes about libraries and classes that are no use here.
+_CHATTY = ("torchao", "torch.utils._pytree")
+
+
+def hush() -> None:
+    """Silence what libraries say while they are imported; call it before they are."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet() -> None:
+    """Turn off the bars that transformers shows while it loads, and the Hub's word on each try."""
+    import huggingface_hub.utils.logging
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
 
 
 def settings_of(words: Sequence[str] | None) -> dict[str, Any]:

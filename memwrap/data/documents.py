@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from memwrap.data.hf_datasets import from_datasets
-from memwrap.data.readers import DOCUMENTS, read_files
+from memwrap.data.readers import KINDS, files_in, read_files
 from memwrap.data.stdlib_corpus import SPLITS, Document, split_of, stdlib_corpus
 
 _HOW = "give 'stdlib', a folder, a file of text, or 'datasets:NAME[:SPLIT[:COLUMN]]'"
@@ -34,10 +34,10 @@ def load_documents(
         source: where they are:
 
             * `"stdlib"`: the text of the Python standard library (`memwrap.data.stdlib_corpus`);
-            * a folder: every text, Markdown, HTML and PDF file in it and below; one that cannot
-              be read is left out with a warning. A document's split is drawn by a hash of its
-              name, unless the folder has a subfolder named like the split;
-            * one such file, or one of code; its first 85% are "train", the next 5%
+            * a folder: every text, Markdown, HTML, PDF and code file in it and below that is not
+              hidden; one that cannot be read is left out with a warning. A document's split is
+              drawn by a hash of its name, unless the folder has a subfolder named like the split;
+            * one file, of data such as JSON too; its first 85% are "train", the next 5%
               "validation", the rest "test";
             * `"datasets:NAME[:SPLIT[:COLUMN]]"`: a dataset of the `datasets` library, from the
               Hub, a local folder, or one written by `save_to_disk`.
@@ -108,13 +108,13 @@ def _line_at(text: str, fraction: float) -> int:
 def _from_folder(folder: Path, split: str | None) -> list[Document]:
     divided = split is not None and (folder / split).is_dir()
     root = folder / split if split is not None and divided else folder
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in DOCUMENTS and p.is_file())
+    paths = files_in(root)
     # A folder of its own holds a whole split: its files belong to no other, and what a hash
     # would put into it is for training.
     own_folder = [s for s in SPLITS if (folder / s).is_dir()] if split and not divided else []
     paths = [p for p in paths if p.relative_to(root).parts[0] not in own_folder]
     if not paths:
-        raise ValueError(f"The folder {root} holds no {', '.join(DOCUMENTS)} files.")
+        raise ValueError(f"The folder {root} holds no files of {KINDS}.")
     wanted = {}
     for path in paths:
         name = path.relative_to(root).as_posix()

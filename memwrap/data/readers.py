@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _TEXT = (
@@ -18,7 +20,7 @@ _CODE = (
 _HTML = (".html", ".htm", ".xhtml")
 SUFFIXES = (*_TEXT, *_CODE, *_HTML, ".pdf")
 """Endings of the files that are read."""
-DOCUMENTS = (".txt", ".md", ".markdown", ".rst", *_HTML, ".pdf")
+DOCUMENTS = (".txt", ".md", ".markdown", ".rst", *_CODE, *_HTML, ".pdf")
 """Those that are taken from a folder of documents; others when they are named."""
 _NEEDS = {".pdf": ("pypdf", "pypdf"), **dict.fromkeys(_HTML, ("bs4", "beautifulsoup4"))}
 KINDS = "text, Markdown, HTML, PDF and code"
@@ -52,8 +54,17 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first.") from error
-    return _html(text) if suffix in _HTML else text
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8 first."
+        ) from error
+    return _html(text, path) if suffix in _HTML else text
+
+
+def files_in(folder: Path) -> list[Path]:
+    """List the documents in a folder and below in name order, hidden files and folders left out."""
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in DOCUMENTS)
+    names = ((path, path.relative_to(folder).parts) for path in paths)
+    return sorted(p for p, n in names if not any(x.startswith(".") for x in n) and p.is_file())
 
 
 def read_files(paths: Iterable[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
@@ -84,18 +95,37 @@ def read_files(paths: Iterable[Path]) -> tuple[dict[Path, str], dict[Path, str]]
 
 def _pdf(path: Path) -> str:
     from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
 
-    try:
+    with _as_problem(path, "a PDF"):
         return "\n".join(page.extract_text() for page in PdfReader(path).pages)
-    except (PyPdfError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+
+
+@contextmanager
+def _as_problem(path: Path, kind: str) -> Iterator[None]:
+    """Make one sentence of whatever a parser raises over a broken file, and says on the way."""
+    log = logging.getLogger("pypdf")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of every kind: encryption, recursion, damaged streams
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise ValueError(
-            f"{path} cannot be read as a PDF ({error}); repair it or convert it to text."
+            f"{path} cannot be read as {kind} ({reason}); repair it or convert it to text."
         ) from error
+    finally:
+        log.setLevel(before)
 
 
-def _html(text: str) -> str:
+def _html(text: str, path: Path) -> str:
     """Return the visible text, a line a block."""
+    with _as_problem(path, "HTML"):
+        return _visible(text)
+
+
+def _visible(text: str) -> str:
     from bs4 import BeautifulSoup
 
     page = BeautifulSoup(text, "html.parser")
@@ -107,4 +137,4 @@ def _html(text: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-__all__ = ["DOCUMENTS", "KINDS", "SUFFIXES", "check_readers", "read_files", "read_text"]
+__all__ = ["DOCUMENTS", "KINDS", "SUFFIXES", "check_readers", "files_in", "read_files", "read_text"]
