@@ -125,6 +125,7 @@ class Board:
     def _planned(self, names: list[str], progress: bool) -> list[Cell]:
         """Find the cells of each memory, those that are known from the folder."""
         known = self.head["cells"]
+        self.head["names"] = sorted({*self.head.get("names", ()), *names})
         for name in tqdm(names, desc="sizes", disable=not progress):
             if name not in known:
                 known[name] = self._cells_of(name)

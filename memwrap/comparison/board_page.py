@@ -224,8 +224,8 @@ def _of_costs(shown: list[Cell]) -> str:
         times = [a / b for a, b in zip(seconds(cell), base, strict=True)]
         parts.setdefault(cell["name"], []).append(times)
     words = []
-    for name, times in parts.items():
-        most = [max(column) for column in zip(*times, strict=True)]
+    for name, ratios in parts.items():
+        most = [max(column) for column in zip(*ratios, strict=True)]
         words.append(f"{name} {most[0]:.1f} and {most[1]:.1f} times")
     return (
         f"Beside the processor's time that the base takes to read a token ({base[0] * 1000:.1f} "
@@ -290,8 +290,10 @@ def _missing(head: dict[str, Any], cells: list[Cell]) -> str:
     planned = {key_of(cell) for part in head["cells"].values() for cell in part
                if cell["kind"] != LISTED}  # fmt: skip
     text = ""
-    if planned - measured.keys():
-        text += f" Not measured yet: {', '.join(sorted(planned - measured.keys()))}."
+    unknown = {*head.get("names", ())} - head["cells"].keys()
+    missing = sorted(unknown | (planned - measured.keys()))
+    if missing:
+        text += f" Not measured yet: {', '.join(missing)}."
     fewer = sorted(key for key, texts in measured.items() if texts < count)
     if fewer:
         text += f" Measured on fewer than {count} texts so far: {', '.join(fewer)}."
