@@ -178,7 +178,7 @@ class ConversationsResult:
 
 
 def _span(sessions: int | None) -> int:
-    """Number the spans of sessions: 1, 2, 3 to 4, 5 to 8 and so on."""
+    """Find the span of a number of sessions: 1, 2, 3 to 4, 5 to 8 and so on."""
     return 0 if sessions is None else max(0, sessions - 1).bit_length()
 
 
