@@ -168,7 +168,7 @@ def test_a_preset_reads_whole_texts_and_reports_what_the_model_says(
                 prompt, add_special_tokens=not prompt.startswith(lm.tokenizer.bos_token),
                 return_tensors="pt",
             ).input_ids  # fmt: skip
-            assert ids.shape[1] > 4 * lm.model.parts.max_positions
+            assert ids.shape[1] > 3 * lm.model.parts.config.max_position_embeddings
             assert ids[0].tolist().count(lm.tokenizer.bos_token_id) <= 1
             said = lm.model.generate(
                 ids, max_new_tokens=MOST[name], do_sample=False,
@@ -186,6 +186,7 @@ def test_a_preset_reads_whole_texts_and_reports_what_the_model_says(
         assert numbers and all(0 <= v <= 1 for v in numbers)
 
 
+@torch.no_grad()
 def check_choices(lm: Any, sample: dict[str, Any]) -> None:
     """Log-likelihoods of the letters are those of the whole text."""
     for index, [(response, _)] in enumerate(sample["resps"]):
