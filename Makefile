@@ -1,4 +1,4 @@
-# make demo | test | test-full | test-lowest | test-newest | fresh | lint | docs | clean. Everything happens
+# make demo | test | test-slow | test-full | test-lowest | test-newest | fresh | lint | docs | clean. Everything happens
 # in .venv, made on first use; the oldest and the newest versions have environments of their own.
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path another environment.
@@ -16,7 +16,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-full test-lowest test-newest smoke-newest fresh lint docs install install-dev clean
+.PHONY: demo test test-slow test-full test-lowest test-newest smoke-newest fresh lint docs install install-dev clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed-demo
@@ -24,6 +24,10 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# What `make test` shows less of, in long processes: notebooks, kills, full disks, fresh environments.
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not full" tests
 
 # The whole product of methods and families, slow tests included.
 test-full: $(VENV)/.installed-dev

@@ -5,6 +5,8 @@ writes docs/backbones.md.
     python benchmarks/backbones_table.py all        # all, some 30 minutes on one core
     python benchmarks/backbones_table.py llama glm  # these alone
     python benchmarks/backbones_table.py none       # writes the page alone
+
+Some models that see are built only where timm and torchvision are installed.
 """
 
 from __future__ import annotations
@@ -112,6 +114,10 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _INDEXED,
     "qwen4_exp": {"text_config": _INDEXED},
     "glm5_next": {"text_config": {"index_kpool": 1}},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
+    "step3p7": {"text_config": {"sliding_window": 512}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * 12}},
     "diffusion_gemma": {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}

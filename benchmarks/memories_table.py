@@ -1,4 +1,5 @@
-"""Put the results of `memwrap bench memories` into docs/comparison.md and the memories' own pages.
+"""Put the results of `memwrap bench memories` on the tiny LM into docs/comparison_tiny.md and the
+memories' own pages.
 
 memwrap bench memories -o benchmarks/results/memories
 python benchmarks/memories_table.py
@@ -45,7 +46,7 @@ def own_page(name: str, result: dict[str, Any], curves: PerplexityResult) -> str
     note = f" {name} {result['note']}." if result["note"] else ""
     return (
         f"The shipped tiny LM, one run, seed {result['seed']} (`{COMMAND} --only {name}`; all "
-        f"memories side by side: [comparison](../comparison.md)).{note}\n\n"
+        f"memories side by side: [comparison](../comparison_tiny.md)).{note}\n\n"
         f"Nats per token by segment on {curves.documents} held-out documents of "
         f"{tokens_of(curves):,} tokens, after {result['steps']['documents']} steps with "
         f"{settings[0]}:\n\n{curves.table()}\n\n{beside_window(curves)}"
@@ -132,10 +133,12 @@ def main() -> None:
     text = page(results, COMMAND, link="[{0}](methods/{0}.md)")
     title, _, rest = text.partition("\n\n")
     figure = "![Nats per token and recall of all memories](figures/comparison.png)"
-    (DOCS / "comparison.md").write_text(f"{title}\n\n{figure}\n\n{rest}{claims(results, curves)}")
+    title += ": the tiny LM"
+    text = f"{title}\n\n{figure}\n\n{rest}{claims(results, curves)}"
+    (DOCS / "comparison_tiny.md").write_text(text)
     plot_comparison(results, DOCS / "figures" / "comparison.png")
     for path in sorted((DOCS / "methods").glob("*.md")):
-        own = "Not among the memories of the [comparison](../comparison.md) yet."
+        own = "Not among the memories of the [comparison](../comparison_tiny.md) yet."
         if path.stem in results and path.stem != BASE:
             own = own_page(path.stem, results[path.stem], curves[path.stem])
         put(f"methods/{path.name}", "comparison", own)

@@ -9,7 +9,7 @@ import re
 import runpy
 import tokenize
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -78,6 +78,25 @@ MEMORIES = sorted(
 )
 
 
+def over(modules: Iterable[str]) -> Callable[[Callable[[str], None]], Callable[[], None]]:
+    """Check all modules in one test: thousands of tests of a line each take a minute."""
+
+    def decorate(check: Callable[[str], None]) -> Callable[[], None]:
+        def test() -> None:
+            wrong = []
+            for module in modules:
+                try:
+                    check(module)
+                except AssertionError as error:
+                    wrong.append(f"{module}: {error}")
+            assert not wrong, "\n".join(wrong)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
+
+
 @cache
 def _tree(module: str) -> ast.Module:
     return ast.parse(FILES[module].read_text(encoding="utf-8"))
@@ -144,7 +163,7 @@ def _imported(module: str, deferred: bool = True) -> set[str]:
     return {name for name in _sources(module, deferred) if name in FILES} - {module}
 
 
-@pytest.mark.parametrize("module", FILES)
+@over(FILES)
 def test_imports_go_down(module: str) -> None:
     for other in sorted(_imported(module)):
         if (
@@ -178,13 +197,13 @@ def test_the_checks_see_imports() -> None:
     assert MEMORIES
 
 
-@pytest.mark.parametrize("module", MEMORIES)
+@over(MEMORIES)
 def test_no_memory_imports_another(module: str) -> None:
     others = {m for m in _imported(module) if m.startswith("memwrap.memories.")}
     assert {other.split(".")[2] for other in others} <= SHARED
 
 
-@pytest.mark.parametrize("module", [m for m in FILES if m.startswith("memwrap.memories.")])
+@over([m for m in FILES if m.startswith("memwrap.memories.")])
 def test_no_memory_names_a_model_family(module: str) -> None:
     families = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     classes = {re.sub(r"(For\w+|LMHead\w*)$", "", n) for n in _class_names()}
@@ -209,19 +228,19 @@ def _class_names() -> Iterator[str]:
 LIBRARY = [module for module in FILES if _room(module) != "testing"]
 
 
-@pytest.mark.parametrize("module", LIBRARY)
+@over(LIBRARY)
 def test_the_library_needs_no_test_tools(module: str) -> None:
     roots = {name.partition(".")[0] for name in _sources(module)}
     assert not roots & {"pytest", "_pytest", "hypothesis"}, f"{module} imports what tests need"
 
 
-@pytest.mark.parametrize("module", LIBRARY)
+@over(LIBRARY)
 def test_no_assert_statement(module: str) -> None:
     lines = [node.lineno for node in ast.walk(_tree(module)) if isinstance(node, ast.Assert)]
     assert not lines, f"{module} asserts in lines {lines}; raise ValueError or TypeError"
 
 
-@pytest.mark.parametrize("module", FILES)
+@over(FILES)
 def test_files_are_short(module: str) -> None:
     lines = FILES[module].read_text(encoding="utf-8").count("\n")
     assert lines <= MAX_LINES, f"{module} has {lines} lines; the limit is {MAX_LINES}"
@@ -245,7 +264,7 @@ def _code_lines(text: str) -> Iterator[tuple[str, int]]:
             yield node.name, len(inside)
 
 
-@pytest.mark.parametrize("module", FILES)
+@over(FILES)
 def test_functions_are_short(module: str) -> None:
     text = FILES[module].read_text(encoding="utf-8")
     long = {name: lines for name, lines in _code_lines(text) if lines > MAX_CODE}
@@ -259,7 +278,7 @@ def test_lines_of_code_are_counted() -> None:
     assert list(_code_lines(text)) == [("f", 6)]
 
 
-@pytest.mark.parametrize("module", [m for m in FILES if FILES[m].stat().st_size])
+@over([m for m in FILES if FILES[m].stat().st_size])
 def test_modules_begin_with_a_docstring(module: str) -> None:
     tree = _tree(module)
     assert ast.get_docstring(tree), f"{module} says nowhere what it is"
@@ -312,7 +331,7 @@ def test_recall_is_a_task() -> None:
 PRONOUNS = {"own", "found", "there", "that", "which", "what", "these", "those", "here"}
 
 
-@pytest.mark.parametrize("module", FILES)
+@over(FILES)
 def test_variables_are_nouns(module: str) -> None:
     for node in ast.walk(_tree(module)):
         name = node.arg if isinstance(node, ast.arg) else ""
@@ -353,7 +372,7 @@ def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
                 yield node
 
 
-@pytest.mark.parametrize("module", LIBRARY)
+@over(LIBRARY)
 def test_functions_say_what_they_do(module: str) -> None:
     texts = [(node.name, ast.get_docstring(node)) for node in _functions(_tree(module))]
     wrong = [
@@ -362,7 +381,7 @@ def test_functions_say_what_they_do(module: str) -> None:
     assert not wrong, f"{module}: begin these docstrings with a verb: {wrong}"
 
 
-@pytest.mark.parametrize("module", LIBRARY)
+@over(LIBRARY)
 def test_classes_say_what_they_are(module: str) -> None:
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.ClassDef):
@@ -395,7 +414,7 @@ def test_the_words_are_told_apart() -> None:
         assert not _begins_with_a_verb(text), text
 
 
-@pytest.mark.parametrize("module", FILES)
+@over(FILES)
 def test_nothing_is_pickled(module: str) -> None:
     """Files of others are read: loading one must never run code."""
     refused = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}

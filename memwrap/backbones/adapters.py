@@ -42,3 +42,15 @@ def lora_disabled(model: torch.nn.Module) -> Iterator[None]:
         _off.reset(token)
         for layer in layers:
             give_back(layer, KIND)
+
+
+@contextmanager
+def lora_enabled(module: torch.nn.Module) -> Iterator[None]:
+    """Run the block with the adapters inside a module switched on again, in a block of
+    `lora_disabled`."""
+    inside = {id(m) for m in module.modules() if isinstance(m, BaseTunerLayer)}
+    token = _off.set(_off.get() - inside)
+    try:
+        yield
+    finally:
+        _off.reset(token)

@@ -112,6 +112,8 @@ def _memory_attention(parent: type[nn.Module]) -> type[nn.Module]:
             out = parent.forward(self, **kwargs)
         finally:
             _calls.reset(token)
+        if call.after is not None:
+            call.after(out[0] if isinstance(out, tuple) else out)
         if call.added is None:
             return out
         if isinstance(out, tuple):

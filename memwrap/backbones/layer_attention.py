@@ -64,6 +64,7 @@ class AttentionCall:
         inputs: `(B, T, D)`, the hidden states that the module was called with.
         keywords: the other arguments.
         added: `(B, T, D)`, is added to the module's output.
+        after: is given the module's own output `(B, T, D)`.
     """
 
     module: Any
@@ -71,6 +72,7 @@ class AttentionCall:
     inputs: Tensor
     keywords: dict[str, Any] = field(default_factory=dict)
     added: Tensor | None = None
+    after: Callable[[Tensor], None] | None = None
 
 
 @dataclass

@@ -115,16 +115,7 @@ class Conversation:
         Raises:
             ValueError: for an empty text.
         """
-        if not text.strip():
-            raise ValueError("The question is empty; give some text.")
-        turns = [*self.turns, {"role": "user", "content": text}]
-        template = self._template.present
-        whole = self._rendered(turns) if template else self._continued(text)
-        known, read = self._ids[: self._read], self._read
-        if known and whole[:read] != known:
-            raise ValueError(
-                "The chat template makes another beginning of this conversation than was read."
-            )
+        whole, read = self._asked(text), self._read
         new = torch.tensor([whole[read:]], device=self.model.device)
         out: Any = self.model.generate(
             new,
@@ -143,12 +134,76 @@ class Conversation:
         # The last token was drawn but not read: it is for the next question.
         count = read + after.columns - (self.state.columns if self.state is not None else 0)
         self._earlier.append((self.state, self.turns, self._ids, self._read))
-        if template:
-            self.turns = [*turns, {"role": "assistant", "content": str(answer)}]
+        if self._template.present:
+            self.turns = [*self.turns, *_exchange(text, str(answer))]
             self._settle(whole[:read], after, (whole + drawn)[:count])
         else:
             self._ids, self._read, self.state = whole + drawn, count, after
         return str(answer)
+
+    def tell(self, text: str, answer: str) -> None:
+        """Go on with a turn whose answer is given: both are read, nothing is generated.
+
+        Args:
+            text, answer: not empty.
+
+        Raises:
+            ValueError: for an empty text or answer.
+        """
+        if not text.strip() or not answer.strip():
+            raise ValueError("The turn or its answer is empty; give some text for both.")
+        earlier = (self.state, self.turns, self._ids, self._read)
+        if self._template.present:
+            self.turns = [*self.turns, *_exchange(text, answer)]
+            ids = self._checked(self._settled())
+        else:
+            ids = self._continued(f"{text}\n{answer}\n")
+        new, state = ids[self._read :], self.state
+        after = self.model.read(torch.tensor([new]), state=state) if new else state
+        self._earlier.append(earlier)
+        self._ids, self._read, self.state = ids, len(ids), after
+        self._note()
+
+    @torch.no_grad()
+    def would_say(self, text: str, answer: str, begun: str = "") -> bool:
+        """Tell whether each token of an answer is the likeliest one, as greedy decoding takes it.
+
+        Nothing is remembered of it.
+
+        Args:
+            text: the question.
+            answer: what is asked for, as it follows `begun`.
+            begun: the beginning of the answer, which is given.
+
+        Raises:
+            ValueError: for an empty question or answer.
+        """
+        prompt = self._asked(text)
+        ids, wanted = self._template.following(prompt, begun, answer)
+        if not wanted:
+            raise ValueError("The answer is empty; give some text.")
+        new = torch.tensor([(ids + wanted)[self._read :]], device=self.model.device)
+        state = None if self.state is None else self.state.clone()
+        logits = self.model(
+            input_ids=new[:, :-1], cache=state, use_cache=True, logits_to_keep=len(wanted)
+        ).logits
+        return logits[0].argmax(-1).tolist() == wanted
+
+    def _asked(self, text: str) -> list[int]:
+        """Compute the ids of all that was said with a question behind it."""
+        if not text.strip():
+            raise ValueError("The question is empty; give some text.")
+        if not self._template.present:
+            return self._continued(text)
+        return self._checked(self._rendered([*self.turns, {"role": "user", "content": text}]))
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        known = self._ids[: self._read]
+        if known and ids[: self._read] != known:
+            raise ValueError(
+                "The chat template makes another beginning of this conversation than was read."
+            )
+        return ids
 
     def _rendered(self, turns: list[Message]) -> list[int]:
         """Compute the ids of the whole conversation: with a document, of its last words on."""
@@ -169,9 +224,7 @@ class Conversation:
             after: the state now.
             ids: what it has read.
         """
-        questions = [{"role": "user", "content": text} for text in ("?", "And")]
-        goes_on = common_length(*(self._rendered([*self.turns, q]) for q in questions))
-        settled = self._rendered([*self.turns, questions[0]])[:goes_on]
+        settled = self._settled()
         if settled[: len(ids)] != ids:
             state = self.state
             if settled[: len(before)] != before:  # earlier turns are rendered in another way now
@@ -183,12 +236,29 @@ class Conversation:
                 after = state.clone()
             ids = settled
         self._ids, self._read, self.state = ids, len(ids), after
-        lead = self._template.lead_length()
-        replace(self._held, turns=self.turns, read=len(ids), lead=lead).put(after)
+        self._note()
+
+    def _settled(self) -> list[int]:
+        """Compute the ids of all turns, as far as they stay as they are whatever comes next."""
+        first, second = (
+            self._rendered([*self.turns, {"role": "user", "content": text}])
+            for text in ("?", "And")
+        )
+        return first[: common_length(first, second)]
+
+    def _note(self) -> None:
+        """Note in the state what was said, for a conversation that continues it."""
+        if self._template.present and self.state is not None:
+            lead = self._template.lead_length()
+            replace(self._held, turns=self.turns, read=self._read, lead=lead).put(self.state)
 
     def _pad(self) -> int | None:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else self.tokenizer.eos_token_id
+
+
+def _exchange(text: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
 __all__ = ["Conversation"]

@@ -36,6 +36,14 @@ class Turns:
         """Compute the ids of a rendered text, which names its special tokens itself."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
+    def following(self, ids: list[int], begun: str, answer: str) -> tuple[list[int], list[int]]:
+        """Compute ids with the beginning of an answer behind them, and the ids of its rest."""
+        start = self.encode(begun) if begun else []
+        both = self.encode(begun + answer)
+        if both[: len(start)] != start:  # joined in one token
+            both = start + self.encode(answer)
+        return ids + start, both[len(start) :]
+
     def lead(self) -> str:
         """Find the text that a template puts in front of what a user says first.
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from memwrap.cli.chat_commands import chat, read
+from memwrap.cli.linearize_command import linearize
 from memwrap.cli.model_commands import compare, evaluate, export_model, run_harness
 from memwrap.cli.serve_command import serve
 from memwrap.cli.shared import MemoryName, hush, plain_errors, quiet
@@ -95,8 +96,9 @@ def train(
     --model DIR --data FOLDER --memory armt, or memwrap train cartridge --model DIR --document FILE,
     or memwrap train decoder --model DIR --data FOLDER -o DIR store=FOLDER.
     """
-    from memwrap.training.finetune import RUN, is_first, preflight, run_recipe
+    from memwrap.training.finetune import RUN, is_first, preflight
     from memwrap.training.recipe_from_words import recipe_of
+    from memwrap.training.stages import run
 
     words = list(words or [])
     if words[:1] == ["cartridge"]:
@@ -117,7 +119,7 @@ def train(
         except (ValueError, OSError) as error:
             typer.echo(f"note: the recipe is fine, but here it would stop: {error}", err=True)
         return
-    folder = run_recipe(loaded)
+    folder = run(loaded)
     if not is_first():  # of several processes one writes the folder and reports
         return
     about = json.loads((folder / RUN).read_text(encoding="utf-8"))
@@ -184,6 +186,7 @@ def demo(
 app.command()(read)
 app.command()(chat)
 app.command()(serve)
+app.command()(linearize)
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command("export")(export_model)

@@ -16,6 +16,7 @@ from memwrap.assets import ROOT, asset
 from memwrap.cli.small_models import small_model
 from memwrap.cli.trying import QUICK, Trial, builder, try_memory
 from memwrap.memories.registry import installed
+from memwrap.model.configuration import MemoryModelConfig
 from memwrap.ops import fla
 
 _PACKAGES = (
@@ -116,18 +117,34 @@ def try_model(name: str) -> tuple[str, list[Trial]]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"The config of {name!r} cannot be loaded: {reason}") from error
+    note = ""
     if config.model_type == "memwrap":
-        config = config.backbone
+        note, config = growth_note(config), config.backbone
     text = config.get_text_config(decoder=True)
     about = (
         f"{config.model_type}, {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
-        f"vocabulary {text.vocab_size}"
+        f"vocabulary {text.vocab_size}{note}"
     )
     build = builder(lambda: small_model(config))
     build()
     return about, [try_memory(memory, build, QUICK) for memory in memwrap.available()]
 
 
+def growth_note(config: MemoryModelConfig) -> str:
+    """Say which memories of a saved model sum without a bound; "" for none that was trained."""
+    notes = ""
+    for values in config.memories or []:
+        norms = (config.trained_norms or {}).get(values["name"], {})
+        if norms and values.get("state_decay", 1) == 1 and values.get("read_cap") is None:
+            layer = max(norms, key=norms.__getitem__)
+            notes += (
+                f"\nwarning: nothing bounds what {values['name']!r} sums (at most "
+                f"{norms[layer]:.4g}, in layer {layer}, in training): see how far it grows with "
+                "`memwrap eval`, and give memory.state_decay if it does"
+            )
+    return notes
+
+
 __all__ = [
-    "backends", "compared", "devices", "tested", "try_model", "versions",
+    "backends", "compared", "devices", "growth_note", "tested", "try_model", "versions",
 ]  # fmt: skip

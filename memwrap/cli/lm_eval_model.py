@@ -13,9 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import memwrap
+from memwrap.cli.lm_eval_presets import expanded
 from memwrap.cli.shared import load_tokenizer
+from memwrap.memories.registry import config_class
+from memwrap.model.opening import open_model
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -30,17 +34,19 @@ class MemwrapLM(HFLM):
     """A saved memory model in the harness: `--model memwrap --model_args pretrained=DIR`.
 
     Texts of any length are read whole: there is no position limit to cut them at, unless
-    `max_length` sets one. A text's logits `(B, T, V)` are held at once, as the harness asks.
+    `max_length` sets one. With `batch_size=1` only the logits of what is scored are computed; else
+    those of a whole batch `(B, T, V)` are held at once, as the harness asks.
 
     Args:
-        pretrained: a saved model: folder, shipped name or repo.
+        pretrained: a saved model: folder, shipped name or repo; with `memory`, a model without one.
+        memory: the memory to attach, such as "infllm"; fields of its config stand in `settings`.
         tokenizer: name or folder; default the one saved with the model, else its base's.
         device: where the model goes; default an accelerator if there is one.
         dtype: of the backbone, as "float32"; default as saved.
         batch_size, max_batch_size: texts read at once; as for the harness's own models.
         revision: of a repo on the Hub.
-        settings: what `HFLM` takes for a model that is given to it (`max_length`,
-            `add_bos_token`, `prefix_token_id`, `logits_cache`, `softmax_dtype`, ...).
+        settings: fields of the memory's config, and what `HFLM` takes for a model that is given to
+            it (`max_length`, `add_bos_token`, `prefix_token_id`, `logits_cache`, ...).
 
     Raises:
         FileNotFoundError, ValueError: as `memwrap.load`; also for what goes by another way here.
@@ -50,6 +56,7 @@ class MemwrapLM(HFLM):
         self,
         pretrained: str,
         *,
+        memory: str | None = None,
         tokenizer: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
@@ -70,7 +77,13 @@ class MemwrapLM(HFLM):
                 "max_length to model_args, or give a number."
             )
         options: dict[str, Any] = {"dtype": dtype} if dtype not in (None, "auto") else {}
-        model: Any = memwrap.load(pretrained, revision=revision, **options)
+        model: Any
+        if memory is None:
+            model = memwrap.load(pretrained, revision=revision, **options)
+        else:
+            fields = config_class(memory).__dataclass_fields__.keys() & settings.keys()
+            own = {name: settings.pop(name) for name in fields}
+            model = open_model(pretrained, memory, own, **options)
         if device is not None:
             model.to(device)
         elif torch.accelerator.is_available():
@@ -83,8 +96,27 @@ class MemwrapLM(HFLM):
             max_batch_size=max_batch_size,
             **settings,
         )
+        self._scored = 1
         # The harness notes them beside its results.
         self.pretrained, self.revision = pretrained, revision or "main"
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        self._scored = max((len(continuation) for *_, continuation in requests), default=1)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(inps) > 1 or args or kwargs or getattr(self, "mixed_precision_dtype", None):
+            return super()._model_call(inps, *args, **kwargs)
+        keep = min(self._scored, inps.shape[1])
+        with torch.no_grad():
+            return self.model(inps, logits_to_keep=keep).logits
+
+    def _select_cont_toks(
+        self, logits: Tensor, contlen: int | None = None, inplen: int | None = None
+    ) -> Tensor:
+        # Of a text alone the last logits are there, and nothing stands behind it.
+        inplen = None if inplen is None else min(inplen, len(logits))
+        return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
 
 
 # Arguments of HFLM that say how it would load or spread a model.
@@ -95,10 +127,16 @@ _NOT_HERE = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the harness's command line; `arguments` are those of `lm_eval`."""
+    """Run the harness's command line; `arguments` are those of `lm_eval`, and `--preset` and
+    `--lengths` (`memwrap.cli.lm_eval_presets`).
+
+    Raises:
+        ValueError: for an unknown preset, or lengths that it does not have.
+    """
     before = sys.argv
-    sys.argv = ["lm_eval", *arguments]
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = before
+    with expanded(arguments) as own:
+        sys.argv = ["lm_eval", *own]
+        try:
+            cli_evaluate()
+        finally:
+            sys.argv = before

@@ -30,7 +30,7 @@ def evaluate(
     task: Annotated[
         str,
         typer.Option(
-            help="perplexity, recall, linear-usage, head-budgets, or tasks: passkey,vt,..."
+            help="perplexity, recall, conversations, linear-usage, head-budgets, or tasks: vt,..."
         ),
     ] = "perplexity",
     documents: Annotated[
@@ -40,9 +40,11 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 8192,
     count: Annotated[int, typer.Option(help="Documents.")] = 3,
     samples: Annotated[
-        int | None, typer.Option(help="Recall: rows at each distance (256). Tasks: texts (20).")
+        int | None,
+        typer.Option(help="Recall: rows a distance (256). Tasks: texts (20). Conversations (3)."),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tasks: tokens of the texts.")] = "1024,4096",
+    turns: Annotated[str, typer.Option(help="Conversations: turns of the user.")] = "16,64",
     passes: Passes = 1,
     output: Annotated[
         Path | None,
@@ -75,6 +77,9 @@ def evaluate(
         results = (run.perplexity if task == "perplexity" else run.linear_usage)(loaded, rows)
     elif task == "recall":
         results = run.recall(loaded, folder, samples or 256, passes)
+    elif task == "conversations":
+        tokenizer = load_tokenizer(model, loaded)
+        results = run.conversations(loaded, tokenizer, turns, samples or 3, model)
     else:
         tokenizer = load_tokenizer(model, loaded)
         results = run.tasks(loaded, tokenizer, suite, lengths, samples or 20, model, passes)

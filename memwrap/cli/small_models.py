@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,13 +14,16 @@ from memwrap.backbones.auto_classes import auto_class
 from memwrap.backbones.masks import ATTENDING
 
 VOCABULARY = 256
-_MOST_NUMBERS = 2**26  # of a model that is built only to be tried
+_MOST_NUMBERS = 2**27  # of a model that is built only to be tried
 _WINDOW = 5
 # Widths and counts by what configs call them. Names that a config lacks are left out.
 _SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("hidden_dim", "out_hidden_size", "projection_dim", "output_dim"), 64),
     **dict.fromkeys(("embed_dim", "emb_dim", "dim", "embedding_size", "text_hidden_size"), 64),
+    "embedding_dim": 64,
+    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 64),
+    "encoder_hash_byte_group_vocab": 512,
     **dict.fromkeys(("dim_model", "lm_hidden_size", "vision_hidden_size", "input_hidden_size"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "dff", "dim_ff"), 96),
     **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"), 96),
@@ -50,13 +54,14 @@ _SMALL: dict[str, Any] = {
     "max_window_layers": 1, "max_position_embeddings": 128, "n_positions": 128,
     "rotary_dim": 8, "compress_ratio": 4, "num_nextn_predict_layers": 0, "adapter_len": 2,
 }  # fmt: skip
+_TOWER = "test_byobnet"  # timm's smallest, in place of what a config names as its `architecture`
 _WINDOWS = ("sliding_window", "attention_window", "window_size")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 
 
 def small_model(config: PreTrainedConfig, seed: int = 0, auto: Any = None) -> PreTrainedModel:
     """Build a random model of the config's architecture with two layers (and one of every kind that
-    does not attend), narrow if it can be.
+    does not attend), narrow if it can be; where none reads ids alone, one that `wrap` refuses.
 
     Args:
         config: of a model of any size.
@@ -66,19 +71,20 @@ def small_model(config: PreTrainedConfig, seed: int = 0, auto: Any = None) -> Pr
     Raises:
         ValueError: if none can be built; says what the architecture complained of.
     """
-    problem = ""
+    problem, build = "", auto or auto_class(config)
     wide = {key: 512 if value == 64 else value for key, value in _SMALL.items()} | {"head_dim": 128}
-    for widths, cut in (
+    ways = [
         (_SMALL, "all"), (_SMALL, "text"), (_SMALL, ""), (wide, "all"), (wide, "text"), ({}, "all"),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for reads, (widths, cut) in itertools.product((True, False), ways):
         try:  # ever less reduced: not every architecture can be narrowed
-            return _build(reduced(config, widths, cut=cut), seed, auto or auto_class(config))
+            return _build(reduced(config, widths, cut=cut), seed, build, reads)
         except Exception as error:  # whatever a foreign architecture raises is a "no"
             problem = problem or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     raise ValueError(f"No small {config.model_type!r} model can be built: {problem}")
 
 
-def _build(config: PreTrainedConfig, seed: int, auto: Any) -> PreTrainedModel:
+def _build(config: PreTrainedConfig, seed: int, auto: Any, reads: bool) -> PreTrainedModel:
     with torch.device("meta"):
         model = auto.from_config(copy.deepcopy(config))
     if sum(parameter.numel() for parameter in model.parameters()) > _MOST_NUMBERS:
@@ -90,7 +96,8 @@ def _build(config: PreTrainedConfig, seed: int, auto: Any) -> PreTrainedModel:
             for parameter in model.parameters():
                 if parameter.dim() >= 2:  # logits that are not flat
                     parameter.mul_(4)
-            model(input_ids=torch.ones(1, 4, dtype=torch.long))
+            if reads:
+                model(input_ids=torch.ones(1, 4, dtype=torch.long))
     return model
 
 
@@ -133,6 +140,9 @@ def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabular
             _set(text, key, [min(n, value) for n in values[key]])
     if widths:
         _keep_relations(text, before)
+        if isinstance(values.get("architecture"), str):
+            _set(text, "architecture", _TOWER)
+            _set(text, "model_args", {})
     for key in ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads"):
         if widths and values.get(key):
             _set(text, key, 4 if alike else min(2, values[key]))
@@ -140,7 +150,7 @@ def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabular
         if widths and _is_number(values.get(key)) and values[key] > _WINDOW:
             _set(text, key, _WINDOW)
     for key, value in list(values.items()):
-        if vocabulary and _is_number(value) and key.startswith("vocab_size"):
+        if vocabulary and value and _is_number(value) and key.startswith("vocab_size"):
             _set(text, key, VOCABULARY)
         # -1 is said of tokens that a text of ids lacks, such as those of pictures.
         if _is_number(value) and key.endswith(("token_id", "token_index")):
@@ -167,6 +177,8 @@ def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
     if _is_number(values.get("num_heads")) and "state_size" in values and "expand" in values:
         wide = values["expand"] * values["hidden_size"]
         _set(text, "num_heads", wide // values.get("head_dim", wide))
+    if "qk_dim_factor" in values:  # of few channels a part is rounded up to all
+        _set(text, "qk_dim_factor", 1.0)
     heads = before.get("num_attention_heads") or 1
     width = before.get("head_dim") or (before.get("hidden_size") or heads) // heads
     for rotary in (values.get("rope_parameters"), values.get("rope_scaling")):
@@ -177,8 +189,9 @@ def _keep_relations(text: PreTrainedConfig, before: dict[str, Any]) -> None:
                 rotary[key] = rotary[key][: len(rotary[key]) * 16 // width]
         section = rotary.get("mrope_section")
         if section:
-            total = sum(section) * 16 // width
-            parts = [n * 16 // width for n in section[:-1]]
+            before_total = sum(section)
+            total = rope // 2 if rope else before_total * 16 // width
+            parts = [n * total // before_total for n in section[:-1]]
             rotary["mrope_section"] = [*parts, total - sum(parts)]
 
 
@@ -187,9 +200,14 @@ def _keep_per_layer(text: PreTrainedConfig, per_layer: dict[Any, Any], chosen: l
     given = {int(key): layer for key, layer in per_layer.items()}
     settings = {n: dict(given.get(old, {})) for n, old in enumerate(chosen)}
     for layer in settings.values():
+        heads, groups = layer.get("num_attention_heads"), layer.get("num_key_value_heads")
         for key, value in layer.items():
             if _is_number(value):
                 layer[key] = min(value, 2 * (_SMALL.get(key) or value))
+        if heads and heads == groups:
+            layer["num_key_value_heads"] = layer["num_attention_heads"]
+        if "qk_nope_head_dim" in layer:
+            layer["head_dim"] = layer["qk_nope_head_dim"] + vars(text)["qk_rope_head_dim"]
     text.per_layer_config = {n: layer for n, layer in settings.items() if layer}
 
 
@@ -219,7 +237,7 @@ def _cut(text: PreTrainedConfig) -> list[int]:
             chosen = chosen + shared
         layers = len(chosen)
     for key, value in list(values.items()):  # what else is said of every layer
-        if isinstance(value, list) and len(value) == before and before > 2:
+        if isinstance(value, list | tuple) and len(value) == before and before > 2:
             kept = chosen if kinds else range(before - layers, before)
             _set(text, key, [value[n] for n in kept])
     _set(text, name, layers)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 store_commands = typer.Typer(
     help="Stores of text that a kNN-LM searches.", no_args_is_help=True, rich_markup_mode=None
 )
+TINY = "tiny-lm"
 bench_commands = typer.Typer(
     help="Measure parts of memwrap.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -206,27 +207,72 @@ def bench_stores(
 @bench_commands.command("memories")
 @plain_errors
 def bench_memories(
-    model: Annotated[str, typer.Option("--model", help="The backbone.")] = "tiny-lm",
+    model: Annotated[str, typer.Option("--model", help="The backbone.")] = TINY,
+    train: Annotated[
+        bool | None,
+        typer.Option("--train/--no-train", help="Train each (default: for the tiny-lm alone)."),
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Of `memwrap list`; default: all.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Tokens seen on documents.")] = None,
-    recall_budget: Annotated[int | None, typer.Option(help="Tokens seen on recall.")] = None,
+    budget: Annotated[int | None, typer.Option(help="--train: tokens seen on documents.")] = None,
+    recall_budget: Annotated[
+        int | None, typer.Option(help="--train: tokens seen on recall.")
+    ] = None,
+    megabytes: Annotated[str | None, typer.Option(help="--no-train: of state, as 4,16,64.")] = None,
+    documents: Annotated[
+        str | None, typer.Option(help="--no-train: a folder or file to read.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="YAML file instead of the shipped.")] = None,
-    output: Annotated[Path, typer.Option("-o", help="Folder; goes on with what is there.")] = Path(
-        "runs/memories"
-    ),
+    output: Annotated[
+        Path | None, typer.Option("-o", help="Folder; goes on with what is there (runs/...).")
+    ] = None,
 ) -> None:
-    """Train every memory with one budget; perplexity, recall and costs side by side."""
-    from memwrap.comparison.runs import Plan, compare, read_results
-    from memwrap.comparison.tables import write_page
-
-    loaded = Plan.load(model, plan, budget=budget, recall_budget=recall_budget)
+    """Memories side by side: on a real model at equal bytes, or each trained with one budget."""
     names = [n.strip() for n in only.split(",")] if only else memwrap.available()
     for name in names:
         memwrap.config_class(name)
-    compare(loaded, output, output / "trained", names, say=typer.echo)
-    paths = write_page(read_results(output), output, "memwrap bench memories")
+    trains = model == TINY if train is None else train
+    foreign = {"--megabytes": megabytes, "--documents": documents} if trains else {
+        "--budget": budget, "--recall-budget": recall_budget
+    }  # fmt: skip
+    for option, value in foreign.items():
+        if value is not None:
+            needed = "--no-train" if trains else "--train"
+            raise ValueError(f"{option} is given, which goes with {needed}; give that too.")
+    if trains:
+        paths = _trained(model, plan, budget, recall_budget, names, output)
+    else:
+        paths = _as_they_come(model, plan, megabytes, documents, names, output)
     typer.echo(paths[0].read_text(encoding="utf-8"))
     typer.echo(f"wrote {' and '.join(map(str, paths))}")
+
+
+def _trained(
+    model: str, plan: Path | None, budget: int | None, recall_budget: int | None,
+    names: list[str], output: Path | None,
+) -> list[Path]:  # fmt: skip
+    from memwrap.comparison.runs import Plan, compare, read_results
+    from memwrap.comparison.tables import write_page
+
+    folder = output or Path("runs/memories")
+    loaded = Plan.load(model, plan, budget=budget, recall_budget=recall_budget)
+    compare(loaded, folder, folder / "trained", names, say=typer.echo)
+    return write_page(read_results(folder), folder, "memwrap bench memories")
+
+
+def _as_they_come(
+    model: str, plan: Path | None, megabytes: str | None, documents: str | None,
+    names: list[str], output: Path | None,
+) -> list[Path]:  # fmt: skip
+    from memwrap.comparison.board import Board, load_board_plan
+    from memwrap.comparison.board_page import write_board
+
+    try:
+        budgets = [float(word) for word in megabytes.split(",")] if megabytes else None
+    except ValueError:
+        raise ValueError(f"--megabytes is {megabytes!r}; give numbers, as 4,16,64.") from None
+    folder = output or Path("runs/leaderboard")
+    Board(model, folder, load_board_plan(plan, budgets=budgets, documents=documents)).run(names)
+    return write_board(folder, f"memwrap bench memories --model {model}")
 
 
 __all__ = ["bench_commands", "store_commands"]

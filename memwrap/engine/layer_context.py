@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,10 @@ from memwrap.backbones import LayerAttention, Positions
 from memwrap.backbones.layer_attention import AttentionStep, cached_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
+from memwrap.engine.mixer_matching import keeps_softmax, matching_mixers, unexplained
+from memwrap.memories.parts.sums import decayed
 from memwrap.memories.protocol import AttentionMemory, LayerMemory
+from memwrap.memories.sizes import attending_layers
 from memwrap.ops import narrowed
 from memwrap.state.memory_state import BACKBONE
 from memwrap.state.open_segment import OpenSegment
@@ -78,6 +82,7 @@ class LayerContext:
             return
         for name, memory, state in self._at(layer, self.layered):
             suffix = hidden[:, self.suffixes.get(name, slice(0))]
+            state = decayed(memory, layer, state)
             self.written[name][str(layer)] = memory.write_layer(layer, suffix, state)
 
     def attention_step(self, device: torch.device) -> AttentionStep:
@@ -90,13 +95,37 @@ class LayerContext:
 
     def attention(self, attention: LayerAttention) -> Tensor:
         """Give the attention's output for one layer."""
+        self.attended.add(attention.layer)
+        if keeps_softmax(attention.layer):
+            return attention.local()
+        if not matching_mixers():
+            return self._read(attention)
+        for _, memory, _ in self._at(attention.layer, self.attending):
+            converted = attending_layers(memory.config, memory.sizes)
+            if attention.layer in converted:
+                attention.call.after = partial(self._compare, attention, len(converted))
+        return attention.local()
+
+    def _compare(self, attention: LayerAttention, layers: int, wanted: Tensor) -> None:
+        """Note how far the attention with its memory is from its own output, as a loss that is the
+        mean over `layers`."""
+        if len(self.segment):
+            raise ValueError(
+                "Mixers are compared over whole segments, and one is open; give whole rows, "
+                "without `cache`."
+            )
+        with torch.enable_grad():
+            self.losses.append(unexplained(attention, self._read, wanted) / layers)
+
+    def _read(self, attention: LayerAttention) -> Tensor:
+        """Let the memory of a layer attend."""
         layer = attention.layer
-        self.attended.add(layer)
         for name, memory, state in self._at(layer, self.attending):
             self._keep_hidden(memory, attention)
             out, state = memory.attend(layer, attention, state)
             self.noted[name][str(layer)] = state
             if self.closing:
+                state = decayed(memory, layer, state)
                 self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
             return narrowed(out, attention.value.dtype)
         return attention.local()
@@ -106,6 +135,7 @@ class LayerContext:
         for name, memory, state in self._at(layer, self.attending):
             attention = cached_attention(module, self, keys, values)
             self._keep_hidden(memory, attention)
+            state = decayed(memory, layer, state)
             self.written[name][str(layer)] = memory.write_attention(layer, attention, state)
 
     @property
@@ -119,7 +149,9 @@ class LayerContext:
 
     def changed(self, closes: Tensor) -> dict[str, Tree]:
         """Collect the memories' trees after the step; `closes` `(B,)` says whose segments
-        closed."""
+        closed. Where mixers are compared every segment begins anew."""
+        if matching_mixers():
+            return dict(self.states)
         result = {}
         for name, tree in self.states.items():
             new = _with_layers(tree, self.noted.get(name, {}))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memwrap.engine.inputs import IGNORED, Teacher
+from memwrap.engine.mixer_matching import matching_mixers
 from memwrap.engine.plan import Step
 from memwrap.engine.recomputation import recomputed
 from memwrap.engine.step import SegmentReader, StepOutput
@@ -74,7 +75,8 @@ class Head:
         states: dict[str, Tree],
     ) -> tuple[Tensor, int]:
         """Sum the loss of a step: cross entropy, the divergence from the teacher where there is
-        one, and the memories' own losses once for each target. An inserted token that is a target
+        one, and the memories' own losses once for each target; where mixers are compared these
+        are all of it. An inserted token that is a target
         of the token before it counts too. Logits exist for a part of the positions at a time.
 
         Args:
@@ -89,7 +91,9 @@ class Head:
         if teacher is not None:
             teacher = replace(teacher, hidden=step.take(teacher.hidden))
         wanted = targets.to(out.hidden.device)
-        if self.mixer is None:
+        if matching_mixers():
+            loss = torch.zeros((), device=out.hidden.device)
+        elif self.mixer is None:
             loss = self._plain(out.hidden, wanted, teacher)
         else:
             loss = self._mixing(out, wanted, states, teacher)

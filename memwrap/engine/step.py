@@ -19,6 +19,7 @@ from memwrap.backbones.layer_attention import AttentionStep
 from memwrap.backbones.masks import layers_without_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.engine.layer_context import LayerContext, PastReader
+from memwrap.engine.mixer_matching import as_it_was, matching_mixers
 from memwrap.engine.plan import Step
 from memwrap.engine.step_input import InputLayout, StepInput
 from memwrap.memories.protocol import (
@@ -159,7 +160,10 @@ class SegmentReader:
         return StepOutput(tokens, states, after, auxiliary, inserted, key)
 
     def _adapters(self) -> AbstractContextManager[None]:
-        """Switch the backbone's adapters off where a memory has them for its own passes alone."""
+        """Switch the backbone's adapters off where a memory has them for its own passes alone, and
+        where the backbone is the teacher."""
+        if matching_mixers():
+            return as_it_was(self.backbone.model)
         frozen = any(memory.frozen_reader for memory in self.seeing.values())
         return lora_disabled(self.backbone.model) if frozen else nullcontext()
 

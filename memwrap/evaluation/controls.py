@@ -33,10 +33,26 @@ def own_context(model: MemoryModelForCausalLM) -> int:
     return int(model.parts.config.max_position_embeddings)
 
 
+class WindowFeed:
+    """Logits `(batch, T, V)` of ids and mask `(batch, T)` that are fed one after another.
+
+    Attributes:
+        state: what was fed; one of before may be put back.
+    """
+
+    def __init__(self, loop: Loop, state: MemoryState, head: Callable[[Tensor], Tensor]) -> None:
+        self.loop, self.state, self.head = loop, state, head
+
+    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        reading = self.loop(check_inputs(ids, None, mask), self.state, hidden_from=0)
+        self.state = reading.state
+        return self.head(reading.hidden)  # type: ignore[arg-type]
+
+
 @contextmanager
 def windowed(
     model: MemoryModelForCausalLM, window: int, batch: int
-) -> Iterator[tuple[Callable[[Tensor, Tensor | None], Tensor], int]]:
+) -> Iterator[tuple[WindowFeed, int]]:
     """Make the backbone alone see a sliding window and the first tokens (StreamingLLM).
 
     Args:
@@ -45,8 +61,7 @@ def windowed(
         batch: rows.
 
     Yields:
-        A function from ids and mask `(batch, T)`, fed one after another, to logits
-        `(batch, T, V)`; and how many tokens are best fed at once.
+        What ids are fed to, and how many are best fed at once.
 
     Raises:
         ValueError: where the backbone's attention cannot meet a memory.
@@ -57,19 +72,11 @@ def windowed(
     with lora_disabled(model.backbone), model.parts.attention_lent():
         memory = WindowMemory(config, sizes_of(model.parts, attention=True)).to(model.device)
         reader = SegmentReader(model.parts, {config.name: memory})
-        loop = Loop(reader, config)
         state = MemoryState(reader.init_states(batch, model.device), batch)
-
-        def feed(ids: Tensor, mask: Tensor | None = None) -> Tensor:
-            nonlocal state
-            reading = loop(check_inputs(ids, None, mask), state, hidden_from=0)
-            state = reading.state
-            return model.parts.head(reading.hidden)  # type: ignore[arg-type]
-
-        yield feed, config.segment_size
+        yield WindowFeed(Loop(reader, config), state, model.parts.head), config.segment_size
 
 
 __all__ = [
-    "CURVES", "FULL", "MEMORY", "OFF", "SHUFFLED", "SINKS", "TRUNCATED", "WINDOW",
+    "CURVES", "FULL", "MEMORY", "OFF", "SHUFFLED", "SINKS", "TRUNCATED", "WINDOW", "WindowFeed",
     "lora_disabled", "own_context", "windowed",
 ]  # fmt: skip

@@ -36,7 +36,8 @@ from memwrap.io.atomic_files import write_text
 from memwrap.model.memory_model import MemoryModelForCausalLM
 
 BRANCH = "only "  # and the name of a branch of the memory
-VERSION = 1
+VERSION = 2  # 1: without norms
+GROWN = 2.0  # times what training saw: worth a warning
 # NLL by row and position, the seconds it took, and the most bytes in use meanwhile.
 Reading = tuple[Tensor, float, int | None]
 
@@ -67,13 +68,41 @@ class Curve:
 
 @dataclass
 class PerplexityResult:
-    """Curves over the same documents; buckets are `[edges[i], edges[i + 1])` in tokens."""
+    """Curves over the same documents; buckets are `[edges[i], edges[i + 1])` in tokens.
+
+    Attributes:
+        norms: how large the memories' sums were (`model.state_norms`, the largest of all rows)
+            after so many `"tokens"`: one dict a piece, by memory and layer.
+        trained_norms: how large they were at the end of training; None if unknown.
+    """
 
     edges: list[int]
     segment_size: int
     window: int
     documents: int
     curves: dict[str, Curve] = field(default_factory=dict)
+    norms: list[dict[str, Any]] = field(default_factory=list)
+    trained_norms: dict[str, dict[str, float]] | None = None
+
+    def _largest(self, name: str, layer: str) -> float:
+        return max((at.get(name, {}).get(layer, 0.0) for at in self.norms), default=0.0)
+
+    def growth(self) -> str | None:
+        """Warn, in a sentence, if a memory's sums grew far beyond what training saw."""
+        grown = [
+            (norm / seen, name, layer, norm, seen)
+            for name, layers in (self.trained_norms or {}).items()
+            for layer, seen in layers.items()
+            if seen and (norm := self._largest(name, layer)) > GROWN * seen
+        ]
+        if not grown:
+            return None
+        times, name, layer, norm, seen = max(grown)
+        return (
+            f"warning: what {name!r} sums in layer {layer} grew to {norm:.4g}, {times:.1f} times "
+            f"what training saw ({seen:.4g}). Give memory.state_decay (0.8) or memory.read_cap, or "
+            "train on more segments."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
@@ -86,7 +115,8 @@ class PerplexityResult:
         Raises:
             ValueError: for another kind of dict or another version.
         """
-        if values.get("format") != "memwrap-perplexity" or values.get("version") != VERSION:
+        known = values.get("version") in (1, VERSION)
+        if values.get("format") != "memwrap-perplexity" or not known:
             raise ValueError("This is no perplexity result of this version of memwrap.")
         fields = {k: v for k, v in values.items() if k not in ("format", "version")}
         fields["curves"] = {name: Curve(**curve) for name, curve in fields["curves"].items()}
@@ -162,8 +192,9 @@ def perplexity_by_position(
     lengths = torch.tensor([len(r) for r in rows])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     piece = max(1, piece_tokens // size) * size
+    norms: list[dict[str, Any]] = []
     readers: dict[str, Callable[[], Tensor]] = {
-        MEMORY: lambda: _memory(model, ids, mask, piece, None, progress),
+        MEMORY: lambda: _memory(model, ids, mask, piece, None, progress, norms),
         OFF: lambda: _memory(model, ids, mask, piece, "off", progress),
         SHUFFLED: lambda: _memory(model, ids, mask, piece, "shuffled", progress),
         TRUNCATED: lambda: _windows(model, ids, mask, window, ids.shape[1], progress),
@@ -184,7 +215,9 @@ def perplexity_by_position(
                     base[name] = readings[name]
     finally:
         model.train(was_training)
-    result = PerplexityResult(_edges(size, ids.shape[1]), size, window, len(rows))
+    result = PerplexityResult(
+        _edges(size, ids.shape[1]), size, window, len(rows), {}, norms, model.config.trained_norms
+    )
     for name, reading in readings.items():
         result.curves[name] = _curve(reading, readings[MEMORY][0], result.edges)
     return result
@@ -229,6 +262,7 @@ def _memory(
     piece: int,
     control: str | None,
     progress: bool,
+    norms: list[dict[str, Any]] | None = None,
 ) -> Tensor:
     nll = torch.full(ids.shape, math.nan)
     state, loop = model.new_state(ids.shape[0]), model.loop()
@@ -244,6 +278,9 @@ def _memory(
             control=control,
         )
         state = reading.state
+        if norms is not None and (now := model.state_norms(state)):
+            largest = {n: {str(k): float(v.max()) for k, v in at.items()} for n, at in now.items()}
+            norms.append({"tokens": first + part.shape[1], **largest})
         logits = model._logits(reading.hidden, 0)  # type: ignore[arg-type]
         _place(nll, token_nll(logits, ids, mask, first), first)
     return nll

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from memwrap.evaluation.controls import MEMORY, OFF
+from memwrap.evaluation.conversations import MEASURES, ConversationsResult
 from memwrap.evaluation.perplexity import PerplexityResult
 from memwrap.evaluation.recall import RecallResult
+from memwrap.evaluation.suite import wilson
 from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
 
 
 def plot_perplexity(result: PerplexityResult, path: str | Path, title: str = "") -> None:
-    """Plot NLL by position, and below it each curve's difference to the memory switched off."""
-    figure, (upper, lower) = _figure(2)
+    """Plot NLL by position, below it each curve's difference to the memory switched off, and below
+    that how large the memory's sums become, a line a layer."""
+    figure, panels = _figure(3 if result.norms else 2)
+    upper, lower = panels[:2]
     centres = [(a + b) / 2 for a, b in pairwise(result.edges)]
     reference = result.curves.get(OFF, result.curves[MEMORY])
     for index, (name, curve) in enumerate(result.curves.items()):
@@ -33,9 +37,17 @@ def plot_perplexity(result: PerplexityResult, path: str | Path, title: str = "")
     upper.set_title(title or f"{result.documents} held-out documents")
     upper.legend(fontsize=8)
     lower.set_ylabel(f"minus {OFF if OFF in result.curves else MEMORY}")
-    lower.set_xlabel("position in the document (tokens)")
+    panels[-1].set_xlabel("position in the document (tokens)")
     lower.axhline(0, color="black", linewidth=0.6)
-    for axis in (upper, lower):
+    for name in [name for name in (result.norms or [{}])[0] if name != "tokens"]:
+        for index, layer in enumerate(result.norms[0][name]):
+            points = [(at["tokens"], at[name][layer]) for at in result.norms]
+            style = {"color": COLOURS[index % len(COLOURS)], "label": f"layer {layer}"}
+            panels[2].plot(*zip(*points, strict=True), **style)
+        panels[2].set_ylabel(f"norm of {name}'s sums")
+        panels[2].set_yscale("log")
+        panels[2].legend(fontsize=7, ncols=4)
+    for axis in panels:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     _save(figure, path)
@@ -63,6 +75,37 @@ def plot_recall(results: dict[str, RecallResult], path: str | Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel("segments between a pair and its query")
+    _save(figure, path)
+
+
+def plot_conversations(result: ConversationsResult, path: str | Path) -> None:
+    """Plot what was answered by number of turns, a panel a kind of question, a line a reader."""
+    shown = [measure for measure in MEASURES if measure[1] == "right"]
+    figure, axes = _figure(len(shown))
+    for axis, (kind, counted, name) in zip(axes, shown, strict=True):
+        for index, curve in enumerate(result.curves()):
+            counts = [(n, *result.count(n, curve, kind, counted)) for n in result.turns()]
+            shares = [(n, right / count, count) for n, right, count in counts if count]
+            points = [(n, share, *wilson(share, count)) for n, share, count in shares]
+            axis.errorbar(
+                [n for n, *_ in points],
+                [share for _, share, *_ in points],
+                yerr=[
+                    [max(0.0, share - low) for _, share, low, _ in points],
+                    [max(0.0, high - share) for _, share, _, high in points],
+                ],
+                label=curve,
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                capsize=2,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_title(name)
+        axis.set_ylabel("share of questions")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    axes[-1].set_xlabel("turns of the user")
     _save(figure, path)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from memwrap.evaluation.controls import MEMORY
+from memwrap.evaluation.conversations import ConversationsResult
 from memwrap.evaluation.perplexity import PerplexityResult
 from memwrap.evaluation.plots import (
+    plot_conversations,
     plot_costs,
     plot_depths,
     plot_lengths,
@@ -22,7 +24,7 @@ from memwrap.evaluation.suite import SuiteResult
 from memwrap.io.atomic_files import write_text
 from memwrap.io.reading import read_json
 
-Result = SuiteResult | PerplexityResult | RecallResult
+Result = SuiteResult | PerplexityResult | RecallResult | ConversationsResult
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 }
@@ -58,6 +60,8 @@ def _result(values: dict[str, Any]) -> Result:
     kind = values.get("format")
     if kind == "memwrap-suite":
         return SuiteResult.from_dict(values)
+    if kind == "memwrap-conversations":
+        return ConversationsResult.from_dict(values)
     if kind == "memwrap-recall" and values.get("version") == 1:
         fields = {k: v for k, v in values.items() if k not in ("format", "version")}
         return RecallResult(**fields)
@@ -87,6 +91,9 @@ def _measured(parts: list[tuple[str, Result]]) -> dict[tuple[str, str], str]:
             for cell in result.cells:
                 key = (f"{cell.task}, {cell.length:,} tokens", cell.curve)
                 figures[key] = f"{cell.accuracy:.2f} ({cell.low:.2f}-{cell.high:.2f})"
+        elif isinstance(result, ConversationsResult):
+            for (measure, reader), cells in result.figures().items():
+                figures |= {(f"{measure}, {n} turns", reader): text for n, text in cells.items()}
         elif isinstance(result, PerplexityResult):
             for curve_name, curve in result.curves.items():
                 figures["nats per token", curve_name] = f"{curve.overall:.3f}"
@@ -119,6 +126,8 @@ def write_report(results: dict[str, Result], path: str | Path, title: str = "mem
             subfolder.mkdir()
             if isinstance(result, SuiteResult):
                 parts += _suite(result, subfolder)
+            elif isinstance(result, ConversationsResult):
+                parts += _conversations(result, subfolder)
             else:
                 parts += [f"<h2>{html.escape(name)}</h2>", *_curves(name, result, subfolder)]
     _write(path, parts)
@@ -146,6 +155,24 @@ def _suite(result: SuiteResult, folder: Path) -> list[str]:
         length, peak = f"{cell.length:,}", _megabytes(cell.peak_bytes)
         lines.append([cell.task, cell.curve, length, seconds, peak])
     return [*parts, "<h2>Time and memory</h2>", _table(lines)]
+
+
+def _conversations(result: ConversationsResult, folder: Path) -> list[str]:
+    """Write both tables, the plot, and what the memory and the other readers took."""
+    plot_conversations(result, folder / "plot.png")
+    lines = [["read with", "", "seconds"], []]
+    lines += [[reader, "", f"{value:.1f}"] for reader, value in result.seconds.items()]
+    sizes = ", ".join(
+        f"{n} turns: {value:,.0f} bytes, as {result.tokens[n]:,.0f} tokens of the cache"
+        for n, value in result.state_bytes.items()
+    )
+    return [
+        f"<p>{result.dialogues} conversations of each length, sessions of {result.session} turns, "
+        f"seed {result.seed}. Intervals: 95 %, by questions. The memory's state: {sizes}.</p>",
+        *[_from_markdown(text) for text in result.table().split("\n\n")],
+        _image(folder / "plot.png", "by number of turns"),
+        _table(lines),
+    ]
 
 
 def _curves(name: str, result: PerplexityResult | RecallResult, folder: Path) -> list[str]:

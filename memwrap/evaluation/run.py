@@ -12,8 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from memwrap.data.documents import load_documents, long_documents
 from memwrap.evaluation.controls import CURVES, FULL, SHUFFLED, SINKS, WINDOW, own_context
+from memwrap.evaluation.conversations import (
+    READERS,
+    ConversationsResult,
+    evaluate_conversations,
+)
 from memwrap.evaluation.perplexity import BRANCH, PerplexityResult, perplexity_by_position
-from memwrap.evaluation.plots import plot_perplexity, plot_recall
+from memwrap.evaluation.plots import plot_conversations, plot_perplexity, plot_recall
 from memwrap.evaluation.recall import RecallResult, evaluate_recall
 from memwrap.evaluation.report import write_report
 from memwrap.evaluation.suite import SuiteResult, evaluate_tasks
@@ -24,8 +29,13 @@ from memwrap.tasks import available
 from memwrap.training.recall import recall_tasks
 from memwrap.training.recipe import load_recipe
 
-TASKS = ("perplexity", "recall", "linear-usage", "head-budgets")
-Results = dict[str, PerplexityResult] | dict[str, RecallResult] | dict[str, SuiteResult]
+TASKS = ("perplexity", "recall", "conversations", "linear-usage", "head-budgets")
+Results = (
+    dict[str, PerplexityResult]
+    | dict[str, RecallResult]
+    | dict[str, SuiteResult]
+    | dict[str, ConversationsResult]
+)
 
 
 def suite_tasks(names: str, passes: int = 1) -> list[str]:
@@ -60,10 +70,7 @@ def tasks(
     Raises:
         ValueError: for a length that is no number, or that a task does not fit in.
     """
-    try:
-        numbers = [int(part) for part in lengths.split(",")]
-    except ValueError:
-        raise ValueError(f"`lengths` is {lengths!r}; give numbers, as in 1024,4096.") from None
+    numbers = _numbers(lengths, "lengths", "1024,4096")
     controls = tuple(c for c in CURVES[1:] if c != WINDOW or _windowed(model))
     return {
         "tasks": evaluate_tasks(
@@ -71,6 +78,34 @@ def tasks(
             name=name,
         )
     }  # fmt: skip
+
+
+def conversations(
+    model: MemoryModelForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: str,
+    dialogues: int,
+    name: str,
+) -> dict[str, ConversationsResult]:
+    """Hold conversations of as many turns as given, "16,64", and ask what is known of them.
+
+    Raises:
+        ValueError: for turns that are no numbers, or too few.
+    """
+    numbers = _numbers(turns, "turns", "16,64")
+    readers = tuple(r for r in READERS if r != WINDOW or _windowed(model))
+    return {
+        "conversations": evaluate_conversations(
+            model, tokenizer, numbers, dialogues=dialogues, readers=readers, name=name
+        )
+    }
+
+
+def _numbers(text: str, name: str, example: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"`{name}` is {text!r}; give numbers, as in {example}.") from None
 
 
 def _windowed(model: MemoryModelForCausalLM) -> bool:
@@ -181,8 +216,10 @@ def table(results: Results) -> str:
         if isinstance(result, PerplexityResult):
             texts = "1 text" if result.documents == 1 else f"{result.documents} texts"
             parts.append(f"nats a token, {texts} in segments of {result.segment_size} tokens")
-        plain = isinstance(result, (PerplexityResult, SuiteResult))
+        plain = isinstance(result, (PerplexityResult, SuiteResult, ConversationsResult))
         parts.append(result.table() if plain else f"{name}\n\n{result.table()}")
+        if isinstance(result, PerplexityResult) and (warning := result.growth()):
+            parts.append(warning)
     return "\n\n".join(parts)
 
 
@@ -203,10 +240,12 @@ def write(results: Results, folder: Path, title: str = "memwrap") -> list[Path]:
     for result in results.values():
         if isinstance(result, PerplexityResult):
             plot_perplexity(result, paths[2])
+        if isinstance(result, ConversationsResult):
+            plot_conversations(result, paths[2])
     return paths[:2] if kind == "tasks" else paths
 
 
 __all__ = [
-    "TASKS", "documents", "linear_usage", "perplexity", "recall", "suite_tasks", "table", "tasks",
-    "write",
+    "TASKS", "conversations", "documents", "linear_usage", "perplexity", "recall", "suite_tasks",
+    "table", "tasks", "write",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -252,7 +252,7 @@ class _Scores:
             most = self.task.max_new_tokens
             if curve == TRUNCATED:
                 first = max(0, ids.shape[1] - self.window + most)
-            tokens = _greedy(feed, ids[:, first:], most, self.tokenizer.eos_token_id)
+            tokens = greedy(feed, ids[:, first:], most, [self.tokenizer.eos_token_id])
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             return [self.task.score(text, sample.references)]
         if curve == TRUNCATED:
@@ -319,11 +319,12 @@ def _reader(
         yield lambda ids: model.backbone(input_ids=ids, **{model.parts.cache_name: cache}).logits
 
 
-def _greedy(feed: Feed, ids: Tensor, most: int, end: int | None) -> list[int]:
+def greedy(feed: Feed, ids: Tensor, most: int, ends: Collection[int]) -> list[int]:
+    """Generate at most `most` ids behind `ids`, the likeliest each, up to one that ends."""
     for part in ids.split(PIECE, 1):
         logits = feed(part)
     tokens = [int(logits[0, -1].argmax())]
-    while len(tokens) < most and tokens[-1] != end:
+    while len(tokens) < most and tokens[-1] not in ends:
         logits = feed(ids.new_tensor([[tokens[-1]]]))
         tokens.append(int(logits[0, -1].argmax()))
     return tokens

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memwrap.backbones import AttentionSizes, LayerAttention
-from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import Evicted, SlidingWindow
+from memwrap.memories.parts.sums import SummedConfig
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
@@ -32,7 +32,7 @@ _LEAST = -1e4  # a log decay that leaves nothing, in every dtype
 STEPS = (1e-3, 1e-1)  # softplus of the bias of Delta, drawn between on a log scale
 
 
-class AHNConfig(MemoryConfig):
+class AHNConfig(SummedConfig):
     """Softmax over a window with sinks, and beside it a recurrence over all that left the window.
 
     Examples:
@@ -181,7 +181,8 @@ class AHNMemory(AttentionMemory):
     entered. Nothing depends on where segments end.
     """
 
-    claims = Claims(neutral_start=True)
+    claims = Claims(neutral_start=True, linearizes=True)
+    sums = ("S",)
     counts_positions = True
 
     config: AHNConfig
@@ -240,6 +241,7 @@ class AHNMemory(AttentionMemory):
             return local, state
         with torch.autocast(local.device.type, enabled=False):
             recurrent, state = self._recurrent(layer, attention, state)
+            recurrent = self.config.capped(recurrent, local)
         if self.branch == "window":
             return local, state
         if self.branch == "recurrent":

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.sums import SummedConfig
 from memwrap.memories.protocol import Claims, LayerMemory, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.settings import GateLogit, LayerList, PositiveInt
@@ -16,7 +16,7 @@ from memwrap.ops import accumulation_dtype, associative
 from memwrap.state.trees import Tree
 
 
-class ARMTConfig(MemoryConfig):
+class ARMTConfig(SummedConfig):
     """Associative recurrent memory: every layer reads a key-value matrix that memory tokens
     write at the end of each segment.
 
@@ -200,6 +200,7 @@ class ARMTMemory(SoftPrompt, LayerMemory):
     outputs at the memory tokens are written into its own A and z (section 3, eq. 1 to 6)."""
 
     claims = Claims(neutral_start=True)
+    sums = ("A", "z")
 
     config: ARMTConfig
 
@@ -240,7 +241,8 @@ class ARMTMemory(SoftPrompt, LayerMemory):
 
     def read_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tensor:
         memory: Any = self.layers[str(layer)]
-        return hidden + memory.read(hidden, state["A"], state.get("z"))
+        read = memory.read(hidden, state["A"], state.get("z"))
+        return hidden + self.config.capped(read, hidden)
 
     def write_layer(self, layer: int, hidden: Tensor, state: Tree) -> Tree:
         memory: Any = self.layers[str(layer)]

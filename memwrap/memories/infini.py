@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
-from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.sums import SummedConfig
 from memwrap.memories.protocol import AttentionMemory, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import GateLogit, LayerList, NonNegativeFloat
@@ -17,7 +17,7 @@ from memwrap.ops import accumulation_dtype, infini
 from memwrap.state.trees import Tree
 
 
-class InfiniConfig(MemoryConfig):
+class InfiniConfig(SummedConfig):
     """Infini-attention: keys and values of closed segments are summed into one matrix a KV head,
     read with the layer's own queries and mixed with local attention by a gate a query head.
 
@@ -58,6 +58,7 @@ class InfiniMemory(AttentionMemory):
     """
 
     claims = Claims(neutral_start=True)
+    sums = ("M", "z")
 
     config: InfiniConfig
 
@@ -85,6 +86,7 @@ class InfiniMemory(AttentionMemory):
         local = attention.local()
         with torch.autocast(local.device.type, enabled=False):
             read = infini.read(attention.query, state["M"], state["z"]).transpose(1, 2)
+            read = self.config.capped(read, local)
             gate = torch.sigmoid(self.gates[str(layer)].to(read.dtype))[:, None]
             if self.config.first_segment == "local_only":
                 gate = torch.where(state["written"].view(-1, 1, 1, 1), gate, 0.0)

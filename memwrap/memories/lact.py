@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memwrap.backbones import AttentionSizes, LayerAttention
-from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
+from memwrap.memories.parts.sums import SummedConfig
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt, Range
@@ -31,7 +31,7 @@ EPS = 1e-5  # of unit keys, and of the norm of what is read
 DECAY = -6.0  # the logit of Titans' decay before training: a token leaves 0.9975 of the weights
 
 
-class LaCTConfig(MemoryConfig):
+class LaCTConfig(SummedConfig):
     """Softmax over a window with sinks, and beside it a small network per KV head that a whole
     segment's keys and values change by one step.
 
@@ -194,6 +194,7 @@ class LaCTMemory(AttentionMemory):
     """
 
     claims = Claims(neutral_start=True)
+    sums = ("w0", "w1", "w2", "t0", "t1", "t2")
 
     config: LaCTConfig
     branches = ("window", "recurrent")
@@ -223,6 +224,11 @@ class LaCTMemory(AttentionMemory):
                 layers[str(layer)]["written"] = written
         return {"layers": layers}
 
+    def sums_before(self, layer: int) -> Tree:
+        network: Any = self.networks[str(layer)]
+        weights = network.weights()
+        return _tree(FastMemory(weights, None, weights))
+
     def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
         for tree in state["layers"].values():
             yield from self.window.ranges(tree["window"], progress)
@@ -234,6 +240,7 @@ class LaCTMemory(AttentionMemory):
         network: Any = self.networks[str(layer)]
         with torch.autocast(local.device.type, enabled=False):
             recurrent = network.output(attention, _parts(state, "w"))
+            recurrent = self.config.capped(recurrent, local)
             if self.config.first_segment == "local_only":
                 recurrent = torch.where(state["written"].view(-1, 1, 1, 1), recurrent, 0.0)
             if self.branch == "recurrent":

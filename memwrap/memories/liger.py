@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memwrap.backbones import AttentionSizes, LayerAttention
-from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
+from memwrap.memories.parts.sums import SummedConfig
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import (
@@ -48,7 +48,7 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
-class LigerConfig(MemoryConfig):
+class LigerConfig(SummedConfig):
     """Attention as a recurrence with gates made of the keys, mixed with a sliding window.
 
     Examples:
@@ -119,6 +119,10 @@ class LigerConfig(MemoryConfig):
     def validate_normaliser(self) -> None:
         if self.normaliser and self.form in ("gsa", *DELTA_RULES):
             self.refuse("normaliser", f"false for {self.form!r}, whose reads need none")
+
+    def validate_read_cap(self) -> None:
+        if self.read_cap is not None and not self.window_size:
+            self.refuse("read_cap", "None without a window, beside which a read would be capped")
 
     def validate_top_k(self) -> None:
         if 0 < self.num_memories < self.top_k:
@@ -195,6 +199,7 @@ class LigerMemory(AttentionMemory):
     """
 
     claims = Claims(linearizes=True)
+    sums = ("S", "K", "V")
 
     config: LigerConfig
     branches = BRANCHES
@@ -275,6 +280,7 @@ class LigerMemory(AttentionMemory):
             return read * (self.config.window_weight + self.config.recurrent_weight), state
         of_window, of_recurrence = self._weights(read)
         local = window.attend(attention, state["window"])[0].to(read.dtype)
+        read = self.config.capped(read, local)
         if not isinstance(of_recurrence, Tensor) and of_window + of_recurrence == 1:
             # One pass over the tokens instead of three.
             return torch.lerp(local, read, of_recurrence), state

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
-from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.sliding_window import SlidingWindow
+from memwrap.memories.parts.sums import SummedConfig
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeFloat, PositiveInt, Range
@@ -27,7 +27,7 @@ from memwrap.state.progress import Progress
 from memwrap.state.trees import Tree
 
 
-class LoLCATsConfig(MemoryConfig):
+class LoLCATsConfig(SummedConfig):
     """Softmax over a short window and linear attention with learned features over all older
     tokens, under one normaliser.
 
@@ -94,6 +94,7 @@ class LoLCATsMemory(AttentionMemory):
     """
 
     claims = Claims(linearizes=True)
+    sums = ("S",)
     counts_positions = True
 
     config: LoLCATsConfig
@@ -169,11 +170,13 @@ class LoLCATsMemory(AttentionMemory):
             window = (share / largest).transpose(1, 2)[..., None]
             linear, state = self._linear(maps, attention, state)
             linear = (linear * rest[..., None]).transpose(1, 2)
+            beside = window * local.to(wide)
+            linear = self.config.capped(linear, beside)
             if self.branch == "window":
                 return local, state
             if self.branch == "recurrent":
                 return linear[..., :-1] / linear[..., -1:].clamp_min(1e-12), state
-            out = (window * local.to(wide) + linear[..., :-1]) / (window + linear[..., -1:])
+            out = (beside + linear[..., :-1]) / (window + linear[..., -1:])
         return out, state
 
     def _linear(self, maps: Any, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:

@@ -121,6 +121,8 @@ class Memory(nn.Module):
         takes_store: it searches a store of vectors, which a caller of `load` may name.
         branches: parts of what is read that can be read alone (`only`), as evaluation does.
         draws_branches: in training it can read a branch alone in a share of the rows.
+        sums: tensors of a layer's tree that segments are summed in, `(B, heads, ...)`, the first of
+            them `(B, heads, K, V)`; its config is a `SummedConfig` (`parts.sums`).
     """
 
     claims: ClassVar[Claims] = Claims()
@@ -128,6 +130,7 @@ class Memory(nn.Module):
     takes_store: ClassVar[bool] = False
     branches: ClassVar[tuple[str, ...]] = ()
     draws_branches: ClassVar[bool] = False
+    sums: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -191,6 +194,10 @@ class Memory(nn.Module):
             A tensor `(B, ...)` and the least and the most it may hold, numbers or `(B,)`.
         """
         yield from ()
+
+    def sums_before(self, layer: int) -> Tree:
+        """Return the `sums` of a row before its first segment that are not zero there."""
+        return {}
 
     def resettled(self, changed: set[str]) -> None:
         """Follow `changed` fields that no state depends on (`model.memory_settings`)."""

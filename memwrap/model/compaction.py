@@ -17,6 +17,9 @@ from memwrap.memories.parts.compacting import Compacts, Request
 from memwrap.model.peft_prefix import load_prefix, save_prefix
 from memwrap.state.memory_state import MemoryState
 
+# What a text is asked for with before it is said once more.
+REQUEST = "Repeat the text above word for word."
+
 
 class CompactionMixin:
     """The methods of a model for whole states of a memory that `Compacts`."""
@@ -26,8 +29,9 @@ class CompactionMixin:
         self,
         state: MemoryState,
         slots: int,
-        queries: Literal["own"] | Tensor | str | list = "own",
+        queries: Literal["own", "repeat"] | Tensor | str | list = "own",
         *,
+        text: Tensor | str | list | None = None,
         tokenizer: Any = None,
     ) -> MemoryState:
         """Make a small state of a large one: everything but the sinks becomes slots.
@@ -50,16 +54,21 @@ class CompactionMixin:
             state: is closed first; it stays as it is.
             slots: of a KV head (on average, where heads have budgets).
             queries: what slots are fitted to: the text's `"own"` queries, which a memory with
-                `memory_size=None` keeps, or a text, which is run behind the state: the document
-                itself (to repeat it) or likely questions. One row, or one for each of the state.
+                `memory_size=None` keeps; those with which it is said once more (`"repeat"`, needs
+                `text`); or a text that is run behind the state, as likely questions. One row, or
+                one for each of the state.
+            text: of `"repeat"`: what the state has read. It is run behind the state as the answer
+                to a request for it, where the tokenizer has a chat template, and alone otherwise.
             tokenizer: turns strings into ids.
 
         Returns:
             The new state; what is read next stands where it would have stood.
 
         Raises:
-            ValueError: for a model without such a memory, or `"own"` where no queries are kept.
+            ValueError: for a model without such a memory, `"own"` where no queries are kept, or
+                `"repeat"` without `text`.
         """
+        queries = _repetition(queries, text, tokenizer)
         closed, request = self._compacted(state, slots, queries, tokenizer)
         name, _ = self._compacting_memory()
         new = closed.clone()
@@ -72,8 +81,9 @@ class CompactionMixin:
         self,
         state: MemoryState,
         slots: int,
-        queries: Literal["own"] | Tensor | str | list = "own",
+        queries: Literal["own", "repeat"] | Tensor | str | list = "own",
         *,
+        text: Tensor | str | list | None = None,
         tokenizer: Any = None,
     ) -> dict[int, Tensor]:
         """Measure what each KV head would lose by `compact`, which takes the same arguments.
@@ -82,6 +92,7 @@ class CompactionMixin:
             `(Hkv,)` by layer: the mean square error of the heads' output, in parts of what all
             heads of their layer give.
         """
+        queries = _repetition(queries, text, tokenizer)
         return self._compacted(state, slots, queries, tokenizer, measures=True)[1].errors
 
     @torch.no_grad()
@@ -190,3 +201,24 @@ class CompactionMixin:
             f"This model's memories are {list(model.memories)}; states are compacted and joined "
             "where one of them is 'compact' (memwrap.wrap(base, 'compact', memory_size=None))."
         )
+
+
+def _repetition(queries: Any, text: Any, tokenizer: Any) -> Any:
+    """Replace `"repeat"` by the ids with which a text is asked for and said again."""
+    wanted = isinstance(queries, str) and queries == "repeat"
+    if wanted != (text is not None):
+        raise ValueError(
+            'queries="repeat" runs a text behind its state and needs it as `text`; '
+            + ("none was given." if wanted else f"`text` was given beside queries={queries!r:.40}.")
+        )
+    if not wanted:
+        return queries
+    ids, mask = as_batch(text, None, tokenizer)
+    real = torch.ones_like(ids) if mask is None else mask
+    rows = [row[kept.bool()] for row, kept in zip(ids, real, strict=True)]
+    if getattr(tokenizer, "chat_template", None) is None:
+        return rows
+    turn = [{"role": "user", "content": REQUEST}]
+    asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    head = torch.tensor(tokenizer(asked, add_special_tokens=False)["input_ids"])
+    return [torch.cat([head, row.cpu()]) for row in rows]

@@ -30,6 +30,8 @@ class MemoryModelConfig(PreTrainedConfig):
         base_included: whether its weights are saved beside the memory's.
         adapters: PEFT configs of the adapters inside the backbone, by adapter name.
         adapter_switches: which of them are active, switched off or merged.
+        trained_norms: how large the states were at the end of training, at most
+            (`model.state_norms`), by memory and layer.
         memwrap_version: who wrote this.
     """
 
@@ -47,6 +49,7 @@ class MemoryModelConfig(PreTrainedConfig):
     base_included: bool = False
     adapters: dict | None = None
     adapter_switches: dict | None = None
+    trained_norms: dict | None = None
     memwrap_version: str = ""
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -1,14 +1,41 @@
-"""Settings of a model's memories that may change between reading and asking."""
+"""What is asked of a model's memories between calls: other settings, and how much they have
+summed."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts import sums
+from memwrap.state.memory_state import MemoryState
 
 
 class MemorySettingsMixin:
-    """The part of a model that changes settings of its memories."""
+    """The part of a model that changes settings of its memories and looks into their states."""
+
+    @torch.no_grad()
+    def state_norms(self: Any, state: MemoryState) -> dict[str, dict[int, Tensor]]:
+        """Compute how large the sums are that memories keep over segments, by memory and layer.
+
+        Examples:
+            >>> import memwrap
+            >>> model = memwrap.load("armt-lm")
+            >>> norms = model.state_norms(model.read([list(range(300))]))
+            >>> list(norms["armt"]), norms["armt"][0].shape
+            ([0, 1, 2, 3, 4, 5], torch.Size([1]))
+
+        Args:
+            state: of this model.
+
+        Returns:
+            `(B,)`: the norm of a head's sums together, of the head where it is largest. What sums
+            nothing is left out.
+        """
+        norms = {n: sums.state_norms(m, state.memories[n]) for n, m in self.memories.items()}
+        return {name: layers for name, layers in norms.items() if layers}
 
     def memory_settings(self: Any, name: str, **settings: Any) -> dict[str, Any]:
         """Change settings of a memory on which no state depends, such as how many entries are

@@ -225,7 +225,7 @@ class SavingMixin(AdapterMixin):
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message
             )
 
-    def take_over(self, folder: str | Path) -> list[str]:
+    def take_over(self, folder: str | Path, *, whole: bool = True) -> list[str]:
         """Start from what an earlier run trained: a stage of training hands over to the next.
 
         Weights that the folder holds (memory, adapters, a changed backbone) are taken over; those
@@ -233,6 +233,8 @@ class SavingMixin(AdapterMixin):
 
         Args:
             folder: a saved memwrap model with the same memories and adapters.
+            whole: refuse weights that this model lacks; False leaves them out, as where fewer
+                layers are converted.
 
         Returns:
             The names of the memory's and adapters' weights that stayed as they were.
@@ -254,8 +256,9 @@ class SavingMixin(AdapterMixin):
         check_shape(saved_config, self.backbone, path)
         _warn_of_another_base(saved_config, self.backbone, path)
         foreign = sorted(tensors.keys() - self.state_dict().keys())  # type: ignore[attr-defined]
-        if foreign:
+        if foreign and whole:
             raise ValueError(f"{path} holds {foreign[0]}, which this model has not.")
+        tensors = {name: value for name, value in tensors.items() if name not in foreign}
         put_weights(self, tensors, path)
         return sorted(self.weights_to_save(False).keys() - tensors.keys())
 

@@ -41,7 +41,8 @@ ONLY_ATTENTION = {
 NO_REFERRER = "ignore:It looks like `register_random`:hypothesis.errors.HypothesisWarning"
 MARKERS = (
     "full: the whole product of methods and families; off unless -m names it",
-    "pairs(everywhere, families): run on every pair of a memory and a family",
+    "slow: long processes, of which others show less; off unless -m names it",
+    "pairs(reach, families, having): run on every pair of a memory and a family",
 )
 
 torch.set_num_threads(int(os.environ.get("MEMWRAP_TEST_THREADS", "1")))
@@ -82,19 +83,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes a `memory` on all that were asked for, by `pairs` on families too."""
     if "memory" not in metafunc.fixturenames:
         return
-    memories = metafunc.config.getoption("memory", None) or memwrap.available()
+    memories = metafunc.config.getoption("memory", None) or _available()
     mark = metafunc.definition.get_closest_marker("pairs")
     if mark is None:
         metafunc.parametrize("memory", memories)
         return
+    if having := mark.kwargs["having"]:
+        memories = [name for name in memories if getattr(memory_class(name), having)]
     named = metafunc.config.getoption("family", None) or ()
-    everywhere, asked = mark.kwargs["everywhere"], metafunc.config.getoption("memory", None)
+    reach, asked = mark.kwargs["reach"], metafunc.config.getoption("memory", None)
     chosen = {
         (memory, family)
         for memory in memories
         for family in mark.kwargs["families"]
-        if family in ("llama", *named) or (everywhere and (asked or meets(memory, family)))
+        if family in ("llama", *named)
+        or (reach != "llama" and (asked or meets(memory, family, reach == "branches")))
     }
+    # Where nobody asked for marks, what is `full` is not made: it would be two thirds of all.
     cases = [
         pytest.param(
             memory, family, id=f"{memory}-{family}",
@@ -102,43 +107,55 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
         for memory in memories
         for family in mark.kwargs["families"]
+        if (memory, family) in chosen or metafunc.config.getoption("markexpr", "")
     ]  # fmt: skip
     metafunc.parametrize(("memory", "family"), cases)
 
 
 @cache
-def meets(memory: str, family: str) -> bool:
-    """Whether a pair meets code that the memory meets on no family before: the first memory of
-    each place on every family, and all of a place where the family makes a difference to it; fewer
-    where attention alone is another; those of other packages everywhere."""
-    foreign, first = _kinds()
+def meets(memory: str, family: str, branches: bool) -> bool:
+    """Whether a pair meets code that the memory meets on no family before: a memory for each place
+    on every family, and with `branches` all of a place where the family makes a difference to it;
+    fewer where attention alone is another; those of other packages everywhere."""
+    foreign, few = _kinds()
     if memory in foreign:
         return True
     if family in ONLY_ATTENTION:
         return memory in ONLY_ATTENTION[family]
-    return memory in first or bool(BRANCHES.get(family, set()) & {*places_of(memory_class(memory))})
+    places = {*places_of(memory_class(memory))} if branches else set()
+    return memory in few or bool(BRANCHES.get(family, set()) & places)
+
+
+@cache
+def _available() -> list[str]:
+    """All names, looked for once."""
+    return memwrap.available()
 
 
 @cache
 def _kinds() -> tuple[set[str], set[str]]:
-    """Memories of other packages, and the first of each place among the others."""
+    """Memories of other packages, and few of the others that stand in every place."""
     foreign = set(installed().names)
-    first: dict[str, str] = {}
-    for name in sorted({*memwrap.available()} - foreign):
-        for place in places_of(memory_class(name)):
-            first.setdefault(place, name)
-    return foreign, set(first.values())
+    places = {name: {*places_of(memory_class(name))} for name in sorted({*_available()} - foreign)}
+    few: set[str] = set()
+    missing = set().union(*places.values())
+    while missing:
+        most = max(places, key=lambda name: len(places[name] & missing))
+        few.add(most)
+        missing -= places[most]
+    return foreign, few
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is `full`, unless marks were asked for, and families that were not named."""
-    without_full = not config.getoption("markexpr", "")
+    """Leave out what is `full` or `slow`, unless marks were asked for, and families that were not
+    named."""
+    unasked = not config.getoption("markexpr", "")
     named = config.getoption("family", None)
     chosen: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
-        left = without_full and "full" in item.keywords
-        if HERE in item.path.parents:
+        left = unasked and ("full" in item.keywords or "slow" in item.keywords)
+        if item.path.parent == HERE:
             # In front of a test's own filters, which then have the last word.
             for rule in (NO_REFERRER, "error"):
                 item.add_marker(pytest.mark.filterwarnings(rule), append=False)

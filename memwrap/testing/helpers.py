@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,21 +19,27 @@ from memwrap.testing.margins import record
 
 SEGMENT = 8
 TOLERANCE = 1e-4
+_MODELS: dict[tuple[str, str, int, str], Any] = {}
 # peft 0.21 says so of experts whose weights are one tensor, with and without a memory.
 PEFT_EXPERTS = pytest.mark.filterwarnings(
     "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"
 )
 
 
-def pairs(everywhere: bool = False, families: Sequence[str] = FAMILIES) -> pytest.MarkDecorator:
+def pairs(
+    reach: Literal["llama", "places", "branches"] = "llama",
+    families: Sequence[str] = FAMILIES,
+    having: str = "",
+) -> pytest.MarkDecorator:
     """Run a test on every pair of a memory and a family; `conftest.py` reads the mark.
 
     Args:
-        everywhere: on families that make a difference, too; otherwise on llama, the others being
-            `full`.
+        reach: which pairs are not left to `full`: all memories on llama; one of each place on the
+            other families too; besides those, all memories for which a family makes a difference.
         families: the families, some of `FAMILIES`.
+        having: an attribute of the memories' class that is not empty ("sums"); "" for all of them.
     """
-    return pytest.mark.pairs(everywhere=everywhere, families=tuple(families))
+    return pytest.mark.pairs(reach=reach, families=tuple(families), having=having)
 
 
 def tiny(memory: str, **settings: Any) -> memwrap.MemoryConfig:
@@ -56,9 +63,19 @@ def randomise(model: Any, seed: int = 7, std: float = 0.3) -> Any:
 def wrapped(
     memory: str = "rmt", family: str = "llama", *, base: Any = None, seed: int = 0, **settings: Any
 ) -> Any:
-    """A tiny wrapped model in evaluation mode, its memory's parameters random."""
-    base = build(family, seed=seed) if base is None else base
-    return randomise(memwrap.wrap(base, tiny(memory, **settings)))
+    """A tiny wrapped model in evaluation mode, its memory's parameters random.
+
+    What has no base of its own is a copy of a model that each process makes once: wrapping runs a
+    model to see that it can be read. It leaves torch's random numbers as they were.
+    """
+    config = tiny(memory, **settings)
+    with torch.random.fork_rng(devices=[]):
+        if base is not None:
+            return randomise(memwrap.wrap(base, config))
+        key = memory, family, seed, repr(config)
+        if key not in _MODELS:
+            _MODELS[key] = randomise(memwrap.wrap(build(family, seed=seed), config))
+        return copy.deepcopy(_MODELS[key])
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:
@@ -153,12 +170,15 @@ def padded(rows: list[Tensor], side: str, total: int | None = None) -> tuple[Ten
 
 
 @torch.no_grad()
-def greedy_by_recomputation(model: Any, text: Tensor, new_tokens: int) -> Tensor:
-    """`(1, T + new)`: argmax of a full forward without any cache, token by token."""
-    for _ in range(new_tokens):
-        logits = model(text, use_cache=False).logits[:, -1]
-        text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
-    return text
+def assert_greedy(model: Any, prompt: Tensor, answer: Tensor, label: Any = "") -> None:
+    """Each id of an answer `(1, N)` is what recomputation without any cache says at its place.
+
+    One forward of all ids says it for each of them: no logit depends on what follows it
+    (`test_causality`), so where all agree, a forward for each new id would give the same.
+    """
+    assert answer.shape[1] > 0
+    logits = model(torch.cat([prompt, answer[:, :-1]], 1), use_cache=False).logits
+    assert torch.equal(answer, logits[:, prompt.shape[1] - 1 :].argmax(-1)), label
 
 
 def needs_ids(model: Any) -> bool:

@@ -26,7 +26,7 @@ LENGTHS = (3 * SEGMENT + 3, 2 * SEGMENT, SEGMENT + 1, 1)
 ROWS = [ids(1, n, seed=n)[0] for n in LENGTHS]
 
 
-@pairs(everywhere=True)
+@pairs("branches")
 def test_logits_and_states_of_padded_rows(memory: str, family: str) -> None:
     model = wrapped(memory, family)
     assert_memory_matters(model, ROWS[0][None])
@@ -65,14 +65,14 @@ def check_loss_and_gradients(model: Any, tolerance: float) -> None:
         assert mean.item() == pytest.approx(total / count, rel=1e-5)
 
 
-@pairs(everywhere=True)
+@pairs("branches")
 def test_loss_and_gradients_of_padded_rows(memory: str, family: str) -> None:
     # Ten times the default: a gradient passes many more sums in another order than a logit,
     # and ARMT divides by one of them.
     check_loss_and_gradients(wrapped(memory, family), 10 * TOLERANCE)
 
 
-@pairs(everywhere=True, families=("gpt_neox", "gpt2", "opt"))
+@pairs("branches", families=("gpt_neox", "gpt2", "opt"))
 def test_gradients_of_padded_rows_in_float64(memory: str, family: str) -> None:
     """Where noise cannot hide a mistake (these families' norms do not round to float32)."""
     check_loss_and_gradients(wrapped(memory, base=build(family).double()), 1e-5)

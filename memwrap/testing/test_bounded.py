@@ -75,20 +75,28 @@ def test_states_do_not_grow(memory: str, family: str) -> None:
     assert_memory_matters(model, ids(1, 2 * SEGMENT))
     grows = declared(model, 1) > 0
     # What opens a segment may grow through the first few (accumulated summaries, a first prompt).
-    text = ids(2, 64 * SEGMENT + 3)  # of one text: what is kept may depend on what it says
-    sizes = {n: model.read(text[:, : n * SEGMENT + 3]).nbytes for n in (4, 5, 8, 64)}
-    closed = {n: model.read(text[:, : n * SEGMENT]).nbytes for n in (1, 8, 64)}
+    text = ids(2, 24 * SEGMENT + 3)  # of one text: what is kept may depend on what it says
+
+    def sizes_after(counts: tuple[int, ...], more: int) -> dict[int, int]:
+        state, sizes, start = None, {}, 0
+        for count in counts:
+            end = count * SEGMENT + more
+            state, start = model.read(text[:, start:end], state=state), end
+            sizes[count] = state.nbytes
+        return sizes
+
+    sizes, closed = sizes_after((4, 5, 8, 24), 3), sizes_after((1, 8, 24), 0)
     for nbytes in (sizes, closed):
         for (few, before), (many, after) in pairwise(nbytes.items()):
             most = 2 * declared(model, (many - few + 1) * SEGMENT)
             assert 0 <= after - before <= most, nbytes
-    assert not grows or closed[64] > closed[1]
+    assert not grows or closed[24] > closed[1]
     assert closed[8] < sizes[8]
     # An open segment never holds more than a segment and the memory tokens.
     state = model.new_state(1)
     held = []
     with torch.no_grad():
-        for t in range(64):
+        for t in range(6 * SEGMENT):
             model(ids(1, 1, seed=t), cache=state)
             held.append(state.nbytes - declared(model, t + 1))
     assert max(held[5 * SEGMENT :]) <= max(held[: 5 * SEGMENT])
@@ -97,8 +105,8 @@ def test_states_do_not_grow(memory: str, family: str) -> None:
 @pairs()
 def test_reading_holds_one_segment(memory: str, family: str) -> None:
     model = wrapped(memory, family)
-    few, many = ids(2, 8 * SEGMENT + 3), ids(2, 32 * SEGMENT + 3)
-    more_tokens = 2 * 24 * SEGMENT
+    few, many = ids(2, 5 * SEGMENT + 3), ids(2, 12 * SEGMENT + 3)
+    more_tokens = 2 * 7 * SEGMENT
     # While a store is written its new entries are alive beside the old.
     stored = 2 * declared(model, more_tokens)
     short, long = peak_of(lambda: model.read(few)), peak_of(lambda: model.read(many))
@@ -120,7 +128,7 @@ def test_checkpointed_training_holds_states_not_activations(memory: str) -> None
         def loss_of(text: torch.Tensor) -> torch.Tensor:
             return model(text, labels=text).loss
 
-        few, many = (peak_of(partial(loss_of, ids(2, count * 16))) for count in (4, 12))
+        few, many = (peak_of(partial(loss_of, ids(2, count * 16))) for count in (3, 7))
         return many - few
 
     plain, checkpointed = growth(False), growth(True)

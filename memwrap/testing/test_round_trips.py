@@ -45,7 +45,7 @@ def logits_of(model: Any, text: torch.Tensor = TEXT) -> torch.Tensor:
     return model(text).logits
 
 
-@pairs(everywhere=True)
+@pairs("branches")
 def test_neutral_start(memory: str, family: str) -> None:
     """With nothing remembered a segment gives what the base gives, if the method promises so."""
     base = build(family)
@@ -81,7 +81,7 @@ def facts(model: Any) -> dict[str, Any]:
     }
 
 
-@pairs(everywhere=True)
+@pairs("places")
 def test_unwrap_gives_the_base_back(memory: str, family: str) -> None:
     base = build(family)
     before = facts(base)
@@ -107,7 +107,7 @@ def test_unwrap_gives_the_base_back(memory: str, family: str) -> None:
     assert_memory_matters(wrapped(memory, base=base), TEXT)  # and it can be wrapped again
 
 
-@pairs(everywhere=True)
+@pairs("places")
 def test_saved_and_loaded(memory: str, family: str, tmp_path: Path) -> None:
     model = wrapped(memory, family)
     want = logits_of(model)
@@ -214,7 +214,7 @@ def test_peft_around_the_model(memory: str, family: str, tmp_path: Path) -> None
     assert torch.equal(logits_of(loaded), want)
 
 
-@pairs(everywhere=True)
+@pairs("places")
 def test_a_saved_state_continues(memory: str, family: str, tmp_path: Path) -> None:
     model = wrapped(memory, family)
     text, mask = padded([ids(1, 21)[0], ids(1, 11, seed=1)[0]], "left")
@@ -310,7 +310,7 @@ def test_a_larger_vocabulary(memory: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(memwrap.load(tmp_path)), logits_of(model))
 
 
-@pairs(everywhere=True, families=("gemma3", "qwen2"))
+@pairs("places", families=("gemma3", "qwen2"))
 def test_tied_embeddings_stay_tied(memory: str, family: str, tmp_path: Path) -> None:
     base = build(family, tie_word_embeddings=True)
     model = wrapped(memory, base=base)

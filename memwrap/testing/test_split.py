@@ -40,13 +40,15 @@ def fed(model: Any, text: Tensor, sizes: list[int], **kwargs: Any) -> tuple[Tens
     return torch.cat(pieces, 1), state
 
 
-@pairs(everywhere=True)
+@pairs("branches")
 def test_chunks_and_single_tokens_give_what_the_whole_gives(memory: str, family: str) -> None:
     model, text = wrapped(memory, family), ids(2, TOTAL)
     assert_memory_matters(model, text)
     want, state = fed(model, text, [TOTAL])
     assert state.segments.tolist() == [3, 3] and state.fill.tolist() == [3, 3]
-    for sizes in ([5, 3, 1, 10, 8], [1] * TOTAL):
+    # Another family than llama has no other arithmetic of places: single tokens over one end.
+    ones = [1] * TOTAL if family == "llama" else [6, *[1] * 5, TOTAL - 11]
+    for sizes in ([5, 3, 1, 10, 8], ones):
         got, other = fed(model, text, sizes)
         assert_close(got, want, label=f"logits fed in {sizes}")
         assert_same_states(other, state)
@@ -56,11 +58,11 @@ def test_chunks_and_single_tokens_give_what_the_whole_gives(memory: str, family:
     assert_close(without_state.logits, want, label="logits without a state")
 
 
-SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=8)
+SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
 
 @pairs()
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(sizes=SIZES)
 def test_any_chunk_sizes(memory: str, family: str, sizes: list[int]) -> None:
     model, text = wrapped(memory, family), ids(1, sum(sizes))
@@ -70,7 +72,7 @@ def test_any_chunk_sizes(memory: str, family: str, sizes: list[int]) -> None:
     assert_same_states(other, state)
 
 
-@pairs(everywhere=True, families=("llama", "gemma2", "gemma3", "gpt2"))
+@pairs("branches", families=("llama", "gemma2", "gemma3", "gpt2"))
 def test_eager_attention_too(memory: str, family: str) -> None:
     base = build(family, attention="eager")
     model, text = wrapped(memory, base=base), ids(2, TOTAL)

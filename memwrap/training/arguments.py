@@ -74,6 +74,10 @@ class MemoryTrainingArguments(TrainingArguments):
         distillation_temperature: by which the logits of both are divided there.
         label_weight: of the cross entropy with the labels beside a distillation; 0: the backbone
             as it was is the only teacher. Evaluation is cross entropy in any case.
+        mixer_matching: train each layer's attention with the memory to give what the backbone's
+            own attention gives of the same input, segment by segment, instead of a text. The
+            loss is the squared error over the squares of what is wanted, a mean over layers.
+            Evaluation is cross entropy in any case.
         window_dropout: for a memory with a window beside a recurrence (liger): share of the rows
             that read the recurrence alone, so that it learns to carry weight.
         window_dropout_end: that share at the end of the run, with a straight line between the two
@@ -121,6 +125,10 @@ class MemoryTrainingArguments(TrainingArguments):
         default=1.0,
         metadata={"help": "Weight of the labels' cross entropy beside a distillation."},
     )
+    mixer_matching: bool = field(
+        default=False,
+        metadata={"help": "Compare layers' attention with the memory to the backbone's own."},
+    )
     window_dropout: float = field(
         default=0.0,
         metadata={"help": "Share of rows that read a memory's recurrence without its window."},
@@ -143,6 +151,11 @@ class MemoryTrainingArguments(TrainingArguments):
         if self.distillation_temperature <= 0:
             got = self.distillation_temperature
             raise ValueError(f"`distillation_temperature` is {got}; it must be above 0.")
+        if self.mixer_matching and self.distillation_weight:
+            raise ValueError(
+                f"`distillation_weight` is {self.distillation_weight} beside `mixer_matching`, "
+                "which makes no logits; set one of them to 0."
+            )
         if self.label_weight != 1 and not self.distillation_weight:
             raise ValueError(
                 f"`label_weight` is {self.label_weight} without a distillation; set "

@@ -12,9 +12,10 @@ from transformers.trainer_callback import ProgressCallback
 
 from memwrap.io.atomic_files import write_text
 from memwrap.training.plots import plot_figures
+from memwrap.training.watch import NormWatch
 
 LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
-"""What a row of the log holds beside `step` and `seconds`."""
+"""What a row of the log holds beside `step` and `seconds`, and every memory's `state_norm`."""
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -67,7 +68,7 @@ class LossLog(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
     ) -> None:
-        values = {k: v for k, v in (logs or {}).items() if k in LOGGED}
+        values = {k: v for k, v in (logs or {}).items() if k in LOGGED or k.endswith("state_norm")}
         if not state.is_world_process_zero or not values.keys() & {"loss", "eval_loss"}:
             return
         seconds = round(time.monotonic() - self._start, 1)
@@ -81,16 +82,21 @@ class LossLog(TrainerCallback):
 
 class FigureLog(TrainerCallback):
     """Write what memories show of themselves (`Memory.figures`, such as Infini's gates) to a file
-    of JSON lines, one value a layer and head, and plot it when the training ends.
+    of JSON lines, one value a layer and head, and how large their states become, one a layer; and
+    plot it when the training ends.
 
     Args:
         path: the file; the plot gets its name with `.png`. Nothing is written for memories
-            without figures.
+            without figures or sums.
         keep_until: as in `LossLog`.
+
+    Attributes:
+        norms: of the trainer, once it is made.
     """
 
     def __init__(self, path: Path, keep_until: int = 0) -> None:
         self.path = path
+        self.norms = NormWatch()
         self.rows = _rows_until(path, keep_until)
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -103,6 +109,8 @@ class FigureLog(TrainerCallback):
             for name, memory in memories.items()
             for figure, value in memory.figures().items()
         }
+        for name, layers in self.norms.largest.items():
+            values[f"{name}.state_norm"] = [[round(v, 5)] for v in layers.values()]
         if not values or not state.is_world_process_zero:
             return
         if self.rows and self.rows[-1]["step"] == state.global_step:
@@ -116,7 +124,14 @@ class FigureLog(TrainerCallback):
 
 
 class Bar(ProgressCallback):
-    """The progress bar with the loss beside it, instead of a printed dict a log."""
+    """The progress bar with the loss beside it, instead of a printed dict a log; where time ends a
+    run, its steps are all there were."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None and self.training_bar.n < self.training_bar.total:
+            self.training_bar.total = self.training_bar.n
+            self.training_bar.refresh()
+        super().on_train_end(args, state, control, **kwargs)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any

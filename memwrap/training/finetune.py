@@ -319,6 +319,7 @@ def training_arguments(recipe: Recipe, evaluates: bool) -> MemoryTrainingArgumen
         distillation_weight=section.distillation_weight,
         distillation_temperature=section.distillation_temperature,
         label_weight=section.label_weight,
+        mixer_matching=section.mixer_matching,
         window_dropout=section.window_dropout,
         window_dropout_end=section.window_dropout_end,
         streaming=section.streaming,
@@ -349,6 +350,7 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
     data = build_data(recipe, tokenizer, model.config.vocab_size)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     log = LossLog(output / LOG, keep_until=done)
+    figures = FigureLog(output / FIGURES, keep_until=done)
     limit = TimeLimit(section.max_minutes if section.max_minutes is not None else math.inf)
     trainer = MemoryTrainer(
         model,
@@ -357,8 +359,9 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        callbacks=[log, FigureLog(output / FIGURES, keep_until=done), limit],
+        callbacks=[log, figures, limit],
     )
+    figures.norms = trainer.norms
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Bar)
     if trainer.is_world_process_zero():  # nothing was wrong so far: the folder is in use now

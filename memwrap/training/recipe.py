@@ -24,6 +24,7 @@ from memwrap.training.pretrain import PretrainConfig
 from memwrap.training.schema_check import build, check
 from memwrap.training.sections import (
     DataSection,
+    LayerChoiceSection,
     LoraSection,
     ModelSection,
     RecallSection,
@@ -47,6 +48,11 @@ class Recipe(Section):
         model, memory, lora, data, recall, tasks, start, pretrain, trainer: see the sections;
             `memory` holds a memory's `name` and the fields of its config.
         train_backbone: train the backbone's own weights too (without LoRA).
+        stages: runs that follow each other, by name: each the recipe with these sections laid over
+            it, from the weights of the one before, in `OUTPUT/stages/NAME`. The last one's model
+            is `output`'s.
+        layer_choice: which layers keep their softmax, measured behind the first stage with
+            `trainer.mixer_matching` (else before the first stage).
         init_from: output folder of an earlier run with the same kind of memory, whose weights
             this run starts from: a stage of training hands over to the next.
         resume: continue from the last checkpoint in `output`.
@@ -60,6 +66,8 @@ class Recipe(Section):
     lora: LoraSection | None = None
     train_backbone: bool = False
     init_from: Folder | None = None
+    stages: dict[str, Any] | None = None
+    layer_choice: LayerChoiceSection | None = None
     data: DataSection | None = None
     recall: RecallSection | None = None
     tasks: TasksSection | None = None
@@ -70,8 +78,9 @@ class Recipe(Section):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        self.runs: list[Recipe] = []
         self.source = ""
-        self.options: list[str] = []
+        self.verb, self.options = "train", list[str]()
         self.overrides: list[str] = []
         self.output = expanded(self.output)
         self.init_from = self.init_from and expanded(self.init_from)
@@ -101,6 +110,20 @@ class Recipe(Section):
             if self.model.scratch is not None:
                 raise ValueError("`model.scratch` has no tokenizer for documents; give model.name.")
 
+    def validate_stages(self) -> None:
+        names, parts = list(self.stages or {}), list((self.stages or {}).values())
+        if self.stages is not None and not (
+            names
+            and all(re.fullmatch(r"\w[\w-]*", str(name)) for name in names)
+            and all(isinstance(part, dict) and part.keys() <= _OF_A_STAGE for part in parts)
+        ):
+            allowed = f"names, each with sections among {', '.join(sorted(_OF_A_STAGE))}"
+            self.refuse("stages", allowed)
+
+    def validate_layer_choice(self) -> None:
+        if self.layer_choice is not None and self.stages is None:
+            self.refuse("layer_choice", "null without stages")
+
     def memory_config(self) -> MemoryConfig:
         """Return the memory's config.
 
@@ -128,11 +151,22 @@ class Recipe(Section):
         """The command that runs this recipe again, without passwords and tokens: it is written
         down."""
         source = [self.source] if self.source else self.options
-        return ["memwrap", "train", *source, *map(without_secrets, self.overrides)]
+        return ["memwrap", self.verb, *source, *map(without_secrets, self.overrides)]
 
 
+_OF_A_STAGE = {"memory", "lora", "train_backbone", "data", "trainer"}
 _SECTIONS = {
-    "finetune": ("model", "memory", "lora", "train_backbone", "init_from", "data", "trainer"),
+    "finetune": (
+        "model",
+        "memory",
+        "lora",
+        "train_backbone",
+        "init_from",
+        "stages",
+        "layer_choice",
+        "data",
+        "trainer",
+    ),
     "recall": ("model", "memory", "lora", "train_backbone", "init_from", "recall", "trainer"),
     "tasks": (
         "model",
@@ -236,7 +270,21 @@ def resolve(file: dict[str, Any], path: Path, overrides: list[str] | None = None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     recipe.overrides = list(overrides or [])
+    recipe.runs = _runs(values, path)
     return recipe
+
+
+def _runs(values: dict[str, Any], path: Path) -> list[Recipe]:
+    """Make the recipes of the stages."""
+    shared = {k: v for k, v in values.items() if k not in ("stages", "layer_choice", *_RUN)}
+    runs: list[Recipe] = []
+    for name, part in (values.get("stages") or {}).items():
+        output = str(Path(values.get("output") or "") / "stages" / name)
+        before = runs[-1].output if runs else values.get("init_from")
+        laid: Any = OmegaConf.to_container(OmegaConf.merge(shared, part))
+        laid |= {"output": output, "init_from": before}
+        runs.append(resolve(laid, Path(f"{path}: stage {name!r}")))
+    return runs
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def recipe_from_words(
         chosen = config_class(memory).on_pretrained()
         start["memory"] = {"name": memory, "bptt_segments": _SEGMENTS // 2, **chosen}
     fields = start["memory"]
-    overrides = [_full_key(word) for word in words]
+    overrides = [full_key(word) for word in words]
     size = _segment_size(fields, overrides)
     values = {
         "task": "finetune",
@@ -95,7 +95,7 @@ def recipe_from_words(
     return recipe
 
 
-def _full_key(word: str) -> str:
+def full_key(word: str) -> str:
     """Give a bare key its section: it is a setting of the memory, unless a recipe has it."""
     key = word.partition("=")[0]
     return word if "." in key or key in Recipe.types() else f"memory.{word}"

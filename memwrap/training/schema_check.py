@@ -33,14 +33,14 @@ def check(cls: type[Settings], values: Any, source: str, prefix: str = "") -> No
 
 
 def _nearest(key: str, cls: type[Settings], prefix: str) -> str:
-    names = list(cls.types())
-    near = difflib.get_close_matches(key, names, n=1)
-    if near:
-        return f"did you mean `{prefix}{near[0]}`?"
     for name, hint in cls.types().items():  # the right key at the wrong place
         section = _section(hint)
         if section and key in section.types():
             return f"did you mean `{name}.{key}`?"
+    names = list(cls.types())
+    near = difflib.get_close_matches(key, names, n=1)
+    if near:
+        return f"did you mean `{prefix}{near[0]}`?"
     return f"allowed: {', '.join(prefix + name for name in names)}."
 
 

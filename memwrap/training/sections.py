@@ -218,6 +218,30 @@ class StartSection(Section):
     segments: NonNegativeInt = 0
 
 
+class LayerChoiceSection(Section):
+    """The choice of layers that keep their softmax: those whose conversion costs most recall.
+
+    Attributes:
+        keep: so many layers.
+        task: of the evaluation suite, whose answers are asked for.
+        rows: texts of the task.
+        tokens: of these, and of pieces of held-out documents.
+        pieces: of held-out documents.
+    """
+
+    prefix = "layer_choice."
+
+    keep: PositiveInt = 1
+    task: Text = "told_facts"
+    rows: PositiveInt = 16
+    tokens: PositiveInt = 256
+    pieces: PositiveInt = 4
+
+    def validate_task(self) -> None:
+        if self.task not in available():
+            self.refuse("task", f"one of {', '.join(available())}")
+
+
 class TrainerSection(Section):
     """The settings of training.
 
@@ -238,6 +262,8 @@ class TrainerSection(Section):
         distillation_weight, distillation_temperature: follow the backbone as it was, with its
             own attention over whole rows; see `MemoryTrainingArguments`.
         label_weight: of the cross entropy with the text beside a distillation.
+        mixer_matching: train each layer's attention with the memory to give what the backbone's
+            own gives of the same input, instead of a text: the first stage of a conversion.
         window_dropout, window_dropout_end: share of rows that read a memory's recurrence without
             its window, at the start and at the end (`null`: it stays).
         streaming: run the backward pass every `memory.bptt_segments` segments.
@@ -273,6 +299,7 @@ class TrainerSection(Section):
     distillation_weight: NonNegativeFloat = 0.0
     distillation_temperature: Annotated[float, Range(above=0)] = 1.0
     label_weight: NonNegativeFloat = 1.0
+    mixer_matching: bool = False
     window_dropout: Fraction = 0.0
     window_dropout_end: Fraction | None = None
     streaming: bool = True
@@ -289,6 +316,10 @@ class TrainerSection(Section):
     def validate_distillation(self) -> None:
         if self.label_weight != 1 and not self.distillation_weight:
             self.refuse("label_weight", "1, or with a distillation 0 or more")
+
+    def validate_mixer_matching(self) -> None:
+        if self.mixer_matching and self.distillation_weight:
+            self.refuse("mixer_matching", "false with a distillation: it makes no logits")
 
     def validate_segment_curriculum(self) -> None:
         if self.vary_segments and self.segment_curriculum is None:
@@ -312,6 +343,7 @@ class TrainerSection(Section):
 
 __all__ = [
     "DataSection",
+    "LayerChoiceSection",
     "LoraSection",
     "ModelSection",
     "RecallSection",

@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from memwrap.engine.answering import first_labels
+from memwrap.engine.mixer_matching import mixers_matched
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts.training_progress import training_at
 from memwrap.model.memory_model import MemoryModelForCausalLM
@@ -33,9 +34,11 @@ from memwrap.training.batches import (
 )
 from memwrap.training.collating import DocumentCollator
 from memwrap.training.distillation import teacher_of
+from memwrap.training.mixer_stage import check_mixer_matching
+from memwrap.training.parameter_groups import memory_groups
 from memwrap.training.reducing import average_gradients
 from memwrap.training.resuming import check_loss, last_checkpoint
-from memwrap.training.watch import LossWatch
+from memwrap.training.watch import LossWatch, NormWatch, any_sums
 from memwrap.training.window_dropout import check_window_dropout, windows_dropped
 
 logger = logging.get_logger(__name__)
@@ -92,7 +95,8 @@ class MemoryTrainer(Trainer):
                 "wrap it first: memwrap.wrap(model, ...)."
             )
         check_window_dropout(self.memory_model, args)
-        self.watch = LossWatch()
+        check_mixer_matching(self.memory_model, args)
+        self.watch, self.norms = LossWatch(), NormWatch()
         if args.label_names is None:
             # transformers takes every argument with "label" in its name, and then evaluates
             # only batches that have them all.
@@ -151,14 +155,31 @@ class MemoryTrainer(Trainer):
             if checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
             resume_from_checkpoint = str(checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.norms.logged()  # the steps since the last log are the end of the training
+        self.memory_model.config.trained_norms = self.norms.largest or None
+        return result
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as `Trainer`; beside a loss how large the states have become (`NormWatch`)."""
+        super().log({**logs, **(self.norms.logged() if "loss" in logs else {})}, *args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
         """Compute the loss as `Trainer` does, in training with `window_dropout`; memories know how
         far the run has come."""
-        done = self.state.global_step / max(1, self.state.max_steps)
-        with windows_dropped(self.memory_model, self.args, done), training_at(done):
-            return super().compute_loss(*args, **kwargs)
+        done, memories = self.state.global_step / max(1, self.state.max_steps), self.memory_model
+        matching = self.args.mixer_matching and model.training
+        with (
+            windows_dropped(memories, self.args, done), training_at(done), mixers_matched(matching),
+        ):  # fmt: skip
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        cache = getattr(outputs, "cache", None)
+        if model.training and cache is not None and not matching:  # nothing is read there
+            self.norms.add(memories, cache)
+        return (loss, outputs) if return_outputs else loss
 
     # What a step trains on
 
@@ -257,6 +278,9 @@ class MemoryTrainer(Trainer):
         inputs = self._taught(self.prepare_batch(inputs))
         window = self._stream_window()
         if window is None or not has_labels(inputs):
+            # DataParallel (several GPUs) would gather tensors alone.
+            if has_labels(inputs) and self.args.n_gpu <= 1 and any_sums(self.memory_model):
+                inputs = {**inputs, "use_cache": True}
             loss = super().training_step(model, inputs, num_items_in_batch)
             self._watched(loss)
             return loss
@@ -374,7 +398,9 @@ class MemoryTrainer(Trainer):
         """
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        groups = [] if given else self._memory_groups(model if model is not None else self._trained)
+        trained = model if model is not None else self._trained
+        decayed = set() if given else set(self.get_decay_parameter_names(trained))
+        groups = [] if given else memory_groups(self.memory_model, trained, self.args, decayed)
         if not groups:
             return optimizer
         if not hasattr(optimizer, "add_param_group"):
@@ -389,37 +415,6 @@ class MemoryTrainer(Trainer):
         for group in groups:
             optimizer.add_param_group(group)
         return optimizer
-
-    def _memory_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Make parameter groups of the memory; empty if nothing sets it apart from the rest."""
-        args = self.args
-        rate = (
-            args.learning_rate if args.memory_learning_rate is None else args.memory_learning_rate
-        )
-        decay = args.weight_decay if args.memory_weight_decay is None else args.memory_weight_decay
-        groups: list[dict[str, Any]] = []
-        for memory in self.memory_model.memories.values():
-            memory_groups = memory.optimizer_groups() if hasattr(memory, "optimizer_groups") else []
-            for group in memory_groups:
-                params = [p for p in group["params"] if p.requires_grad]
-                if params:
-                    new = {"lr": rate, "weight_decay": decay, **group, "params": params}
-                    new["lr"] *= new.pop("lr_scale", 1.0)
-                    groups.append(new)
-        if not groups and args.memory_learning_rate is None and args.memory_weight_decay is None:
-            return []
-        taken = {id(p) for group in groups for p in group["params"]}
-        decayed = set(self.get_decay_parameter_names(model))
-        names = {id(p): name for name, p in model.named_parameters()}
-        rest: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for parameter in self.memory_model.memory_parameters():
-            if parameter.requires_grad and id(parameter) not in taken:
-                rest[names.get(id(parameter)) in decayed].append(parameter)
-        for decays, params in rest.items():
-            if params:
-                value = decay if decays else 0.0
-                groups.append({"params": params, "lr": rate, "weight_decay": value})
-        return groups
 
     # Resuming
 

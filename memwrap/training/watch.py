@@ -1,9 +1,12 @@
-"""Notice a training that makes the model worse than it was."""
+"""Notice a training that makes the model worse than it was, and how large states become in it."""
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -56,4 +59,41 @@ class LossWatch:
             )
 
 
-__all__ = ["LossWatch"]
+Norms = dict[str, dict[str, float]]
+
+
+class NormWatch:
+    """The largest norms of what memories sum (`model.state_norms`), of all states since the last
+    log.
+
+    Attributes:
+        largest: by memory and layer, at the last log that had any.
+    """
+
+    def __init__(self) -> None:
+        self.largest: Norms = {}
+        self._now: dict[tuple[str, str], Tensor] = {}  # left on their devices until a log
+
+    def add(self, model: Any, state: Any) -> None:
+        """Note the norms of a state."""
+        for name, layers in model.state_norms(state).items():
+            for layer, norms in layers.items():
+                key = name, str(layer)
+                self._now[key] = torch.maximum(norms.max(), self._now.get(key, norms.max()))
+
+    def logged(self) -> dict[str, float]:
+        """Begin anew; return what a log says: the largest of each memory."""
+        if self._now:
+            self.largest = {}
+        for (name, layer), norm in self._now.items():
+            self.largest.setdefault(name, {})[layer] = float(norm)
+        self._now = {}
+        return {f"{n}.state_norm": max(layers.values()) for n, layers in self.largest.items()}
+
+
+def any_sums(model: Any) -> bool:
+    """Tell whether a memory sums over segments."""
+    return any(memory.sums for memory in model.memories.values())
+
+
+__all__ = ["LossWatch", "NormWatch", "any_sums"]

@@ -106,6 +106,47 @@ def test_what_is_read_is_the_template_of_all(
         )
 
 
+@pytest.mark.parametrize("document", ["", DOCUMENT], ids=["nothing", "document"])
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "thinking"])
+def test_turns_with_given_answers_are_read_as_the_template_makes_them(
+    model: Any, tokenizer: Any, template: str, document: str
+) -> None:
+    tokenizer = with_template(tokenizer, template)
+    state = read_document(model, tokenizer, document) if document else None
+    talk = Conversation(model, tokenizer, state, max_new_tokens=4, do_sample=False)
+    talk.tell("The key of room 3 was moved to door 9.", "I see.")
+    before = talk.state
+    talk.tell("And that of room 4 is lost.", "Noted.")
+    assert [turn["content"] for turn in talk.turns[1::2]] == ["I see.", "Noted."]
+    assert_goes_on(talk, [], document)
+    again = Conversation(model, tokenizer, talk.state, max_new_tokens=4, do_sample=False)
+    assert again.turns == talk.turns
+    answers = [each.ask(QUESTIONS[0]) for each in (talk, again)]
+    assert answers[0] == answers[1]
+    assert_goes_on(talk, [], document)
+    talk.undo()
+    talk.undo()
+    assert talk.state is before and len(talk.turns) == 2
+    with pytest.raises(ValueError, match="turn or its answer is empty"):
+        talk.tell("Something.", " ")
+
+
+def test_what_would_be_said_is_what_is_generated(model: Any, tokenizer: Any) -> None:
+    tokenizer = with_template(tokenizer, "llama3")
+    talk = Conversation(model, tokenizer, max_new_tokens=1, do_sample=False)
+    talk.tell(DOCUMENT, "Thank you.")
+    state = talk.state
+    said = talk.ask(QUESTIONS[0])
+    talk.undo()
+    assert talk.state is state
+    assert tokenizer(said, add_special_tokens=False).input_ids, "an empty answer: another seed"
+    assert talk.would_say(QUESTIONS[0], said)
+    assert not talk.would_say(QUESTIONS[0], " door" if said != " door" else " key")
+    assert talk.state is state and len(talk.turns) == 2
+    with pytest.raises(ValueError, match="answer is empty"):
+        talk.would_say(QUESTIONS[0], "")
+
+
 def test_a_saved_document_and_a_saved_chat_go_on(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from memwrap.cli import doctor
 from memwrap.cli.catalogue import own_memories
 from memwrap.memories.protocol import places_of
 from memwrap.memories.registry import memory_class
+from memwrap.model.configuration import MemoryModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHERS = {"memwrap", "python", "bitsandbytes"}  # constraints.txt has none of them
@@ -259,7 +260,11 @@ def test_the_light_commands_import_no_torch() -> None:
 
 @pytest.mark.parametrize(
     "first",
-    ["", "from memwrap.training.trainer import MemoryTrainer", "from memwrap import ARMTConfig"],
+    [
+        "",
+        pytest.param("from memwrap.training.trainer import MemoryTrainer", marks=pytest.mark.slow),
+        pytest.param("from memwrap import ARMTConfig", marks=pytest.mark.slow),
+    ],
 )
 def test_auto_classes_know_saved_models_after_a_plain_import(first: str) -> None:
     code = (
@@ -333,6 +338,17 @@ def test_doctor(base: Path) -> None:
         assert any(line.split() == [name, "works"] for line in output.splitlines())
 
 
+@pytest.mark.parametrize("settings", [{}, {"state_decay": 0.8}, {"read_cap": 1.0}])
+def test_doctor_tells_of_sums_without_a_bound(settings: dict) -> None:
+    memories = [memwrap.ARMTConfig(**settings).to_dict(), memwrap.RMTConfig().to_dict()]
+    config = MemoryModelConfig(memories=memories)
+    assert doctor.growth_note(config) == ""  # nothing is known of a training
+    config.trained_norms = {"armt": {"0": 2.0, "3": 31.25}}
+    words = "nothing bounds what 'armt' sums (at most 31.25, in layer 3, in training)"
+    told = doctor.growth_note(config)
+    assert (words in told) is (told != "") is not bool(settings)
+
+
 def test_doctor_compares_with_the_tested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are those of constraints.txt, a file that the wheel brings along."""
     text = (ROOT / "constraints.txt").read_text()
@@ -375,7 +391,7 @@ def test_only_the_first_of_several_processes_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others may be done before the first has written what it reports."""
-    monkeypatch.setattr("memwrap.training.finetune.run_recipe", lambda recipe: tmp_path)
+    monkeypatch.setattr("memwrap.training.stages.run", lambda recipe: tmp_path)
     monkeypatch.setenv("RANK", "1")
     assert run("train", "armt_lora_tiny").output == ""
     (tmp_path / "run.json").write_text('{"seconds": 1.0}')

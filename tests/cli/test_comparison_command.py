@@ -46,7 +46,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(base: Path, plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("comparison")
-    words = ("bench", "memories", "--model", base, "--plan", plan, "-o", folder)
+    words = ("bench", "memories", "--train", "--model", base, "--plan", plan, "-o", folder)
     run(*words, "--only", MEMORIES[0])
     before = (folder / "infini.json").stat().st_mtime_ns, (folder / "base.json").read_text()
     output = run(*words, "--only", ",".join(MEMORIES)).output
@@ -80,7 +80,8 @@ def test_every_figure_is_there(results: Path) -> None:
 
 def test_what_is_there_is_not_measured_again(results: Path, base: Path, plan: Path) -> None:
     before = json.loads((results / "infini.json").read_text())
-    run("bench", "memories", "--model", base, "--plan", plan, "-o", results, "--only", "infini")
+    words = ("bench", "memories", "--train", "--model", base, "--plan", plan, "-o", results)
+    run(*words, "--only", "infini")
     after = json.loads((results / "infini.json").read_text())
     assert {**before, "speed": 0} == {**after, "speed": 0}
 
@@ -96,15 +97,15 @@ def test_what_is_there_is_not_measured_again(results: Path, base: Path, plan: Pa
 def test_mistakes_are_named(
     words: tuple, message: str, results: Path, base: Path, plan: Path
 ) -> None:
-    line = ("bench", "memories", "--model", base, "--plan", plan, "-o", results, *words)
+    line = ("bench", "memories", "--train", "--model", base, "--plan", plan, "-o", results, *words)
     assert message in run(*line, expect=2).output
 
 
 def test_foreign_files_are_refused(base: Path, plan: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"format": "something"}')
-    line = ("bench", "memories", "--model", base, "--plan", plan, "-o", tmp_path)
+    line = ("bench", "memories", "--train", "--model", base, "--plan", plan, "-o", tmp_path)
     assert "other.json" in run(*line, expect=2).output
-    assert "no plan" in run(*line[:4], "--plan", tmp_path / "other.json", expect=2).output
+    assert "no plan" in run(*line[:5], "--plan", tmp_path / "other.json", expect=2).output
 
 
 def test_the_shipped_plan_names_every_memory_and_fits_their_configs(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
     results = demo.main(small, 60)
     assert json.loads((small / "results.json").read_text()) == json.loads(json.dumps(results))

@@ -41,6 +41,7 @@ def load_base(path: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path)
 
 
+@pytest.mark.slow
 def test_reading_talking_and_exporting(here: Path) -> None:
     run("read", "model", "texts/a.txt", "-o", "states/a.safetensors")
     run("read", "model", "texts", "-o", "b.safetensors", "--state",

@@ -22,6 +22,7 @@ from memwrap.evaluation import (
     plot_recall,
 )
 from memwrap.evaluation.controls import CURVES
+from memwrap.evaluation.run import table
 from memwrap.testing.families import build
 from memwrap.testing.helpers import ids, wrapped
 
@@ -56,6 +57,35 @@ def test_memory_and_base_curves_equal_direct_computations(documents) -> None:
     first = result.curves["memory"].mean[0]
     assert first == pytest.approx(float(torch.cat([n[:7] for n in nll]).mean()), 1e-5)
     assert sum(result.curves["memory"].tokens) == 44 + 37
+
+
+def test_growth_beyond_training_is_measured_plotted_and_told(documents, tmp_path) -> None:
+    model = wrapped("armt")
+    seen = {str(layer): float(norm) for layer, norm in _norms(model, documents[0][:16]).items()}
+    model.config.trained_norms = {"armt": seen}
+    result = measured(model, documents[:1], controls=(), piece_tokens=8)
+    assert [at["tokens"] for at in result.norms] == [8, 16, 24, 32, 40, 45]
+    for tokens, at in ((16, result.norms[1]), (45, result.norms[-1])):
+        want = _norms(model, documents[0][:tokens])
+        assert at["armt"] == {str(k): pytest.approx(float(v), 1e-4) for k, v in want.items()}
+    layer = max(seen, key=lambda name: result._largest("armt", name) / seen[name])
+    for factor, words in ((0.1, f"what 'armt' sums in layer {layer} grew to"), (10.0, None)):
+        result.trained_norms = {"armt": {name: norm * factor for name, norm in seen.items()}}
+        warning = result.growth()
+        assert (warning is None) if words is None else (words in str(warning))
+        assert ("warning" in table({"perplexity": result})) is bool(words)
+    plot_perplexity(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
+    again = PerplexityResult.from_dict(result.to_dict())
+    assert again == result
+    older = result.to_dict() | {"version": 1}
+    del older["norms"], older["trained_norms"]
+    assert PerplexityResult.from_dict(older).growth() is None
+    assert measured(wrapped("rmt"), documents, controls=()).norms == []
+
+
+def _norms(model, document) -> dict:
+    return model.state_norms(model.read(document[None]))["armt"]
 
 
 def test_the_size_of_pieces_changes_nothing(documents) -> None:

@@ -141,6 +141,7 @@ print(json.dumps({"losses": losses, "apart": float((own - other).abs().max()), "
 """
 
 
+@pytest.mark.slow
 def test_trains_and_saves_itself_without_memwrap(tmp_path: Path) -> None:
     exporting.export(small("armt"), tmp_path / "out", check=False)
     done = subprocess.run(
@@ -170,6 +171,7 @@ print("\\n" + json.dumps(AutoTokenizer.from_pretrained(folder)("def main(): pass
 """
 
 
+@pytest.mark.slow
 def test_the_tokenizer_loads_without_a_question(tmp_path: Path) -> None:
     """In a process without memwrap, and with nobody there to answer."""
     tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from memwrap import exporting
 from memwrap.stores import FaissStore
 
 HERE = Path(__file__).parent
-LEAST = {1: 5000, 16: 300}  # files that are tried
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+FULL = partial(pytest.param, marks=pytest.mark.full)
+LEAST = {1: 5000, 16: 300, 160: 30}  # files that are tried
 
 
 def output_of(script: str, *arguments: str) -> str:
@@ -30,7 +33,7 @@ def output_of(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.proof("Hostile files: refused in a sentence, or harmless", "safetensors", "faiss-cpu")
-@pytest.mark.parametrize("sample", [16, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("sample", [160, SLOW(16), FULL(1)])
 def test_no_hostile_file_does_harm(sample: int) -> None:
     out = output_of("running.py", "--json", "--sample", str(sample))
     rows: list[Any] = json.loads(out.splitlines()[-1])
@@ -41,18 +44,19 @@ def test_no_hostile_file_does_harm(sample: int) -> None:
 
 @pytest.mark.proof("SIGKILL at any moment of any writer: the old or the new, whole", "safetensors")
 @pytest.mark.parametrize(
-    ("kills", "by_chance"), [(3, 1), pytest.param(0, 20, marks=pytest.mark.full)]
+    ("kills", "by_chance", "only"), [(3, 1, "library"), SLOW(3, 1, ""), FULL(0, 20, "")]
 )
-def test_killed_writers_leave_whole_files(kills: int, by_chance: int) -> None:
+def test_killed_writers_leave_whole_files(kills: int, by_chance: int, only: str) -> None:
     """Killed in front of some of its calls, or of all of them, and at random moments."""
-    out = output_of("kills.py", "--kills", str(kills), "--random", str(by_chance))
-    assert "| library |" in out and "| checkpoint of a training" in out
+    how = ("--kills", str(kills), "--random", str(by_chance), "--only", only)
+    out = output_of("kills.py", *how)
+    assert "| library |" in out and (only or "| checkpoint of a training" in out)
 
 
 @pytest.mark.proof("A full disk at any call of any writer: the old or the new", "safetensors")
-@pytest.mark.parametrize("sample", [12, pytest.param(1, marks=pytest.mark.full)])
-def test_a_full_disk_leaves_whole_files(sample: int) -> None:
-    assert "| library |" in output_of("faults.py", "--sample", str(sample))
+@pytest.mark.parametrize(("sample", "only"), [(12, "library"), SLOW(12, ""), FULL(1, "")])
+def test_a_full_disk_leaves_whole_files(sample: int, only: str) -> None:
+    assert "| library |" in output_of("faults.py", "--sample", str(sample), "--only", only)
 
 
 def test_files_have_the_modes_that_the_process_gives(
@@ -82,5 +86,6 @@ def test_files_have_the_modes_that_the_process_gives(
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o640)}
 
 
+@pytest.mark.slow
 def test_folders_with_two_writers_or_none() -> None:
     assert "library: not_writable" in output_of("folders.py")

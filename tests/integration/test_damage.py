@@ -11,7 +11,7 @@ import random
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -239,16 +239,17 @@ def test_there_are_enough() -> None:
     assert sum(len(list(cases(target))) for target in FILES) >= NUMBER
 
 
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["removed.safetensors", "index.json", "store.json"])
 def test_no_flipped_bit_of_a_small_file_of_a_store_passes(
-    whole: Path, tmp_path: Path, name: str
+    whole: Path, tmp_path: Path, name: str, every: int
 ) -> None:
-    """Every bit, as safetensors orders its metadata anew in every file."""
+    """Every bit (or every so many), as safetensors orders its metadata anew in every file."""
     folder = tmp_path / "faiss"
     shutil.copytree(whole / "faiss", folder)
     data = (folder / name).read_bytes()
     wrong = []
-    for place, bit in product(range(len(data)), range(8)):
+    for place, bit in islice(product(range(len(data)), range(8)), 0, None, every):
         new = bytearray(data)
         new[place] ^= 1 << bit
         if json_of(bytes(new)) == json_of(data) is not None:

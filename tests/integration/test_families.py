@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import assert_pieces_and_padding, refused
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     FalconConfig,
     Gemma3Config,
@@ -116,6 +117,20 @@ def test_what_cannot_be_read_is_refused_when_it_is_wrapped() -> None:
     with refused("transformers' attention functions", "another place"):
         memwrap.wrap(plain, tiny("window"))
     assert try_memory("armt", builder(lambda: small_model(FalconConfig()))).result == RIGHT
+
+
+WITHOUT_IDS = {
+    "blip": "offers no input or no output embeddings",
+    "dots3_note_text": "has layers of type indexed_attention",  # heads that differ by layer
+    "xlstm": "cannot carry the cache",
+}
+
+
+@pytest.mark.parametrize("kind", [n for n in WITHOUT_IDS if n in CONFIG_MAPPING])
+def test_what_no_ids_suffice_for_is_refused_too(kind: str) -> None:
+    """A small model is built of every config, and wrapping says what it lacks."""
+    with refused(WITHOUT_IDS[kind]):
+        memwrap.wrap(small_model(CONFIG_MAPPING[kind]()), tiny("rmt"))
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])

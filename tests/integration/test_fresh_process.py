@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from remote_code import own_base
 from transformers import (
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 import memwrap
+from memwrap.backbones.recurrence import SUPPORTED
 from memwrap.cli.small_models import small_model
 from memwrap.testing.families import CONFIGS, build
 from memwrap.testing.helpers import assert_close, tiny
@@ -49,12 +51,17 @@ def infinite() -> torch.nn.Module:
     return small_model(BambaConfig(attn_layer_indices=[1, 3]))
 
 
+@pytest.mark.parametrize(
+    "families", [("llama", "gpt2"), pytest.param(tuple(CONFIGS), marks=pytest.mark.slow)], ids=len
+)
 @torch.no_grad()
-def test_every_family_and_remote_code(tmp_path: Path) -> None:
+def test_every_family_and_remote_code(families: tuple[str, ...], tmp_path: Path) -> None:
     own = own_base(tmp_path / "base")
     ids = torch.arange(3, 23)[None]
-    bases = {f"plain-{family}": build(family) for family in CONFIGS}
-    bases |= {"plain-infinite": infinite(), "plain-seeing": small_model(Gemma3Config())}
+    bases = {f"plain-{family}": build(family) for family in families}
+    bases["plain-seeing"] = small_model(Gemma3Config())
+    if SUPPORTED:
+        bases["plain-infinite"] = infinite()
     for name in ("own-alone", "own-whole"):
         bases[name] = AutoModelForCausalLM.from_pretrained(own, trust_remote_code=True)
     wanted = {}

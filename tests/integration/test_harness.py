@@ -179,6 +179,7 @@ def run_harness(saved: Path, tasks: Path, out: Path, *command: str) -> None:
 
 
 @pytest.mark.proof("`memwrap lm_eval --model memwrap` on a saved folder", "lm-eval")
+@pytest.mark.slow
 def test_the_command_evaluates_a_saved_folder(saved: Path, tasks: Path, tmp_path: Path) -> None:
     run_harness(saved, tasks, tmp_path / "out", "-m", "memwrap", "lm_eval")
 
@@ -199,6 +200,7 @@ cli_evaluate()
 
 
 @pytest.mark.proof("lm-eval's plugins: `--model memwrap` by the entry point", "lm-eval")
+@pytest.mark.slow
 def test_the_harness_finds_the_type_by_its_entry_point(
     saved: Path, tasks: Path, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def train(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "seed", [1, *(pytest.param(n, marks=pytest.mark.full) for n in range(2, 8))]
 )
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_losses(tmp_path: Path, seed: int) -> None:
     tests = ROOT / "tests"
     done = subprocess.run(

@@ -14,7 +14,8 @@ GROWTH = 8.0
 
 
 @pytest.mark.parametrize(
-    ("requests", "texts"), [(50, 1), pytest.param(2000, 8, marks=pytest.mark.full)]
+    ("requests", "texts"),
+    [pytest.param(50, 1, marks=pytest.mark.slow), pytest.param(2000, 8, marks=pytest.mark.full)],
 )
 def test_many_requests(requests: int, texts: int) -> None:
     """Measured over 2,000 requests: 0.3 MB."""

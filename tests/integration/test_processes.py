@@ -68,6 +68,7 @@ def ddp(rank: int, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.proof("accelerate DDP, two CPU processes: the losses of one", "accelerate")
+@pytest.mark.slow
 def test_ddp_gives_the_losses_of_one_process(tmp_path: Path) -> None:
     ranks = run_two(ddp, tmp_path)
     one = trained(tmp_path / "one", per_device_train_batch_size=4)
@@ -127,6 +128,7 @@ def fsdp2(rank: int, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.proof("accelerate FSDP2, two CPU processes: the losses of one", "accelerate")
+@pytest.mark.slow
 def test_fsdp2_gives_the_losses_of_one_process(tmp_path: Path) -> None:
     ranks = run_two(fsdp2, tmp_path)
     model = wrapped("armt", value_init="normal").train()

@@ -77,6 +77,7 @@ def test_a_saved_base_goes_to_one_device(tmp_path: Path) -> None:
 
 @pytest.mark.proof("`torch.compile` (aot_eager)")
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_torch_compile(backend: str) -> None:
     torch._dynamo.reset()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def check(target: str, found: list[dict[str, Any]], kernels: set[str]) -> None:
             assert launch["counts"], "a program may count itself in before it has stored its part"
 
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 INFINI = {"outer_kernel", "recurrence_kernel", "lookup_kernel", "lookup_bwd_kernel",
           "write_bwd_kernel"}  # fmt: skip
 INFINI_SCAN = {"scan_kernel", "scan_bwd_kernel"}
@@ -75,12 +77,12 @@ ARMT = {"read_kernel", "project_kernel", "write_kernel", "features_bwd_kernel"}
 @pytest.mark.parametrize(
     ("target", "case", "kernels"),
     [
-        ("sm_90", "infini:bf16:128", INFINI),
-        ("gfx942", "infini:bf16:128", INFINI),
-        ("sm_90", "infini_scan:bf16:128", INFINI_SCAN),
+        SLOW("sm_90", "infini:bf16:128", INFINI),
+        SLOW("gfx942", "infini:bf16:128", INFINI),
+        SLOW("sm_90", "infini_scan:bf16:128", INFINI_SCAN),
         ("sm_80", "armt:bf16:64", ARMT),
-        ("sm_90", "landmark:bf16:128:63", LANDMARK),
-        ("sm_90", "delta:bf16:128:128", DELTA),
+        SLOW("sm_90", "landmark:bf16:128:63", LANDMARK),
+        SLOW("sm_90", "delta:bf16:128:128", DELTA),
     ],
 )
 def test_what_is_launched_most(target: str, case: str, kernels: set[str]) -> None:

@@ -146,6 +146,7 @@ def test_what_the_kernels_cannot_do_is_said() -> None:
             assert infini.read(wide[..., 1:], own[:, :, 1:], own[:, :, 1:, 0]).shape[3] == 1
 
 
+@pytest.mark.slow
 def test_operators_are_registered_as_torch_wants_them() -> None:
     from memwrap_kernels import infini as own
 

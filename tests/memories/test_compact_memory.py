@@ -13,6 +13,7 @@ from support import assert_pieces_and_padding, refused
 import memwrap
 from memwrap.memories import compact as compact_module
 from memwrap.memories.parts import whole_states
+from memwrap.model.compaction import REQUEST
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
     SEGMENT,
@@ -57,8 +58,8 @@ def test_slots_that_suffice_are_full_attention(family: str) -> None:
         memwrap.unwrap(model)
         model = memwrap.wrap(base, memwrap.CompactConfig(**WHOLE))
         state = model.read(text)
-        for queries in ("own", text):
-            small = model.compact(state, 43, queries)
+        for queries, given in (("own", None), (text, None), ("repeat", text)):
+            small = model.compact(state, 43, queries, text=given)
             assert_close(model(tail, cache=small).logits, want[:, 45:], 1e-5)
         assert_close(model(tail, cache=state).logits, want[:, 45:], 1e-5)
 
@@ -95,6 +96,37 @@ def test_a_whole_state_made_small(queries: str, tmp_path: Path) -> None:
         assert int(again.memories["compact"]["layers"]["0"]["slot_count"].max()) == 10
         memwrap.unwrap(model)
     assert errors[0] < errors[1], errors
+
+
+class Letters:
+    """A tokenizer of one id a letter, with a chat template."""
+
+    chat_template = "<user>{}<model>"
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: bool) -> str:
+        return self.chat_template.format(turns[0]["content"])
+
+    def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 32 for letter in text]}
+
+
+def test_what_was_read_is_said_once_more() -> None:
+    """Without a chat template the repetition is the text itself, with one its answer to a request,
+    in rows of any length; the text is needed, and for nothing else."""
+    model = memwrap.wrap(build("llama"), memwrap.CompactConfig(**WHOLE))
+    rows = [[5, 6, 7, 8] * 12, [9, 8, 7] * 7]
+    state = model.read(rows)
+    plain = model.compact(state, 9, rows)
+    assert_same_states(model.compact(state, 9, "repeat", text=rows), plain, 0)
+    asked = Letters()(f"<user>{REQUEST}<model>")["input_ids"]
+    want = model.compact(state, 9, [asked + row for row in rows])
+    said = model.compact(state, 9, "repeat", text=rows, tokenizer=Letters())
+    assert_same_states(said, want, 0)
+    errors = model.compaction_errors(state, 9, "repeat", text=rows)
+    assert len(errors) == 2 and all(bool((error > 0).all()) for error in errors.values())
+    for given in ({"queries": "repeat"}, {"queries": "own", "text": rows}):
+        with pytest.raises(ValueError, match='queries="repeat" runs a text behind'):
+            model.compact(state, 9, **given)
 
 
 def test_states_of_several_documents_are_joined() -> None:

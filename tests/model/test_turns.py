@@ -13,8 +13,8 @@ import memwrap
 from memwrap.testing.helpers import (
     SEGMENT,
     assert_close,
+    assert_greedy,
     assert_same_states,
-    greedy_by_recomputation,
     ids,
     padded,
     wrapped,
@@ -60,12 +60,11 @@ def test_a_row_that_ended_reads_nothing_more(memory: str) -> None:
         got = model(fed, cache=state.clone(), attention_mask=given).logits
         assert_close(got[:1, -5:], alone, label="the row that ended early")
     # The same through generate: with all ids, the mask given or made from the padding.
-    want = greedy_by_recomputation(model, torch.cat([text[:1, :own], question], 1), 6)[:, -6:]
     turn = torch.cat([text, question.expand(2, -1)], 1)
     again = {**SETTINGS, "max_new_tokens": 6, "eos_token_id": None, "cache": state}
-    for given in ({"attention_mask": whole}, {}):
-        got = model.generate(turn, **again, **given).sequences
-        assert torch.equal(got[:1, -6:], want)
+    want = model.generate(turn, **again, attention_mask=whole).sequences[:1, -6:]
+    assert_greedy(model, torch.cat([text[:1, :own], question], 1), want)
+    assert torch.equal(model.generate(turn, **again).sequences[:1, -6:], want)
     new = model.generate(fed, attention_mask=whole, **again).sequences
     assert torch.equal(new[:1, -6:], want)
 

@@ -61,6 +61,14 @@ model.read(ids).save("state.safetensors")
 answer = logits_of(model, cache=model.read(ids))
 save_file({{"read": logits_of(model), "answer": answer}}, "expected.safetensors")
 """
+SHORT = """
+from memwrap.testing.helpers import wrapped
+model = wrapped("ema")
+assert [type(c).__module__ for c in model.memory_configs] == ["ema_memory"]
+assert not torch.equal(logits_of(model), logits_of(model, memory_control="off"))
+model.save_pretrained("short", include_base=True)
+assert torch.equal(logits_of(memwrap.load("short")), logits_of(model))
+"""
 SECOND = """
 model, expected = memwrap.load("my-model"), load_file("expected.safetensors")
 assert [type(c).__module__ for c in model.memory_configs] == ["ema_memory"]
@@ -118,6 +126,7 @@ def test_the_page_shows_the_files(language: str, file: str) -> None:
     assert blocks(language)[0] == (PACKAGE / file).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_it_is_wrapped_trained_loaded_measured_and_exported(place: Path) -> None:
     printed = run(place, "-c", SCRIPT + FIRST) + run(place, "-c", SCRIPT + SECOND)
     for line in (
@@ -134,7 +143,15 @@ def test_it_is_wrapped_trained_loaded_measured_and_exported(place: Path) -> None
     assert "modules of memwrap (Apache-2.0) and ema_memory (ema-memory 0.1, MIT)" in card
 
 
-@pytest.mark.parametrize("more", [QUICK, pytest.param([], marks=pytest.mark.full)])
+def test_it_is_found_without_an_import(place: Path) -> None:
+    """What `make test` shows of it: a fresh process wraps, reads, saves and loads."""
+    run(place, "-c", SCRIPT + SHORT)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param(QUICK, marks=pytest.mark.slow), pytest.param([], marks=pytest.mark.full)],
+)
 def test_the_invariants_run_on_it(place: Path, more: list[str]) -> None:
     """From a folder that has no settings of pytest, by the page's own command."""
     command = next(words for words in COMMANDS if words[0] == "pytest")

@@ -69,17 +69,17 @@ def streamed(answer: Any) -> list[dict]:
 
 
 def test_many_at_once_get_what_each_gets_alone(client: Any, model: Any, tokenizer: Any) -> None:
-    prompts = [TEXT[: 40 + 67 * n] for n in range(8)]
+    prompts = [TEXT[: 40 + 67 * n] for n in range(5)]
     want = [generated(model, tokenizer, prompt) for prompt in prompts]
     assert len(set(want)) > 3
 
     def ask(n: int) -> str:
-        answer = client.post("/v1/completions", json={"prompt": prompts[n % 8], **GREEDY})
+        answer = client.post("/v1/completions", json={"prompt": prompts[n % 5], **GREEDY})
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["text"]
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(ask, range(24))) == want * 3
+        assert list(pool.map(ask, range(10))) == want * 2
 
 
 def test_a_beginning_that_was_read_is_not_read_again(

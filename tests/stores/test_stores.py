@@ -291,6 +291,7 @@ print(moment - 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL")
+@pytest.mark.slow
 def test_a_build_killed_at_every_step_goes_on(tmp_path: Path) -> None:
     """SIGKILL before each single call that opens, syncs, renames or deletes a file."""
     done = subprocess.run(

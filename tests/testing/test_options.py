@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from memwrap.testing.families import FAMILIES
 
 # With and without the entry point: an environment may have been made before there was one.
@@ -32,6 +34,7 @@ def run(folder: Path, *words: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_warnings_are_errors_where_no_project_says_so(tmp_path: Path) -> None:
     """The tests' own filters have the last word still; `--family` also runs what is `full`."""
     (tmp_path / "noisy.py").write_text(NOISY)

@@ -25,6 +25,7 @@ from memwrap.training.sections import DataSection, RecallSection, TasksSection, 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REAL = [r for r in RECIPES if re.search(r"^  name: \S+/\S+$", r.read_text(), re.MULTILINE)]
+FEW = {"armt_lora_qwen3_0.6b", "lolcats", "compressive_lora"}  # of one stage, of two, with a loss
 SECTIONS = ("model", "lora", "data", "recall", "tasks", "trainer", "pretrain")
 # Any recipe, brought down to a run of seconds.
 SMALL = [
@@ -216,7 +217,10 @@ def small(recipe: str, base: Path, documents: Path, output: Path, *more: str) ->
     return load_recipe(path, [*own, *SMALL, *memory, *more])
 
 
-@pytest.mark.parametrize("recipe", [r.stem for r in REAL])
+@pytest.mark.parametrize(
+    "recipe",
+    [r.stem if r.stem in FEW else pytest.param(r.stem, marks=pytest.mark.slow) for r in REAL],
+)
 def test_a_real_models_recipe_runs(
     recipe: str, base: Path, documents: Path, tmp_path: Path
 ) -> None:
@@ -258,7 +262,7 @@ def test_gates_are_logged_and_plotted(base: Path, documents: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("recipe", [r.stem for r in RECIPES if "recall" in r.stem])
 def test_a_recall_recipe_runs(recipe: str, tmp_path: Path) -> None:
-    small = ["trainer.steps=2", "trainer.batch_size=4", "trainer.log_every=1", "recall.num_pairs=3"]
+    small = ["trainer.steps=2", "trainer.batch_size=2", "trainer.log_every=1", "recall.num_pairs=3"]
     output = tmp_path / "run"
     loaded = load_recipe(
         ROOT / "recipes" / f"{recipe}.yaml", [*small, "trainer.device=cpu", f"output={output}"]

@@ -331,6 +331,26 @@ def test_streaming_yields_to_settings_that_cut_elsewhere(tmp_path: Path, setting
 # Curriculum and loss
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_norms_of_states_are_logged_and_saved(tmp_path: Path, streaming: bool) -> None:
+    model = wrapped("armt", bptt_segments=2)
+    trainer = make_trainer(model, tmp_path / "run", [40], streaming=streaming, learning_rate=0.0,
+                           max_steps=3, logging_steps=1)  # fmt: skip
+    trainer.train()
+    norms = model.state_norms(model.read(trainer.train_dataset.rows[0][None]))["armt"]  # type: ignore[union-attr]
+    want = {str(layer): pytest.approx(float(norm), 1e-5) for layer, norm in norms.items()}
+    assert model.config.trained_norms == {"armt": want}
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    largest = max(model.config.trained_norms["armt"].values())
+    assert [row["armt.state_norm"] for row in rows] == [largest] * 3
+    model.save_pretrained(tmp_path / "saved", include_base=True)
+    again = memwrap.load(tmp_path / "saved")
+    assert again.config.trained_norms == model.config.trained_norms
+    other = wrapped("rmt", bptt_segments=2)
+    make_trainer(other, tmp_path / "other", [40], max_steps=1).train()
+    assert other.config.trained_norms is None
+
+
 def test_curriculum_trims_to_the_first_segments(tmp_path: Path) -> None:
     model = wrapped("rmt", bptt_segments=1)
     trainer = make_trainer(
