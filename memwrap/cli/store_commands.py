@@ -226,7 +226,7 @@ def bench_memories(
         Path | None, typer.Option("-o", help="Folder; goes on with what is there (runs/...).")
     ] = None,
 ) -> None:
-    """Memories side by side: on a real model at equal bytes, or each trained with one budget."""
+    """Compare memories: on a real model at equal bytes, or each trained with one budget."""
     names = [n.strip() for n in only.split(",")] if only else memwrap.available()
     for name in names:
         memwrap.config_class(name)

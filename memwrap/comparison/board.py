@@ -217,13 +217,13 @@ class Board:
     ) -> dict[str, Any]:  # fmt: skip
         """Ask a text's facts of what was read of it, and of another text (`shuffled`)."""
         exam, device = self.exams[index], self.base.device
-        found = read(exam.ids)
+        text = read(exam.ids)
         with asked_with():
             values = {
-                "tokens": len(exam.ids), "bytes": found.bytes, "reading_seconds": found.seconds,
-                "nats": [round(value, 4) for value in found.nats],
-                "hits": [knows(found, asked, device) for asked in exam.asked],
-                "decoding_seconds": decoding_seconds(found, exam.asked[0], device),
+                "tokens": len(exam.ids), "bytes": text.bytes, "reading_seconds": text.seconds,
+                "nats": [round(value, 4) for value in text.nats],
+                "hits": [knows(text, asked, device) for asked in exam.asked],
+                "decoding_seconds": decoding_seconds(text, exam.asked[0], device),
             }  # fmt: skip
         if self.values["shuffled"] and len(self.exams) > 1:
             other = read(self.exams[index - 1].ids)

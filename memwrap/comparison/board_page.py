@@ -69,8 +69,8 @@ def bytes_of(cell: Cell) -> int:
     return max(text["bytes"] for text in cell["texts"])
 
 
-def _paired(these: list[float], those: list[float]) -> tuple[float, float]:
-    gaps = [a - b for a, b in zip(these, those, strict=True)]
+def _paired(values: list[float], others: list[float]) -> tuple[float, float]:
+    gaps = [a - b for a, b in zip(values, others, strict=True)]
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
     return statistics.fmean(gaps), error
 
@@ -172,12 +172,12 @@ def sentences(cells: list[Cell]) -> list[str]:
 def _of_nats(shown: list[Cell], budgets: list[float]) -> str:
     parts, ahead = [], []
     for budget in budgets:
-        here = [c for c in shown if c["budget"] == budget]
-        best = min(here, key=lambda c: nats_of(c) or math.inf)
-        window = next((c for c in here if c["name"] == WINDOW), None)
+        rivals = [c for c in shown if c["budget"] == budget]
+        best = min(rivals, key=lambda c: nats_of(c) or math.inf)
+        window = next((c for c in rivals if c["name"] == WINDOW), None)
         beside = f", the window {nats_of(window):.3f}" if window is not None else ""
         parts.append(f"{best['name']} at {budget:g} MB ({nats_of(best):.3f}{beside})")
-        for cell in here:
+        for cell in rivals:
             gap = nats_gap(cell, window) if window not in (None, cell) else None
             if gap is not None and gap[0] < -2 * gap[1]:
                 ahead.append(f"{cell['name']} at {budget:g} MB")
@@ -191,10 +191,10 @@ def _of_nats(shown: list[Cell], budgets: list[float]) -> str:
 def _of_facts(cells: list[Cell], shown: list[Cell], budgets: list[float]) -> str:
     parts = []
     for budget in budgets:
-        here = [c for c in shown if c["budget"] == budget]
-        most = max(found_of(c)[0] for c in here)
-        names = [c["name"] for c in here if found_of(c)[0] == most]
-        window = next((c for c in here if c["name"] == WINDOW), None)
+        rivals = [c for c in shown if c["budget"] == budget]
+        most = max(found_of(c)[0] for c in rivals)
+        names = [c["name"] for c in rivals if found_of(c)[0] == most]
+        window = next((c for c in rivals if c["name"] == WINDOW), None)
         beside = "" if window is None else f", the window {found_of(window)[0]}"
         by = f" with {' and '.join(names)}" if most and len(names) < 4 else " at most"
         parts.append(f"{most}{by} at {budget:g} MB{beside}")
@@ -216,7 +216,8 @@ def _of_costs(shown: list[Cell]) -> str:
         reading = sum(text["reading_seconds"] for text in cell["texts"]) / tokens
         return reading, statistics.fmean(text["decoding_seconds"] for text in cell["texts"])
 
-    base, parts = seconds(whole), {}
+    base = seconds(whole)
+    parts: dict[str, list[list[float]]] = {}
     for cell in shown:
         if cell["name"] in (WHOLE, TRUNCATED):
             continue
@@ -256,7 +257,9 @@ def plot_board(cells: list[Cell], path: str | Path) -> None:
     ):
         for index, name in enumerate(names):
             part = sorted((bytes_of(c) / 1e6, value(c)) for c in shown if c["name"] == name)
-            beyond = panel is upper and any(nats_of(c) > top for c in shown if c["name"] == name)
+            beyond = panel is upper and any(
+                (nats_of(c) or 0) > top for c in shown if c["name"] == name
+            )
             label = "window + sinks" if name == WINDOW else name
             panel.plot(
                 [x for x, _ in part], [y for _, y in part], color=COLOURS[index % len(COLOURS)],
@@ -283,13 +286,13 @@ def plot_board(cells: list[Cell], path: str | Path) -> None:
 def _missing(head: dict[str, Any], cells: list[Cell]) -> str:
     """Name what a run that was stopped did not come to."""
     count = max(len(cell["texts"]) for cell in cells)
-    there = {key_of(cell): len(cell["texts"]) for cell in cells if cell["kind"] != LISTED}
+    measured = {key_of(cell): len(cell["texts"]) for cell in cells if cell["kind"] != LISTED}
     planned = {key_of(cell) for part in head["cells"].values() for cell in part
                if cell["kind"] != LISTED}  # fmt: skip
     text = ""
-    if planned - there.keys():
-        text += f" Not measured yet: {', '.join(sorted(planned - there.keys()))}."
-    fewer = sorted(key for key, texts in there.items() if texts < count)
+    if planned - measured.keys():
+        text += f" Not measured yet: {', '.join(sorted(planned - measured.keys()))}."
+    fewer = sorted(key for key, texts in measured.items() if texts < count)
     if fewer:
         text += f" Measured on fewer than {count} texts so far: {', '.join(fewer)}."
     return text

@@ -26,7 +26,7 @@ Feed = Callable[[Tensor, int], Tensor]
 
 @dataclass
 class TextRead:
-    """What a reader has of a text.
+    """A text as a reader has it.
 
     Attributes:
         after: opens a copy of what was kept, to be fed further.

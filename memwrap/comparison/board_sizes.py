@@ -65,7 +65,7 @@ def scale_of(base: Any, name: str, settings: dict[str, Any], ids: list[int]) -> 
     sizes = size_fields(memwrap.config_class(name)(**settings))
     if not sizes:
         return None
-    largest, found = max(sizes.values()), []
+    largest, measured = max(sizes.values()), []
     for probe in PROBES:
         smaller = scaled(sizes, probe / largest)
         try:
@@ -78,14 +78,14 @@ def scale_of(base: Any, name: str, settings: dict[str, Any], ids: list[int]) -> 
         state = model.read(row[:, :-size])
         before = state.nbytes
         state = model.read(row[:, -size:], state=state)
-        found.append(state.nbytes)
+        measured.append(state.nbytes)
         memwrap.unwrap(model)
         if probe == PROBES[0] and state.nbytes > before:
             return None  # it keeps the text, whatever its sizes
-    slope = (found[1] - found[0]) * largest / (PROBES[1] - PROBES[0])
-    if found[1] - found[0] < 0.01 * found[0]:
+    slope = (measured[1] - measured[0]) * largest / (PROBES[1] - PROBES[0])
+    if measured[1] - measured[0] < 0.01 * measured[0]:
         return None
-    return Scale(sizes, found[0] - slope * PROBES[0] / largest, slope, len(ids))
+    return Scale(sizes, measured[0] - slope * PROBES[0] / largest, slope, len(ids))
 
 
 __all__ = ["SIZES", "Scale", "scale_of", "scaled", "size_fields"]
