@@ -215,9 +215,7 @@ def _plan(
     if any(m.own and m.query_positions is None for m in memories):
         name = None
     shared = [name is None or not memory.own for memory in memories]
-    plan = _once(
-        attention, "plan", name, lambda: _shared_plan(attention, memories, local, shared)
-    )
+    plan = _once(attention, "plan", name, lambda: _shared_plan(attention, memories, local, shared))
     if all(shared):
         return plan
     columns, apart = list(plan.columns), list(plan.apart)

@@ -62,9 +62,7 @@ def append(pages: Pages, counts: Tensor, new: dict[str, Tensor], more: Tensor, s
     return result
 
 
-def _append_alike(
-    pages: Pages, count: int, new: dict[str, Tensor], more: int, size: int
-) -> Pages:
+def _append_alike(pages: Pages, count: int, new: dict[str, Tensor], more: int, size: int) -> Pages:
     """Append as `append`, where all rows have `count` entries, no fewer than the pages hold, and
     get `more`."""
     result = dict(pages)
