@@ -245,9 +245,8 @@ class LayerAttention:
     def part(self, start: int, stop: int) -> LayerAttention:
         """Take the same attention for the queries `start` to `stop` of the step alone."""
         kind, angles = self.step.rotary.kind(self.layer), self._angles(self.key_positions, "keys")
-        part, mask, _ = self.cached_per_step(
-            ("part", start, stop, id(self.mask)), lambda: self._step_part(start, stop)
-        )
+        name = "part", start, stop, id(self.mask)
+        part, mask, _ = self.cached_per_step(name, lambda: self._step_part(start, stop))
         if kind is not None:
             part.cached[("angles", "keys", kind)] = angles
         query = self.rotated_query[:, :, start:stop]

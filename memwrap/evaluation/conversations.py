@@ -39,8 +39,8 @@ from memwrap.tasks.dialogues import (
     ONCE,
     TAKEN_BACK,
     UPDATED,
-    Asked,
     Dialogue,
+    Inquiry,
     dialogue,
     words,
 )
@@ -199,7 +199,7 @@ def _markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def scored(asked: Asked, answer: str) -> tuple[bool, bool, bool]:
+def scored(asked: Inquiry, answer: str) -> tuple[bool, bool, bool]:
     """Score an answer: right, the old value named instead, another thing's value named."""
     said = set(words(answer))
 

@@ -91,7 +91,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Inquiry:
     """A question at the end.
 
     Attributes:
@@ -120,7 +120,7 @@ class Dialogue:
     """Sessions of turns, and what is asked when all are over."""
 
     sessions: tuple[tuple[Said, ...], ...]
-    questions: tuple[Asked, ...]
+    questions: tuple[Inquiry, ...]
 
 
 @dataclass
@@ -219,9 +219,9 @@ def _prose(draw: random.Random) -> list[str]:
     return plain[first:] + plain[:first]
 
 
-def _question(subject: _Subject, subjects: list[_Subject], turns: int, session: int) -> Asked:
+def _question(subject: _Subject, subjects: list[_Subject], turns: int, session: int) -> Inquiry:
     values, last = subject.told(), subject.spoken[-1] if subject.spoken else None
-    return Asked(
+    return Inquiry(
         subject.kind,
         subject.topic.question,
         subject.topic.begun,
@@ -240,6 +240,16 @@ def words(text: str) -> list[str]:
 
 
 __all__ = [
-    "KINDS", "NEVER", "ONCE", "TAKEN_BACK", "TOPICS", "UPDATED", "Asked", "Dialogue", "Said",
-    "Topic", "dialogue", "words",
+    "KINDS",
+    "NEVER",
+    "ONCE",
+    "TAKEN_BACK",
+    "TOPICS",
+    "UPDATED",
+    "Dialogue",
+    "Inquiry",
+    "Said",
+    "Topic",
+    "dialogue",
+    "words",
 ]  # fmt: skip
