@@ -379,8 +379,8 @@ class InfLLMMemory(AttentionMemory):
         def planned() -> PoolClosing:
             valid = torch.cat([recent_valid, attention.key_valid], 1)
             tokens = before + attention.key_valid.sum(1)
-            counted = [(n, *self._counted(n)) for n in (before, tokens)]
-            return PoolClosing.of(valid, *counted, config.block_size)
+            old, new = ((n, *self._counted(n)) for n in (before, tokens))
+            return PoolClosing.of(valid, old, new, config.block_size)
 
         closing = attention.cached_per_step((self, "closing"), planned)
         count = recent_valid.shape[1]

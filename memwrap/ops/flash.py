@@ -168,9 +168,9 @@ def _weighed(
     )  # fmt: skip
     most = most.clamp_min(torch.finfo(most.dtype).min)[..., None]
     weights = [x.sub_(most).exp_() for x in scores]
-    amount = sum(x.sum(-1, keepdim=True) for x in weights)
+    amount = torch.stack([x.sum(-1, keepdim=True) for x in weights]).sum(0)
     share = amount.clamp_min_(torch.finfo(amount.dtype).tiny).reciprocal_()
-    out = sum(
+    out: Any = sum(
         w @ _columns(group.value, sight) for w, (group, sight) in zip(weights, seen, strict=True)
     )
     length = piece.stop - piece.start
