@@ -49,7 +49,7 @@ def _join_by_the_model(
     name: Hashable | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Let the model's own attention do it."""
-    name = None if any(m.own for m in memories) else name
+    name = None if any(m.by_layer for m in memories) else name
     if attention.rotated_query.shape[2] == 1:
         memories = [m.moved_to(attention.query_positions) for m in memories]
     queries, keys = attention.rotated_query, attention.rotated_key
@@ -212,9 +212,9 @@ def _plan(
 ) -> _Plan:  # fmt: skip
     """Find who sees what; with a `name` once a step, but for what layers see each in a way of
     their own."""
-    if any(m.own and m.query_positions is None for m in memories):
+    if any(m.by_layer and m.query_positions is None for m in memories):
         name = None
-    shared = [name is None or not memory.own for memory in memories]
+    shared = [name is None or not memory.by_layer for memory in memories]
     plan = _once(attention, "plan", name, lambda: _shared_plan(attention, memories, local, shared))
     if all(shared):
         return plan

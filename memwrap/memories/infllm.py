@@ -14,7 +14,7 @@ from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts import block_units
 from memwrap.memories.parts.block_units import HELD, UNITS_A_PAGE
-from memwrap.memories.parts.recent_places import Closing, Layout
+from memwrap.memories.parts.recent_places import Layout, PoolPlan
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
@@ -306,21 +306,21 @@ class InfLLMMemory(AttentionMemory):
         if units is None and attention.window is not None:
             return []
         far: Units = (state["sink_key"], state["sink_value"], layout.sinks)
-        own = units is not None and units[0].shape[2] > 0
-        if units is not None and own:
+        chosen = units is not None and units[0].shape[2] > 0
+        if units is not None and chosen:
             far = block_units.behind(units, far)
         elif not layout.some_sinks:
             far = (*far[:2], layout.sinks[..., :0])
         past, reach = layout.past.shape[2], self._reach(attention)
         rows = (
-            ("far", True, own, far),
+            ("far", True, chosen, far),
             ("past", past == self.kept, False, (*(recent[n][:, :, :past] for n in HELD),
                                                 layout.past)),
         )  # fmt: skip
         return [
             MemoryKeyValues(
                 key, value, torch.zeros_like(layout.far[:, :1]).expand(-1, mask.shape[2]), mask,
-                layout.far, static=static, name=(part, self, reach, mask.shape[2]), own=varies,
+                layout.far, static=static, name=(part, self, reach, mask.shape[2]), by_layer=varies,
             )
             for part, static, varies, (key, value, mask) in rows
             if mask.shape[2]
@@ -376,11 +376,11 @@ class InfLLMMemory(AttentionMemory):
             (self, "recent"), lambda: self._recent_valid(state)
         )
 
-        def planned() -> Closing:
+        def planned() -> PoolPlan:
             valid = torch.cat([recent_valid, attention.key_valid], 1)
             tokens = before + attention.key_valid.sum(1)
             counted = [(n, *self._counted(n)) for n in (before, tokens)]
-            return Closing.of(valid, *counted, config.block_size)
+            return PoolPlan.of(valid, *counted, config.block_size)
 
         closing = attention.cached_per_step((self, "closing"), planned)
         count = recent_valid.shape[1]
@@ -406,7 +406,7 @@ class InfLLMMemory(AttentionMemory):
             new["score"] = kept["score"].squeeze(-1)
         return {**state, **new}
 
-    def _new_units(self, state: Tree, pool: Tree, closing: Closing) -> Tree:
+    def _new_units(self, state: Tree, pool: Tree, closing: PoolPlan) -> Tree:
         """Append to the stores the units made of a pool's rows."""
         blocks = closing.blocks(pool, self.config.block_size)
         scores = blocks.pop("score").squeeze(-1)
