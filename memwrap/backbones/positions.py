@@ -75,7 +75,7 @@ class MemoryKeyValues:
             that name them so.
         bias: `(B, Hkv, M)`, added to the scores (behind a soft cap); -inf where a KV head does not
             have the entry. None: nothing.
-        by_layer: who sees them is each layer's own, whatever name the others share.
+        by_layer: who sees them differs from layer to layer, whatever name the others share.
     """
 
     keys: Tensor

@@ -14,7 +14,7 @@ from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts import block_units
 from memwrap.memories.parts.block_units import HELD, UNITS_A_PAGE
-from memwrap.memories.parts.recent_places import Layout, PoolClosing
+from memwrap.memories.parts.recent_places import Layout, PoolPlan
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
@@ -306,14 +306,14 @@ class InfLLMMemory(AttentionMemory):
         if units is None and attention.window is not None:
             return []
         far: Units = (state["sink_key"], state["sink_value"], layout.sinks)
-        by_layer = units is not None and units[0].shape[2] > 0
-        if units is not None and by_layer:
+        chosen = units is not None and units[0].shape[2] > 0
+        if units is not None and chosen:
             far = block_units.behind(units, far)
         elif not layout.some_sinks:
             far = (*far[:2], layout.sinks[..., :0])
         past, reach = layout.past.shape[2], self._reach(attention)
         rows = (
-            ("far", True, by_layer, far),
+            ("far", True, chosen, far),
             ("past", past == self.kept, False, (*(recent[n][:, :, :past] for n in HELD),
                                                 layout.past)),
         )  # fmt: skip
@@ -376,11 +376,11 @@ class InfLLMMemory(AttentionMemory):
             (self, "recent"), lambda: self._recent_valid(state)
         )
 
-        def planned() -> PoolClosing:
+        def planned() -> PoolPlan:
             valid = torch.cat([recent_valid, attention.key_valid], 1)
             tokens = before + attention.key_valid.sum(1)
             old, new = ((n, *self._counted(n)) for n in (before, tokens))
-            return PoolClosing.of(valid, old, new, config.block_size)
+            return PoolPlan.of(valid, old, new, config.block_size)
 
         closing = attention.cached_per_step((self, "closing"), planned)
         count = recent_valid.shape[1]
@@ -406,7 +406,7 @@ class InfLLMMemory(AttentionMemory):
             new["score"] = kept["score"].squeeze(-1)
         return {**state, **new}
 
-    def _new_units(self, state: Tree, pool: Tree, closing: PoolClosing) -> Tree:
+    def _new_units(self, state: Tree, pool: Tree, closing: PoolPlan) -> Tree:
         """Append to the stores the units made of a pool's rows."""
         blocks = closing.blocks(pool, self.config.block_size)
         scores = blocks.pop("score").squeeze(-1)

@@ -83,9 +83,9 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class PoolClosing:
-    """The fate of the recent tokens and the segment's, the pool, as a segment closes: the first
-    are sinks, then come units, and the rest stays.
+class PoolPlan:
+    """Plan of what becomes of the recent tokens and the segment's, the pool, as a segment closes:
+    the first are sinks, then come units, and the rest stays.
 
     Attributes:
         tokens: `(B,)` read with the segment.
@@ -111,7 +111,7 @@ class PoolClosing:
     def of(
         cls, valid: Tensor, before: tuple[Tensor, Tensor, Tensor],
         after: tuple[Tensor, Tensor, Tensor], block: int,
-    ) -> PoolClosing:  # fmt: skip
+    ) -> PoolPlan:  # fmt: skip
         """Plan a segment's end.
 
         Args:
