@@ -182,7 +182,8 @@ def test_a_preset_reads_whole_texts_and_reports_what_the_model_says(
             chat = preset in ("babilong", "ruler")
             assert prompt.startswith(lm.tokenizer.bos_token) == chat
         values = [v for k, v in result["results"][name].items() if k.endswith(",none")]
-        numbers = [v for v in values if isinstance(v, float)]
+        # RULER says -1 of a length that has no text.
+        numbers = [v for v in values if isinstance(v, float) and (v != -1 or preset != "ruler")]
         assert numbers and all(0 <= v <= 1 for v in numbers)
 
 
