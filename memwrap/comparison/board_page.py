@@ -313,8 +313,8 @@ def board_page(folder: str | Path, command: str, picture: str, link: str = "{1}"
     source = values["documents"] or "Python's language reference"
     blocks = sum(-(-(count - 1) // BLOCK) for count in tokens)
     about = (
-        f"`{head['model']}` in float32, trained no further, reads {len(tokens)} texts of "
-        f"{min(tokens):,} to {max(tokens):,} tokens ({source}), in segments of "
+        f"`{head['model']}` in float32, trained no further, reads {_texts(tokens)} "
+        f"({source}), in segments of "
         f"{values['segment_size']}. Nats are the mean of all tokens, each given what was kept of "
         f"those before it. {values['facts']} invented facts stand in each text, at all depths, and "
         "are asked for in a turn behind it; one is found if every token of its answer is the "
@@ -333,6 +333,12 @@ def board_page(folder: str | Path, command: str, picture: str, link: str = "{1}"
         sentences="\n".join(f"- {line}" for line in sentences(cells)),
         free=free_table(cells, link), trained=trained_table(cells, link),
     )  # fmt: skip
+
+
+def _texts(tokens: list[int]) -> str:
+    if len(tokens) == 1:
+        return f"one text of {tokens[0]:,} tokens"
+    return f"{len(tokens)} texts of {min(tokens):,} to {max(tokens):,} tokens"
 
 
 def _machine(about: dict[str, Any]) -> str:
