@@ -87,7 +87,7 @@ def main() -> None:
                     continue
                 start = time.process_time()
                 result = evaluate_conversations(
-                    model, tokenizer, [turns], dialogues=1, each=EACH, readers=READERS[name],
+                    model, tokenizer, [turns], dialogues=1, topics=EACH, readers=READERS[name],
                     seed=seed, name=f"{given.model} with {name}", progress=False,
                 )  # fmt: skip
                 print(key, f"{time.process_time() - start:.0f} s of CPU", flush=True)

@@ -1,15 +1,16 @@
 """The server as its users meet it: a process, a document of 16,000 tokens, many clients.
 
-    python benchmarks/serving.py [--tokens 16000] [--state FILE]
+    python benchmarks/serving.py [--only clients|document] [--tokens 16000] [--state FILE]
 
-1. 8 clients x 20 requests: every answer is compared with that of `generate` alone.
+1. 8 clients x 20 requests about one state of 1,500 tokens and forks of it, every second one
+   streamed: each answer is compared with that of `generate` alone on a copy of the state.
 2. `memwrap read` reads a document (`--state`: the demo's `document.safetensors` instead), `memwrap
    serve` serves its state, and `curl` asks twice: what each request ran is in its usage.
 3. The server is killed with SIGKILL, once idle and once while it writes a state, and started again:
    the saved state answers as before, and `memwrap chat` over the file answers the same.
 
-Writes benchmarks/results/serving.json, and what was typed and printed into
-docs/howto/serve.md.
+Writes benchmarks/results/serving.json, a part at a time, and what was typed and printed in the
+second into docs/howto/serve.md.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ from typing import Any
 import torch
 from common import RESULTS
 
-from memwrap.chat import Conversation, read_document
+import memwrap
 from memwrap.cli import demo
 from memwrap.cli import demo_texts as texts
 from memwrap.evaluation.measure import machine
 from memwrap.model.opening import open_model, open_tokenizer
+from memwrap.serving.prompts import chat_ids, ends_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "howto" / "serve.md"
 MARKS = ("<!-- serving:begin -->", "<!-- serving:end -->")
 MODEL = ["smollm2", "--memory", demo.MEMORY]
 CLIENTS, REQUESTS = 8, 20
-SHORT = 300  # tokens of the text that the many requests are about
+SHORT = 1500  # tokens of the text that the many requests are about
 ASKED = {"max_tokens": 16, "temperature": 0}
+BRIEF = {"max_tokens": 8, "temperature": 0}
 
 
 class Server:
@@ -86,6 +89,25 @@ class Server:
     def ask(self, state: str, question: str) -> dict[str, Any]:
         said = [{"role": "user", "content": question}]
         return self.post("/chat/completions", {"state": state, "messages": said, **ASKED})
+
+    def chat(self, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        answer = self.post("/chat/completions", body)
+        return text_of(answer), answer["usage"]
+
+    def stream(self, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + "/chat/completions", data, kind)
+        text, usage = "", {}
+        with urllib.request.urlopen(request, timeout=3600) as lines:
+            for line in lines:
+                event = line.decode().strip().removeprefix("data: ")
+                if not event or event == "[DONE]":
+                    continue
+                piece = json.loads(event)
+                usage = piece.get("usage") or usage
+                text += "".join(c["delta"].get("content", "") for c in piece["choices"])
+        return text, usage
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -181,41 +203,77 @@ def long_document(asked: Any, folder: Path, spoken: Transcript, tokenizer: Any) 
 
 def many_clients(folder: Path, model: Any, tokenizer: Any) -> dict:
     """Let 8 clients send 20 requests each; compare with `generate`."""
-    facts, text = texts.FACTS, texts.parts(tokenizer, (SHORT,)).texts[0]
+    questions, text = (
+        [texts.question(fact) for fact in texts.FACTS],
+        texts.parts(tokenizer, (SHORT,)).texts[0],
+    )
     words = [*MODEL, *words_of({**demo.READING, **demo.ASKING})]
-    state = read_document(model, tokenizer, text)
-    settings = {"max_new_tokens": ASKED["max_tokens"], "do_sample": False}
-    wanted = {}
-    for fact in facts:
-        wanted[fact.question] = Conversation(model, tokenizer, state, **settings).ask(fact.question)
-    server = Server([*words, "--batch", str(CLIENTS)], folder / "serve.log")
-    server.post("/states", {"name": "short", "text": text})
-    start = time.monotonic()
+    states = folder / "shared"
+    server = Server(
+        [*words, "--batch", str(CLIENTS), "--states", str(states), "--state-gb", "1"],
+        folder / "serve.log",
+    )
+    made = server.post("/states", {"name": "short", "text": text, "save": True})
+    state = memwrap.MemoryState.load(states / "short.safetensors", model)
+    wanted = {question: alone(model, tokenizer, state, question) for question in questions}
+    for number in range(0, CLIENTS, 2):
+        server.post("/states/short/fork", {"to": f"fork-{number}"})
+    start, used = time.monotonic(), cpu_seconds(server)
 
-    def client(number: int) -> list[bool]:
-        right = []
+    def client(number: int) -> list[dict[str, Any]]:
+        name, answers = "short" if number % 2 else f"fork-{number}", []
         for request in range(REQUESTS):
-            question = facts[(number + request) % len(facts)].question
-            right.append(text_of(server.ask("short", question)) == wanted[question])
-        return right
+            question = questions[(number * 3 + request) % len(questions)]
+            said = {"state": name, "messages": [{"role": "user", "content": question}], **BRIEF}
+            began = time.monotonic()
+            got, usage = (server.stream if request % 2 else server.chat)(said)
+            answers.append({"right": got == wanted[question], "seconds": time.monotonic() - began,
+                            "new": _new(usage), "cached": _cached(usage)})  # fmt: skip
+        return answers
 
     with ThreadPoolExecutor(CLIENTS) as pool:
-        right = [good for found in pool.map(client, range(CLIENTS)) for good in found]
-    seconds = time.monotonic() - start
+        answers = [answer for found in pool.map(client, range(CLIENTS)) for answer in found]
+    seconds, used = time.monotonic() - start, cpu_seconds(server) - used
     server.kill()
+    times = sorted(answer["seconds"] for answer in answers)
     return {
-        "clients": CLIENTS, "requests": len(right), "wrong": right.count(False),
-        "different_answers": len(set(wanted.values())), "seconds": round(seconds, 1),
+        "clients": CLIENTS, "requests": len(answers),
+        "wrong": sum(not answer["right"] for answer in answers),
+        "different_answers": len(set(wanted.values())), "state_tokens": made["tokens"],
+        "fewest_cached": min(answer["cached"] for answer in answers),
+        "most_new": max(answer["new"] for answer in answers), "seconds": round(seconds, 1),
+        "cpu_seconds": round(used, 1), "median_seconds": round(times[len(times) // 2], 2),
+        "examples": dict(list(wanted.items())[:3]),
     }  # fmt: skip
 
 
-def publish(found: dict[str, Any], lines: list[str]) -> None:
+@torch.no_grad()
+def alone(model: Any, tokenizer: Any, state: Any, question: str) -> str:
+    """Answer by `generate`, one question at a time, on a copy of the state."""
+    ids = torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": question}], state)])
+    ends = list(ends_of(model, tokenizer))
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), cache=state.clone(), do_sample=False,
+        max_new_tokens=BRIEF["max_tokens"], eos_token_id=ends, pad_token_id=ends[0],
+    )  # fmt: skip
+    return tokenizer.decode(
+        out[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def cpu_seconds(server: Server) -> float:
+    """CPU seconds of a server's process so far."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def publish(found: dict[str, Any]) -> None:
     """Write results and transcript into the page."""
     document, clients = found["document"], found["clients"]
     first, second = document["asked_again"], document["usage"][1]
     kept = ("after_kill", "after_kill_while_saving", "same_again", "chat_same")
     same = "yes" if all(document[name] for name in kept) else "**no**"
-    text = "\n".join(lines).strip()
+    text = "\n".join(found["transcript"]).strip()
     body = f"""`python benchmarks/serving.py` ({found["machine"]["cpu"]}, one thread on a busy
 machine):
 
@@ -228,8 +286,9 @@ machine):
   first question, asked again, {_new(first)}.
 - After `kill -9`, idle and while a state was being written, a new server gave the same answers
   from the saved state, and so did `memwrap chat`: {same}.
-- {clients["clients"]} clients sent {clients["requests"]} requests about a short text in
-  {clients["seconds"]:.0f} s; {clients["wrong"]} answers differed from those of `generate`."""
+- {clients["clients"]} clients sent {clients["requests"]} requests about {clients["state_tokens"]:,}
+  tokens, to a state and forks of it, every second one streamed, in {clients["seconds"]:.0f} s;
+  {clients["wrong"]} answers differed from those of `generate`."""
     begin, end = MARKS
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
@@ -246,21 +305,27 @@ def _new(usage: dict[str, Any]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--only", choices=("clients", "document"))
     parser.add_argument("--tokens", type=int, default=16_000)
     parser.add_argument("--state", type=Path, help="a state that was read with the demo's settings")
     asked = parser.parse_args()
     os.environ["PYTHONUNBUFFERED"] = "1"
     model = open_model(MODEL[0], MODEL[2], {**demo.READING, **demo.ASKING}, dtype=torch.float32)
     tokenizer = open_tokenizer(MODEL[0], model)
-    spoken, found = Transcript(), {"machine": machine()}
+    path = RESULTS / "serving.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found["machine"], spoken = machine(), Transcript()
     with tempfile.TemporaryDirectory() as folder:
-        found["document"] = long_document(asked, Path(folder), spoken, tokenizer)
-        print(json.dumps(found["document"]), flush=True)
-        found["clients"] = many_clients(Path(folder), model, tokenizer)
-        print(json.dumps(found["clients"]), flush=True)
-    found["transcript"] = spoken.lines
-    (RESULTS / "serving.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    publish(found, spoken.lines)
+        if asked.only != "document":
+            found["clients"] = many_clients(Path(folder), model, tokenizer)
+            print(json.dumps(found["clients"]), flush=True)
+        if asked.only != "clients":
+            found["document"] = long_document(asked, Path(folder), spoken, tokenizer)
+            found["transcript"] = spoken.lines
+            print(json.dumps(found["document"]), flush=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if "document" in found and "clients" in found:
+        publish(found)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def join(
     if flashes(attention) and not weights:
         if single:
             memories = [_moved(attention, m, index, name) for index, m in enumerate(memories)]
-        plan = _once(attention, "plan", name, lambda: _plan(attention, memories, local))
+        plan = _plan(attention, memories, local, name)
         groups, width = _groups(attention, memories, plan, name), attention.value.shape[-1]
         return flash.attend(groups, attention.rotated_scaling, width=width)[0], None
     return _join_by_the_model(attention, memories, local, weights, name)
@@ -49,6 +49,7 @@ def _join_by_the_model(
     name: Hashable | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Let the model's own attention do it."""
+    name = None if any(m.by_layer for m in memories) else name
     if attention.rotated_query.shape[2] == 1:
         memories = [m.moved_to(attention.query_positions) for m in memories]
     queries, keys = attention.rotated_query, attention.rotated_key
@@ -106,7 +107,7 @@ def attend_beside(attention: LayerAttention, out: Tensor, log: Tensor) -> tuple[
     Returns:
         The output `(B, T, H, Dv)`, and the log of the whole sum `(B, H, T)`, which has no gradient.
     """
-    plan = _once(attention, "plan", "the segment", lambda: _plan(attention, (), None))
+    plan = _plan(attention, (), None, "the segment")
     given = cast(attention.rotated_query, attention.rotated_key, attention.value)
     group = flash.Group(*given, sights=plan.main)
     return flash.attend([group], attention.rotated_scaling, (out, log))
@@ -120,7 +121,7 @@ class _Plan:
         mask: the model's; while it is kept, no other has its id.
         columns: of each memory's keys those that are seen by any query; None: none are.
         main: what is seen of the memories' keys and the segment's.
-        apart: what is seen of each memory whose keys see the queries elsewhere.
+        apart: what is seen of each memory, if its keys see the queries elsewhere.
     """
 
     mask: Tensor | None
@@ -130,11 +131,12 @@ class _Plan:
 
 
 def join_received(
-    attention: LayerAttention, memories: Sequence[MemoryKeyValues], local: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    attention: LayerAttention, memories: Sequence[MemoryKeyValues], local: Tensor | None,
+    name: Hashable | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Do what `LayerAttention.join_received` says."""
     if not flashes(attention):
-        out, weights = _join_by_the_model(attention, memories, local, True, None)
+        out, weights = _join_by_the_model(attention, memories, local, True, name)
         runs, start = [], 0
         for memory in memories:
             stop = start + memory.keys.shape[2]
@@ -144,11 +146,10 @@ def join_received(
         wide = accumulation_dtype(out)
         whole = (weights.detach().to(wide) * counted).sum(2)  # type: ignore[union-attr]
         return out, torch.cat([*(whole[..., columns] for columns in runs), whole[..., start:]], -1)
-    plan = _plan(attention, memories, local)
-    groups = _groups(attention, memories, plan, None)
+    plan = _plan(attention, memories, local, name)
+    groups = _groups(attention, memories, plan, name)
     scaling, width = attention.rotated_scaling, attention.value.shape[-1]
-    out, log = flash.attend(groups, scaling, width=width)
-    received = flash.received(groups[0], scaling, log, attention.query_valid)
+    out, received = flash.attend_received(groups, scaling, attention.query_valid, width)
     parts, start = [], 0  # zeros for the columns that were left out
     for memory, columns in zip(memories, plan.columns, strict=True):
         total = memory.keys.shape[2]
@@ -187,8 +188,7 @@ def _groups(
             continue
         if id(at) not in turned:
             turned[id(at)] = attention.turned(at, where)
-        query, sights = turned[id(at)], plan.apart[len(apart)]
-        apart.append(_group(attention, query, key, value, sights, [bias]))
+        apart.append(_group(attention, turned[id(at)], key, value, plan.apart[index], [bias]))
     key = torch.cat([*keys, attention.rotated_key], 2) if keys else attention.rotated_key
     value = torch.cat([*values, attention.value], 2) if keys else attention.value
     return [_group(attention, attention.rotated_query, key, value, plan.main, biases), *apart]
@@ -207,24 +207,70 @@ def _group(
 
 
 def _plan(
-    attention: LayerAttention, memories: Sequence[MemoryKeyValues], local: Tensor | None
-) -> _Plan:
-    """Find who sees what."""
+    attention: LayerAttention, memories: Sequence[MemoryKeyValues], local: Tensor | None,
+    name: Hashable | None,
+) -> _Plan:  # fmt: skip
+    """Find who sees what; with a `name` once a step, but for what layers see each in a way of
+    their own."""
+    if any(m.by_layer and m.query_positions is None for m in memories):
+        name = None
+    shared = [name is None or not memory.by_layer for memory in memories]
+    plan = _once(attention, "plan", name, lambda: _shared_plan(attention, memories, local, shared))
+    if all(shared):
+        return plan
+    columns, apart = list(plan.columns), list(plan.apart)
+    for index, memory in enumerate(memories):
+        if not shared[index]:
+            columns[index], apart[index] = _apart(attention, _of_queries(attention, memory))
+    return replace(plan, columns=columns, apart=apart)
+
+
+def _shared_plan(
+    attention: LayerAttention, memories: Sequence[MemoryKeyValues], local: Tensor | None,
+    shared: list[bool],
+) -> _Plan:  # fmt: skip
+    """Find who sees what of the memories that are `shared`."""
     query = attention.rotated_query
     groups, dtype = attention.groups, cast(query, query, query)[0].dtype
-    columns, inside, apart = [], [], []
+    columns: list[slice | None] = []
+    apart: list[list[flash.Sight | None]] = []
+    inside = []
     *before, visible = _visible(attention, memories, local)
-    for memory, seen in zip(memories, before, strict=True):
-        chosen = flash.columns_seen(seen)
-        if chosen is not None and seen.shape[1] == 1:  # cheaper attended to than cut off
-            chosen = slice(0, seen.shape[2])
-        columns.append(chosen)
-        if chosen is not None and memory.query_positions is None:
+    for memory, seen, planned in zip(memories, before, shared, strict=True):
+        if not planned or memory.query_positions is not None:
+            made = _apart(attention, seen) if planned else (None, [])
+            columns, apart = [*columns, made[0]], [*apart, made[1]]
+            continue
+        chosen = _chosen(seen)
+        columns, apart = [*columns, chosen], [*apart, []]
+        if chosen is not None:
             inside.append(seen[..., chosen])
-        elif chosen is not None:
-            apart.append(flash.sights(seen[..., chosen], groups, dtype))
     main = torch.cat([*inside, visible], -1) if inside else visible
     return _Plan(attention.mask, columns, flash.sights(main, groups, dtype), apart)
+
+
+def _apart(
+    attention: LayerAttention, seen: Tensor
+) -> tuple[slice | None, list[flash.Sight | None]]:
+    """Find which of the keys of a memory are seen, by `seen` `(B, T, M)`, and by whom."""
+    query, chosen = attention.rotated_query, _chosen(seen)
+    if chosen is None:
+        return None, []
+    dtype = cast(query, query, query)[0].dtype
+    return chosen, flash.sights(seen[..., chosen], attention.groups, dtype)
+
+
+def _chosen(seen: Tensor) -> slice | None:
+    chosen = flash.columns_seen(seen)
+    if chosen is not None and seen.shape[1] == 1:  # cheaper attended to than cut off
+        return slice(0, seen.shape[2])
+    return chosen
+
+
+def _of_queries(attention: LayerAttention, memory: MemoryKeyValues) -> Tensor:
+    """Tell who sees a memory's keys, `(B, T, M)`."""
+    length, visible = attention.rotated_query.shape[2], memory.visible
+    return visible if visible.dim() == 3 else visible[:, None].expand(-1, length, -1)
 
 
 def _visible(
@@ -233,11 +279,7 @@ def _visible(
     """Tell which keys each query sees: of every memory `(B, T, M)` and of the segment `(B, T,
     K)`."""
     visible = attention.visible()[:, 0]
-    length = visible.shape[1]
-    before = [
-        m.visible if m.visible.dim() == 3 else m.visible[:, None].expand(-1, length, -1)
-        for m in memories
-    ]
+    before = [_of_queries(attention, memory) for memory in memories]
     return [*before, visible if local is None else visible & local]
 
 

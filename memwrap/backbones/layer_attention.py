@@ -224,7 +224,12 @@ class LayerAttention:
     def rotate(self, x: Tensor, positions: Tensor, name: Hashable | None = None) -> Tensor:
         """Rotate `x` `(B, H, N, Dk)` as the model does at `positions` `(B, N)` or `(B, H, N)`; a
         `name` says that the positions are the same in every layer of the step."""
-        return rotate(x, self._angles(positions, name))
+        angles = self._angles(positions, name)
+        if name is not None and angles is not None:  # a look that pays where it is taken once
+            still = "still", name, self.step.rotary.kind(self.layer)
+            if self.cached_per_step(still, lambda: angles.still):
+                return x
+        return rotate(x, angles)
 
     def cached_per_step(self, name: Hashable, make: Callable[[], Any]) -> Any:
         """Compute `make()` once per step and share it between layers under `name`."""
@@ -239,21 +244,23 @@ class LayerAttention:
 
     def part(self, start: int, stop: int) -> LayerAttention:
         """Take the same attention for the queries `start` to `stop` of the step alone."""
-        step, kind = self.step, self.step.rotary.kind(self.layer)
-        mask = self.visible()[..., start:stop, :]
-        if not self.boolean_mask and self.mask is not None:
+        kind, angles = self.step.rotary.kind(self.layer), self._angles(self.key_positions, "keys")
+        name = "part", start, stop, id(self.mask)
+        part, mask, _ = self.cached_per_step(name, lambda: self._step_part(start, stop))
+        if kind is not None:
+            part.cached[("angles", "keys", kind)] = angles
+        query = self.rotated_query[:, :, start:stop]
+        return replace(self, rotated_query=query, mask=mask, step=part)
+
+    def _step_part(self, start: int, stop: int) -> tuple[AttentionStep, Tensor, Tensor | None]:
+        """Make what all layers with one mask share of a part of the queries: the step, the part's
+        mask, and the whole one, which stays alive beside them."""
+        if self.boolean_mask or self.mask is None:
+            mask = self.visible()[..., start:stop, :]
+        else:
             mask = self.mask[..., start:stop, :]
-        keys = self._angles(step.positions.key_positions, "keys")
-        return replace(
-            self,
-            rotated_query=self.rotated_query[:, :, start:stop],
-            mask=mask,
-            step=replace(
-                step,
-                positions=step.positions.of_queries(start, stop),
-                cached={} if kind is None else {("angles", "keys", kind): keys},
-            ),
-        )
+        positions = self.positions.of_queries(start, stop)
+        return replace(self.step, positions=positions, cached={}), mask, self.mask
 
     def join(
         self,
@@ -278,7 +285,10 @@ class LayerAttention:
         return joining.join(self, memories, local, weights, name)
 
     def join_received(
-        self, *memories: MemoryKeyValues, local: Tensor | None = None
+        self,
+        *memories: MemoryKeyValues,
+        local: Tensor | None = None,
+        name: Hashable | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend as `join`, and sum the weights that keys got from the step's queries.
 
@@ -286,7 +296,7 @@ class LayerAttention:
             The output `(B, T, H, Dv)`, and without a gradient `(B, H, M + K)`: what the keys of
             memories that see the queries in the segment and the segment's own got from real ones.
         """
-        return joining.join_received(self, memories, local)
+        return joining.join_received(self, memories, local, name)
 
     def mask_for(self, visible: Tensor, boolean: bool | None = None) -> Tensor:
         """Make the mask that the model's attention takes of who sees whom, a bool tensor; `boolean`

@@ -75,6 +75,7 @@ class MemoryKeyValues:
             that name them so.
         bias: `(B, Hkv, M)`, added to the scores (behind a soft cap); -inf where a KV head does not
             have the entry. None: nothing.
+        by_layer: who sees them differs from layer to layer, whatever name the others share.
     """
 
     keys: Tensor
@@ -85,6 +86,7 @@ class MemoryKeyValues:
     static: bool = False
     bias: Tensor | None = None
     name: Hashable | None = None
+    by_layer: bool = False
 
     def moved_to(self, query_positions: Tensor) -> MemoryKeyValues:
         """Move the keys instead of the queries, as one query a row of the batch, which stands at

@@ -117,6 +117,12 @@ class Angles:
         cos, sin = (x[:, 0].unflatten(1, positions.shape[1:]) for x in (self.cos, self.sin))
         return Angles(self.rotation, cos, sin)
 
+    @property
+    def still(self) -> bool:
+        """Whether nothing is turned: all positions are 0, and nothing scales. Read on a CPU alone,
+        where it costs little."""
+        return self.cos.device.type == "cpu" and bool((self.cos == 1).all() & (self.sin == 0).all())
+
     def unit(self) -> Angles:
         """Take away what scales the rotation."""
         scale = (self.cos.square() + self.sin.square()).rsqrt()

@@ -21,7 +21,7 @@ from memwrap.assets.fetching import fetch
 from memwrap.chat import read_document
 from memwrap.cli import demo_texts as texts
 from memwrap.cli.demo_readers import BaseReader, MemoryReader, Reader, nats
-from memwrap.cli.demo_trained import ADAPTER, trained
+from memwrap.cli.demo_trained import ADAPTER, said_of, trained, trained_anew
 from memwrap.evaluation.plots import plot_depths
 from memwrap.io.atomic_files import write_text
 from memwrap.io.plotting import COLOURS, MARKERS, _figure, _save
@@ -45,13 +45,15 @@ SHOWN = (0, 3, 6)
 """Facts of the longest text that are asked for in words."""
 SEGMENT, ROWS = 256, 512
 """Of the memories whose nats are measured: tokens at once, and entries that each may keep."""
-MEASURED = (4_096, 2_048, 1_024)
+MEASURED = (2_048, 1_024)
 """Tokens that nats are measured on, the first that time allows."""
 RESULTS = "results.json"
 MARKS = ("<!-- demo:begin -->", "<!-- demo:end -->")
 CURVES = ("memory", "base, truncated", "base, whole", "window + sinks")
-# What a reading costs beside the base's own, which is measured first.
-_COST = {"memory": 2.5, "window + sinks": 1.7}
+WINDOW_SEGMENT = 2_048
+"""Tokens that the window reads at once; its results do not depend on it, only its time."""
+COST = 2.0
+"""What the memory's reading costs beside the base's own, which is measured first."""
 
 
 @dataclass
@@ -112,7 +114,7 @@ def main(output: Path, minutes: float = 6.0) -> dict[str, Any]:
     settings = {"memory": MEMORY, "reading": READING, "asking": ASKING}
     run.results |= {"settings": settings, "facts": [], "skipped": []}
     say(f"{MODEL}: SmolLM2-135M-Instruct; it reads {run.speed:.0f} tokens a second here.")
-    count = max(2, sum(run.fits(n * _COST["memory"], 0.45) for n in LENGTHS))
+    count = max(2, sum(run.fits(n * COST, 0.45) for n in LENGTHS))
     parts = texts.parts(tokenizer, LENGTHS[:count])
     run.results["skipped"] += [[curve, n] for n in LENGTHS[count:] for curve in CURVES]
     for part in (_read, _find):
@@ -202,13 +204,13 @@ def _find(run: Run, parts: texts.Parts) -> None:
         text = "\n\n".join(parts.texts[: index + 1])
         for curve, most in BASES.items():
             _count(run, BaseReader(run.base, run.tokenizer, text, most), curve, length, facts)
-    if run.fits(parts.lengths[-1] * _COST["window + sinks"], 0.7):
-        config = memwrap.WindowConfig(segment_size=512, window_size=LOOKS - 4, num_sinks=4)
+    if parts.lengths[-1] > LOOKS:
+        config = memwrap.WindowConfig(
+            segment_size=WINDOW_SEGMENT, window_size=LOOKS - 4, num_sinks=4
+        )
         model = memwrap.wrap(run.base, config).eval()
         _in_parts(run, parts, "window + sinks", model)
         memwrap.unwrap(model)
-    else:
-        run.results["skipped"].append(["window + sinks", parts.lengths[-1]])
     cells = _draw_facts(run.results, run.folder / "facts.png")
     for cell in cells:
         marks = " ".join("x" if hit else "." for hit in cell["depth"])
@@ -288,7 +290,7 @@ def _draw_nats(results: dict[str, Any], path: Path) -> None:
 
 
 def _show_trained(run: Run) -> None:
-    """Measure the shipped trained memory, where there is one."""
+    """Measure the shipped trained memory, where there is one, and begin its training anew."""
     result = trained(run.base, run.tokenizer)
     if result is None:
         return
@@ -297,6 +299,8 @@ def _show_trained(run: Run) -> None:
     for curve, shares in result["curves"].items():
         parts = "   ".join(f"{int(n):>5,}: {share:.2f}" for n, share in shares.items())
         say(f"  {curve:<22}{parts}")
+    run.results["training"] = trained_anew(run.base, run.tokenizer, run.folder / "training")
+    say("\n" + said_of(run.results["training"]))
 
 
 def conclusions(results: dict[str, Any]) -> list[str]:
@@ -379,6 +383,8 @@ def publish(folder: Path, readme: Path) -> None:
         lines = [heads, ["---"] * len(heads)]
         lines += [[n, *(f"{share:.2f}" for share in c.values())] for n, c in curves.items()]
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in lines))
+    if "training" in results:
+        parts.append(said_of(results["training"]))
     begin, end = MARKS
     before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
     whole = "\n\n".join([f"{before}{begin}", *parts, text, f"{end}{rest.partition(end)[2]}"])

@@ -82,8 +82,8 @@ class MemwrapLM(HFLM):
             model = memwrap.load(pretrained, revision=revision, **options)
         else:
             fields = config_class(memory).__dataclass_fields__.keys() & settings.keys()
-            own = {name: settings.pop(name) for name in fields}
-            model = open_model(pretrained, memory, own, **options)
+            chosen = {name: settings.pop(name) for name in fields}
+            model = open_model(pretrained, memory, chosen, **options)
         if device is not None:
             model.to(device)
         elif torch.accelerator.is_available():
@@ -134,8 +134,8 @@ def main(arguments: Sequence[str]) -> None:
         ValueError: for an unknown preset, or lengths that it does not have.
     """
     before = sys.argv
-    with expanded(arguments) as own:
-        sys.argv = ["lm_eval", *own]
+    with expanded(arguments) as words:
+        sys.argv = ["lm_eval", *words]
         try:
             cli_evaluate()
         finally:

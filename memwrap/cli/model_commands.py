@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -66,13 +66,7 @@ def evaluate(
         part = None if split == "all" else split
         rows = run.documents(documents, part, load_tokenizer(model, loaded), tokens, count)
         if task == "head-budgets":
-            from memwrap.evaluation.head_budgets import head_budgets
-
-            budgets = head_budgets(loaded, rows)
-            typer.echo(budgets.table())
-            path = (output or Path("eval")) / "head-budgets.json"
-            budgets.save(path)
-            typer.echo(f"wrote {path}: its `shares` are the setting `budgets`")
+            _head_budgets(loaded, rows, output)
             return
         results = (run.perplexity if task == "perplexity" else run.linear_usage)(loaded, rows)
     elif task == "recall":
@@ -90,6 +84,16 @@ def evaluate(
     title = model if memory is None else f"{model} with {memory}"
     for path in run.write(results, output, title=title):
         typer.echo(f"wrote {path}")
+
+
+def _head_budgets(model: Any, rows: Any, output: Path | None) -> None:
+    from memwrap.evaluation.head_budgets import head_budgets
+
+    budgets = head_budgets(model, rows)
+    typer.echo(budgets.table())
+    path = (output or Path("eval")) / "head-budgets.json"
+    budgets.save(path)
+    typer.echo(f"wrote {path}: its `shares` are the setting `budgets`")
 
 
 @plain_errors

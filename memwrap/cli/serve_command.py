@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -64,6 +65,7 @@ def serve(
         raise ValueError(
             f"The server needs {error.name}, which is not installed: pip install 'memwrap[serve]'."
         ) from error
+    check_free(host, port)
     limits = Limits(
         max_prompt, max_new, seconds=timeout, batch=batch, state_bytes=int(state_gb * 1e9)
     )
@@ -73,8 +75,25 @@ def serve(
     application = create_app(
         Engine(loaded, tokenizer, limits), named, name=name or Path(model).name, api_key=key
     )
-    typer.echo(f"serving {model} at http://{host}:{port}/v1 ({len(named.names())} states)")
+    count = len(named.names())
+    known = "1 state" if count == 1 else f"{count} states"
+    typer.echo(f"serving {model} at http://{host}:{port}/v1 ({known})")
     uvicorn.run(application, host=host, port=port, log_level="warning")
 
 
-__all__ = ["serve"]
+def check_free(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened at, before a model is loaded.
+
+    Raises:
+        ValueError: says why.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"Nothing can listen at {host}, port {port} ({error}); give another --port."
+        ) from error
+
+
+__all__ = ["check_free", "serve"]

@@ -38,7 +38,8 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
-        before, warnings.formatwarning = warnings.formatwarning, _note
+        before: Any = warnings.formatwarning
+        warnings.formatwarning = _note  # type: ignore[assignment]
         try:
             command(*args, **kwargs)
         except BrokenPipeError:  # of `memwrap list | head`: click ends the process quietly

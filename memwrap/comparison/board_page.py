@@ -221,8 +221,8 @@ def _of_costs(shown: list[Cell]) -> str:
     for cell in shown:
         if cell["name"] in (WHOLE, TRUNCATED):
             continue
-        times = [a / b for a, b in zip(seconds(cell), base, strict=True)]
-        parts.setdefault(cell["name"], []).append(times)
+        ratios = [a / b for a, b in zip(seconds(cell), base, strict=True)]
+        parts.setdefault(cell["name"], []).append(ratios)
     words = []
     for name, ratios in parts.items():
         most = [max(column) for column in zip(*ratios, strict=True)]

@@ -16,6 +16,7 @@ from memwrap.backbones.layer_attention import AttentionStep, cached_attention
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.engine.mixer_matching import keeps_softmax, matching_mixers, unexplained
+from memwrap.engine.recomputation import recomputed
 from memwrap.memories.parts.sums import decayed
 from memwrap.memories.protocol import AttentionMemory, LayerMemory
 from memwrap.memories.sizes import attending_layers
@@ -114,8 +115,9 @@ class LayerContext:
                 "Mixers are compared over whole segments, and one is open; give whole rows, "
                 "without `cache`."
             )
-        with torch.enable_grad():
-            self.losses.append(unexplained(attention, self._read, wanted) / layers)
+        with torch.enable_grad():  # what it needs for gradients is not kept for all layers at once
+            part = recomputed(partial(unexplained, attention, self._read, wanted))
+            self.losses.append(part / layers)
 
     def _read(self, attention: LayerAttention) -> Tensor:
         """Let the memory of a layer attend."""

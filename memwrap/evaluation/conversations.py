@@ -39,8 +39,8 @@ from memwrap.tasks.dialogues import (
     ONCE,
     TAKEN_BACK,
     UPDATED,
-    Asked,
     Dialogue,
+    Inquiry,
     dialogue,
     words,
 )
@@ -95,7 +95,7 @@ class ConversationsResult:
     """All outcomes, and what they were measured with.
 
     Attributes:
-        model, seed, dialogues, each, session: as `evaluate_conversations` takes them.
+        model, seed, dialogues, topics, session: as `evaluate_conversations` takes them.
         outcomes: one for each question and reader.
         state_bytes, tokens: by number of turns, means: bytes of the memory at the end, and tokens
             that take as many in the backbone's cache (what "truncated" and "window" may see).
@@ -105,7 +105,7 @@ class ConversationsResult:
     model: str
     seed: int
     dialogues: int
-    each: int
+    topics: int
     session: int
     outcomes: list[Outcome] = field(default_factory=list)
     state_bytes: dict[str, float] = field(default_factory=dict)
@@ -153,12 +153,12 @@ class ConversationsResult:
 
     def figures(self) -> dict[tuple[str, str], dict[int, str]]:
         """Collect shares with 95 % intervals by measure and reader, then by turns."""
-        found: dict[tuple[str, str], dict[int, str]] = {}
+        shares: dict[tuple[str, str], dict[int, str]] = {}
         for kind, counted, name in MEASURES:
             for curve in self.curves():
                 cells = {n: _share(*self.count(n, curve, kind, counted)) for n in self.turns()}
-                found[name, curve] = cells
-        return found
+                shares[name, curve] = cells
+        return shares
 
     def table(self) -> str:
         """Write two Markdown tables: by number of turns, and by sessions since it was told."""
@@ -171,14 +171,14 @@ class ConversationsResult:
         for curve in self.curves():
             cells = []
             for span in spans:
-                own = [o.right for o in told if o.curve == curve and _span(o.sessions) == span]
-                cells.append(_share(sum(own), len(own)))
+                hits = [o.right for o in told if o.curve == curve and _span(o.sessions) == span]
+                cells.append(_share(sum(hits), len(hits)))
             far.append([curve, *cells])
         return f"{_markdown([head, *lines])}\n\n{_markdown(far)}"
 
 
 def _span(sessions: int | None) -> int:
-    """Number the spans of sessions: 1, 2, 3 to 4, 5 to 8 and so on."""
+    """Find the span of a number of sessions: 1, 2, 3 to 4, 5 to 8 and so on."""
     return 0 if sessions is None else max(0, sessions - 1).bit_length()
 
 
@@ -199,7 +199,7 @@ def _markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def scored(asked: Asked, answer: str) -> tuple[bool, bool, bool]:
+def scored(asked: Inquiry, answer: str) -> tuple[bool, bool, bool]:
     """Score an answer: right, the old value named instead, another thing's value named."""
     said = set(words(answer))
 
@@ -244,7 +244,7 @@ def evaluate_conversations(
     turns: Iterable[int],
     *,
     dialogues: int = 3,
-    each: int = 2,
+    topics: int = 2,
     session: int = 8,
     readers: tuple[str, ...] = READERS,
     seed: int = 0,
@@ -262,7 +262,7 @@ def evaluate_conversations(
         tokenizer: the model's.
         turns: numbers of turns of the user.
         dialogues: conversations of each number.
-        each: topics of every kind of question.
+        topics: topics of every kind of question.
         session: turns of a session.
         readers: those to ask: the memory, the model with an empty memory (in which the open
             segment still stands), and the backbone with the last tokens, with window and sinks
@@ -281,11 +281,15 @@ def evaluate_conversations(
     if dialogues < 1:
         raise ValueError(f"`dialogues` is {dialogues}; at least 1.")
     talks = [
-        (n, index, dialogue(seed * 1_000_003 + n * 1_009 + index, n, each=each, session=session))
+        (
+            n,
+            index,
+            dialogue(seed * 1_000_003 + n * 1_009 + index, n, topics=topics, session=session),
+        )
         for n in numbers
         for index in range(dialogues)
     ]
-    result = ConversationsResult(name, seed, dialogues, each, session)
+    result = ConversationsResult(name, seed, dialogues, topics, session)
     costs, was_training = Costs(), model.training
     model.eval()
     try:

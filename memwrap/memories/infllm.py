@@ -14,12 +14,12 @@ from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.parts import block_units
 from memwrap.memories.parts.block_units import HELD, UNITS_A_PAGE
+from memwrap.memories.parts.recent_places import Layout, PoolPlan
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import infllm as ops
-from memwrap.ops.buffers import take as take_rows
 from memwrap.ops.buffers.host_prefetch import prefetch
 from memwrap.ops.buffers.kept import kept_beside
 from memwrap.ops.buffers.left_aligned import earliest
@@ -29,6 +29,7 @@ from memwrap.state.progress import Progress
 from memwrap.state.trees import HOST, STORE, Tree
 
 QUERIES_AT_ONCE = 128  # the units that any of them selected are laid out together
+FEW_UNITS = 16  # so many are laid out together for all queries
 Units = tuple[Tensor, ...]
 REPRESENTATIVES_A_PAGE = 256
 
@@ -178,6 +179,7 @@ class InfLLMMemory(AttentionMemory):
                     yield units, 0, number_of(pages)
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
+        config = self.config
         selection: ops.Selection | None = None
         noted: Tree = {}
         if layer in self.retrieving:
@@ -185,8 +187,11 @@ class InfLLMMemory(AttentionMemory):
         outputs = []
         received: Any = 0
         length = attention.query.shape[2]
-        starts = range(0, length, QUERIES_AT_ONCE)
-        parts = [slice(start, min(length, start + QUERIES_AT_ONCE)) for start in starts]
+        at_once = QUERIES_AT_ONCE
+        if selection is None or selection.marks.shape[1] * config.top_k <= FEW_UNITS:
+            at_once = max(1, length)
+        starts = range(0, length, at_once)
+        parts = [slice(start, min(length, start + at_once)) for start in starts]
         for piece, units in zip(parts, self._fetched(layer, state, selection, parts), strict=True):
             part = attention if len(parts) == 1 else attention.part(piece.start, piece.stop)
             out, scores = self._attend_part(part, state, units)
@@ -194,7 +199,7 @@ class InfLLMMemory(AttentionMemory):
             received = received + scores if scores is not None else None
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         if received is not None:
-            noted |= block_units.add_received(attention, state, received, self.config.window_size)
+            noted |= block_units.add_received(attention, state, received, config.window_size)
         return out, {**state, **noted}
 
     def _select(self, attention: LayerAttention, state: Tree) -> tuple[ops.Selection, Tree]:
@@ -230,7 +235,8 @@ class InfLLMMemory(AttentionMemory):
         chosen = state["chosen"][:, 0]  # column 0 takes what is no choice
         carried = pad(carried[:, 0], (1, 0)).scatter(1, chosen, True)[:, None, 1:]
         place = index.new_full((len(rows), means.shape[1]), self._reach(attention) - 1)
-        query = attention.rotate(means.transpose(1, 2), place).transpose(1, 2)
+        name = "selecting", self, self._reach(attention), place.shape[1]
+        query = attention.rotate(means.transpose(1, 2), place, name).transpose(1, 2)
         representatives = (pages[str(n)]["rep"] for n in range(len(pages)))
         scores = torch.cat([ops.unit_scores(query, rep) for rep in representatives], 2)
         marks = torch.cat([carried, ops.select(scores, units, config.top_k)], 1)
@@ -250,72 +256,74 @@ class InfLLMMemory(AttentionMemory):
         self, attention: LayerAttention, state: Tree, units: Units | None
     ) -> tuple[Tensor, Tensor | None]:
         """Compute some queries' output, and what other columns received, `(B, H, recent + K)`."""
-        reach = self._reach(attention)
-        recent, valid = self._recent(state, whole=attention.rotated_query.shape[2] == 1)
-        count = valid.shape[1]
-        positions = torch.arange(-count, 0, device=valid.device).expand(len(valid), -1)
-        distance = attention.query_positions[:, :, None] - positions[:, None]
-        visible = valid[:, None] & (distance < reach)
-        rows = self._far_rows(attention, state, units, (recent, valid, distance))
-        if count:
+        layout = self._layout(attention, state, units is not None)
+        name = "infllm", self, self._reach(attention), units is not None
+        recent = {n: self._last(state[f"recent_{n}"], layout.valid.shape[1]) for n in HELD}
+        rows = self._far_rows(attention, state, units, layout, recent)
+        if layout.valid.shape[1]:
+            count = layout.valid.shape[1]
             cached: Any = {"static": count == self.kept, "name": ("recent", self, count)}
             rows.append(
-                MemoryKeyValues(recent["key"], recent["value"], positions, visible, **cached)
+                MemoryKeyValues(
+                    recent["key"], recent["value"], layout.positions, layout.visible, **cached
+                )
             )
-        local = attention.query_positions[:, :, None] - attention.key_positions[:, None] < reach
         if units is not None and self.config.score == "attention":
-            out, received = attention.join_received(*rows, local=local)
+            out, received = attention.join_received(*rows, local=layout.local, name=name)
             return out, received.to(state["score"].dtype)
-        out, _ = attention.join(*rows, local=local)
+        out, _ = attention.join(*rows, local=layout.local, name=name)
         if units is None:
             return out, None
         keys = torch.cat([recent["key"].to(attention.key.dtype), attention.key], 2)
-        place = torch.cat([positions, attention.key_positions], 1)
+        place = torch.cat([layout.positions, attention.key_positions], 1)
         distance = attention.query_positions[:, :, None] - place[:, None]
+        reach = self._reach(attention)
         counted = (distance > 0) & (distance < reach) & attention.query_valid[..., None]
-        counted &= torch.cat([valid, attention.key_valid], 1)[:, None]
+        counted &= torch.cat([layout.valid, attention.key_valid], 1)[:, None]
         query = attention.rotate(attention.query, attention.query_positions)
         return out, ops.received_products(query, attention.rotate(keys, place), counted)
 
+    def _layout(self, attention: LayerAttention, state: Tree, looks_up: bool) -> Layout:
+        """Say where keys stand and who sees them, once for all layers that are alike."""
+        config, reach = self.config, self._reach(attention)
+
+        def made() -> Layout:
+            valid = self._recent_valid(state, whole=attention.rotated_query.shape[2] == 1)
+            sinks = torch.arange(config.num_sinks, device=valid.device)
+            return Layout.of(
+                attention, valid, state["tokens"],
+                sinks < self._settled(attention, state)[0][:, None], reach, config.window_size,
+                looks_up=looks_up, published=config.window_mask == "published",
+            )  # fmt: skip
+
+        return attention.cached_per_step((self, "layout", reach, looks_up), made)
+
     def _far_rows(
-        self, attention: LayerAttention, state: Tree, units: Units | None,
-        around: tuple[Tree, Tensor, Tensor],
+        self, attention: LayerAttention, state: Tree, units: Units | None, layout: Layout,
+        recent: Tree,
     ) -> list[MemoryKeyValues]:  # fmt: skip
         """Collect the keys at the constant distance: units, sinks, tokens past the window."""
-        config, window = self.config, self.config.window_size
         if units is None and attention.window is not None:
             return []
-        recent, valid, distance = around
-        length = distance.shape[1]
-        tokens, sinks = state["tokens"], self._settled(attention, state)[0]
-        # Only the first columns can be past the window: a place is less than K.
-        past = max(0, min(valid.shape[1], valid.shape[1] + attention.value.shape[2] - window))
-        past = valid.shape[1] if past and length == 1 else past  # whole buffers stay rotated
-        outside = valid[:, None, :past] & (distance[..., :past] >= window)
-        if units is None:
-            absolute = tokens[:, None] + torch.arange(-valid.shape[1], 0, device=tokens.device)
-            outside &= (absolute[:, :past] < config.num_sinks)[:, None]
-        elif config.window_mask == "published":
-            read = (attention.key_positions + 1).masked_fill(~attention.key_valid, 0).amax(1)
-            first = valid.shape[1] - valid.sum(1) + (valid.sum(1) + read - window).clamp_min(0)
-            outside = valid[:, :past] & (torch.arange(past, device=tokens.device) < first[:, None])
-            outside = outside[:, None].expand(-1, length, -1)
-        visible = torch.arange(config.num_sinks, device=tokens.device) < sinks[:, None]
-        visible = visible[:, None].expand(-1, length, -1)
-        far: Units = (state["sink_key"], state["sink_value"], visible)
-        if units is not None and units[0].shape[2]:
+        far: Units = (state["sink_key"], state["sink_value"], layout.sinks)
+        chosen = units is not None and units[0].shape[2] > 0
+        if units is not None and chosen:
             far = block_units.behind(units, far)
-        at = attention.query_positions.new_full((len(tokens), length), self._reach(attention) - 1)
+        elif not layout.some_sinks:
+            far = (*far[:2], layout.sinks[..., :0])
+        past, reach = layout.past.shape[2], self._reach(attention)
+        rows = (
+            ("far", True, chosen, far),
+            ("past", past == self.kept, False, (*(recent[n][:, :, :past] for n in HELD),
+                                                layout.past)),
+        )  # fmt: skip
         return [
             MemoryKeyValues(
-                key, value, torch.zeros_like(at[:, :1]).expand(-1, mask.shape[2]), mask, at,
-                static=static, name=(part, self, self._reach(attention), mask.shape[2]),
+                key, value, torch.zeros_like(layout.far[:, :1]).expand(-1, mask.shape[2]), mask,
+                layout.far, static=static, name=(part, self, reach, mask.shape[2]), by_layer=varies,
             )
-            for part, static, (key, value, mask) in (
-                ("far", True, far),
-                ("past", past == self.kept, (*(recent[n][:, :, :past] for n in HELD), outside)),
-            )
-            if mask.shape[2] and bool(mask.any())
+            for part, static, varies, (key, value, mask) in rows
+            if mask.shape[2]
         ]  # fmt: skip
 
     def _fetched(
@@ -363,65 +371,51 @@ class InfLLMMemory(AttentionMemory):
     # Writing
 
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
-        config, valid = self.config, attention.key_valid
-        recent, recent_valid = self._recent(state)
-        before = state["tokens"]
-        tokens = before + valid.sum(1)
-        (old_sinks, old_units), (sinks, units) = self._counted(before), self._counted(tokens)
-        pool_valid = torch.cat([recent_valid, valid], 1)
-        order = earliest(pool_valid, pool_valid.shape[1])
-        total = recent_valid.sum(1) + valid.sum(1)
-        segment = {"key": attention.key, "value": attention.value}
+        config, before = self.config, state["tokens"]
+        recent_valid = attention.cached_per_step(
+            (self, "recent"), lambda: self._recent_valid(state)
+        )
+
+        def planned() -> PoolPlan:
+            valid = torch.cat([recent_valid, attention.key_valid], 1)
+            tokens = before + attention.key_valid.sum(1)
+            old, new = ((n, *self._counted(n)) for n in (before, tokens))
+            return PoolPlan.of(valid, old, new, config.block_size)
+
+        closing = attention.cached_per_step((self, "closing"), planned)
+        count = recent_valid.shape[1]
         pool = {
-            name: torch.cat([recent[name], rows.to(recent[name].dtype)], 2)
-            for name, rows in segment.items()
+            name: closing.pool(self._last(state[f"recent_{name}"], count), rows)
+            for name, rows in (("key", attention.key), ("value", attention.value))
         }
-        in_order = attention.cached_per_step((self, "order"), lambda: bool(pool_valid.all()))
-        if not in_order:
-            pool = {name: take_rows(rows, order) for name, rows in pool.items()}
-        new: Tree = {"tokens": tokens}
-        for name, rows in pool.items():
-            buffer = state[f"sink_{name}"]
-            new[f"sink_{name}"] = put(buffer, old_sinks, rows, sinks - old_sinks, 2)
-        first = sinks - old_sinks
-        more = units - old_units
-        start = first + more * config.block_size
-        index = torch.arange(order.shape[1], device=tokens.device)
-        left = (index >= start[:, None]) & (index < total[:, None])
-        scores = None
+        new: Tree = {"tokens": closing.tokens}
+        if closing.some[0]:
+            for name, rows in pool.items():
+                buffer = state[f"sink_{name}"]
+                new[f"sink_{name}"] = put(buffer, closing.before[0], rows, closing.sinks, 2)
         if layer in self.retrieving:
-            count = recent_valid.shape[1]
-            place = attention.key_positions.clamp(0, config.window_size - 1)
-            inside = attention.key_positions < config.window_size
-            opened = state["open_score"].gather(
-                2, place[:, None].expand(-1, state["open_score"].shape[1], -1)
-            )
-            scores = torch.cat(
-                [state["score"][..., self.kept - count :], opened * inside[:, None]], 2
-            )
-            pool["score"] = scores[..., None]
-            if not in_order:
-                pool["score"] = take_rows(pool["score"], order)
-            new |= self._new_units(layer, state, pool, first, more)
+            opened = block_units.scores_of_segment(attention, state["open_score"])
+            score = state["score"][..., self.kept - count :]
+            pool["score"] = closing.pool(score[..., None], opened[..., None])
+            if closing.some[1]:
+                new |= self._new_units(state, pool, closing)
             new["open_score"] = torch.zeros_like(state["open_score"])
-        kept = block_units.kept_rows(pool, left, total - start, self.kept)
+        kept = closing.rest(pool, self.kept)
         new |= {f"recent_{name}": kept[name] for name in HELD}
-        if scores is not None:
+        if "score" in kept:
             new["score"] = kept["score"].squeeze(-1)
         return {**state, **new}
 
-    def _new_units(self, layer: int, state: Tree, pool: Tree, first: Tensor, more: Tensor) -> Tree:
-        """Append to the stores the units made of the pool's rows from `first` on."""
-        if not bool(more.any()):
-            return {}
-        blocks = block_units.blocks_of(pool, first, more, self.config.block_size)
+    def _new_units(self, state: Tree, pool: Tree, closing: PoolPlan) -> Tree:
+        """Append to the stores the units made of a pool's rows."""
+        blocks = closing.blocks(pool, self.config.block_size)
         scores = blocks.pop("score").squeeze(-1)
         rep = ops.representatives(blocks["key"], scores, self.config.num_representatives)
-        units = self._counted(state["tokens"])[1]
         pages, index = state[self.where][STORE], state["index"][STORE]
+        counts, more = closing.before[1], closing.units
         return {
-            self.where: {STORE: append(pages, units, blocks, more, UNITS_A_PAGE)},
-            "index": {STORE: append(index, units, {"rep": rep}, more, REPRESENTATIVES_A_PAGE)},
+            self.where: {STORE: append(pages, counts, blocks, more, UNITS_A_PAGE)},
+            "index": {STORE: append(index, counts, {"rep": rep}, more, REPRESENTATIVES_A_PAGE)},
         }
 
     # Places
@@ -438,13 +432,14 @@ class InfLLMMemory(AttentionMemory):
         """Count the tokens that a layer sees in order: the smaller one of two windows."""
         return min(self.config.window_size, attention.window or self.config.window_size)
 
-    def _recent(self, state: Tree, whole: bool = False) -> tuple[Tree, Tensor]:
-        """Take recent keys and values `(B, Hkv, R, D)`, at the right end, and which are there `(B,
-        R)`; columns that no row needs are left out, unless the `whole` buffers are wanted."""
+    def _recent_valid(self, state: Tree, whole: bool = False) -> Tensor:
+        """Tell which recent tokens are there, `(B, R)`; columns that no row needs are left out,
+        unless the `whole` buffers are wanted."""
         sinks, units = self._counted(state["tokens"])
         live = state["tokens"] - sinks - units * self.config.block_size
-        if whole:
-            return {n: state[f"recent_{n}"] for n in HELD}, right_valid(live, self.kept)
-        count = int(live.max()) if len(live) else 0
-        rows = {name: state[f"recent_{name}"][:, :, self.kept - count :] for name in HELD}
-        return rows, right_valid(live, count)
+        count = self.kept if whole else int(live.max()) if len(live) else 0
+        return right_valid(live, count)
+
+    def _last(self, buffer: Tensor, count: int) -> Tensor:
+        """Take the last rows of a buffer of recent keys or values."""
+        return buffer if count == self.kept else buffer[:, :, self.kept - count :]

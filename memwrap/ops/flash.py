@@ -121,18 +121,70 @@ def attend(
     return _Attention.apply(plan, scaling, width, out, log, *tensors)
 
 
-@torch.no_grad()
-def received(group: Group, scaling: float, log: Tensor, counted: Tensor) -> Tensor:
-    """Sum the weights that the keys of a group get from the queries.
+def attend_received(
+    groups: Sequence[Group], scaling: float, counted: Tensor, width: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend as `attend`, and sum the weights that the keys of the first group get from queries.
 
     Args:
-        group: the keys and who sees them; scaling: of the scores.
-        log: `(B, H, T)` of each query's softmax's sum, from `attend`.
+        groups, scaling, width: as in `attend`.
         counted: `(B, T)` bool, queries that count.
 
     Returns:
-        `(B, H, K)`, in the log's dtype.
+        The output `(B, T, H, D)`, and without a gradient `(B, H, K)`, in float32 (or float64).
     """
+    query = groups[0].query
+    if torch.is_grad_enabled() or accumulation_dtype(query) != query.dtype:
+        out, log = attend(groups, scaling, width=width)
+        return out, _received(groups[0], scaling, log, counted)
+    total = groups[0].key.shape[2]
+    got = query.new_zeros(len(query), query.shape[1], total)
+    outs = [
+        _weighed([(g, g.sights[number]) for g in groups], scaling, piece, counted[:, piece], got)
+        for number, piece in enumerate(pieces(query.shape[2]))
+    ]
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    return _first(out, width).transpose(1, 2), got
+
+
+def _weighed(
+    groups: Sequence[tuple[Group, Sight | None]], scaling: float, piece: slice, counted: Tensor,
+    got: Tensor,
+) -> Tensor:  # fmt: skip
+    """Attend for a piece of the queries by weights that are written out, `(B, H, T, D)`, and add
+    those of the first group to what its keys `got`: the scores are computed once for both."""
+    seen = [(g, sight) for g, sight in groups if sight is not None]
+    query, value = groups[0][0].query, groups[0][0].value
+    if not seen:
+        return query.new_zeros(*query[:, :, piece].shape[:3], value.shape[-1])
+    heads, scores = value.shape[1], []
+    for group, sight in seen:
+        folded = _folded(group.query[:, :, piece], heads) * scaling
+        scores.append(folded @ _columns(group.key, sight).mT)
+        if sight.mask is not None:
+            scores[-1] += sight.mask
+    most = torch.stack([x.amax(-1) for x in scores]).amax(0) if len(scores) > 1 else (
+        scores[0].amax(-1)
+    )  # fmt: skip
+    most = most.clamp_min(torch.finfo(most.dtype).min)[..., None]
+    weights = [x.sub_(most).exp_() for x in scores]
+    amount = torch.stack([x.sum(-1, keepdim=True) for x in weights]).sum(0)
+    share = amount.clamp_min_(torch.finfo(amount.dtype).tiny).reciprocal_()
+    out: Any = sum(
+        w @ _columns(group.value, sight) for w, (group, sight) in zip(weights, seen, strict=True)
+    )
+    length = piece.stop - piece.start
+    if groups[0][1] is not None:
+        by_query = (share.unflatten(2, (-1, length)) * counted[:, None, None, :, None]).mT
+        sums = by_query @ weights[0].unflatten(2, (-1, length))
+        got[:, :, groups[0][1].keys] += sums.squeeze(3).flatten(1, 2)
+    return _unfolded(out.mul_(share), length)
+
+
+@torch.no_grad()
+def _received(group: Group, scaling: float, log: Tensor, counted: Tensor) -> Tensor:
+    """Sum the weights that the keys of a group get, from the log `(B, H, T)` of each query's sum:
+    `(B, H, K)`."""
     query, key = group.query, group.key
     batch, heads, length, _ = query.shape
     total = log.new_zeros(batch, heads, key.shape[2])

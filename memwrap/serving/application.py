@@ -15,6 +15,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memwrap.chat.first_turn import read_document
@@ -54,7 +55,7 @@ def create_app(
     for kind, status in _STATUS:
         app.add_exception_handler(kind, _as_error(status))
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(AnyHTTPException, _refused)
 
     def known(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -295,8 +296,11 @@ def _refused(request: Request, error: Any) -> JSONResponse:
 
 def _invalid(request: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:])
-    return _error(f"{place}: {first['msg']}" if place else str(first["msg"]), 400)
+    if first["type"] == "json_invalid":
+        return _error("The body is no JSON; send an object.", 400)
+    place, said = ".".join(str(part) for part in first["loc"][1:]), first["msg"]
+    said = said.removeprefix("Value error, ")
+    return _error(f"{place}: {said}" if place else said, 400)
 
 
 __all__ = ["create_app"]

@@ -91,7 +91,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Inquiry:
     """A question at the end.
 
     Attributes:
@@ -120,7 +120,7 @@ class Dialogue:
     """Sessions of turns, and what is asked when all are over."""
 
     sessions: tuple[tuple[Said, ...], ...]
-    questions: tuple[Asked, ...]
+    questions: tuple[Inquiry, ...]
 
 
 @dataclass
@@ -143,8 +143,8 @@ class _Subject:
         return Said(form.format(value), NOTED.format(topic.begun, value))
 
     def unknown(self) -> str:
-        words = [TURNED.get(word.lower(), word) for word in self.topic.about.split()]
-        return UNKNOWN.format(" ".join(words))
+        turned = [TURNED.get(word.lower(), word) for word in self.topic.about.split()]
+        return UNKNOWN.format(" ".join(turned))
 
     def example(self) -> Said:
         """Make a question with its right answer."""
@@ -155,7 +155,7 @@ class _Subject:
         return self.values[: {ONCE: 1, UPDATED: 2, TAKEN_BACK: 1, NEVER: 0}[self.kind]]
 
 
-def dialogue(seed: int, turns: int, *, each: int = 2, session: int = 8) -> Dialogue:
+def dialogue(seed: int, turns: int, *, topics: int = 2, session: int = 8) -> Dialogue:
     """Make a conversation and its questions.
 
     What is told stands at drawn turns; between it stands prose. Sessions end with a question that
@@ -165,19 +165,19 @@ def dialogue(seed: int, turns: int, *, each: int = 2, session: int = 8) -> Dialo
     Args:
         seed: everything random comes from it.
         turns: of the user, the questions not counted.
-        each: topics of every kind.
+        topics: topics of every kind.
         session: turns of one session; the last may have fewer.
 
     Raises:
-        ValueError: if the turns are too few for what is told, or `each` asks for too many topics.
+        ValueError: if the turns are too few for what is told, or `topics` asks for too many topics.
     """
     most = (len(TOPICS) - 2) // len(KINDS)
-    if not 1 <= each <= most:
-        raise ValueError(f"`each` is {each}; there are topics for 1 to {most} of every kind.")
+    if not 1 <= topics <= most:
+        raise ValueError(f"`topics` is {topics}; there are topics for 1 to {most} of every kind.")
     if session < 3:
         raise ValueError(f"`session` is {session}; a session has at least 3 turns.")
     draw = random.Random(seed)
-    *subjects, known, unknown = _subjects(draw, each)
+    *subjects, known, unknown = _subjects(draw, topics)
     said: dict[int, Said] = {0: known.turn(0, draw)}
     for number, last in enumerate(range(session - 1, turns, session)):
         said[last] = (known, unknown)[number % 2].example()
@@ -185,7 +185,7 @@ def dialogue(seed: int, turns: int, *, each: int = 2, session: int = 8) -> Dialo
     free = [index for index in range(turns) if index not in said]
     if len(free) < len(order):
         raise ValueError(
-            f"{turns} turns in sessions of {session} have room for {len(free)} facts; {each} "
+            f"{turns} turns in sessions of {session} have room for {len(free)} facts; {topics} "
             f"topics of every kind need {len(order)}."
         )
     draw.shuffle(order)
@@ -202,11 +202,11 @@ def dialogue(seed: int, turns: int, *, each: int = 2, session: int = 8) -> Dialo
     return Dialogue(sessions, tuple(questions))
 
 
-def _subjects(draw: random.Random, each: int) -> list[_Subject]:
+def _subjects(draw: random.Random, topics: int) -> list[_Subject]:
     """Draw topics of all kinds, one more that is told and one more that is not."""
-    kinds = [*KINDS * each, ONCE, NEVER]
-    topics = zip(kinds, draw.sample(TOPICS, len(kinds)), strict=True)
-    return [_Subject(kind, topic, draw.sample(topic.values, 2), []) for kind, topic in topics]
+    kinds = [*KINDS * topics, ONCE, NEVER]
+    drawn = zip(kinds, draw.sample(TOPICS, len(kinds)), strict=True)
+    return [_Subject(kind, topic, draw.sample(topic.values, 2), []) for kind, topic in drawn]
 
 
 def _prose(draw: random.Random) -> list[str]:
@@ -219,14 +219,14 @@ def _prose(draw: random.Random) -> list[str]:
     return plain[first:] + plain[:first]
 
 
-def _question(subject: _Subject, subjects: list[_Subject], turns: int, session: int) -> Asked:
-    own, last = subject.told(), subject.spoken[-1] if subject.spoken else None
-    return Asked(
+def _question(subject: _Subject, subjects: list[_Subject], turns: int, session: int) -> Inquiry:
+    values, last = subject.told(), subject.spoken[-1] if subject.spoken else None
+    return Inquiry(
         subject.kind,
         subject.topic.question,
         subject.topic.begun,
-        own[-1] if own else None,
-        own[0] if subject.kind == UPDATED else None,
+        values[-1] if values else None,
+        values[0] if subject.kind == UPDATED else None,
         tuple(value for s in subjects if s is not subject for value in s.told()),
         subject.topic.values,
         None if last is None else turns - last,
@@ -240,6 +240,16 @@ def words(text: str) -> list[str]:
 
 
 __all__ = [
-    "KINDS", "NEVER", "ONCE", "TAKEN_BACK", "TOPICS", "UPDATED", "Asked", "Dialogue", "Said",
-    "Topic", "dialogue", "words",
+    "KINDS",
+    "NEVER",
+    "ONCE",
+    "TAKEN_BACK",
+    "TOPICS",
+    "UPDATED",
+    "Dialogue",
+    "Inquiry",
+    "Said",
+    "Topic",
+    "dialogue",
+    "words",
 ]  # fmt: skip

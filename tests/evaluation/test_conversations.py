@@ -40,7 +40,7 @@ TEMPLATE = (
 
 
 def test_a_dialogue_says_what_its_questions_need() -> None:
-    talk = dialogue(3, 40, each=2, session=8)
+    talk = dialogue(3, 40, topics=2, session=8)
     said = [words(turn.text) for session in talk.sessions for turn in session]
     assert [len(s) for s in talk.sessions] == [8] * 5
     assert sorted(q.kind for q in talk.questions) == sorted(KINDS * 2)
@@ -166,7 +166,7 @@ def test_readers_that_see_all_answer_alike(template: str | None, tmp_path: Path)
     """A memory that forgets nothing, kept in files between sessions, says what the base says."""
     tokenizer = tokenizer_with(template)
     model = model_of(tokenizer, 4096, 2048)
-    talk = dialogue(1, 16, each=1)
+    talk = dialogue(1, 16, topics=1)
     remembering = Remembering(model, tokenizer, tmp_path)
     readers: dict[str, Any] = {MEMORY: remembering}
     readers |= {c: Rereading(model, tokenizer, c, 2048) for c in (TRUNCATED, WINDOW, FULL)}
@@ -185,7 +185,7 @@ def test_readers_that_see_all_answer_alike(template: str | None, tmp_path: Path)
 def test_the_check_without_generation_agrees_with_generation(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(TEMPLATE)
     model = model_of(tokenizer, 4096, 2048)
-    talk = dialogue(2, 16, each=1)
+    talk = dialogue(2, 16, topics=1)
     question = talk.questions[0]
     remembering = Remembering(model, tokenizer, tmp_path)
     full = Rereading(model, tokenizer, FULL, 0)
@@ -227,8 +227,8 @@ def test_the_command_s_files(tmp_path: Path) -> None:
 def test_wrong_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="have room for 6 facts"):
         dialogue(0, 8)
-    with pytest.raises(ValueError, match="`each` is 4"):
-        dialogue(0, 80, each=4)
+    with pytest.raises(ValueError, match="`topics` is 4"):
+        dialogue(0, 80, topics=4)
     with pytest.raises(ValueError, match="`session` is 2"):
         dialogue(0, 80, session=2)
     tokenizer = tokenizer_with(TEMPLATE)

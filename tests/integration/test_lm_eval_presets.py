@@ -168,7 +168,7 @@ def test_a_preset_reads_whole_texts_and_reports_what_the_model_says(
                 prompt, add_special_tokens=not prompt.startswith(lm.tokenizer.bos_token),
                 return_tensors="pt",
             ).input_ids  # fmt: skip
-            assert ids.shape[1] > 4 * lm.model.parts.max_positions
+            assert ids.shape[1] > 3 * lm.model.parts.config.max_position_embeddings
             assert ids[0].tolist().count(lm.tokenizer.bos_token_id) <= 1
             said = lm.model.generate(
                 ids, max_new_tokens=MOST[name], do_sample=False,
@@ -182,10 +182,12 @@ def test_a_preset_reads_whole_texts_and_reports_what_the_model_says(
             chat = preset in ("babilong", "ruler")
             assert prompt.startswith(lm.tokenizer.bos_token) == chat
         values = [v for k, v in result["results"][name].items() if k.endswith(",none")]
-        numbers = [v for v in values if isinstance(v, float)]
+        # RULER says -1 of a length that has no text.
+        numbers = [v for v in values if isinstance(v, float) and (v != -1 or preset != "ruler")]
         assert numbers and all(0 <= v <= 1 for v in numbers)
 
 
+@torch.no_grad()
 def check_choices(lm: Any, sample: dict[str, Any]) -> None:
     """Log-likelihoods of the letters are those of the whole text."""
     for index, [(response, _)] in enumerate(sample["resps"]):

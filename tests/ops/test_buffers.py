@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memwrap.ops.buffers import left_aligned
+from memwrap.ops.buffers import left_aligned, paged
 from memwrap.ops.cache_search import search_cache
 
 
@@ -80,3 +80,24 @@ def test_a_search_leaves_empty_places_alone() -> None:
         query.bfloat16(), cache.bfloat16(), count, w_query.bfloat16(), w_key.bfloat16()
     )
     assert low[0].dtype == torch.float32 and bool(low[0].isfinite().all())
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=5))
+def test_rows_that_grow_alike_get_the_pages_of_rows_that_do_not(steps: list[int]) -> None:
+    """A shorter row beside it takes the general way, and leaves the row as it is alone."""
+    entries, size = drawn(2, sum(steps), 3, seed=len(steps)), 4
+    alone, beside = ({"0": {"x": torch.zeros(b, 0, 3, dtype=torch.float64)}} for b in (1, 2))
+    at = torch.zeros(2, dtype=torch.long)
+    for more in steps:
+        new = entries[:, int(at[0]) : int(at[0]) + more]
+        grown = torch.tensor([more, more // 2])
+        alone = paged.append(alone, at[:1], {"x": new[:1]}, grown[:1], size)
+        beside = paged.append(beside, at, {"x": new}, grown, size)
+        at = at + grown
+    assert paged.number_of(alone) == sum(steps)
+    for number, page in alone.items():
+        torch.testing.assert_close(page["x"], beside[number]["x"][:1], rtol=0, atol=0)
+    order = list(range(sum(steps)))
+    for wanted in (order, order[::-1]):
+        (got,) = paged.take(alone, ("x",), [0] * len(wanted), wanted, size)
+        torch.testing.assert_close(got, entries[0, wanted], rtol=0, atol=0)

@@ -100,3 +100,37 @@ def test_what_is_not_seen_is_left_out() -> None:
     assert [s.keys.start for s in cut if s] == [0, flash.PIECE - 49, 2 * flash.PIECE - 49]
     assert [s.keys.stop for s in cut if s] == [flash.PIECE * n for n in (1, 2, 3)]
     assert flash.sights(visible[None, :, -1:], 1, torch.float32)[:2] == [None, None]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [1, flash.PIECE + 3])
+def test_weights_received(length: int, dtype: torch.dtype) -> None:
+    """With and without a graph: the output, and what keys of the first group got from queries that
+    count; some queries see nothing at all, some no key of a group."""
+    torch.manual_seed(0)
+    heads, counted = 6, torch.rand(2, length) > 0.3
+    given = []
+    for keys in (length + 4, 5, 3):
+        shapes = (heads, length), (2, keys), (2, keys)
+        tensors = [torch.randn(2, *shape, WIDTH, dtype=dtype) for shape in shapes]
+        given.append((*tensors, torch.rand(2, length, keys) > 0.5))
+    given[1][3][:, : length // 2] = False
+    given[2][3][:] = False
+    for group in given:
+        group[3][0, -1] = False
+    made = [flash.Group(q, k, v, flash.sights(seen, 3, dtype)) for q, k, v, seen in given]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scores = [
+        (q.to(wide) @ k.to(wide).repeat_interleave(3, 1).mT * SCALING).masked_fill(
+            ~seen[:, None], -math.inf
+        )
+        for q, k, _, seen in given
+    ]
+    weights = torch.cat(scores, -1).softmax(-1).nan_to_num()
+    out = weights @ torch.cat([v.to(wide).repeat_interleave(3, 1) for _, _, v, _ in given], 2)
+    want = (weights * counted[:, None, :, None]).sum(2)[..., : length + 4]
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded):
+            got, received = flash.attend_received(made, SCALING, counted)
+        assert_close(got.to(wide), out.transpose(1, 2), TOLERANCE[dtype])
+        assert_close(received, want, 10 * TOLERANCE[dtype])

@@ -220,3 +220,21 @@ def test_too_many_are_told_to_wait(model: Any, tokenizer: Any) -> None:
     with opened(model, tokenizer, waiting=0) as client:
         answer = client.post("/v1/completions", json={"prompt": "a"})
         assert answer.status_code == 429 and "later" in answer.json()["error"]["message"]
+
+
+def test_errors_have_one_shape(client: TestClient) -> None:
+    """Those of the framework too, as OpenAI's clients expect them."""
+    tools = {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}
+    found = {
+        "Not Found": client.get("/v1/nothing"),
+        "Method Not Allowed": client.get("/v1/completions"),
+        "`tools` = [{}] is not supported here; leave it out": client.post(
+            "/v1/chat/completions", json=tools
+        ),
+        "The body is no JSON; send an object.": client.post(
+            "/v1/completions", content="no", headers={"Content-Type": "application/json"}
+        ),
+    }
+    for message, answer in found.items():
+        error = answer.json()["error"]
+        assert error["message"] == message and error["code"] == answer.status_code

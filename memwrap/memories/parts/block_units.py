@@ -88,3 +88,13 @@ def add_received(
     index = attention.key_positions.clamp(0, window - 1)[:, None].expand_as(segment)
     segment = segment * inside[:, None]
     return {"score": score, "open_score": state["open_score"].scatter_add(2, index, segment)}
+
+
+def scores_of_segment(attention: LayerAttention, scores: Tensor) -> Tensor:
+    """Take the scores of a segment's columns, `(B, H, K)`, by their positions, from those of its
+    first positions `(B, H, N)`; 0 for later ones."""
+    size, positions = scores.shape[2], attention.key_positions
+    if attention.positions.ordered and positions.shape[1] <= size:
+        return scores[..., : positions.shape[1]]
+    place = positions.clamp(0, size - 1)[:, None].expand(-1, scores.shape[1], -1)
+    return scores.gather(2, place) * (positions < size)[:, None]

@@ -44,6 +44,8 @@ def append(pages: Pages, counts: Tensor, new: dict[str, Tensor], more: Tensor, s
     that a store has; pages hold `size` entries."""
     if not bool((more > 0).any()):
         return pages
+    if bool((counts == number_of(pages)).all()) and bool((more == more[0]).all()):
+        return _append_alike(pages, int(counts[0]), new, int(more[0]), size)
     first = int(counts[more > 0].min()) // size
     total = int((counts + more).max())
     length = max(total, number_of(pages))
@@ -60,6 +62,22 @@ def append(pages: Pages, counts: Tensor, new: dict[str, Tensor], more: Tensor, s
     return result
 
 
+def _append_alike(pages: Pages, count: int, new: dict[str, Tensor], more: int, size: int) -> Pages:
+    """Append as `append`, where all rows have `count` entries, no fewer than the pages hold, and
+    get `more`."""
+    result = dict(pages)
+    for page in range(count // size, -(-(count + more) // size)):
+        first, stop = max(count, page * size), min((page + 1) * size, count + more)
+        known = pages.get(str(page))
+        made = result[str(page)] = {}
+        for name, rows in new.items():
+            like = pages["0"][name]
+            old = like[:, :0] if known is None else known[name]
+            fresh = narrowed(rows[:, first - count : stop - count], like.dtype).to(like.device)
+            made[name] = torch.cat([old, fresh], 1)
+    return result
+
+
 def take(
     pages: Pages, names: tuple[str, ...], rows: list[int], entries: list[int], size: int
 ) -> list[Tensor]:
@@ -68,16 +86,19 @@ def take(
     for index, entry in enumerate(entries):
         by_page.setdefault(entry // size, []).append(index)
     order = [index for indices in by_page.values() for index in indices]
-    back = sorted(range(len(order)), key=order.__getitem__)
+    ordered = order == sorted(order)
+    back = [] if ordered else sorted(range(len(order)), key=order.__getitem__)
     result = []
     for name in names:
-        parts = [pages["0"][name][:0, :0].flatten(0, 1)]
+        parts = [] if by_page else [pages["0"][name][:0, :0].flatten(0, 1)]
         for page, indices in by_page.items():
             tensor = pages[str(page)][name]
             at = ([rows[i] for i in indices], [entries[i] % size for i in indices])
             parts.append(tensor[tuple(torch.tensor(a, device=tensor.device) for a in at)])
-        joined = torch.cat(parts)
-        result.append(joined[torch.tensor(back, dtype=torch.long, device=joined.device)])
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not ordered:
+            joined = joined[torch.tensor(back, dtype=torch.long, device=joined.device)]
+        result.append(joined)
     return result
 
 

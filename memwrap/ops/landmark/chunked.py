@@ -173,8 +173,11 @@ def _read_grouped(
     gate = (x @ mark[..., None]).squeeze(-1)
     scores = x @ key.transpose(-1, -2)
     gate, scores = (capped(t.to(wide) * scaling, softcap) for t in (gate, scores))
-    filled = filled[:, None]
-    inner = scores.masked_fill(~filled, torch.finfo(wide).min).softmax(-1) * filled
+    if bool(filled.all()):  # as mostly: nothing to hide
+        inner = scores.softmax(-1)
+    else:
+        filled = filled[:, None]
+        inner = scores.masked_fill(~filled, torch.finfo(wide).min).softmax(-1) * filled
     outputs = (inner.to(value.dtype) @ value).flatten(0, 1)
     back = torch.zeros(present.numel(), dtype=torch.long, device=q.device)
     back = back.scatter(0, pairs[order], slot)

@@ -108,6 +108,9 @@ def _best(
             scores -= part.square().sum(-1)[:, :, None]
         scores.masked_fill_(~valid[:, None, None, start : start + size], -math.inf)
         values, places = first_largest(scores, top_k)
+        if not start:
+            best, index = values, places
+            continue
         both = torch.cat([best, values], -1)
         order = both.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
         index = torch.cat([index, places + start], -1).gather(-1, order)
