@@ -224,8 +224,8 @@ def _of_costs(shown: list[Cell]) -> str:
         ratios = [a / b for a, b in zip(seconds(cell), base, strict=True)]
         parts.setdefault(cell["name"], []).append(ratios)
     words = []
-    for name, ratios in parts.items():
-        most = [max(column) for column in zip(*ratios, strict=True)]
+    for name, rows in parts.items():
+        most = [max(column) for column in zip(*rows, strict=True)]
         words.append(f"{name} {most[0]:.1f} and {most[1]:.1f} times")
     return (
         f"Beside the processor's time that the base takes to read a token ({base[0] * 1000:.1f} "
