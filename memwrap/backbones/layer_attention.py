@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from memwrap.backbones import joining
 from memwrap.backbones.contexts import reaching
 from memwrap.backbones.positions import MemoryKeyValues, Positions
-from memwrap.backbones.rotary import Angles, Rotary, rotate
+from memwrap.backbones.rotary import Angles, Rotary, is_still, rotate
 from memwrap.ops.buffers import take
 
 PREFIX = "memwrap_"
@@ -224,12 +224,11 @@ class LayerAttention:
     def rotate(self, x: Tensor, positions: Tensor, name: Hashable | None = None) -> Tensor:
         """Rotate `x` `(B, H, N, Dk)` as the model does at `positions` `(B, N)` or `(B, H, N)`; a
         `name` says that the positions are the same in every layer of the step."""
-        angles = self._angles(positions, name)
-        if name is not None and angles is not None:  # a look that pays where it is taken once
+        if name is not None:  # a look that pays where it is taken once
             still = "still", name, self.step.rotary.kind(self.layer)
-            if self.cached_per_step(still, lambda: angles.still):
+            if self.cached_per_step(still, lambda: is_still(self._angles(positions, name))):
                 return x
-        return rotate(x, angles)
+        return rotate(x, self._angles(positions, name))
 
     def cached_per_step(self, name: Hashable, make: Callable[[], Any]) -> Any:
         """Compute `make()` once per step and share it between layers under `name`."""

@@ -117,12 +117,6 @@ class Angles:
         cos, sin = (x[:, 0].unflatten(1, positions.shape[1:]) for x in (self.cos, self.sin))
         return Angles(self.rotation, cos, sin)
 
-    @property
-    def still(self) -> bool:
-        """Whether nothing is turned: all positions are 0, and nothing scales. Read on a CPU alone,
-        where it costs little."""
-        return self.cos.device.type == "cpu" and bool((self.cos == 1).all() & (self.sin == 0).all())
-
     def unit(self) -> Angles:
         """Take away what scales the rotation."""
         scale = (self.cos.square() + self.sin.square()).rsqrt()
@@ -167,6 +161,14 @@ class Angles:
             return turned
         around = [x[..., :first], turned, x[..., stop:]]
         return torch.cat([t for t in around if t.shape[-1]], -1)
+
+
+def is_still(angles: Angles | None) -> bool:
+    """Tell whether angles turn nothing: all positions are 0, and nothing scales. Read on a CPU
+    alone, where it costs little."""
+    if angles is None or angles.cos.device.type != "cpu":
+        return False
+    return bool((angles.cos == 1).all() & (angles.sin == 0).all())
 
 
 def rotate(x: Tensor, angles: Angles | None) -> Tensor:

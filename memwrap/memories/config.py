@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import textwrap
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Literal
 
@@ -87,7 +88,12 @@ class MemoryConfig(Settings):
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean `{near[0]}`?" if near else f"allowed: {', '.join(known)}."
+                few = textwrap.shorten(", ".join(known), 150, placeholder=" and more")
+                hint = (
+                    f"did you mean `{near[0]}`?"
+                    if near
+                    else (f"allowed: {few} (help({cls.__name__})).")
+                )
                 raise ValueError(f"{cls.__name__} has no field `{key}`; {hint}")
         return cls(**values)
 
