@@ -87,23 +87,9 @@ def plot_conversations(result: ConversationsResult, path: str | Path) -> None:
             counts = [(n, *result.count(n, curve, kind, counted)) for n in result.turns()]
             shares = [(n, right / count, count) for n, right, count in counts if count]
             points = [(n, share, *wilson(share, count)) for n, share, count in shares]
-            axis.errorbar(
-                [n for n, *_ in points],
-                [share for _, share, *_ in points],
-                yerr=[
-                    [max(0.0, share - low) for _, share, low, _ in points],
-                    [max(0.0, high - share) for _, share, _, high in points],
-                ],
-                label=curve,
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
-                capsize=2,
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(-0.03, 1.03)
+            _draw_shares(axis, index, curve, points)
         axis.set_title(name)
         axis.set_ylabel("share of questions")
-        axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel("turns of the user")
     _save(figure, path)
@@ -113,24 +99,30 @@ def plot_lengths(cells: list[Any], path: str | Path) -> None:
     """Plot accuracy of one task by length, a line a curve; `cells` as in `suite.SuiteResult`."""
     figure, (axis,) = _figure(1)
     for index, curve in enumerate(dict.fromkeys(cell.curve for cell in cells)):
-        points = [cell for cell in cells if cell.curve == curve]
-        spread = [[c.accuracy - c.low for c in points], [c.high - c.accuracy for c in points]]
-        axis.errorbar(
-            [c.length for c in points],
-            [c.accuracy for c in points],
-            yerr=[[max(0.0, value) for value in side] for side in spread],
-            label=curve,
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            capsize=2,
-        )
-    axis.set_xscale("log", base=2)
-    axis.set_ylim(-0.03, 1.03)
+        points = [(c.length, c.accuracy, c.low, c.high) for c in cells if c.curve == curve]
+        _draw_shares(axis, index, curve, points)
     axis.set_ylabel("accuracy")
     axis.set_xlabel("tokens")
-    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     _save(figure, path)
+
+
+def _draw_shares(
+    axis: Any, index: int, label: str, points: list[tuple[int, float, float, float]]
+) -> None:
+    """Draw a line of shares by length with their bounds: where, the share, least and most."""
+    places, shares, least, most = zip(*points, strict=True) if points else ((),) * 4
+    bounds = [
+        [max(0.0, share - low) for share, low in zip(shares, least, strict=True)],
+        [max(0.0, high - share) for share, high in zip(shares, most, strict=True)],
+    ]
+    axis.errorbar(
+        places, shares, yerr=bounds, label=label, color=COLOURS[index % len(COLOURS)],
+        marker=MARKERS[index % len(MARKERS)], capsize=2,
+    )  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(-0.03, 1.03)
+    axis.grid(alpha=0.3)
 
 
 def plot_costs(cells: list[Any], path: str | Path) -> None:

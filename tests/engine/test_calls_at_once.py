@@ -127,9 +127,9 @@ def test_a_branch_alone_beside_a_call(memory: str) -> None:
         with model.memories[memory].only(branch):
             alone.check()
 
-    with meanwhile(model, check, 3):
+    with meanwhile(model, check):
         request.check()
-    with meanwhile(model, request.check, 3), model.memories[memory].only(branch):
+    with meanwhile(model, request.check), model.memories[memory].only(branch):
         alone.check()
 
 
