@@ -44,7 +44,7 @@ class Cartridge:
         question_tokens, answer_tokens: at most.
         temperature: of questions; answers are the likeliest.
         top: tokens of the full context's distribution that are followed.
-        batch: talks a step. learning_rate: of Adam; it falls to 0.
+        batch: talks a step. learning_rate: of Adam; it falls to 0 with `steps`, or where there are none with `minutes`.
         seed: of questions and of the order.
     """
 
@@ -317,9 +317,8 @@ def _followed(
             if len(order) < settings.batch:
                 order += draw.sample(range(len(talks)), len(talks))
             batch = [talks[order.pop(0)] for _ in range(min(settings.batch, len(order)))]
-            part = gone / seconds
-            if settings.steps is not None:
-                part = max(part, len(losses) / settings.steps)
+            # Of the steps where they are given: a clock's rates would differ from run to run.
+            part = gone / seconds if settings.steps is None else len(losses) / settings.steps
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * (1 - part)
             loss = _divergence(model, _with(start, trained, len(batch)), batch)
