@@ -203,6 +203,7 @@ def test_the_check_without_generation_agrees_with_generation(tmp_path: Path) -> 
         assert not reader.would_say(question.text, " violin", question.begun)
 
 
+@pytest.mark.slow
 def test_the_command_s_files(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(TEMPLATE)
     model = model_of(tokenizer, 512, 128)
