@@ -135,8 +135,8 @@ class SavingMixin(AdapterMixin):
         Args:
             save_directory: the folder. Files appear whole or not at all.
             include_base: also save the backbone's weights. Default: only if training or a merged
-                adapter changed them, since a base from the Hub would then no longer be the right
-                one.
+                adapter changed them, before it was wrapped or after, since a base from the Hub
+                would then no longer be the right one.
             is_main_process: False does nothing (other ranks).
             state_dict: the model's weights by name, where they are spread over processes (FSDP2):
                 gathered on all of them, with `get_model_state_dict(model,
