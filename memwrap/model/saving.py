@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memwrap.backbones import Backbone
+from memwrap.backbones.auto_classes import brings_code
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.backbones.vocabulary import extend
 from memwrap.io.atomic_files import SCRATCH
@@ -175,6 +176,7 @@ class SavingMixin(AdapterMixin):
         folder = Path(save_directory)
         config = copy.deepcopy(self.config)
         config.base_included, config.memwrap_version = include_base, VERSION
+        config.base_code = brings_code(self.backbone)
         is_folder = bool(config.base_model) and os.path.isdir(config.base_model)
         config.base_mark = mark_of(config.base_model) if is_folder else ""
         config.backbone.dtype = self.backbone.dtype  # as it is now, not as it was loaded
