@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memwrap.backbones import Backbone
+from memwrap.backbones.auto_classes import brings_code
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.backbones.vocabulary import extend
 from memwrap.io.atomic_files import SCRATCH
@@ -135,8 +136,8 @@ class SavingMixin(AdapterMixin):
         Args:
             save_directory: the folder. Files appear whole or not at all.
             include_base: also save the backbone's weights. Default: only if training or a merged
-                adapter changed them, since a base from the Hub would then no longer be the right
-                one.
+                adapter changed them, before it was wrapped or after, since a base from the Hub
+                would then no longer be the right one.
             is_main_process: False does nothing (other ranks).
             state_dict: the model's weights by name, where they are spread over processes (FSDP2):
                 gathered on all of them, with `get_model_state_dict(model,
@@ -175,6 +176,7 @@ class SavingMixin(AdapterMixin):
         folder = Path(save_directory)
         config = copy.deepcopy(self.config)
         config.base_included, config.memwrap_version = include_base, VERSION
+        config.base_code = brings_code(self.backbone)
         is_folder = bool(config.base_model) and os.path.isdir(config.base_model)
         config.base_mark = mark_of(config.base_model) if is_folder else ""
         config.backbone.dtype = self.backbone.dtype  # as it is now, not as it was loaded
