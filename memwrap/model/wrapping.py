@@ -80,7 +80,9 @@ def wrap(
         base_model=asset_name(getattr(model.config, "_name_or_path", "") or ""),
         # Weights that an adapter changed as it began, or that were trained, or that an adapter was
         # merged into, are nowhere else: they count as changed.
-        base_fingerprint="" if changed or differs_from_files(model) else backbone_fingerprint(model),
+        base_fingerprint=""
+        if changed or differs_from_files(model)
+        else backbone_fingerprint(model),
         memwrap_version=VERSION,
     )
     config.backbone._name_or_path = config.base_model  # a shipped base has no path

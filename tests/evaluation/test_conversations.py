@@ -242,5 +242,5 @@ def test_wrong_numbers(tmp_path: Path) -> None:
         evaluate_conversations(model, tokenizer, [24], dialogues=0)
     path = tmp_path / "other.json"
     path.write_text('{"format": "memwrap-conversations", "version": 0}')
-    with pytest.raises(ValueError, match="no conversations of this version"):
+    with pytest.raises(ValueError, match="no memwrap-conversations result"):
         report.load_result(path)
