@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,33 @@ from typing import Any
 import huggingface_hub
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.model.adapter_switches import adapter_keys
-from memwrap.model.saving import plain_name
 
 _NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _WHOLE = 2**22  # tensors of so many numbers are compared whole, of larger ones some rows
 _ROWS = 16
 _PLAIN = ("F64", "F32", "F16", "BF16")
+# What PEFT puts into names; adapters of several tensors of one module stand in each other.
+_WRAPPERS = re.compile(r"((\.token_adapter)?\.base_layer|\.original_module)+(?=\.)")
+
+
+def plain_name(name: str) -> str:
+    """Name a backbone parameter as it is without adapters."""
+    return _WRAPPERS.sub("", name)
+
+
+def quantised_kind(model: nn.Module) -> str:
+    """Name the kind of quantised tensors that a model's weights are; empty for plain ones."""
+    for parameter in model.parameters():
+        data = parameter.data
+        if hasattr(data, "__tensor_flatten__") and not hasattr(data, "full_tensor"):
+            return type(data).__name__
+    return ""
 
 
 def differs_from_files(model: PreTrainedModel) -> bool:

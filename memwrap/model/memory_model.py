@@ -34,6 +34,7 @@ from memwrap.io.fingerprints import fingerprint
 from memwrap.memories.protocol import LogitsMemory, Memory
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_switches import adapter_keys, adapters_in_use
+from memwrap.model.base_files import plain_name
 from memwrap.model.building import build_memories
 from memwrap.model.compaction import CompactionMixin
 from memwrap.model.configuration import MemoryModelConfig
@@ -42,7 +43,7 @@ from memwrap.model.following import follow_casts, take_over_checkpointing, warn_
 from memwrap.model.generation import MemoryGenerationMixin
 from memwrap.model.memory_settings import MemorySettingsMixin
 from memwrap.model.outputs import LaterLogits, MemoryModelOutput, one_cache
-from memwrap.model.saving import SavingMixin, plain_name
+from memwrap.model.saving import SavingMixin
 from memwrap.model.state_files import check_file_state
 from memwrap.model.text_reading import ReadingMixin
 from memwrap.state.check import signature_difference

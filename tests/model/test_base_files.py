@@ -1,4 +1,4 @@
-"""A base that was changed before it was wrapped: its weights are saved, as they are nowhere else."""
+"""A base that was changed before it was wrapped: its weights are nowhere else, and are saved."""
 
 from __future__ import annotations
 
