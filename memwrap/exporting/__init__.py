@@ -28,8 +28,8 @@ from memwrap.exporting.flat import flat_files
 from memwrap.io.version import VERSION
 from memwrap.io.whole_folders import making
 from memwrap.model.adapter_switches import adapter_keys
+from memwrap.model.base_files import plain_name
 from memwrap.model.memory_model import MemoryModelForCausalLM
-from memwrap.model.saving import plain_name
 from memwrap.model.weight_files import seal, write_model
 
 TOLERANCE = 1e-4  # of the logits' scale, in float32; half types round more
@@ -82,8 +82,8 @@ def export(
     """
     if brings_code(model.backbone):
         raise ValueError(
-            f"{type(model.backbone).__name__} brings code of its own, which an exported model would "
-            "have to run beside memwrap's; save it (save_pretrained) instead of exporting it."
+            f"{type(model.backbone).__name__} brings code of its own, which an exported model "
+            "would have to run beside memwrap's; save it (save_pretrained) instead of exporting it."
         )
     folder = Path(folder)
     with making(folder) as new:

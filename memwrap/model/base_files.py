@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,34 @@ from typing import Any
 import huggingface_hub
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.model.adapter_switches import adapter_keys
-from memwrap.model.saving import plain_name
 
 _NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _WHOLE = 2**22  # tensors of so many numbers are compared whole, of larger ones some rows
 _ROWS = 16
+_NOISE = 1e-3  # of the numbers' deviation
 _PLAIN = ("F64", "F32", "F16", "BF16")
+# What PEFT puts into names; adapters of several tensors of one module stand in each other.
+_WRAPPERS = re.compile(r"((\.token_adapter)?\.base_layer|\.original_module)+(?=\.)")
+
+
+def plain_name(name: str) -> str:
+    """Name a backbone parameter as it is without adapters."""
+    return _WRAPPERS.sub("", name)
+
+
+def quantised_kind(model: nn.Module) -> str:
+    """Name the kind of quantised tensors that a model's weights are; empty for plain ones."""
+    for parameter in model.parameters():
+        data = parameter.data
+        if hasattr(data, "__tensor_flatten__") and not hasattr(data, "full_tensor"):
+            return type(data).__name__
+    return ""
 
 
 def differs_from_files(model: PreTrainedModel) -> bool:
@@ -67,10 +84,22 @@ def _differs(kept: dict[str, Tensor], file: Path) -> bool:
             if own is None or type(own.data) is not Tensor or not own.is_floating_point():
                 continue
             saved = tensors.get_slice(name)
-            plain = saved.get_dtype() in _PLAIN and saved.get_shape() == list(own.shape)
-            if plain and not _alike(own.detach(), saved):
+            rows, *width = saved.get_shape() or [1]
+            if saved.get_dtype() not in _PLAIN or width != list(own.shape[1:]):
+                continue
+            same = rows == (len(own) if own.dim() else 1)
+            if not (_alike(own.detach(), saved) if same else _grown(own.detach(), rows)):
                 return True
     return False
+
+
+def _grown(own: Tensor, rows: int) -> bool:
+    """Tell whether a table has `rows` and behind them their mean, as `vocabulary.extend` adds it;
+    transformers adds a little noise."""
+    if len(own) < rows:
+        return False
+    before = own[:rows].float()
+    return bool(((own[rows:] - before.mean(0)).abs() <= _NOISE * before.std()).all())
 
 
 def _alike(own: Tensor, saved: Any) -> bool:

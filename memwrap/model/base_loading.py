@@ -29,8 +29,11 @@ _INNER = ("_from_auto", "adapter_kwargs", "_commit_hash")
 _TRUE_HERE: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True), "weights_only": (None, True),
     "trust_remote_code": (None, False), "code_revision": (None,),
+    "low_cpu_mem_usage": (None, True, False), "ignore_mismatched_sizes": (None, False),
+    "use_kernels": (None, False),
 }  # fmt: skip
-_OF_A_WHOLE = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
+_CHOICES = ("attn_implementation", "experts_implementation")
+_OF_A_WHOLE = {"dtype", "torch_dtype", "device_map", *_CHOICES}
 
 
 def find_folder(name: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -116,8 +119,7 @@ def load_base(saved: SavedModel, base: Any, options: dict[str, Any]) -> PreTrain
         _check_whole(options, folder)
         if own_code:
             config.backbone = _own_config(config, folder, options)
-        attention = options.get("attn_implementation")
-        chosen = {} if attention is None else {"attn_implementation": attention}
+        chosen = {n: options[n] for n in _CHOICES if options.get(n) is not None}
         with building(saved.tensors, folder / CONFIG):
             return auto_class(config.backbone).from_config(
                 copy.deepcopy(config.backbone), dtype=dtype, trust_remote_code=trust, **chosen
@@ -180,11 +182,7 @@ def options_in(config: Any, saved: Any, folder: Path) -> dict[str, Any]:
             f"`{changed[0]}` cannot be changed as a saved memwrap model is loaded; load it, then "
             "set it at the model or its config."
         )
-    names = {
-        "attn_implementation": "_attn_implementation",
-        "experts_implementation": "_experts_implementation",
-    }
-    options = {option: getattr(config, name, None) for option, name in names.items()}
+    options = {option: getattr(config, f"_{option}", None) for option in _CHOICES}
     return {option: value for option, value in options.items() if value is not None}
 
 

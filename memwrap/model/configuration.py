@@ -27,8 +27,8 @@ class MemoryModelConfig(PreTrainedConfig):
         base_model: name or path the backbone was loaded from ("" if unknown).
         base_mark: made by whoever saved the model, if `base_model` is a path (`io.own_paths`).
         base_fingerprint: which weights it had when it was wrapped.
-        base_code: whether its class comes with it (`trust_remote_code`), also where transformers has
-            one for its `model_type`, too.
+        base_code: whether its class comes with it (`trust_remote_code`), even where transformers
+            knows its `model_type`.
         base_included: whether its weights are saved beside the memory's.
         adapters: PEFT configs of the adapters inside the backbone, by adapter name.
         adapter_switches: which of them are active, switched off or merged.

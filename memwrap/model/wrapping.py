@@ -62,6 +62,7 @@ def wrap(
     for adapter in adapters.values():
         check_comes_back(adapter)
     changed = any(changes_base(adapter, model) for adapter in adapters.values())
+    changed = changed or differs_from_files(model)
     parts = Backbone(model)  # says what a model lacks before anything is built
     if parts.attached:
         raise ValueError(
@@ -78,11 +79,8 @@ def wrap(
         # A copy: transformers resets the attention implementation of a live config put here.
         backbone=copy.deepcopy(model.config),
         base_model=asset_name(getattr(model.config, "_name_or_path", "") or ""),
-        # Weights that an adapter changed as it began, or that were trained, or that an adapter was
-        # merged into, are nowhere else: they count as changed.
-        base_fingerprint=""
-        if changed or differs_from_files(model)
-        else backbone_fingerprint(model),
+        # What an adapter changed as it began, what was trained, or merged into, is nowhere else.
+        base_fingerprint="" if changed else backbone_fingerprint(model),
         memwrap_version=VERSION,
     )
     config.backbone._name_or_path = config.base_model  # a shipped base has no path

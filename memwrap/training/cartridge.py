@@ -287,7 +287,8 @@ def nats_of(model: MemoryModelForCausalLM, state: MemoryState, talk: Talk) -> fl
     ids = torch.tensor([talk.ids], device=model.device)
     labels = ids.clone()
     labels[:, : talk.answer] = -100
-    return float(model(ids, labels=labels, cache=state.clone(), remember=False).loss)
+    given = {"cache": state.clone(), "remember": False, "output_router_logits": False}
+    return float(model(ids, labels=labels, **given).loss)
 
 
 # Training

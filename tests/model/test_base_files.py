@@ -1,4 +1,4 @@
-"""A base that was changed before it was wrapped: its weights are saved, as they are nowhere else."""
+"""A base that was changed before it was wrapped: its weights are nowhere else, and are saved."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import memwrap
+from memwrap.backbones.vocabulary import extend
 from memwrap.model import base_files
 from memwrap.testing.families import build
 from memwrap.testing.helpers import ids, wrapped
@@ -33,12 +34,21 @@ def trained(model: Any) -> Any:
     return model
 
 
+def resized(model: Any, size: int) -> Any:
+    """The base with embeddings of another size, new ones drawn at random."""
+    model.resize_token_embeddings(size, mean_resizing=False)
+    return model
+
+
 CHANGES: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "merged": (merged, True),
     "trained": (trained, True),
     "cast and back": (lambda m: m.bfloat16().float(), True),
     "cast": (lambda m: m.bfloat16(), False),
     "as it was": (lambda m: m, False),
+    "other rows": (lambda m: resized(m, 135), True),
+    "fewer rows": (lambda m: resized(m, 120), True),
+    "mean rows": (lambda m: extend(m, 135) or m, False),
 }
 
 
@@ -48,7 +58,7 @@ def test_weights_that_are_nowhere_else_are_saved(name: str, shards: str, tmp_pat
     build("llama").save_pretrained(tmp_path / "base", max_shard_size=shards)
     change, differs = CHANGES[name]
     base = change(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    model, text = wrapped("armt", base=base), ids(2, 20)
+    model, text = wrapped("armt", base=base), ids(2, 20).clamp(max=119)
     model.save_pretrained(tmp_path / "model")
     again = memwrap.load(tmp_path / "model")
     assert again.config.base_included == differs
