@@ -126,6 +126,15 @@ def attend(
     return _Attention.apply(plan, scaling, width, out, log, *tensors)
 
 
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attend for queries `(B, H, T, D)` to H heads of keys, with a mask that is added to the scores
+    or none: the output and the log of each sum `(B, H, T)`, for `other` of `attend`; no gradient
+    goes through it."""
+    return _flash(query, key, value, attn_mask=mask, scale=scaling)
+
+
 def attend_received(
     groups: Sequence[Group],
     scaling: float,
@@ -160,8 +169,9 @@ def _weighed(
     groups: Sequence[Group], number: int, piece: slice, scaling: float, counted: Tensor,
     got: Tensor, width: int | None, other: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    """Attend for a `piece` of the queries, of this `number`, by weights that are written out, `(B, H, T, D)`, and add
-    those of the first group to what its keys `got`: the scores are computed once for both."""
+    """Attend for a `piece` of the queries, of this `number`, by weights that are written out, `(B,
+    H, T, D)`, and add those of the first group to what its keys `got`: the scores are computed
+    once for both."""
     sights = [group.sights[number] for group in groups]
     seen = [(g, sight) for g, sight in zip(groups, sights, strict=True) if sight is not None]
     query, value = groups[0].query, groups[0].value
