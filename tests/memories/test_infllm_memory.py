@@ -215,7 +215,7 @@ def test_what_is_offloaded_stays_on_the_host(tmp_path: Path) -> None:
     model = wrapped("infllm", offload=True)
     state = model.read(long_text())
     moved = state.to("meta").memories["infllm"]["layers"]["0"]
-    assert moved["recent_key"].device.type == "meta"
+    assert moved["recent"]["key"].device.type == "meta"
     assert moved["index"]["store"]["0"]["rep"].device.type == "meta"
     assert moved["host"]["store"]["0"]["key"].device.type == "cpu"
     state.save(tmp_path / "state.safetensors")
