@@ -44,7 +44,8 @@ class Cartridge:
         question_tokens, answer_tokens: at most.
         temperature: of questions; answers are the likeliest.
         top: tokens of the full context's distribution that are followed.
-        batch: talks a step. learning_rate: of Adam; it falls to 0 with `steps`, or where there are none with `minutes`.
+        batch: talks a step.
+        learning_rate: of Adam; it falls to 0 with `steps`, or where none are given with `minutes`.
         seed: of questions and of the order.
     """
 

@@ -251,6 +251,7 @@ def test_peft_around_trains_memory_and_adapters(
     assert {rates[n] for n in changed - memory} == {1e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.proof("`get_peft_model` with LoRA and DoRA", "peft")
 @pytest.mark.parametrize("dora", [False, True])
 def test_peft_around_saves_and_resumes(tmp_path: Path, dora: bool) -> None:
