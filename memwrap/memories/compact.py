@@ -231,6 +231,7 @@ class CompactMemory(AttentionMemory, WholeStates):
     ) -> MemoryKeyValues:
         count, size = state["recent_count"], state["recent_key"].shape[2]
         place = torch.arange(size, device=count.device) - count[:, None]
+        place = place.clamp_max(-1)  # those that hold nothing yet stand nowhere else
         visible = filled(count, size)
         if window is not None:
             distance = attention.query_positions[:, :, None] - place[:, None]

@@ -118,6 +118,11 @@ class SlidingWindow:
             tree[f"sink_{name}"] = torch.zeros(*shape, self.num_sinks, width, **make)
         return tree
 
+    @property
+    def reaches(self) -> int:
+        """The farthest place at which queries see the sinks; 0 without any."""
+        return self.size + self.num_sinks - 1 if self.num_sinks else 0
+
     def ranges(self, tree: Tree, progress: Progress) -> Iterator[tuple[Tensor, Any, Any]]:
         """Say what the whole numbers in a layer's tree may be."""
         yield tree["tokens"], *progress.closed
