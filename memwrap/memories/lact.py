@@ -203,6 +203,7 @@ class LaCTMemory(AttentionMemory):
     def __init__(self, config: LaCTConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
         self.window = SlidingWindow(config.window, config.num_sinks)
+        self.reaches = self.window.reaches
         self.networks = nn.ModuleDict()
         for layer in attending_layers(config, sizes):
             self.networks[str(layer)] = LayerLaCT(config, sizes.attention[layer], sizes)

@@ -210,6 +210,8 @@ class LigerMemory(AttentionMemory):
         self.chosen = frozenset(attending_layers(config, sizes))
         self.window = SlidingWindow(config.window_size, config.num_sinks)
         self.other = SlidingWindow(config.other_window_size, config.num_sinks)
+        windows = (self._window(layer) for layer in sizes.attention)
+        self.reaches = max((window.reaches for window in windows if window), default=0)
         self.networks = nn.ModuleDict()
         for layer in sorted(self.chosen):
             self._check(layer, sizes.attention[layer].key_dim)

@@ -308,11 +308,13 @@ class AttentionMemory(Memory):
             one: nothing older than that reaches the layer.
         tells_answers: it reads tokens of an answer another way (`LayerAttention.answers`).
         counts_positions: it rotates by places beyond a segment's: of the text, or of its entries.
+        reaches: the farthest place at which it rotates, where it does so beyond a segment's.
     """
 
     needs_hidden: bool = False
     within_window: bool = False
     counts_positions: bool = False
+    reaches: int = 0
     tells_answers: bool = False
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:

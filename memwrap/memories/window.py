@@ -80,6 +80,7 @@ class WindowMemory(AttentionMemory):
         self.tells_answers = whole
         kept = 0 if whole else config.window_size - 1
         self.window = SlidingWindow(config.window_size, config.num_sinks, kept)
+        self.reaches = self.window.reaches
         self.windowed = self._windowed()
         layers = sizes.attention if whole else sizes.attention.keys() - self.windowed
         self.whole = {n: WholePast.of(sizes.attention[n]) for n in sorted(layers)}

@@ -70,10 +70,14 @@ def _check_positions(parts: Backbone, config: MemoryConfig, memories: dict[str, 
             f"{limit.positions - extra}."
         )
     for name, memory in memories.items():
-        counting = isinstance(memory, AttentionMemory) and memory.counts_positions
-        if limit is not None and parts.max_positions is None and counting:
+        if limit is None or parts.max_positions is not None:
+            continue
+        if not isinstance(memory, AttentionMemory):
+            continue
+        if memory.counts_positions or memory.reaches >= limit.positions:
+            far = "" if memory.counts_positions else f" (up to {memory.reaches}, by its settings)"
             warnings.warn(
-                f"The memory {name!r} counts positions beyond a segment's, and {limit.reason} "
+                f"The memory {name!r} counts positions beyond a segment's{far}, and {limit.reason} "
                 "(rotary angles): it refuses texts that reach so far.",
                 stacklevel=4,
             )

@@ -154,6 +154,22 @@ def test_angles_that_depend_on_the_length_fed_limit_segments(kind: str) -> None:
         counting = memwrap.wrap(base, tiny("ahn"))
     with refused("reads at position", "beyond 32"):
         counting(ids(1, 60))
+    memwrap.unwrap(counting)
+    for name, settings, near in (
+        ("window", {"window_size": 32, "num_sinks": 2}, {"window_size": 30}),
+        ("lact", {"window_size": 32, "num_sinks": 2}, {"num_sinks": 0}),
+        ("liger", {"window_size": 32, "num_sinks": 2}, {"num_sinks": 0}),
+    ):
+        with pytest.warns(UserWarning, match=f"'{name}' counts positions.*up to 33.*{kind}"):
+            far = memwrap.wrap(base, name, segment_size=8, **settings)
+        with refused("reads at position", "beyond 32"):
+            far(ids(1, 60))
+        memwrap.unwrap(far)
+        model = memwrap.wrap(base, name, segment_size=8, **{**settings, **near})
+        assert_pieces_and_padding(model)
+        memwrap.unwrap(model)
+    # What holds nothing yet stands nowhere.
+    assert_pieces_and_padding(memwrap.wrap(base, "compact", segment_size=8))
 
 
 def test_a_window_that_the_model_does_not_have_is_noticed() -> None:

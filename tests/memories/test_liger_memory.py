@@ -142,6 +142,7 @@ def test_routed_memories_by_hand(form: str) -> None:
     assert_close(got, want, 1e-5)
 
 
+@pytest.mark.slow
 def test_new_parameters_start_as_if_not_there() -> None:
     """Routed memories beside the shared one add nothing, GDN-2 starts as KDA; and a single memory
     that is not beside another one is the recurrence as it is."""
@@ -233,7 +234,7 @@ def test_heads_share_a_state() -> None:
     model = wrapped("liger", base=build("llama").to(torch.bfloat16))
     tree = model.read(ids(2, 20)).memories["liger"]["layers"]["0"]
     assert tree["S"].shape == (2, 2, 8, 8) and tree["S"].dtype == torch.float32
-    assert tree["window"]["window_key"].shape == (2, 2, 4, 8)
+    assert tree["window"]["recent"]["key"].shape == (2, 2, 4, 8)
     routed = wrapped("liger", num_memories=3).read(ids(2, 20)).memories["liger"]["layers"]
     assert routed["0"]["S"].shape == (2, 4, 2, 8, 8)
     slots = wrapped("liger", form="gsa", num_slots=4).read(ids(1, 9)).memories["liger"]["layers"]
