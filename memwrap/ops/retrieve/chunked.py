@@ -171,18 +171,18 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     most = flat[:, : blocks * _BLOCK].view(rows, _BLOCK // 2, -1).amax(1)
     most = most.view(rows, 2, blocks).amax(1)  # in two steps: long rows are fast
     least = np.partition(most.numpy(), blocks - count, axis=-1)[:, blocks - count, None]
-    found = torch.from_numpy(np.flatnonzero(flat.numpy() >= least))
-    row = found.div(total, rounding_mode="floor")
+    large = torch.from_numpy(np.flatnonzero(flat.numpy() >= least))
+    row = large.div(total, rounding_mode="floor")
     number = torch.bincount(row, minlength=rows)
     width = int(number.max())
     # Where many scores are equal, or there are few at all, nothing is won; NaN is not found.
     if width > total // 4 or int(number.min()) < count:
         return scores.topk(count, -1)
     first = number.cumsum(0) - number
-    slot = row * width + torch.arange(len(found)) - first.index_select(0, row)
+    slot = row * width + torch.arange(len(large)) - first.index_select(0, row)
     values = flat.new_full((rows * width,), -math.inf)
-    values = values.index_copy(0, slot, flat.view(-1).index_select(0, found))
-    places = row.new_zeros(rows * width).index_copy(0, slot, found - row * total)
+    values = values.index_copy(0, slot, flat.view(-1).index_select(0, large))
+    places = row.new_zeros(rows * width).index_copy(0, slot, large - row * total)
     top = values.view(rows, width).topk(count, -1)
     index = places.view(rows, width).gather(1, top.indices)
     return top.values.view(*scores.shape[:-1], count), index.view(*scores.shape[:-1], count)
