@@ -18,7 +18,9 @@ _SCORES_AT_ONCE = 2**24
 _ENTRIES_LEAST, _ENTRIES_AT_ONCE = 2**10, 2**14
 _GATHERED_AT_ONCE = 2**25
 _HIDDEN = -1e30
-_FEW = 16  # rows, or one of so many, are sorted again for equal scores in them
+# So few rows, or one of so many, are sorted again for equal scores in them; nor do so few pay a
+# search in steps.
+_FEW = 16
 _BLOCK = 16  # scores whose largest is found first
 
 
@@ -165,7 +167,9 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     total, rows = scores.shape[-1], scores.shape[:-1].numel()
     blocks = total // _BLOCK
-    if scores.device.type != "cpu" or scores.element_size() < 4 or blocks < 4 * count or not rows:
+    if scores.device.type != "cpu" or scores.element_size() < 4:
+        return scores.topk(count, -1)
+    if blocks < 4 * count or rows <= _FEW:
         return scores.topk(count, -1)
     flat = scores.reshape(rows, total)
     most = flat[:, : blocks * _BLOCK].view(rows, _BLOCK // 2, -1).amax(1)
