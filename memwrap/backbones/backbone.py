@@ -21,7 +21,7 @@ from memwrap.backbones.attention_probe import AttentionSizes, probe
 from memwrap.backbones.cache_names import find_cache_name
 from memwrap.backbones.class_swaps import LOCK, give_back, is_lent
 from memwrap.backbones.contexts import reaching
-from memwrap.backbones.decoders import find_decoder, head_logits
+from memwrap.backbones.decoders import find_decoder, head_logits, modules_within
 from memwrap.backbones.expert_balance import OPTION as BALANCE
 from memwrap.backbones.masks import (
     build_masks,
@@ -158,17 +158,10 @@ class Backbone:
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is None:
             return None
-        # An adapter holds the table that it wraps.
-        token_embeddings = set(self.embeddings.modules())
-        left: list[nn.Module] = [self.decoder]
-        while left:  # asked in every call: without the names that `modules` makes
-            module = left.pop()
-            table = isinstance(module, nn.Embedding) and module not in token_embeddings
-            # Some have a few rows more, for padding.
-            if table and 0 <= module.num_embeddings - limit <= _SPARE_ROWS:
-                return module
-            left += [m for m in reversed(module._modules.values()) if m is not None]
-        return None
+        tables = (m for m in modules_within(self.decoder) if isinstance(m, nn.Embedding))
+        # An adapter holds the table that it wraps. Some have a few rows more, for padding.
+        tables = (m for m in tables if 0 <= m.num_embeddings - limit <= _SPARE_ROWS)
+        return next((m for m in tables if m not in set(self.embeddings.modules())), None)
 
     def first_position(self) -> Tensor:
         """Return the vector `(D,)` that a learned position table adds at position 0.

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+
+def modules_within(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and those in it, in order, as often as they are there: without the names that
+    `modules` makes, which cost much of a short call."""
+    yield module
+    for inner in module._modules.values():
+        if inner is not None:
+            yield from modules_within(inner)
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module:

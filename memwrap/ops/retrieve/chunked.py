@@ -18,7 +18,9 @@ _SCORES_AT_ONCE = 2**24
 _ENTRIES_LEAST, _ENTRIES_AT_ONCE = 2**10, 2**14
 _GATHERED_AT_ONCE = 2**25
 _HIDDEN = -1e30
-_FEW = 16  # rows, or one of so many, are sorted again for equal scores in them
+# So few rows, or one of so many, are sorted again for equal scores in them; nor do so few pay a
+# search in steps.
+_FEW = 16
 _BLOCK = 16  # scores whose largest is found first
 
 
@@ -165,24 +167,26 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     total, rows = scores.shape[-1], scores.shape[:-1].numel()
     blocks = total // _BLOCK
-    if scores.device.type != "cpu" or scores.element_size() < 4 or blocks < 4 * count or not rows:
+    if scores.device.type != "cpu" or scores.element_size() < 4:
+        return scores.topk(count, -1)
+    if blocks < 4 * count or rows <= _FEW:
         return scores.topk(count, -1)
     flat = scores.reshape(rows, total)
     most = flat[:, : blocks * _BLOCK].view(rows, _BLOCK // 2, -1).amax(1)
     most = most.view(rows, 2, blocks).amax(1)  # in two steps: long rows are fast
     least = np.partition(most.numpy(), blocks - count, axis=-1)[:, blocks - count, None]
-    found = torch.from_numpy(np.flatnonzero(flat.numpy() >= least))
-    row = found.div(total, rounding_mode="floor")
+    large = torch.from_numpy(np.flatnonzero(flat.numpy() >= least))
+    row = large.div(total, rounding_mode="floor")
     number = torch.bincount(row, minlength=rows)
     width = int(number.max())
     # Where many scores are equal, or there are few at all, nothing is won; NaN is not found.
     if width > total // 4 or int(number.min()) < count:
         return scores.topk(count, -1)
     first = number.cumsum(0) - number
-    slot = row * width + torch.arange(len(found)) - first.index_select(0, row)
+    slot = row * width + torch.arange(len(large)) - first.index_select(0, row)
     values = flat.new_full((rows * width,), -math.inf)
-    values = values.index_copy(0, slot, flat.view(-1).index_select(0, found))
-    places = row.new_zeros(rows * width).index_copy(0, slot, found - row * total)
+    values = values.index_copy(0, slot, flat.view(-1).index_select(0, large))
+    places = row.new_zeros(rows * width).index_copy(0, slot, large - row * total)
     top = values.view(rows, width).topk(count, -1)
     index = places.view(rows, width).gather(1, top.indices)
     return top.values.view(*scores.shape[:-1], count), index.view(*scores.shape[:-1], count)
