@@ -155,15 +155,20 @@ class Backbone:
 
     @property
     def _position_table(self) -> nn.Embedding | None:
-        # An adapter holds the table that it wraps.
-        token_embeddings = set(self.embeddings.modules())
-        modules = self.decoder.modules()
-        tables = [m for m in modules if isinstance(m, nn.Embedding) and m not in token_embeddings]
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is None:
             return None
-        # Some have a few rows more, for padding.
-        return next((t for t in tables if 0 <= t.num_embeddings - limit <= _SPARE_ROWS), None)
+        # An adapter holds the table that it wraps.
+        token_embeddings = set(self.embeddings.modules())
+        left: list[nn.Module] = [self.decoder]
+        while left:  # asked in every call: without the names that `modules` makes
+            module = left.pop()
+            table = isinstance(module, nn.Embedding) and module not in token_embeddings
+            # Some have a few rows more, for padding.
+            if table and 0 <= module.num_embeddings - limit <= _SPARE_ROWS:
+                return module
+            left += [m for m in reversed(module._modules.values()) if m is not None]
+        return None
 
     def first_position(self) -> Tensor:
         """Return the vector `(D,)` that a learned position table adds at position 0.

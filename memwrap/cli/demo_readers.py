@@ -14,7 +14,7 @@ from memwrap.chat.held import Held
 from memwrap.chat.turns import Turns, under
 from memwrap.cli.demo_texts import Fact, question
 
-ANSWER_TOKENS = 20
+ANSWER_TOKENS = 16
 
 
 class Reader(Protocol):
@@ -42,24 +42,51 @@ def _first_choices(logits: torch.Tensor, ids: list[int], count: int) -> bool:
 
 
 class BaseReader:
-    """The model as it is, over the last `tokens` tokens of a document.
+    """The model as it is, over the first or the last tokens of a document.
 
     Args:
         base: the model.
         tokenizer: its tokenizer.
         document: text.
-        tokens: so many at most, the turn around them not counted.
+        tokens: so many of the last tokens at most, or where it is negative so many of the first;
+            the turn around them not counted.
     """
 
     def __init__(self, base: Any, tokenizer: Any, document: str, tokens: int) -> None:
         self.base, self.tokenizer, self.turns = base, tokenizer, Turns(tokenizer)
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        self.text = document if len(ids) <= tokens else tokenizer.decode(ids[-tokens:]).strip()
-        prefix, _ = cut_document(self.turns, self.text, 0)
-        self.length = len(prefix)
-        with torch.no_grad():
-            out = base(torch.tensor([prefix]), use_cache=True, logits_to_keep=1)
-        self.cache = out[CACHE]
+        kept = ids[-tokens:] if tokens > 0 else ids[:-tokens]
+        self.text = document if len(kept) == len(ids) else tokenizer.decode(kept).strip()
+        self.cache: Any = None
+        self.ids: list[int] = []
+        self._read()
+
+    @property
+    def length(self) -> int:
+        """Tokens that were read."""
+        return len(self.ids)
+
+    @torch.no_grad()
+    def shorten(self, document: str) -> None:
+        """Go back to a shorter document that begins as the one that was read: nothing is read
+        twice."""
+        self.text = document
+        self._read()
+
+    @torch.no_grad()
+    def _read(self) -> None:
+        before, (self.ids, _) = self.ids, cut_document(self.turns, self.text, 0)
+        same = next(
+            (n for n, pair in enumerate(zip(before, self.ids, strict=False)) if len(set(pair)) > 1),
+            min(len(before), len(self.ids)),
+        )
+        if before[same:]:
+            self.cache.crop(same - len(before))
+        if new := self.ids[same:]:
+            out = self.base(
+                torch.tensor([new]), use_cache=True, logits_to_keep=1, **{CACHE: self.cache}
+            )
+            self.cache = out[CACHE]
 
     @torch.no_grad()
     def knows(self, fact: Fact) -> bool:

@@ -29,13 +29,18 @@ def parts(tokenizer: Any, lengths: tuple[int, ...]) -> Parts:
 
     Args:
         tokenizer: counts.
-        lengths: where it is asked, from the shortest to the whole.
+        lengths: where it is asked, from the shortest to the whole, facts included.
     """
-    total = lengths[-1]
-    ids = tokenizer(prose(), add_special_tokens=False, verbose=False)["input_ids"][:total]
-    sentences = tokenizer.decode(ids).split(". ")
     facts = [FACTS[index :: len(lengths)] for index in range(len(lengths))]
-    cuts = [round(length / total * len(sentences)) for length in lengths]
+    told = sum(len(tokenizer(fact.sentence)["input_ids"]) for fact in FACTS) / len(FACTS)
+    amounts = []  # of prose; a text that facts alone would fill is longer than it is called
+    for length in lengths:
+        shares = (len(f) * min(1, length / n) for n, f in zip(lengths, facts, strict=True))
+        amounts.append(max(length - told * sum(shares), length / 2))
+    count = round(amounts[-1])
+    ids = tokenizer(prose(), add_special_tokens=False, verbose=False)["input_ids"][:count]
+    sentences = tokenizer.decode(ids).split(". ")
+    cuts = [round(amount / amounts[-1] * len(sentences)) for amount in amounts]
     places: list[tuple[int, str]] = []
     for cut, group in zip(cuts, facts, strict=True):
         places += [(round(depth * cut), fact.sentence.rstrip(".")) for depth, fact in

@@ -22,8 +22,8 @@ CONTROLS = ("memory off", "memory shuffled", "base, window + sinks")
 SAMPLES = 10
 RECIPE = "armt_facts"
 """What the shipped memory was trained by."""
-CHANGES = ("trainer.max_minutes=1",)
-"""How the recipe is run from scratch: for a short while."""
+CHANGES: tuple[str, ...] = ()
+"""How the recipe is run from scratch, beside its time."""
 
 
 def trained(base: Any, tokenizer: Any) -> dict[str, Any] | None:
@@ -53,19 +53,21 @@ def trained(base: Any, tokenizer: Any) -> dict[str, Any] | None:
     return {"samples": SAMPLES, "segment": model.segment_size, "curves": curves}
 
 
-def trained_anew(base: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
+def trained_anew(base: Any, tokenizer: Any, folder: Path, minutes: float) -> dict[str, Any]:
     """Run the recipe from scratch for a short while.
 
     Args:
         base: the model that it trains on, for the look at what came out.
         tokenizer: its tokenizer.
         folder: for the run.
+        minutes: of training.
 
     Returns:
         Steps done and planned, the first and the last loss, and the share of facts known at the
         shortest length.
     """
-    run_recipe(load_recipe(RECIPE, [f"output={folder}", "overwrite=true", *CHANGES]))
+    changes = [f"output={folder}", "overwrite=true", f"trainer.max_minutes={minutes:.3f}", *CHANGES]
+    run_recipe(load_recipe(RECIPE, changes))
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     log = (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [row["loss"] for row in map(json.loads, log) if "loss" in row]

@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 import memwrap
 from memwrap import ops
-from memwrap.assets import ROOT, asset
+from memwrap.assets import ROOT
+from memwrap.assets.places import find_model
 from memwrap.cli.small_models import small_model
 from memwrap.cli.trying import QUICK, Trial, builder, try_memory
 from memwrap.memories.registry import installed
@@ -113,7 +114,9 @@ def try_model(name: str) -> tuple[str, list[Trial]]:
         ValueError: if there is no such config, or no small model can be built of it.
     """
     try:
-        config = AutoConfig.from_pretrained(asset(name) or name)
+        config = AutoConfig.from_pretrained(find_model(name))
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"The config of {name!r} cannot be loaded: {reason}") from error

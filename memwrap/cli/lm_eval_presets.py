@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from memwrap.assets import ROOT, asset
+from memwrap.assets.places import find_model
 from memwrap.io.reading import read_json
 
 FOLDER = ROOT / "lm-eval"
@@ -68,7 +69,7 @@ def _lengths(name: str, lengths: list[int], about: dict[str, Any]) -> Any:
 
 def tokenizer_place(name: str) -> str | Path:
     """Find the folder or name that transformers' own classes load a model's tokenizer from."""
-    folder = Path(asset(name) or name)
+    folder = Path(find_model(name))
     if (folder / "tokenizer_config.json").is_file() or not (folder / "config.json").is_file():
         return folder if folder.is_dir() else name
     base = read_json(folder / "config.json").get("base_model")

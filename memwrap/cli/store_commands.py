@@ -39,6 +39,7 @@ def _with_memory(name: str, config: KnnLMConfig, dtype: str | None, *, from_word
     """
     import torch
 
+    from memwrap.assets.places import find_model
     from memwrap.backbones.auto_classes import load_backbone
 
     quiet()
@@ -59,7 +60,7 @@ def _with_memory(name: str, config: KnnLMConfig, dtype: str | None, *, from_word
             )
         return model
     options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    base: Any = load_backbone(asset(name) or name, **options)
+    base: Any = load_backbone(find_model(name), **options)
     if torch.accelerator.is_available():
         base.to(torch.accelerator.current_accelerator())
     return memwrap.wrap(base, config).eval()

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import memwrap
 from memwrap.assets import FETCHED, ROOT, asset
 from memwrap.assets.fetching import fetch
+from memwrap.assets.places import find_model
 from memwrap.comparison.board_readers import (
     TextRead,
     bytes_of_token,
@@ -89,7 +90,7 @@ class Board:
         self.values = values or load_board_plan()
         asked = {"model": model, "values": self.values}
         self.head = _head(self.folder / HEAD, asked)
-        place = fetch(model) if model in FETCHED else asset(model) or model
+        place = fetch(model) if model in FETCHED else find_model(model)
         self.base: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(place)
         names = ("texts", "tokens", "facts", "seed", "documents")

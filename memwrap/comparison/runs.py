@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import memwrap
-from memwrap.assets import ROOT, asset
+from memwrap.assets import ROOT
+from memwrap.assets.places import find_model
 from memwrap.evaluation import run
 from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED, TRUNCATED
 from memwrap.evaluation.measure import machine
@@ -140,13 +141,13 @@ def symbols(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
 
 def tokenizer_of(plan: Plan) -> PreTrainedTokenizerBase:
     """Load the backbone's tokenizer."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(asset(plan.model) or plan.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(find_model(plan.model))
     return tokenizer
 
 
 def backbone_of(plan: Plan) -> Any:
     """Load the backbone, in float32 and evaluation mode."""
-    place = asset(plan.model) or plan.model
+    place = find_model(plan.model)
     return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
 
 

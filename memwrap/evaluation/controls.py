@@ -26,6 +26,7 @@ CURVES = (MEMORY, OFF, SHUFFLED, TRUNCATED, FULL, WINDOW)
 
 
 SINKS = 4
+FEWEST = 64  # tokens of a window that are read at once
 
 
 def own_context(model: MemoryModelForCausalLM) -> int:
@@ -66,9 +67,9 @@ def windowed(
     Raises:
         ValueError: where the backbone's attention cannot meet a memory.
     """
-    config = WindowConfig(
-        segment_size=max(1, window // 4), window_size=max(1, window - SINKS), num_sinks=SINKS
-    )
+    # Results do not depend on how much is read at once, and little pieces are slow.
+    size = max(window // 4, min(window, FEWEST))
+    config = WindowConfig(segment_size=size, window_size=max(1, window - SINKS), num_sinks=SINKS)
     with lora_disabled(model.backbone), model.parts.attention_lent():
         memory = WindowMemory(config, sizes_of(model.parts, attention=True)).to(model.device)
         reader = SegmentReader(model.parts, {config.name: memory})

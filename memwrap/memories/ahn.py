@@ -24,7 +24,7 @@ from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import delta, gla
 from memwrap.ops.buffers import take
 from memwrap.state.progress import Progress
-from memwrap.state.trees import Tree
+from memwrap.state.trees import RECENT, Tree
 
 EPS = 1e-5  # of the norm
 RATES = (1e-3, 16.0)  # A, drawn between
@@ -226,8 +226,8 @@ class AHNMemory(AttentionMemory):
             return {"window": window}
         network: Any = self.networks[str(layer)]
         count, wide = len(network.write), torch.promote_types(dtype, torch.float32)
-        gates = (batch, count, self.window.kept, 1 if network.rate is None else 2)
-        window["gates"] = torch.zeros(gates, dtype=wide, device=device)
+        gates = (batch, count, 0, 1 if network.rate is None else 2)
+        window[RECENT]["gates"] = torch.zeros(gates, dtype=wide, device=device)
         shape = (batch, count, dims.key_dim, dims.value_dim)
         return {"window": window, "S": torch.zeros(shape, dtype=wide, device=device)}
 
@@ -263,7 +263,9 @@ class AHNMemory(AttentionMemory):
         hidden: Tensor = attention.hidden  # type: ignore[assignment]
         evicted = self.window.evicted(attention, window)
         key, value = self.window.evicted_key_values(attention, window)
-        gates = evicted.rows(window["gates"], lambda: network.gates(take(hidden, evicted.columns)))
+        gates = evicted.rows(
+            window[RECENT]["gates"], lambda: network.gates(take(hidden, evicted.columns))
+        )
         query = attention.query
         if self.config.rotate:
             query = attention.rotate(query, evicted.query_positions, "in the document")

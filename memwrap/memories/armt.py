@@ -45,6 +45,8 @@ class ARMTConfig(SummedConfig):
         read_scale: `"hidden"`: what is read is multiplied by a learned gate of the layer and by the
             RMS of the hidden state that it is added to. `"raw"`: added as it is, as published.
         gate_init: that gate at the start.
+        token_gate: the gate is also multiplied by a learned share in (0, 1) for each token, so that
+            tokens that ask nothing are left as they are. Needs `read_scale="hidden"`.
         written_tokens: only the last so many memory tokens are written (`None`: all).
         tokens_read: memory tokens read the matrix before they write to it, as published. Off: what
             they write is not what they have just read, once more.
@@ -68,6 +70,7 @@ class ARMTConfig(SummedConfig):
     layers: LayerList | Literal["late"] | None = None
     read_scale: Literal["hidden", "raw"] = "hidden"
     gate_init: GateLogit = 1.0
+    token_gate: bool = False
     written_tokens: PositiveInt | None = None
     tokens_read: bool = True
     train_tokens: bool = True
@@ -87,6 +90,10 @@ class ARMTConfig(SummedConfig):
     def validate_identity(self) -> None:
         if self.value_init == "identity" and not self.input_norm:
             self.refuse("value_init", "another one without input_norm: values would not be bounded")
+
+    def validate_token_gate(self) -> None:
+        if self.token_gate and self.read_scale == "raw":
+            self.refuse("token_gate", 'false with read_scale="raw": there is no gate')
 
     @classmethod
     def on_pretrained(cls) -> dict[str, Any]:
@@ -121,6 +128,10 @@ class AssociativeLayer(nn.Module):
             nn.init.normal_(self.value.weight, std=0.02)
         if config.read_scale == "hidden":
             self.gate = nn.Parameter(torch.full((1,), config.gate_init, **make))
+        if config.token_gate:
+            self.share = nn.Linear(width, 1, **make)
+            nn.init.zeros_(self.share.weight)
+            nn.init.constant_(self.share.bias, 2.0)  # open: shares of 0.88
 
     def _heads(self, x: Tensor) -> Tensor:
         """Split heads: `(B, T, H * d)` -> `(B, H, T, d)`."""
@@ -131,7 +142,8 @@ class AssociativeLayer(nn.Module):
 
     def read(self, hidden: Tensor, A: Tensor, z: Tensor | None) -> Tensor:
         """Read what the memory holds for each position: `(B, T, D)` -> `(B, T, D)`."""
-        q = self._heads(self.query(self._prepare(hidden)))
+        x = self._prepare(hidden)
+        q = self._heads(self.query(x))
         config = self.config
         with torch.autocast(hidden.device.type, enabled=False):
             out = associative.read_projected(q, A, z, nu=config.nu, normalize=config.feature_norm)
@@ -139,7 +151,10 @@ class AssociativeLayer(nn.Module):
         if config.read_scale == "raw":
             return out
         scale = (hidden.to(out.dtype).square().mean(-1, keepdim=True) + 1e-12).sqrt()
-        return self.gate.to(out.dtype) * scale * out
+        gate = self.gate.to(out.dtype)
+        if config.token_gate:
+            gate = gate * torch.sigmoid(self.share(x).to(out.dtype))
+        return gate * scale * out
 
     def write(self, hidden: Tensor, state: Tree) -> Tree:
         """Write the memory tokens' outputs `(B, m, D)` into `state`."""

@@ -152,7 +152,7 @@ class CompactMemory(AttentionMemory, WholeStates):
             width = int(self.budgets[layer].max())
             tree = empty_slots(batch_size, width, dims, dtype, device, config.slots)
             make: dict[str, Any] = {"dtype": dtype, "device": device}
-            sizes = {"sink": config.num_sinks, "recent": self._recent_size(layer) or 0}
+            sizes = {"sink": config.num_sinks, "recent": 0}
             for name, size in sizes.items():
                 shape = (batch_size, dims.num_kv_heads, size)
                 tree[f"{name}_key"] = torch.zeros(*shape, dims.key_dim, **make)
@@ -254,7 +254,9 @@ class CompactMemory(AttentionMemory, WholeStates):
         size = self._recent_size(layer)
         stays = total if size is None else total.clamp_max(size)
         leaving = total - stays
-        width = max(old.shape[1], int(stays.max())) if size is None else size
+        width = old.shape[1]
+        if size is None or width < size:
+            width = max(width, int(stays.max()))
         index = torch.arange(width, device=stays.device) + leaving[:, None]
         index, valid = index.clamp_max(place.shape[1] - 1), filled(stays, width)
         new = {**state, "recent_key": take(key, index, valid), "recent_count": stays}

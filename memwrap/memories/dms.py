@@ -24,10 +24,10 @@ from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, PositiveInt, Range
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import delayed_eviction as ops
-from memwrap.ops.buffers import filled, take
+from memwrap.ops.buffers import filled, ring, take
 from memwrap.ops.buffers.right_aligned import latest, right_valid
 from memwrap.state.progress import Progress
-from memwrap.state.trees import Tree
+from memwrap.state.trees import RECENT, Tree
 
 EPS = 1e-6  # of the norm
 NAMES = ("key", "value", "bias", "place")
@@ -190,11 +190,13 @@ class DMSMemory(AttentionMemory):
         dtype = self.sizes.backbone_dtype
         wide = torch.promote_types(dtype, torch.float32)
         tree: Tree = {"tokens": torch.zeros(batch, dtype=torch.long, device=device)}
-        for name, size in (("window", dims.window or self.config.window_size), ("kept", 0)):
-            shape = (batch, dims.num_kv_heads, size)
-            tree[f"{name}_key"] = torch.zeros(*shape, dims.key_dim, dtype=dtype, device=device)
-            tree[f"{name}_value"] = torch.zeros(*shape, dims.value_dim, dtype=dtype, device=device)
-            tree[f"{name}_bias"] = torch.zeros(shape, dtype=wide, device=device)
+        shape = (batch, dims.num_kv_heads, 0)
+        tree[RECENT] = {
+            "key": torch.zeros(*shape, dims.key_dim, dtype=dtype, device=device),
+            "value": torch.zeros(*shape, dims.value_dim, dtype=dtype, device=device),
+            "bias": torch.zeros(shape, dtype=wide, device=device),
+        }
+        tree |= {f"kept_{name}": rows.clone() for name, rows in tree[RECENT].items()}
         tree["kept_place"] = torch.zeros(shape, device=device)
         tree["kept_count"] = torch.zeros(shape[:2], dtype=torch.long, device=device)
         return tree
@@ -205,7 +207,13 @@ class DMSMemory(AttentionMemory):
                 yield from self.whole[int(name)].ranges(tree, progress)
                 continue
             yield tree["tokens"], *progress.closed
+            present, size = tree[RECENT]["key"].shape[2], self._size(int(name))
+            yield tree["tokens"], 0, ring.most_counted(present, size)
             yield tree["kept_count"], 0, tree["kept_key"].shape[2]
+
+    def _size(self, layer: int) -> int:
+        """Count the last rows that a layer keeps at most."""
+        return self.sizes.attention[layer].window or self.config.window_size
 
     # Reading
 
@@ -220,12 +228,12 @@ class DMSMemory(AttentionMemory):
             self._penalise(layer, attention, decided)
         name = ("dms", attention.window)
         sight = attention.cached_per_step(name, lambda: self._sight(attention, state))
-        key, value = state["window_key"], state["window_value"]
+        key, value = state[RECENT]["key"], state[RECENT]["value"]
         rows = [MemoryKeyValues(key, value, sight.place, sight.near, static=True)]
         if attention.window is None:
             rows.append(_kept(state))
         if sight.far is not None:
-            bias = _with_last(state["window_bias"], decided.before)
+            bias = _with_last(state[RECENT]["bias"], decided.before)
             far = MemoryKeyValues(key, value, sight.place, sight.far, static=True, bias=bias)
             rows.append(far)
         if sight.beyond is not None:
@@ -262,7 +270,7 @@ class DMSMemory(AttentionMemory):
     def _sight(self, attention: LayerAttention, state: Tree) -> StepVisibility:
         """Tell who sees whom."""
         count, queries = state["tokens"], attention.query_positions[:, :, None]
-        size, most = state["window_key"].shape[2], attention.window
+        size, most = state[RECENT]["key"].shape[2], attention.window
         window = min(n for n in (self.config.window_size, most) if n is not None)
         place = torch.arange(-size, 0, device=count.device).expand(len(count), -1)
 
@@ -288,21 +296,21 @@ class DMSMemory(AttentionMemory):
         decided = attention.notes.get(("dms", layer))
         if decided is None:  # without new tokens
             decided = self._decided(layer, attention)
-        size = state["window_key"].shape[2]
+        recent, size = state[RECENT], self._size(layer)
+        present = recent["key"].shape[2]
         closing = attention.cached_per_step(
-            ("dms closes", size), lambda: _closing(attention, state["tokens"], size)
+            ("dms closes", size), lambda: _closing(attention, state["tokens"], present, size)
         )
-        bias = _with_last(state["window_bias"], decided.before)
+        bias = _with_last(recent["bias"], decided.before)
         parts = {
-            "key": (state["window_key"], attention.key),
-            "value": (state["window_value"], attention.value),
+            "key": (recent["key"], attention.key),
+            "value": (recent["value"], attention.value),
             "bias": (bias[..., None], decided.bias[..., None]),
         }
         both = {name: torch.cat([old, new.to(old)], 2) for name, (old, new) in parts.items()}
         window = {n: take(rows, closing.stay, closing.real) for n, rows in both.items()}
         new = {**state, "tokens": closing.tokens}
-        new |= {f"window_{n}": rows for n, rows in window.items() if n != "bias"}
-        new["window_bias"] = window["bias"][..., 0]
+        new[RECENT] = {**window, "bias": window["bias"][..., 0]}
         if attention.window is None:
             new |= self._kept_after(attention, state, both, closing)
         return new
@@ -342,19 +350,23 @@ class DMSMemory(AttentionMemory):
         return {"decision_norm": torch.stack(norms)} if same else {}
 
 
-def _closing(attention: LayerAttention, before: Tensor, size: int) -> Closing:
-    """Find what becomes of the rows; `before` `(B,)` tokens were read."""
+def _closing(attention: LayerAttention, before: Tensor, present: int, size: int) -> Closing:
+    """Find what becomes of the rows, of which `present` are there and `size` may stay; `before`
+    `(B,)` tokens were read."""
     tokens = before + attention.key_valid.sum(1)
-    old = torch.arange(-size, 0, device=before.device).expand(len(before), -1)
+    old = torch.arange(-present, 0, device=before.device).expand(len(before), -1)
     place = torch.cat([old, attention.key_positions], 1)
-    valid = torch.cat([right_valid(before, size), attention.key_valid], 1)
+    valid = torch.cat([right_valid(before, present), attention.key_valid], 1)
     leaving = valid & (valid.flip(1).cumsum(1).flip(1) > size)
-    stay, real = latest(valid, size), right_valid(tokens, size)
+    count = ring.capacity(tokens, present, size)
+    stay, real = latest(valid, count), right_valid(tokens, count)
     return Closing(tokens, place, stay, real, leaving, bool(leaving.any()))
 
 
 def _with_last(bias: Tensor, last: Tensor) -> Tensor:
-    """Put in what has been decided about the last row."""
+    """Put in what has been decided about the last row, where there is one."""
+    if not bias.shape[-1]:
+        return bias
     return torch.cat([bias[..., :-1], last[..., None].to(bias)], -1)
 
 

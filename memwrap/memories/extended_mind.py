@@ -160,5 +160,6 @@ class ExtendedMindMemory(AttentionMemory):
     def write_attention(self, layer: int, attention: LayerAttention, state: Tree) -> Tree:
         key, value = attention.key, attention.value
         if self.config.positions == "zero":
-            key = attention.rotate(key, torch.zeros_like(attention.key_positions))
+            zeros = torch.zeros_like(attention.key_positions)
+            key = attention.rotate(key, zeros, (self, "zero"))
         return self.rings.add(state, key, value, attention.key_valid)

@@ -26,7 +26,7 @@ from memwrap.ops.buffers.left_aligned import earliest
 from memwrap.ops.buffers.paged import SlotCache, append, number_of, put
 from memwrap.ops.buffers.right_aligned import right_valid
 from memwrap.state.progress import Progress
-from memwrap.state.trees import HOST, STORE, Tree
+from memwrap.state.trees import HOST, RECENT, STORE, Tree
 
 QUERIES_AT_ONCE = 128  # the units that any of them selected are laid out together
 FEW_UNITS = 16  # so many are laid out together for all queries
@@ -117,7 +117,6 @@ class InfLLMMemory(AttentionMemory):
 
     def __init__(self, config: InfLLMConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        self.kept = config.window_size + config.block_size - 1
         free = [n for n, dims in sizes.attention.items() if dims.window is None]
         chosen = free or list(sizes.attention)
         self.retrieving = set(chosen if config.layers is None else attending_layers(config, sizes))
@@ -144,15 +143,15 @@ class InfLLMMemory(AttentionMemory):
         make: dict[str, Any] = {"device": device, "dtype": self.sizes.backbone_dtype}
         tree: Tree = {"tokens": torch.zeros(batch, dtype=torch.long, device=device)}
         widths = {"key": dims.key_dim, "value": dims.value_dim}
+        shape = (batch, dims.num_kv_heads)
+        tree[RECENT] = {n: torch.zeros(*shape, 0, width, **make) for n, width in widths.items()}
         for name, width in widths.items():
-            for part, count in (("recent", self.kept), ("sink", config.num_sinks)):
-                shape = (batch, dims.num_kv_heads, count, width)
-                tree[f"{part}_{name}"] = torch.zeros(shape, **make)
+            tree[f"sink_{name}"] = torch.zeros(*shape, config.num_sinks, width, **make)
         if layer not in self.retrieving:
             return tree
         wide = torch.promote_types(self.sizes.backbone_dtype, torch.float32)
         sums: dict[str, Any] = {"device": device, "dtype": wide}
-        tree["score"] = torch.zeros(batch, dims.num_heads, self.kept, **sums)
+        tree[RECENT]["score"] = torch.zeros(batch, dims.num_heads, 0, **sums)
         tree["open_score"] = torch.zeros(batch, dims.num_heads, config.window_size, **sums)
         tree["query_sum"] = torch.zeros(batch, dims.num_heads, dims.key_dim, **sums)
         tree["query_count"] = torch.zeros_like(tree["tokens"])
@@ -172,6 +171,7 @@ class InfLLMMemory(AttentionMemory):
         for tree in state["layers"].values():
             yield tree["tokens"], *progress.closed
             units = self._counted(tree["tokens"])[1]
+            yield self._live(tree["tokens"]), 0, tree[RECENT]["key"].shape[2]
             if "chosen" in tree:
                 yield tree["query_count"], 0, progress.read[1]
                 yield tree["chosen"], 0, units
@@ -259,15 +259,15 @@ class InfLLMMemory(AttentionMemory):
         """Compute some queries' output, and what other columns received, `(B, H, recent + K)`."""
         other = None
         layout = self._layout(attention, state, units is not None)
-        recent = {n: self._last(state[f"recent_{n}"], layout.valid.shape[1]) for n in HELD}
+        recent = {n: _last(state[RECENT][n], layout.valid.shape[1]) for n in HELD}
         if isinstance(units, GroupedUnits):
             other, units = units.attend(attention, layout.far), NO_UNITS
         # Layers see alike where they read units in one way.
         name = "infllm", self, self._reach(attention), units is not None, other is not None
         rows = self._far_rows(attention, state, units, layout, recent)
-        if layout.valid.shape[1]:
-            count = layout.valid.shape[1]
-            cached: Any = {"static": count == self.kept, "name": ("recent", self, count)}
+        if count := layout.valid.shape[1]:
+            whole = count == state[RECENT]["key"].shape[2]
+            cached: Any = {"static": whole, "name": ("recent", self, count)}
             rows.append(
                 MemoryKeyValues(
                     recent["key"], recent["value"], layout.positions, layout.visible, **cached
@@ -277,7 +277,7 @@ class InfLLMMemory(AttentionMemory):
             out, received = attention.join_received(
                 *rows, local=layout.local, name=name, other=other
             )
-            return out, received.to(state["score"].dtype)
+            return out, received.to(state["open_score"].dtype)
         out, _ = attention.join(*rows, local=layout.local, name=name, other=other)
         if units is None:
             return out, None
@@ -319,10 +319,10 @@ class InfLLMMemory(AttentionMemory):
         elif not layout.some_sinks:
             far = (*far[:2], layout.sinks[..., :0])
         past, reach = layout.past.shape[2], self._reach(attention)
+        whole = past == state[RECENT]["key"].shape[2]
         rows = (
             ("far", True, chosen, far),
-            ("past", past == self.kept, False, (*(recent[n][:, :, :past] for n in HELD),
-                                                layout.past)),
+            ("past", whole, False, (*(recent[n][:, :, :past] for n in HELD), layout.past)),
         )  # fmt: skip
         return [
             MemoryKeyValues(
@@ -380,7 +380,7 @@ class InfLLMMemory(AttentionMemory):
         closing = attention.cached_per_step((self, "closing"), planned)
         count = recent_valid.shape[1]
         pool = {
-            name: closing.pool(self._last(state[f"recent_{name}"], count), rows)
+            name: closing.pool(_last(state[RECENT][name], count), rows)
             for name, rows in (("key", attention.key), ("value", attention.value))
         }
         new: Tree = {"tokens": closing.tokens}
@@ -390,15 +390,14 @@ class InfLLMMemory(AttentionMemory):
                 new[f"sink_{name}"] = put(buffer, closing.before[0], rows, closing.sinks, 2)
         if layer in self.retrieving:
             opened = block_units.scores_of_segment(attention, state["open_score"])
-            score = state["score"][..., self.kept - count :]
+            score = _last(state[RECENT]["score"], count)
             pool["score"] = closing.pool(score[..., None], opened[..., None])
             if closing.some[1]:
                 new |= self._new_units(state, pool, closing)
             new["open_score"] = torch.zeros_like(state["open_score"])
-        kept = closing.rest(pool, self.kept)
-        new |= {f"recent_{name}": kept[name] for name in HELD}
-        if "score" in kept:
-            new["score"] = kept["score"].squeeze(-1)
+        new[RECENT] = closing.rest(pool)
+        if "score" in new[RECENT]:
+            new[RECENT]["score"] = new[RECENT]["score"].squeeze(-1)
         return {**state, **new}
 
     def _new_units(self, state: Tree, pool: Tree, closing: PoolPlan) -> Tree:
@@ -419,6 +418,11 @@ class InfLLMMemory(AttentionMemory):
         c = self.config
         return ops.settled(tokens, c.window_size, c.num_sinks, c.block_size)
 
+    def _live(self, tokens: Tensor) -> Tensor:
+        """Count the recent tokens of rows that have read so many."""
+        sinks, units = self._counted(tokens)
+        return tokens - sinks - units * self.config.block_size
+
     def _settled(self, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tensor]:
         """Count the sinks and units of a state, which all layers have alike."""
         return attention.cached_per_step((self, "settled"), lambda: self._counted(state["tokens"]))
@@ -430,11 +434,12 @@ class InfLLMMemory(AttentionMemory):
     def _recent_valid(self, state: Tree, whole: bool = False) -> Tensor:
         """Tell which recent tokens are there, `(B, R)`; columns that no row needs are left out,
         unless the `whole` buffers are wanted."""
-        sinks, units = self._counted(state["tokens"])
-        live = state["tokens"] - sinks - units * self.config.block_size
-        count = self.kept if whole else int(live.max()) if len(live) else 0
+        live, count = self._live(state["tokens"]), state[RECENT]["key"].shape[2]
+        count = count if whole else int(live.max()) if len(live) else 0
         return right_valid(live, count)
 
-    def _last(self, buffer: Tensor, count: int) -> Tensor:
-        """Take the last rows of a buffer of recent keys or values."""
-        return buffer if count == self.kept else buffer[:, :, self.kept - count :]
+
+def _last(buffer: Tensor, count: int) -> Tensor:
+    """Take the last rows of a buffer of recent tokens."""
+    first = buffer.shape[2] - count
+    return buffer[:, :, first:] if first else buffer

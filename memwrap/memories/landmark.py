@@ -113,7 +113,7 @@ class LandmarkMemory(InsertsTokens, AttentionMemory):
 
     def init_state(self, batch_size: int, device: torch.device) -> Tree:
         config = self.config
-        room = GROWTH if config.cache_size is None else min(GROWTH, config.cache_size)
+        room = 0  # it grows with what is read
         make: dict[str, Any] = {"dtype": self.sizes.backbone_dtype}
         place = torch.device("cpu") if config.offload else device
         layers: Tree = {}

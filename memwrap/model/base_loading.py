@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from memwrap.assets import asset
+from memwrap.assets.places import find_model
 from memwrap.backbones.auto_classes import auto_class
 from memwrap.io.own_paths import is_own
 from memwrap.io.reading import inside
@@ -50,12 +51,10 @@ def find_folder(name: str | Path, subfolder: str | None = None, **hub: Any) -> P
         if not part.is_dir():
             raise FileNotFoundError(f"There is no folder {subfolder} in {whole}.")
         return part
-    folder = asset(name) or Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
-        raise FileNotFoundError(f"There is no folder {name}; save a model there first.")
-    return Path(huggingface_hub.snapshot_download(str(name), **hub))
+    place = find_model(name, **hub)
+    return (
+        place if isinstance(place, Path) else Path(huggingface_hub.snapshot_download(place, **hub))
+    )
 
 
 def base_place(config: Any, folder: Path) -> str | Path:
@@ -124,7 +123,7 @@ def load_base(saved: SavedModel, base: Any, options: dict[str, Any]) -> PreTrain
             return auto_class(config.backbone).from_config(
                 copy.deepcopy(config.backbone), dtype=dtype, trust_remote_code=trust, **chosen
             )
-    place = base_place(config, folder) if base is None else asset(base) or base
+    place = find_model(base_place(config, folder) if base is None else base, **options)
     kind = auto_class(config.backbone)
     if base is None and "quantization_config" not in options:
         options = options | _quantised_as_before(config.backbone, place, options)

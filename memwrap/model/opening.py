@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from memwrap.assets import asset
+from memwrap.assets.places import find_model
 from memwrap.backbones.auto_classes import load_backbone
 from memwrap.io.reading import inside, read_json
 from memwrap.memories.registry import config_class
@@ -56,7 +57,7 @@ def open_model(
             quick_dtype(model.parts.config, keep=True)
     else:
         config = config_class(memory).from_dict(settings or {})  # before anything is loaded
-        place = asset(name) or name
+        place = find_model(name)
         quick = None if dtype else quick_dtype(AutoConfig.from_pretrained(place))
         options |= {"dtype": quick} if quick else {}
         model = wrap(load_backbone(place, **options), config).eval()
@@ -72,20 +73,16 @@ def is_memory_model(name: str | Path) -> bool:
         FileNotFoundError: if there is no such model.
         ValueError: for a folder without a model or a damaged config.
     """
-    folder = asset(name) or Path(name)
-    if folder.is_dir():
-        path = folder / _CONFIG
+    place = find_model(name)
+    if isinstance(place, Path):
+        path = place / _CONFIG
         if not path.is_file():
-            raise ValueError(f"{folder} holds no model: {_CONFIG} is missing.")
-    elif folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
-        raise FileNotFoundError(f"There is no folder {name}; save a model there first.")
+            raise ValueError(f"{place} holds no model: {_CONFIG} is missing.")
     else:
         try:
-            path = Path(huggingface_hub.hf_hub_download(str(name), _CONFIG))
+            path = Path(huggingface_hub.hf_hub_download(place, _CONFIG))
         except OSError as error:
-            raise FileNotFoundError(
-                f"There is no folder {name}, and the Hub does not give such a model here."
-            ) from error
+            raise FileNotFoundError(f"The Hub does not give {_CONFIG} of {name}.") from error
     about = read_json(inside(path.parent, path.name))
     return isinstance(about, dict) and about.get("model_type") == "memwrap"
 

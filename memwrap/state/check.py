@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memwrap.state.memory_state import MemoryState
 from memwrap.state.trees import (
+    RECENT,
     STORE,
     Tree,
     tree_leaves,
@@ -36,10 +37,13 @@ def check_shapes(state: MemoryState, fresh: MemoryState, growing: Collection[str
             want = (state.batch_size, *tensor.shape[1:])
             if _page_of(key):  # a store's second dimension grows
                 want = (*want[:1], *have[1:2], *want[2:])
+            elif f".{RECENT}." in f".{key}":
+                want = (*want[:2], *have[2:3], *want[3:])
             elif name in growing:
                 want = _grown(want, have)
             _check_leaf(f"{name}.{key}", got[key], tensor, want)
         _check_pages(name, got)
+        _check_recent(name, got)
 
 
 def check_open(state: MemoryState, opened: MemoryState, segment_size: int, vocab: int) -> None:
@@ -125,6 +129,16 @@ def _check_pages(name: str, leaves: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"The state's {name}.{store} has pages of other lengths; its file is damaged."
             )
+
+
+def _check_recent(name: str, leaves: dict[str, Tensor]) -> None:
+    """Refuse recent tokens of which there are not as many in each tensor beside another."""
+    lengths: dict[str, set[int]] = {}
+    for key, tensor in leaves.items():
+        if f".{RECENT}." in f".{key}":
+            lengths.setdefault(key.rpartition(".")[0], set()).add(tensor.shape[2])
+    for place in (place for place, counts in lengths.items() if len(counts) > 1):
+        raise ValueError(f"The state's {name}.{place} has parts of other lengths; it is damaged.")
 
 
 def _page_of(key: str) -> tuple[str, int, str] | None:

@@ -4,10 +4,12 @@ A tree is a nested `dict[str, Tensor | dict]`; every tensor has the batch as its
 dimension. All that is done to a state (selecting rows, detaching, saving) is written here
 once, for every memory.
 
-Two names have a meaning. A subtree `"store"` grows with the text: it is a dict of pages, `"0"`,
+Three names have a meaning. A subtree `"store"` grows with the text: it is a dict of pages, `"0"`,
 `"1"`, ..., each a tree of tensors `(B, n, ...)` whose second dimension counts entries; every page
 but the last is full, and a row that has fewer entries than another holds zeros behind its own. A
-subtree `"host"` stays in the host's memory wherever the rest of the state goes.
+subtree `"host"` stays in the host's memory wherever the rest of the state goes. A subtree
+`"recent"` holds tensors `(B, H, n, ...)` of the last tokens, the youngest last: they are as long as
+the row needs that has read most, and others have zeros in front.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STORE, HOST = "store", "host"
+from memwrap.ops.buffers.right_aligned import lengthened
+
+STORE, HOST, RECENT = "store", "host", "recent"
 
 # Nested dicts whose leaves are tensors; a recursive type would only move the checks elsewhere.
 Tree = dict[str, Any]
@@ -48,18 +52,25 @@ def tree_to(tree: Tree, device: torch.device | str) -> Tree:
 
 
 def aligned(*trees: Tree) -> list[Tree]:
-    """Bring the stores of trees to one length: missing entries are zero (nothing is copied where
-    nothing is missing)."""
+    """Bring the stores and the recent tokens of trees to one length: missing entries are zero
+    (nothing is copied where nothing is missing)."""
     results: list[Tree] = [{} for _ in trees]
     for name, node in trees[0].items():
         nodes = [tree[name] for tree in trees]
         if name == STORE:
             nodes = _same_pages(nodes)
+        elif name == RECENT:
+            nodes = _same_starts(nodes)
         elif isinstance(node, dict):
             nodes = aligned(*nodes)
         for result, value in zip(results, nodes, strict=True):
             result[name] = value
     return results
+
+
+def _same_starts(nodes: list[Tree]) -> list[Tree]:
+    most = {name: max(node[name].shape[2] for node in nodes) for name in nodes[0]}
+    return [{name: lengthened(node[name], count) for name, count in most.items()} for node in nodes]
 
 
 def _same_pages(stores: list[Tree]) -> list[Tree]:

@@ -31,6 +31,7 @@ from transformers.trainer_callback import ProgressCallback
 
 import memwrap
 from memwrap.assets import asset
+from memwrap.assets.places import find_model
 from memwrap.backbones.auto_classes import load_backbone
 from memwrap.data.documents import load_documents, long_documents
 from memwrap.io.atomic_files import write_text
@@ -208,7 +209,6 @@ def _base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | No
     section = recipe.model
     if section.scratch is not None:
         return LlamaForCausalLM(LlamaConfig(**section.scratch)), None
-    name: Any = asset(section.name) or section.name
     dtype = section.dtype
     if dtype == "auto" and recipe.train_backbone:
         dtype = "float32"  # the optimizer's small steps vanish in bf16 weights
@@ -216,6 +216,7 @@ def _base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | No
     attention = section.attn_implementation
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     try:
+        name: Any = find_model(section.name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         base = load_backbone(name, dtype=dtype, **chosen, **options)
     except (OSError, ValueError) as error:

@@ -185,6 +185,8 @@ class TasksSection(Section):
         names: of the tasks; batches take turns.
         min_tokens, max_tokens: each batch draws a length between them.
         curriculum: most tokens by batch, as in `0:256,200:1024`; capped by `max_tokens`.
+        text_targets: tokens of a row's own text that are targets beside the answer, drawn anew for
+            each row: a memory that is trained on answers alone may harm the text between them.
     """
 
     prefix = "tasks."
@@ -193,6 +195,7 @@ class TasksSection(Section):
     min_tokens: PositiveInt = 256
     max_tokens: PositiveInt = 512
     curriculum: Curriculum | None = None
+    text_targets: NonNegativeInt = 0
 
     def validate_names(self) -> None:
         if not set(self.names) <= set(available()):

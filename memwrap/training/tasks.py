@@ -26,6 +26,7 @@ class TaskDataset(IterableDataset):
         batch_size: rows of a batch.
         min_tokens, max_tokens: lengths are drawn from this range, batch by batch.
         curriculum: `(batch, tokens)`: the longest from that batch on.
+        text_targets: tokens of a row's own text that are targets beside its answer.
         seed: of everything random.
     """
 
@@ -38,12 +39,13 @@ class TaskDataset(IterableDataset):
         min_tokens: int,
         max_tokens: int,
         curriculum: list[tuple[int, int]] | None = None,
+        text_targets: int = 0,
         seed: int = 0,
     ) -> None:
         self.tasks = [task(name) for name in names]
         self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
         self.min_tokens, self.max_tokens = min_tokens, max_tokens
-        self.curriculum = curriculum or [(0, max_tokens)]
+        self.curriculum, self.text_targets = curriculum or [(0, max_tokens)], text_targets
 
     def longest(self, batch: int) -> int:
         """Count the most tokens of a row in batch number `batch`."""
@@ -60,6 +62,9 @@ class TaskDataset(IterableDataset):
                 seed = FIRST_SEED + draw.getrandbits(40)
                 sample = chosen.sample(self.tokenizer, length, seed)
                 row = sample.training_row(self.tokenizer.eos_token_id if chosen.ends else None)
+                text = [at for at, label in enumerate(row["labels"]) if at and label == -100]
+                for at in draw.sample(text, min(self.text_targets, len(text))):
+                    row["labels"][at] = row["input_ids"][at]
                 yield {name: torch.tensor(values) for name, values in row.items()}
             batch += 1
 
@@ -82,6 +87,7 @@ def tasks_data(
         min_tokens=section.min_tokens,
         max_tokens=section.max_tokens,
         curriculum=parse_curriculum(section.curriculum) if section.curriculum else None,
+        text_targets=section.text_targets,
         seed=recipe.trainer.seed,
     )
     for made in dataset.tasks:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import memwrap
 from memwrap.assets import asset
 from memwrap.chat import read_document
-from memwrap.cli import demo, demo_readers, demo_texts, demo_trained
+from memwrap.cli import demo, demo_readers, demo_report, demo_texts, demo_trained
 from memwrap.cli.demo_readers import BaseReader, MemoryReader
 
 TEMPLATE = (
@@ -28,7 +28,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    small = {"BASES": {"base, truncated": 64, "base, whole": 200}, "CONTEXT": 200,
+    small = {"BASES": {"base, truncated": 64, "base, whole": -200}, "CONTEXT": 200,
              "SEGMENT": 32, "ROWS": 64, "MEASURED": (200,), "LOOKS": 600,
              "LENGTHS": (100, 150, 700),
              "READING": {"segment_size": 32, "window_size": 64, "block_size": 16, "top_k": 2},
@@ -45,11 +45,11 @@ def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
     results = demo.main(small, 60)
     assert json.loads((small / "results.json").read_text()) == json.loads(json.dumps(results))
     printed = capsys.readouterr().out
-    assert all(sentence in printed for sentence in demo.conclusions(results))
+    assert all(sentence in printed for sentence in demo_report.conclusions(results))
     assert results["document"]["bytes"] == (small / "document.safetensors").stat().st_size
     assert [len(row["answers"]) for row in results["document"]["questions"]] == [3, 3, 3]
     cells = {(cell["curve"], cell["length"]) for cell in results["facts"]}
-    every = {(curve, n) for n in demo.LENGTHS for curve in demo.CURVES}
+    every = {(curve, n) for n in demo.LENGTHS for curve in demo_report.CURVES}
     assert cells == every - {("window + sinks", 100), ("window + sinks", 150)}
     assert len(cells) == len(results["facts"]) and results["skipped"] == []
     for name in ("facts.png", "nats.png"):
@@ -57,13 +57,13 @@ def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
     page = small.parent / "README.md"
     page.write_text("# A\n<!-- demo:begin -->\nBEFORE\n<!-- demo:end -->\nZ\n")
     (small.parent / "docs" / "figures").mkdir(parents=True)
-    demo.publish(small, page)
+    demo_report.publish(small, page)
     text = page.read_text()
     assert "BEFORE" not in text and text.startswith("# A\n") and text.endswith("-->\nZ\n")
-    assert "| window + sinks | - | - |" in text and demo.conclusions(results)[2] in text
+    assert "| window + sinks | - | - |" in text and demo_report.conclusions(results)[2] in text
     assert "demo_nats.png" in text
     best = min(m["mean"] for m in results["nats"]["memories"].values())
-    assert ("take a memory" in demo.conclusions(results)[2]) == (
+    assert ("take a memory" in demo_report.conclusions(results)[2]) == (
         results["nats"]["memories"]["window + sinks"]["mean"] == best
     )
     sizes = [m["bytes"] for m in results["nats"]["memories"].values()]
@@ -124,7 +124,7 @@ def test_a_trained_memory_is_shown_where_one_is_shipped_and_its_training_begun(
     monkeypatch.setattr(
         demo, "trained_anew", lambda _, *given: demo_trained.trained_anew(plain, *given)
     )
-    run = demo.Run(tmp_path, 1, base, tokenizer, 1)
+    run = demo.Run(tmp_path, 3, base, tokenizer, 1, results={"parts": {}})
     demo._show_trained(run)
     training = run.results["training"]
     assert training["steps"] == training["planned"] == 1 and 0 <= training["known"] <= 1
@@ -165,6 +165,7 @@ def test_the_sentences_follow_from_the_numbers(best: str) -> None:
     found = {"memory": (9, 9, 8), "base, truncated": (5, 1, 0), "base, whole": (9, 6, 2),
              "window + sinks": (None, 4, 3)}  # fmt: skip
     results = {
+        "settings": {"truncated": 1_024, "context": 8_064, "looks": 2_560, "entries": 512},
         "document": {"tokens": 16_010, "seconds": 90.2, "bytes": 1_130_000_000},
         "facts": [{"curve": curve, "length": n, "depth": [1.0] * count + [0.0] * (10 - count)}
                   for curve, counts in found.items()
@@ -173,7 +174,7 @@ def test_the_sentences_follow_from_the_numbers(best: str) -> None:
                               for name, size in (("window + sinks", 35_400_000),
                                                  ("extended_mind", 52_600_000))}},
     }  # fmt: skip
-    first, second, third = demo.conclusions(results)
+    first, second, third = demo_report.conclusions(results)
     assert "the memory found 8, the base with all that its context holds 2, with" in first
     assert "in 90 s" in first and "9 at 2,000, 9 at 8,000, 8 at 16,000 tokens" in second
     assert "sinks 4 at 8,000, 3 at 16,000; from" in second and second.endswith("the memory lost 1.")
@@ -181,5 +182,5 @@ def test_the_sentences_follow_from_the_numbers(best: str) -> None:
     assert ("0.250 nats" in third) == (best != "window + sinks")
     assert best == "window + sinks" or ("(53 MB)" in third and "(35 MB)" in third)
     del results["nats"]
-    assert demo.conclusions(results)[:2] == [first, second]
-    assert "cut short" in demo.conclusions(results)[2]
+    assert demo_report.conclusions(results)[:2] == [first, second]
+    assert "cut short" in demo_report.conclusions(results)[2]

@@ -74,7 +74,7 @@ class Layer(OneLayer):
 
     def held(self, row: int, head: int, pads: int) -> Tensor:
         """Numbers, in the text's columns, of the keys that are kept."""
-        tree, size = self.state, self.state["window_key"].shape[2]
+        tree, size = self.state, self.state["recent"]["key"].shape[2]
         kept = tree["kept_place"][row, head, : tree["kept_count"][row, head]]
         near = torch.arange(-min(size, int(tree["tokens"][row])), 0)
         return torch.cat([kept.long(), near]) + tree["tokens"][row] + pads

@@ -63,9 +63,9 @@ class Layer:
 
     def note(self, first: int, count: int, state: Any) -> None:
         """The scores of all tokens that are in no unit yet, by their number in the text."""
-        kept = state["score"].shape[2]
+        kept = state["recent"]["score"].shape[2]
         for column in range(max(0, kept - first), kept):
-            self.scores[first - kept + column] = state["score"][..., column]
+            self.scores[first - kept + column] = state["recent"]["score"][..., column]
         for place in range(count):
             self.scores[first + place] = state["open_score"][..., place]
         created = self.units()

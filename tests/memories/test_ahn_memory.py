@@ -208,11 +208,11 @@ def test_what_is_kept() -> None:
 
     found = shapes()
     assert found["S"] == (2, 4, 8, 8)
-    assert found["window.gates"] == (2, 4, 10, 2)
-    assert found["window.window_key"] == (2, 2, 10, 8)
+    assert found["window.recent.gates"] == (2, 4, 10, 2)
+    assert found["window.recent.key"] == (2, 2, 10, 8)
     assert found["window.sink_key"] == (2, 2, 2, 8)
     shared = shapes(states="kv_head", form="delta")
-    assert (shared["S"], shared["window.gates"]) == ((2, 2, 8, 8), (2, 2, 10, 1))
+    assert (shared["S"], shared["window.recent.gates"]) == ((2, 2, 8, 8), (2, 2, 10, 1))
     # Table 1 of the paper: 3 D N_q + H^2 N_q numbers a layer, and a few a head.
     model = memwrap.wrap(build("llama"), "ahn")
     count = sum(p.numel() for p in model.memories["ahn"].networks["0"].parameters())

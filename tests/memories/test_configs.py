@@ -79,7 +79,7 @@ WRONG: dict[str, dict[str, Any]] = {
             "train_windows": [0]},
     "armt": {"num_memory_tokens": 0, "d_mem": 0, "nu": 0, "n_heads": 0, "value_init": "one",
              "layers": "early", "read_scale": "unit", "gate_init": "1", "written_tokens": 0,
-             "tokens_read": 1, "train_tokens": 0, "state_decay": 0, "read_cap": 0},
+             "tokens_read": 1, "train_tokens": 0, "state_decay": 0, "read_cap": 0, "token_gate": 1},
     "autocompressor": {"num_memory_tokens": 0, "memory_size": 0, "length_spread": 1.01,
                        "accumulate": 1, "bptt_segments": 0, "independent": 1, "reader": "base"},
     "compact": {"slots": 0, "memory_size": 0, "num_sinks": -1, "merge": "sum", "selection": "rank",
@@ -155,6 +155,8 @@ RELATIONS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
      {"value_init": "identity"},
      "value_init is 'identity'; it must be another one without input_norm: values would not be "
      "bounded."),
+    ("armt.validate_token_gate", {"token_gate": True, "read_scale": "raw"}, {"token_gate": True},
+     'token_gate is True; it must be false with read_scale="raw": there is no gate.'),
     ("autocompressor.validate_memory_size", {"num_memory_tokens": 4, "memory_size": 3},
      {"num_memory_tokens": 4, "memory_size": 4},
      "memory_size is 3; it must be at least num_memory_tokens (4)."),

@@ -227,7 +227,7 @@ def test_groups_of_queries_read_their_units_apart(
         for columns in range(0, text.shape[1], 5):
             parts.append(model(text[:, columns : columns + 5], cache=state).logits)
         layers = state.memories["infllm"]["layers"].values()
-        noted = [tree[name] for tree in layers for name in ("score", "chosen")]
+        noted = [x for tree in layers for x in (tree["recent"]["score"], tree["chosen"])]
         whole = model(text).logits, model(rows, attention_mask=mask).logits
         return [torch.cat(parts, 1), *noted, *whole]
 
@@ -247,7 +247,7 @@ def test_what_is_offloaded_stays_on_the_host(tmp_path: Path) -> None:
     model = wrapped("infllm", offload=True)
     state = model.read(long_text())
     moved = state.to("meta").memories["infllm"]["layers"]["0"]
-    assert moved["recent_key"].device.type == "meta"
+    assert moved["recent"]["key"].device.type == "meta"
     assert moved["index"]["store"]["0"]["rep"].device.type == "meta"
     assert moved["host"]["store"]["0"]["key"].device.type == "cpu"
     state.save(tmp_path / "state.safetensors")

@@ -234,7 +234,7 @@ def test_heads_share_a_state() -> None:
     model = wrapped("liger", base=build("llama").to(torch.bfloat16))
     tree = model.read(ids(2, 20)).memories["liger"]["layers"]["0"]
     assert tree["S"].shape == (2, 2, 8, 8) and tree["S"].dtype == torch.float32
-    assert tree["window"]["window_key"].shape == (2, 2, 4, 8)
+    assert tree["window"]["recent"]["key"].shape == (2, 2, 4, 8)
     routed = wrapped("liger", num_memories=3).read(ids(2, 20)).memories["liger"]["layers"]
     assert routed["0"]["S"].shape == (2, 4, 2, 8, 8)
     slots = wrapped("liger", form="gsa", num_slots=4).read(ids(1, 9)).memories["liger"]["layers"]

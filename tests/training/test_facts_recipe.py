@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_memory_tokens_that_do_not_read_write_what_they_wrote_alone() -> None:
     for reads in (True, False):
         config = memwrap.ARMTConfig(
             segment_size=8, num_memory_tokens=3, d_mem=8, value_init="identity", written_tokens=1,
-            gate_init=2.0, layers="late", tokens_read=reads, correction=False,
+            gate_init=2.0, layers="late", tokens_read=reads, correction=False, token_gate=True,
         )  # fmt: skip
         torch.manual_seed(0)
         model = memwrap.wrap(build("llama"), config).eval()
@@ -110,18 +111,29 @@ def test_memory_tokens_that_do_not_read_write_what_they_wrote_alone() -> None:
 
 def test_what_is_read_is_as_large_as_the_hidden_state_says() -> None:
     """Ten times the hidden state, ten times the read; the raw form gives the same for both."""
-    for scale, wanted in (("hidden", 10.0), ("raw", 1.0)):
-        model = memwrap.wrap(
-            build("llama"),
-            memwrap.ARMTConfig(d_mem=8, value_init="normal", read_scale=scale, layers=[1]),
+    forms = ("hidden", False, 10.0), ("hidden", True, 10.0), ("raw", False, 1.0)
+    for scale, gated, wanted in forms:
+        config = memwrap.ARMTConfig(
+            d_mem=8, value_init="normal", read_scale=scale, token_gate=gated, layers=[1]
         )
+        model = memwrap.wrap(build("llama"), config)
         layer: Any = model.memories["armt"].layers["1"]
         hidden = torch.randn(1, 5, model.parts.config.hidden_size)
         A = torch.rand(1, 1, 48, hidden.shape[2])
         z = torch.rand(1, 1, 48)
         with torch.no_grad():
             one, ten = layer.read(hidden, A, z), layer.read(10 * hidden, A, z)
-        assert_close(ten, wanted * one, 1e-3)
+            assert_close(ten, wanted * one, 1e-3)
+            if gated:  # shut for tokens of one kind, as it was for the others
+                layer.share.weight.copy_(-100 * hidden[:, 0])
+                shut = layer.read(hidden, A, z)
+                assert float(shut[:, 0].abs().max()) < 1e-6 < float(one[:, 0].abs().max())
+                layer.share.weight.zero_()
+                layer.share.bias.fill_(30.0)
+                layer.config = replace(config, token_gate=False)
+                ungated = layer.read(hidden, A, z)
+                layer.config = config
+                assert_close(layer.read(hidden, A, z), ungated, 1e-6)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,16 @@ def test_batches(tokenizer: PreTrainedTokenizerBase) -> None:
         torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, again, strict=True)
     )
     assert not torch.equal(rows[0]["input_ids"], rows[1]["input_ids"])
+
+
+def test_tokens_of_the_text_may_be_targets_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As many as were asked for, each its own id, besides the answer."""
+    lengths: dict[str, Any] = {"batch_size": 4, "min_tokens": 120, "max_tokens": 120}
+    plain = next(iter(TaskDataset(["passkey"], tokenizer, **lengths)))
+    row = next(iter(TaskDataset(["passkey"], tokenizer, text_targets=5, **lengths)))
+    more = (row["labels"] != -100) & (plain["labels"] == -100)
+    assert torch.equal(row["input_ids"], plain["input_ids"]) and int(more.sum()) == 5
+    assert torch.equal(row["labels"][more], row["input_ids"][more]) and not more[0]
 
 
 def test_a_generated_answer_is_taught_with_its_end(tokenizer: PreTrainedTokenizerBase) -> None:

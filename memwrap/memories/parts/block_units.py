@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from memwrap.backbones import LayerAttention
 from memwrap.ops.buffers import take as take_rows
 from memwrap.ops.buffers.kept import kept_beside
 from memwrap.ops.buffers.paged import Pages, SlotCache, take
 from memwrap.ops.buffers.right_aligned import latest, right_valid
-from memwrap.state.trees import Tree
+from memwrap.state.trees import RECENT, Tree
 
 HELD = ("key", "value")
 UNITS_A_PAGE = 16
@@ -79,10 +78,8 @@ def behind(units: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tenso
 def kept_rows(pool: dict[str, Tensor], left: Tensor, count: Tensor, size: int) -> dict[str, Tensor]:
     """Take the `count` `(B,)` rows of a pool that are `left` `(B, N)`, at the right end of buffers
     of `size` rows."""
-    missing = max(0, size - left.shape[1])
-    left = pad(left, (missing, 0))
     index, valid = latest(left, size), right_valid(count, size)
-    return {n: take_rows(pad(x, (0, 0, missing, 0)), index, valid) for n, x in pool.items()}
+    return {n: take_rows(x, index, valid) for n, x in pool.items()}
 
 
 def blocks_of(pool: dict[str, Tensor], first: Tensor, more: Tensor, size: int) -> dict[str, Tensor]:
@@ -97,20 +94,19 @@ def blocks_of(pool: dict[str, Tensor], first: Tensor, more: Tensor, size: int) -
     }
 
 
-def add_received(
-    attention: LayerAttention, state: Tree, received: Tensor, window: int
-) -> dict[str, Tensor]:
+def add_received(attention: LayerAttention, state: Tree, received: Tensor, window: int) -> Tree:
     """Add what recent and own columns received, `(B, H, R + K)`, to the scores of a layer's state:
     of recent tokens, and by position of the first `window` of the open segment."""
     count = received.shape[2] - attention.value.shape[2]
     recent, segment = received[..., :count], received[..., count:]
-    score = state["score"]
+    score = state[RECENT]["score"]
     old = score.shape[2] - count
     score = torch.cat([score[..., :old], score[..., old:] + recent], 2)
     inside = (attention.key_positions < window) & attention.key_valid
     index = attention.key_positions.clamp(0, window - 1)[:, None].expand_as(segment)
     segment = segment * inside[:, None]
-    return {"score": score, "open_score": state["open_score"].scatter_add(2, index, segment)}
+    recent_rows = {**state[RECENT], "score": score}
+    return {RECENT: recent_rows, "open_score": state["open_score"].scatter_add(2, index, segment)}
 
 
 def scores_of_segment(attention: LayerAttention, scores: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ class PoolPlan:
     Attributes:
         tokens: `(B,)` read with the segment.
         before: `(B,)` sinks and units before it; `sinks`, `units`: `(B,)` new ones.
-        start, total: `(B,)`, where in the pool the rest begins, and the pool's end.
+        start, total: `(B,)`, where in the pool the rest begins, and the pool's end; `most`: of the
+            rest, in the row that has most.
         order: `(B, N)`, which of the pool's rows come first; None: they are in order.
         some: whether there are new sinks, and new units.
         alike: the number of sinks, where the rest begins and the pool's end, in every row; None:
@@ -103,6 +104,7 @@ class PoolPlan:
     units: Tensor
     start: Tensor
     total: Tensor
+    most: int
     order: Tensor | None
     some: tuple[bool, bool]
     alike: tuple[int, int, int] | None
@@ -126,7 +128,8 @@ class PoolPlan:
         same = order is None and len(rows) > 0 and bool((rows == rows[:1]).all())
         alike: Any = tuple(rows[0].tolist()) if same else None
         some = bool((sinks > 0).any()), bool((units > 0).any())
-        return cls(after[0], before[1:], sinks, units, start, total, order, some, alike)
+        most = int((total - start).max()) if len(rows) else 0
+        return cls(after[0], before[1:], sinks, units, start, total, most, order, some, alike)
 
     def pool(self, recent: Tensor, segment: Tensor) -> Tensor:
         """Put rows `(B, H, K, D)` of the segment behind the recent ones, those that are real
@@ -144,13 +147,11 @@ class PoolPlan:
             for n, x in pool.items()
         }
 
-    def rest(self, pool: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-        """Take the rest of a pool, at the right end of buffers of `size` rows."""
+    def rest(self, pool: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the rest of a pool, at the right end of buffers of `most` rows."""
         if self.alike is not None:
             _, start, total = self.alike
-            ahead = (0, 0, size - (total - start), 0)
-            return {n: torch.nn.functional.pad(x[:, :, start:total], ahead)
-                    for n, x in pool.items()}  # fmt: skip
+            return {n: x[:, :, start:total].clone() for n, x in pool.items()}
         index = torch.arange(pool["key"].shape[2], device=self.start.device)
         left = (index >= self.start[:, None]) & (index < self.total[:, None])
-        return block_units.kept_rows(pool, left, self.total - self.start, size)
+        return block_units.kept_rows(pool, left, self.total - self.start, self.most)

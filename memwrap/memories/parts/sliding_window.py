@@ -1,8 +1,8 @@
 """A sliding window of keys that spans the ends of segments, with the document's first tokens.
 
-What is kept are un-rotated keys and values of the last tokens before the open segment, filled from
-the right, and of the first ones. Shapes: B rows, Hkv key-value heads, W rows of the window, n
-sinks.
+What is kept are un-rotated keys and values of the last tokens before the open segment, the youngest
+last, and of the first ones. Shapes: B rows, Hkv key-value heads, W rows of the window, as many as
+were read until there are `kept`, n sinks.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from memwrap.backbones.attention_probe import AttentionSizes
 from memwrap.backbones.layer_attention import LayerAttention
 from memwrap.backbones.positions import MemoryKeyValues
-from memwrap.ops.buffers import take
+from memwrap.ops.buffers import ring, take
 from memwrap.ops.buffers.left_aligned import earliest
-from memwrap.ops.buffers.right_aligned import latest, right_valid
+from memwrap.ops.buffers.right_aligned import latest, lengthened, right_valid
 from memwrap.state.progress import Progress
-from memwrap.state.trees import Tree
+from memwrap.state.trees import RECENT, Tree
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Evicted:
         query_positions: `(B, T)` of the queries in the document, from 0.
         positions: `(B, T)` of the rows that leave; negative where none does.
         kept: `(B, T)` that row among the ones kept before the segment.
+        size: rows that are kept, those not read yet among them.
         columns: `(B, T)` its column in the segment, where it is one of the segment's.
         inside: `(B, T)` bool, where it is; None: nowhere.
         run: they are these rows, one after the other, among the ones kept; None: they may not be.
@@ -40,6 +41,7 @@ class Evicted:
     query_positions: Tensor
     positions: Tensor
     kept: Tensor
+    size: int
     columns: Tensor
     inside: Tensor | None
     run: slice | None
@@ -47,6 +49,7 @@ class Evicted:
     def rows(self, window_rows: Tensor, segment_rows: Callable[[], Tensor]) -> Tensor:
         """Take what left, `(B, H, T, D)`: of the kept rows `(B, H, W, D)` and, where it is inside,
         of what `segment_rows` gives for `columns`, `(B, H, T, D)`."""
+        window_rows = lengthened(window_rows, self.size)
         if self.run is not None:
             return window_rows[:, :, self.run]
         before = take(window_rows, self.kept)
@@ -86,7 +89,8 @@ class SlidingWindow:
     Attributes:
         size: tokens that a query sees.
         num_sinks: first tokens of the document that stay visible.
-        kept: rows that are kept before a segment; at least `size - 1`, which is the default.
+        kept: rows that are kept before a segment, once so many were read; at least `size - 1`,
+            which is the default.
     """
 
     size: int
@@ -107,10 +111,11 @@ class SlidingWindow:
         tree: Tree = {"tokens": torch.zeros(batch_size, dtype=torch.long, device=device)}
         if sizes is not None:
             tree["sizes"] = sizes.to(device)
-        for name, count in (("window", self.kept), ("sink", self.num_sinks)):
-            shape = (batch_size, dims.num_kv_heads, count)
-            tree[f"{name}_key"] = torch.zeros(*shape, dims.key_dim, **make)
-            tree[f"{name}_value"] = torch.zeros(*shape, dims.value_dim, **make)
+        shape = (batch_size, dims.num_kv_heads)
+        widths = {"key": dims.key_dim, "value": dims.value_dim}
+        tree[RECENT] = {n: torch.zeros(*shape, 0, width, **make) for n, width in widths.items()}
+        for name, width in widths.items():
+            tree[f"sink_{name}"] = torch.zeros(*shape, self.num_sinks, width, **make)
         return tree
 
     @property
@@ -121,6 +126,7 @@ class SlidingWindow:
     def ranges(self, tree: Tree, progress: Progress) -> Iterator[tuple[Tensor, Any, Any]]:
         """Say what the whole numbers in a layer's tree may be."""
         yield tree["tokens"], *progress.closed
+        yield tree["tokens"], 0, ring.most_counted(tree[RECENT]["key"].shape[2], self.kept)
         if "sizes" in tree:
             yield tree["sizes"], 1, self.size
 
@@ -131,7 +137,7 @@ class SlidingWindow:
         name = ("window", self, attention.window)
         masks = attention.cached_per_step(name, lambda: self.masks(attention, state))
         window = MemoryKeyValues(
-            state["window_key"], state["window_value"], masks.window_positions, masks.window,
+            state[RECENT]["key"], state[RECENT]["value"], masks.window_positions, masks.window,
             static=True,
         )  # fmt: skip
         if not self.num_sinks or attention.window is not None:
@@ -145,20 +151,22 @@ class SlidingWindow:
     def closed(
         self, attention: LayerAttention, state: Tree, beside: dict[str, Tensor] | None = None
     ) -> Tree:
-        """Make the segment part of the past; `beside` keys and values rows `(B, H, K, D)` of the
-        segment for other buffers of `kept` rows in the state."""
-        tokens, kept, valid = attention.cached_per_step(
+        """Make the segment part of the past; `beside` are rows `(B, H, K, D)` of the segment for
+        what else stands in the state's `RECENT`."""
+        tokens, count, kept, valid = attention.cached_per_step(
             ("kept", self), lambda: self._kept(attention, state)
         )
-        new = {**state, "tokens": tokens}
-        segment = {"window_key": attention.key, "window_value": attention.value}
+        recent: Tree = {}
+        segment = {"key": attention.key, "value": attention.value}
         for name, rows in (segment | (beside or {})).items():
-            more, old = rows.shape[2], state[name]
+            more, old = rows.shape[2], state[RECENT][name]
             if kept is None:  # without padding what stays are the last rows
-                parts = [old[:, :, more:], rows[:, :, max(0, more - self.kept) :].to(old)]
-                new[name] = torch.cat(parts, 2)
+                first = old.shape[2] + more - count
+                parts = [old[:, :, first:], rows[:, :, max(0, more - count) :].to(old)]
+                recent[name] = torch.cat(parts, 2)
             else:
-                new[name] = take(torch.cat([old, rows.to(old)], 2), kept, valid)
+                recent[name] = take(torch.cat([old, rows.to(old)], 2), kept, valid)
+        new = {**state, "tokens": tokens, RECENT: recent}
         if self.num_sinks:
             new["sink_key"], new["sink_value"] = self.sinks(attention, state)
         return new
@@ -172,8 +180,8 @@ class SlidingWindow:
         """Take un-rotated keys `(B, Hkv, T, Dk)` and values `(B, Hkv, T, Dv)` of what leaves."""
         evicted = self.evicted(attention, state)
         columns, name = evicted.columns, ("evicted", self)
-        key = evicted.rows(state["window_key"], lambda: attention.keys_at(columns, name))
-        value = evicted.rows(state["window_value"], lambda: take(attention.value, columns))
+        key = evicted.rows(state[RECENT]["key"], lambda: attention.keys_at(columns, name))
+        value = evicted.rows(state[RECENT]["value"], lambda: take(attention.value, columns))
         return key, value
 
     def _evicted(self, attention: LayerAttention, state: Tree) -> Evicted:
@@ -191,19 +199,21 @@ class SlidingWindow:
             first = valid.shape[1] - length - self.size + self.kept
             run = slice(first, first + length)
         some = inside if within else None
-        return Evicted(positions, positions - sizes, kept, columns, some, run)
+        return Evicted(positions, positions - sizes, kept, self.kept, columns, some, run)
 
     def _kept(
         self, attention: LayerAttention, state: Tree
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Choose what stays: tokens read, which of kept rows and the segment's stay, `(B, W)`, and
-        which of these are real; None: the last rows, where rows that are not real hold zeros."""
-        before, valid = state["tokens"], attention.key_valid
+    ) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+        """Choose what stays: tokens read, how many rows stay, which of kept rows and the segment's
+        these are, `(B, W)`, and which of them are real; None: the last rows, where rows that are
+        not real hold zeros."""
+        before, valid, present = state["tokens"], attention.key_valid, state[RECENT]["key"].shape[2]
         tokens = before + valid.sum(1)
         if attention.positions.ordered:
-            return tokens, None, None
-        rows = latest(torch.cat([right_valid(before, self.kept), valid], 1), self.kept)
-        return tokens, rows, right_valid(tokens, self.kept)
+            return tokens, min(self.kept, present + valid.shape[1]), None, None
+        count = ring.capacity(tokens, present, self.kept)
+        rows = latest(torch.cat([right_valid(before, present), valid], 1), count)
+        return tokens, count, rows, right_valid(tokens, count)
 
     def masks(self, attention: LayerAttention, state: Tree) -> VisibilityMasks:
         """Tell who sees whom in a step."""
@@ -212,9 +222,10 @@ class SlidingWindow:
         window: Tensor | int = most
         if "sizes" in state:
             window = state["sizes"][:, None, None].clamp_max(most)
-        positions = torch.arange(-self.kept, 0, device=before.device).expand(len(before), -1)
+        kept = state[RECENT]["key"].shape[2]
+        positions = torch.arange(-kept, 0, device=before.device).expand(len(before), -1)
         recent = queries[:, :, None] - positions[:, None] < window
-        recent &= right_valid(before, self.kept)[:, None]
+        recent &= right_valid(before, kept)[:, None]
         local = queries[:, :, None] - attention.key_positions[:, None] < window
         absolute = before[:, None] + queries
         sinks = torch.arange(self.num_sinks, device=before.device).expand(len(before), -1)

@@ -108,11 +108,7 @@ class WholeStates(Compacts):
 
     def _nothing_recent(self, state: Tree) -> Tree:
         """Give the parts of a tree for recent rows and kept queries, without any."""
-        size = self.config.memory_size or 0
-        new = {
-            f"recent_{n}": torch.zeros_like(state[f"recent_{n}"][:, :, :size])
-            for n in ("key", "value")
-        }
+        new = {f"recent_{n}": state[f"recent_{n}"][:, :, :0].clone() for n in ("key", "value")}
         return {**new, "recent_count": torch.zeros_like(state["recent_count"]),
                 **self.references.without_kept(state)}  # fmt: skip
 

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def lengthened(rows: Tensor, count: int) -> Tensor:
+    """Make a buffer `(B, H, C, ...)` one of at least `count` slots: zeros come in front."""
+    missing = count - rows.shape[2]
+    if missing <= 0:
+        return rows
+    return torch.cat([rows.new_zeros(*rows.shape[:2], missing, *rows.shape[3:]), rows], 2)
+
+
 def latest(valid: Tensor, count: int) -> Tensor:
     """Give the indices `(B, count)` that put the last `count` valid rows of `valid` `(B, N)` at the
     right end, in their order. Where fewer are valid, the left slots hold invalid rows."""

@@ -18,6 +18,7 @@ _SCORES_AT_ONCE = 2**24
 _ENTRIES_LEAST, _ENTRIES_AT_ONCE = 2**10, 2**14
 _GATHERED_AT_ONCE = 2**25
 _HIDDEN = -1e30
+_FEW = 16  # rows, or one of so many, are sorted again for equal scores in them
 _BLOCK = 16  # scores whose largest is found first
 
 
@@ -29,17 +30,12 @@ def normalise(x: Tensor) -> Tensor:
 def gather(rows: Tensor, index: Tensor) -> Tensor:
     """Take entries of a cache `(B, Hkv, N, D)` at `index` `(B, H, T, k)`: `(B, H, T, k, D)`. Where
     the index is -1 stands entry 0."""
-    width, flat = rows.shape[-1], _flat(rows, index).flatten()
-    return rows.reshape(-1, width).index_select(0, flat).view(*index.shape, width)
-
-
-def _flat(rows: Tensor, index: Tensor) -> Tensor:
-    """Count the entries `index` of `gather` over all rows and heads."""
-    batch, heads, count, _ = rows.shape
+    batch, heads, count, width = rows.shape
     group = index.shape[1] // heads
     first = torch.arange(batch * heads, device=rows.device) * count
     first = first.view(batch, heads).repeat_interleave(group, 1)
-    return index.clamp_min(0) + first[:, :, None, None]
+    flat = (index.clamp_min(0) + first[:, :, None, None]).flatten()
+    return rows.reshape(-1, width).index_select(0, flat).view(*index.shape, width)
 
 
 def attend_chunked(
@@ -72,13 +68,8 @@ def _block(
     scores = scores.masked_fill(~present, _HIDDEN)
     weights = scores.softmax(-1) * present
     total = scores.logsumexp(-1).masked_fill(~present.any(-1), -math.inf)
-    if torch.is_grad_enabled() or values.dtype != wide:
-        return (weights[..., None, :] @ gather(values, index).to(wide)).squeeze(-2), total, weights
-    flat, width = _flat(values, index).flatten(0, 2), values.shape[-1]
-    out = torch.nn.functional.embedding_bag(
-        flat, values.reshape(-1, width), mode="sum", per_sample_weights=weights.flatten(0, 2)
-    )
-    return out.view(*index.shape[:3], width), total, weights
+    out = (weights[..., None, :] @ gather(values, index).to(wide)).squeeze(-2)
+    return out, total, weights
 
 
 def search_chunked(
@@ -143,8 +134,16 @@ def first_largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     total = scores.shape[-1]
     count = min(count, total)
     top, places = _largest(scores, min(count + 1, total))
-    if scores.device.type == "cpu" and not bool((top[..., 1:] == top[..., :-1]).any()):
-        return top[..., :count], places[..., :count]
+    if scores.device.type == "cpu":  # a look costs little, and mostly few scores are equal
+        rows = ((top[..., 1:] == top[..., :-1]) & (top[..., 1:] > -math.inf)).any(-1)
+        number = int(rows.sum())
+        if number <= _FEW or number * _FEW <= rows.numel():
+            places = places[..., :count]
+            if number:
+                order = scores[rows].sort(dim=-1, descending=True, stable=True).indices
+                places = places.clone()
+                places[rows] = order[..., :count]
+            return top[..., :count], places
     if count < total:
         last = top[..., count - 1]
         tied = (last == top[..., count]) & (last > -math.inf)
@@ -161,8 +160,8 @@ def first_largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Find the `count` largest of the last dimension, descending, as `topk` does.
 
-    On a CPU `topk` looks at every score by itself. The least of the largest scores of `count` blocks
-    is no greater than the last one that is wanted, and mostly little else reaches it.
+    On a CPU `topk` looks at every score by itself. The least of the largest scores of `count`
+    blocks is no greater than the last one that is wanted, and mostly little else reaches it.
     """
     total, rows = scores.shape[-1], scores.shape[:-1].numel()
     blocks = total // _BLOCK
