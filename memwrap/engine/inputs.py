@@ -213,6 +213,18 @@ def refuse_pictures(kwargs: dict[str, Any]) -> None:
             )
 
 
+def refuse_routers() -> None:
+    """Refuse a request for routers' logits where there is no loss to balance experts by.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "`output_router_logits` asks for the loss that balances experts, a part of the model's "
+        "own loss: give it labels. The routers' logits themselves are not collected."
+    )
+
+
 def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
     """Refuse keywords that cannot be given or look like a misspelt one of `forward`; other ones
     of transformers' callers have no effect here."""
@@ -223,10 +235,7 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
                 "hidden states, model.backbone(...) everything of one window."
             )
     if kwargs.get("output_router_logits"):
-        raise ValueError(
-            "`output_router_logits` asks for the loss that balances experts, a part of the model's "
-            "own loss: give it labels. The routers' logits themselves are not collected."
-        )
+        refuse_routers()
     refuse_pictures(kwargs)
     names = [*inspect.signature(forward).parameters, "shift_labels", "teacher", "answer_from"]
     for name in kwargs.keys() - FlashAttentionKwargs.__annotations__:

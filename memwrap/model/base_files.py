@@ -62,8 +62,8 @@ def _files(place: str, revision: str | None) -> Iterator[Path]:
         yield single
     elif index is not None:
         names = json.loads(index.read_text())["weight_map"].values()
-        found = [_file(place, name, revision) for name in sorted(set(names))]
-        yield from (file for file in found if file is not None)
+        parts = [_file(place, name, revision) for name in sorted(set(names))]
+        yield from (file for file in parts if file is not None)
 
 
 def _file(place: str, name: str, revision: str | None) -> Path | None:
@@ -80,32 +80,31 @@ def _file(place: str, name: str, revision: str | None) -> Path | None:
 def _differs(kept: dict[str, Tensor], file: Path) -> bool:
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
-            own = kept.get(name)
-            if own is None or type(own.data) is not Tensor or not own.is_floating_point():
+            weight = kept.get(name)
+            if weight is None or type(weight.data) is not Tensor or not weight.dim():
                 continue
-            saved = tensors.get_slice(name)
-            rows, *width = saved.get_shape() or [1]
-            if saved.get_dtype() not in _PLAIN or width != list(own.shape[1:]):
+            saved, weight = tensors.get_slice(name), weight.detach()
+            shape, plain = saved.get_shape(), saved.get_dtype() in _PLAIN
+            if not shape or shape[1:] != list(weight.shape[1:]):
                 continue
-            same = rows == (len(own) if own.dim() else 1)
-            if not (_alike(own.detach(), saved) if same else _grown(own.detach(), rows)):
+            if not plain or not weight.is_floating_point():
+                continue
+            if not (_alike(weight, saved) if shape[0] == len(weight) else _grown(weight, shape[0])):
                 return True
     return False
 
 
-def _grown(own: Tensor, rows: int) -> bool:
+def _grown(weight: Tensor, rows: int) -> bool:
     """Tell whether a table has `rows` and behind them their mean, as `vocabulary.extend` adds it;
     transformers adds a little noise."""
-    if len(own) < rows:
+    if len(weight) < rows:
         return False
-    before = own[:rows].float()
-    return bool(((own[rows:] - before.mean(0)).abs() <= _NOISE * before.std()).all())
+    before = weight[:rows].float()
+    return bool(((weight[rows:] - before.mean(0)).abs() <= _NOISE * before.std()).all())
 
 
-def _alike(own: Tensor, saved: Any) -> bool:
-    if own.dim() == 0 or own.numel() <= _WHOLE:
-        return torch.equal(own.cpu(), saved[:].to(own.dtype))
-    step = max(1, len(own) // _ROWS)
-    return all(
-        torch.equal(own[row].cpu(), saved[row].to(own.dtype)) for row in range(0, len(own), step)
-    )
+def _alike(weight: Tensor, saved: Any) -> bool:
+    if weight.numel() <= _WHOLE:
+        return torch.equal(weight.cpu(), saved[:].to(weight.dtype))
+    rows = range(0, len(weight), max(1, len(weight) // _ROWS))
+    return all(torch.equal(weight[n].cpu(), saved[n].to(weight.dtype)) for n in rows)

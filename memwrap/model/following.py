@@ -11,6 +11,7 @@ from torch import nn
 
 from memwrap.backbones.backbone import memory_dtype
 from memwrap.backbones.expert_balance import OPTION, ExpertBalance, find_balance
+from memwrap.engine.inputs import refuse_routers
 from memwrap.model.adapter_switches import adapter_layers
 
 
@@ -49,8 +50,10 @@ def balance_of(model: Any, asked: bool | None, learning: bool) -> ExpertBalance 
     transformers does it, in the backbone's config; only where the call computes a loss.
 
     Raises:
-        ValueError: if the call asks and the backbone has none.
+        ValueError: if the call asks and computes no loss, or the backbone has none.
     """
+    if asked and not learning:
+        refuse_routers()
     wanted = _asks_for_balance(model) if asked is None else asked
     balance = find_balance(model.backbone) if wanted and learning else None
     if asked and balance is None:

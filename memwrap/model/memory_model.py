@@ -57,6 +57,8 @@ from memwrap.state.memory_state import MemoryState
 from memwrap.state.past import Recorded
 
 MEMORY_CHILD = "memory_modules"
+# Of `forward`, taken from its keywords.
+_KEYWORDS = ("shift_labels", "teacher", "cu_seq_lens_q", "answer_from", OPTION)
 
 
 class MemoryModelForCausalLM(  # type: ignore[misc]
@@ -296,9 +298,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             ValueError: for misshapen inputs, a mask with a hole or one that contradicts the
                 state, a state of another model, or packed documents with a state.
         """
-        names = ("shift_labels", "teacher", "cu_seq_lens_q", "answer_from")
-        shift_labels, teacher, ends, first_answer = (kwargs.pop(name, None) for name in names)
-        asked = kwargs.pop(OPTION, None) if labels is not None or shift_labels is not None else None
+        shift_labels, teacher, ends, first_answer, asked = (kwargs.pop(k, None) for k in _KEYWORDS)
         refuse_unknown(kwargs, type(self).forward)
         given = one_cache(cache, past_key_values)
         if getattr(given, "record_past", False) and input_ids is not None:

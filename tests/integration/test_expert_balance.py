@@ -44,8 +44,8 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
 def gradients(model: Any, loss: Tensor) -> list[Tensor]:
     model.zero_grad()
     loss.backward()
-    own = (p for n, p in model.named_parameters() if "memory_modules" not in n)
-    return [p.grad for p in own if p.grad is not None]
+    weights = (p for n, p in model.named_parameters() if "memory_modules" not in n)
+    return [p.grad for p in weights if p.grad is not None]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -64,8 +64,8 @@ def test_in_one_segment_it_is_the_bases(name: str) -> None:
         model.gradient_checkpointing = asked
         loss = model(text, **given, **ASKED).loss
         assert error_of(loss, want) < 1e-5
-        for got, own in zip(gradients(model, loss), grads, strict=True):
-            assert error_of(got, own) < 1e-3
+        for got, wanted in zip(gradients(model, loss), grads, strict=True):
+            assert error_of(got, wanted) < 1e-3
         assert error_of(model(text, **given, output_router_logits=False).loss, plain) < 1e-5
 
 
