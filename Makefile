@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev
 
 # What `make test` shows less of, in long processes: notebooks, kills, full disks, fresh environments.
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not full" tests
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not full"
 
 # The whole product of methods and families, slow tests included.
 test-full: $(VENV)/.installed-dev

@@ -83,7 +83,8 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
             eager=through(_eager_of(kind)),
             plain=name == "sdpa" and not dropout and all(kwargs.get(n) is None for n in _ADDED),
             window=kwargs.get("sliding_window"),
-            softcap=kwargs.get("softcap"),
+            # Releases before 5.24 let sdpa drop a cap without a word; later ones refuse it.
+            softcap=None if name == "sdpa" else kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
         )
         return context.attention(attention).contiguous(), None

@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 # Models that read pictures and sound, too, are kept apart from those of text alone.
 _AUTO = {
@@ -54,6 +55,11 @@ def auto_class(config: PreTrainedConfig) -> Any:
     code = getattr(config, "auto_map", None) or {}  # of a model that brings its own
     named = [getattr(modeling_auto, name) for name in _AUTO if not candidates and name in code]
     return candidates[0][0] if candidates else (named or [AutoModelForCausalLM])[0]
+
+
+def brings_code(model: PreTrainedModel) -> bool:
+    """Tell whether a model's class came with its weights (`trust_remote_code`)."""
+    return type(model).__module__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 def load_backbone(place: str | Path, **options: Any) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from memwrap.backbones.cache_names import find_cache_name
 from memwrap.backbones.class_swaps import LOCK, give_back, is_lent
 from memwrap.backbones.contexts import reaching
 from memwrap.backbones.decoders import find_decoder, head_logits
+from memwrap.backbones.expert_balance import OPTION as BALANCE
 from memwrap.backbones.masks import (
     build_masks,
     layer_kinds,
@@ -386,6 +387,7 @@ class Backbone:
         recurrence: Recurrence | None = None,
         feed_forward: list[Tensor] | None = None,
         ids: Tensor | None = None,
+        routed: list[Tensor] | None = None,
     ) -> Tensor:
         """Run the decoder over embeddings. Several may run at once.
 
@@ -401,6 +403,7 @@ class Backbone:
             recurrence: what recurrent layers remember of the rows, and will.
             feed_forward: takes up what the last feed-forward block is given, if it is attached.
             ids: `(B, T)` the tokens' own, -1 elsewhere; for a backbone where they matter.
+            routed: takes up the logits of the layers' routers.
 
         Returns:
             The last hidden states `(B, T, D)`, after the final norm.
@@ -414,14 +417,17 @@ class Backbone:
         position_ids = positions if position_ids is None else position_ids
         noted = feed_forward_place.inputs_noted_in(feed_forward)
         given: dict[str, Any] = {**self._given(embeds, ids), self.cache_name: cache}
+        if routed is not None:
+            given[BALANCE] = True
         embeddings = token_ids_place.embeddings_given(embeds if self.ids_matter else None)
         with reaching(context), recurrent_place.carried(recurrence), noted, embeddings:
-            return self.decoder(
-                attention_mask=mask,
-                position_ids=position_ids.to(embeds.device),
-                use_cache=cache is not None,
-                **given,
-            ).last_hidden_state
+            out = self.decoder(
+                attention_mask=mask, position_ids=position_ids.to(embeds.device),
+                use_cache=cache is not None, **given,
+            )  # fmt: skip
+        if routed is not None:
+            routed.extend(out.router_logits)
+        return out.last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
         """Compute the logits `(B, T, V)` of last hidden states, through the model's own forward."""

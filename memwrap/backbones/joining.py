@@ -29,6 +29,7 @@ def join(
     local: Tensor | None,
     weights: bool,
     name: Hashable | None,
+    other: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Do what `LayerAttention.join` says."""
     single = attention.rotated_query.shape[2] == 1  # a token is decoded
@@ -37,7 +38,7 @@ def join(
             memories = [_moved(attention, m, index, name) for index, m in enumerate(memories)]
         plan = _plan(attention, memories, local, name)
         groups, width = _groups(attention, memories, plan, name), attention.value.shape[-1]
-        return flash.attend(groups, attention.rotated_scaling, width=width)[0], None
+        return flash.attend(groups, attention.rotated_scaling, other, width)[0], None
     return _join_by_the_model(attention, memories, local, weights, name)
 
 
@@ -132,7 +133,7 @@ class _Plan:
 
 def join_received(
     attention: LayerAttention, memories: Sequence[MemoryKeyValues], local: Tensor | None,
-    name: Hashable | None,
+    name: Hashable | None, other: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Do what `LayerAttention.join_received` says."""
     if not flashes(attention):
@@ -149,7 +150,7 @@ def join_received(
     plan = _plan(attention, memories, local, name)
     groups = _groups(attention, memories, plan, name)
     scaling, width = attention.rotated_scaling, attention.value.shape[-1]
-    out, received = flash.attend_received(groups, scaling, attention.query_valid, width)
+    out, received = flash.attend_received(groups, scaling, attention.query_valid, width, other)
     parts, start = [], 0  # zeros for the columns that were left out
     for memory, columns in zip(memories, plan.columns, strict=True):
         total = memory.keys.shape[2]

@@ -94,8 +94,7 @@ class LayerAttention:
             None.
         softcap: scores s become `softcap * tanh(s / softcap)`, if the model does so.
         sinks: `(H,)`, a score more in each head's softmax, of nothing, if the model has it.
-        hidden: `(B, K, D)`, the attention's input at the K columns, for a memory whose
-            `needs_hidden` is set.
+        hidden: `(B, K, D)`, the attention's input at the K columns, if a memory `needs_hidden`.
     """
 
     module: Any
@@ -267,6 +266,7 @@ class LayerAttention:
         local: Tensor | None = None,
         weights: bool = False,
         name: Hashable | None = None,
+        other: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend in one softmax to what memories hold and to the segment's own keys.
 
@@ -275,19 +275,20 @@ class LayerAttention:
             local: `(B, T, K)` bool, further limits who sees whom inside the segment.
             weights: also return the attention weights.
             name: says that in all layers of the step the keys stand at the same positions (where
-                these do not differ by head), and are visible alike where the model's mask is the
-                same.
+                these do not differ by head), and are visible alike where masks are the same.
+            other: as of `flash.attend`, where attention `joining.flashes`.
 
         Returns:
             The output `(B, T, H, Dv)` and the weights `(B, H, T, M + K)` or None.
         """
-        return joining.join(self, memories, local, weights, name)
+        return joining.join(self, memories, local, weights, name, other)
 
     def join_received(
         self,
         *memories: MemoryKeyValues,
         local: Tensor | None = None,
         name: Hashable | None = None,
+        other: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend as `join`, and sum the weights that keys got from the step's queries.
 
@@ -295,7 +296,7 @@ class LayerAttention:
             The output `(B, T, H, Dv)`, and without a gradient `(B, H, M + K)`: what the keys of
             memories that see the queries in the segment and the segment's own got from real ones.
         """
-        return joining.join_received(self, memories, local, name)
+        return joining.join_received(self, memories, local, name, other)
 
     def mask_for(self, visible: Tensor, boolean: bool | None = None) -> Tensor:
         """Make the mask that the model's attention takes of who sees whom, a bool tensor; `boolean`

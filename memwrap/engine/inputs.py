@@ -224,8 +224,8 @@ def refuse_unknown(kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
             )
     if kwargs.get("output_router_logits"):
         raise ValueError(
-            "`output_router_logits` asks for the loss that balances experts, which is not computed "
-            "across segments; set it to False in the model's config (model.backbone.config)."
+            "`output_router_logits` asks for the loss that balances experts, a part of the model's "
+            "own loss: give it labels. The routers' logits themselves are not collected."
         )
     refuse_pictures(kwargs)
     names = [*inspect.signature(forward).parameters, "shift_labels", "teacher", "answer_from"]

@@ -47,6 +47,7 @@ class LayerContext:
         notes: what attention leaves in one layer for later ones.
         recurrence: the states of the backbone's own recurrent layers, if it has any.
         feed_forward: takes up the last feed-forward block's input, if a memory asks for it.
+        routed: takes up the routers' logits, where experts are to be balanced.
     """
 
     layered: dict[str, LayerMemory]
@@ -65,6 +66,7 @@ class LayerContext:
     losses: list[Tensor] = field(default_factory=list)
     recurrence: Recurrence | None = None
     feed_forward: list[Tensor] | None = None
+    routed: list[Tensor] | None = None
     notes: dict = field(default_factory=dict)
     _steps: dict[torch.device, AttentionStep] = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memwrap.backbones import Backbone, Positions
 from memwrap.backbones.adapters import lora_disabled
+from memwrap.backbones.expert_balance import ExpertBalance
 from memwrap.backbones.layer_attention import AttentionStep
 from memwrap.backbones.masks import layers_without_attention
 from memwrap.backbones.recurrence import Recurrence
@@ -60,8 +61,10 @@ class StepOutput:
 class SegmentReader:
     """The backbone and its memories, which run steps without any state of their own."""
 
-    def __init__(self, backbone: Backbone, memories: dict[str, Memory]) -> None:
-        self.backbone = backbone
+    def __init__(
+        self, backbone: Backbone, memories: dict[str, Memory], balance: ExpertBalance | None = None
+    ) -> None:
+        self.backbone, self.balance = backbone, balance
         self.memories = memories
         self.layered = {n: m for n, m in memories.items() if isinstance(m, LayerMemory)}
         self.attending = {n: m for n, m in memories.items() if isinstance(m, AttentionMemory)}
@@ -131,11 +134,16 @@ class SegmentReader:
             rotary=self.backbone.rotary,
             recurrence=Recurrence(states[BACKBONE], valid) if recurrent else None,
             feed_forward=[] if self.notes_ffn else None,
+            routed=[] if self.balance and not matching_mixers() else None,
         )
         cache = segment.cache() if keep or len(segment) else None
         spread = None if ids is None else given.spread(ids)
         with self._adapters():
             hidden, ffn = self._hidden(given, cache, context, spread)
+        if context.routed:
+            text = given.spread((step.columns >= 0).long())[..., 0] > 0
+            balance: Tensor = self.balance(tuple(context.routed), text.to(hidden.device).long())  # type: ignore[misc]
+            context.losses.append(balance.expand(len(text)))
         states, key = self._key(ids, context.changed(step.closes))
         noted_now = segment.noted or context.noting or key is not None
         now = {"embeds": given.embeds, "hidden": hidden, "ffn": ffn}
@@ -216,6 +224,7 @@ class SegmentReader:
             context=context if self.layered or self.attending else None,
             recurrence=context.recurrence,
             feed_forward=context.feed_forward,
+            routed=context.routed,
             ids=None if ids is None else ids.squeeze(-1),
         )
         self._check_met(context)

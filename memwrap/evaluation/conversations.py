@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm.auto import tqdm
@@ -31,8 +30,8 @@ from memwrap.evaluation.listeners import (
     bytes_per_token,
 )
 from memwrap.evaluation.measure import Costs
+from memwrap.evaluation.saved_result import SavedResult
 from memwrap.evaluation.suite import wilson
-from memwrap.io.atomic_files import write_text
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.tasks.dialogues import (
     NEVER,
@@ -45,7 +44,6 @@ from memwrap.tasks.dialogues import (
     words,
 )
 
-FORMAT, VERSION = "memwrap-conversations", 1
 READERS = (MEMORY, OFF, TRUNCATED, WINDOW, FULL)
 MEASURES = (
     (ONCE, "right", "told once: named"),
@@ -91,7 +89,7 @@ class Outcome:
 
 
 @dataclass
-class ConversationsResult:
+class ConversationsResult(SavedResult):
     """All outcomes, and what they were measured with.
 
     Attributes:
@@ -102,6 +100,9 @@ class ConversationsResult:
         seconds: by reader; for the memory, of hearing, saving and loading too.
     """
 
+    format: ClassVar[str] = "memwrap-conversations"
+    records: ClassVar[dict[str, type]] = {"outcomes": Outcome}
+
     model: str
     seed: int
     dialogues: int
@@ -111,27 +112,6 @@ class ConversationsResult:
     state_bytes: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ConversationsResult:
-        """Undo `to_dict`.
-
-        Raises:
-            ValueError: for another kind of dict or another version.
-        """
-        if values.get("format") != FORMAT or values.get("version") != VERSION:
-            raise ValueError("These are no conversations of this version of memwrap.")
-        fields = {k: v for k, v in values.items() if k not in ("format", "version")}
-        fields["outcomes"] = [Outcome(**outcome) for outcome in fields["outcomes"]]
-        return cls(**fields)
-
-    def save(self, path: str | Path) -> None:
-        """Write the result as JSON."""
-        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def turns(self) -> list[int]:
         """List the numbers of turns."""

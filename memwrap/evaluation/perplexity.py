@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +30,10 @@ from memwrap.evaluation.controls import (
     windowed,
 )
 from memwrap.evaluation.measure import peak_memory
-from memwrap.io.atomic_files import write_text
+from memwrap.evaluation.saved_result import SavedResult
 from memwrap.model.memory_model import MemoryModelForCausalLM
 
 BRANCH = "only "  # and the name of a branch of the memory
-VERSION = 2  # 1: without norms
 GROWN = 2.0  # times what training saw: worth a warning
 # NLL by row and position, the seconds it took, and the most bytes in use meanwhile.
 Reading = tuple[Tensor, float, int | None]
@@ -67,7 +64,7 @@ class Curve:
 
 
 @dataclass
-class PerplexityResult:
+class PerplexityResult(SavedResult):
     """Curves over the same documents; buckets are `[edges[i], edges[i + 1])` in tokens.
 
     Attributes:
@@ -75,6 +72,11 @@ class PerplexityResult:
             after so many `"tokens"`: one dict a piece, by memory and layer.
         trained_norms: how large they were at the end of training; None if unknown.
     """
+
+    format: ClassVar[str] = "memwrap-perplexity"
+    version: ClassVar[int] = 2
+    older: ClassVar[frozenset[int]] = frozenset({1})  # without norms
+    records: ClassVar[dict[str, type]] = {"curves": Curve}
 
     edges: list[int]
     segment_size: int
@@ -103,28 +105,6 @@ class PerplexityResult:
             f"what training saw ({seen:.4g}). Give memory.state_decay (0.8) or memory.read_cap, or "
             "train on more segments."
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {"format": "memwrap-perplexity", "version": VERSION, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PerplexityResult:
-        """Undo `to_dict`.
-
-        Raises:
-            ValueError: for another kind of dict or another version.
-        """
-        known = values.get("version") in (1, VERSION)
-        if values.get("format") != "memwrap-perplexity" or not known:
-            raise ValueError("This is no perplexity result of this version of memwrap.")
-        fields = {k: v for k, v in values.items() if k not in ("format", "version")}
-        fields["curves"] = {name: Curve(**curve) for name, curve in fields["curves"].items()}
-        return cls(**fields)
-
-    def save(self, path: str | Path) -> None:
-        """Write the result as JSON."""
-        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def table(self) -> str:
         """Write a Markdown table: nats per token by position, and the difference to memory."""

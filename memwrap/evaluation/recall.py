@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,14 +13,14 @@ from tqdm.auto import tqdm
 from memwrap.backbones.adapters import lora_disabled
 from memwrap.evaluation.controls import MEMORY, OFF, SHUFFLED, TRUNCATED
 from memwrap.evaluation.measure import Costs
-from memwrap.io.atomic_files import write_text
+from memwrap.evaluation.saved_result import SavedResult
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.state.memory_state import MemoryState
 from memwrap.tasks.associative import AssociativeTask
 
 
 @dataclass
-class RecallResult:
+class RecallResult(SavedResult):
     """Accuracy by distance in segments, for the memory and its controls.
 
     Attributes:
@@ -37,6 +35,8 @@ class RecallResult:
         passes: times that the pairs were read.
     """
 
+    format: ClassVar[str] = "memwrap-recall"
+
     task: dict[str, Any]
     pairs: int | None
     distances: list[int]
@@ -50,14 +50,6 @@ class RecallResult:
     def error(self, accuracy: float) -> float:
         """Compute the binomial standard error."""
         return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / self.samples)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {"format": "memwrap-recall", "version": 1, **asdict(self)}
-
-    def save(self, path: str | Path) -> None:
-        """Write the result as JSON."""
-        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def table(self) -> str:
         """Write a Markdown table: accuracy by distance."""

@@ -57,15 +57,9 @@ def _parts(values: Any) -> list[tuple[str, Any]]:
 
 
 def _result(values: dict[str, Any]) -> Result:
-    kind = values.get("format")
-    if kind == "memwrap-suite":
-        return SuiteResult.from_dict(values)
-    if kind == "memwrap-conversations":
-        return ConversationsResult.from_dict(values)
-    if kind == "memwrap-recall" and values.get("version") == 1:
-        fields = {k: v for k, v in values.items() if k not in ("format", "version")}
-        return RecallResult(**fields)
-    return PerplexityResult.from_dict(values)
+    kinds: tuple[Any, ...] = (SuiteResult, ConversationsResult, RecallResult)
+    kind = {k.format: k for k in kinds}.get(values.get("format", ""), PerplexityResult)
+    return kind.from_dict(values)
 
 
 def rows(results: dict[str, list[tuple[str, Result]]]) -> list[list[str]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,15 +26,13 @@ from memwrap.evaluation.controls import (
     windowed,
 )
 from memwrap.evaluation.measure import Costs
-from memwrap.io.atomic_files import write_text
+from memwrap.evaluation.saved_result import SavedResult
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.state.memory_state import MemoryState
 from memwrap.tasks import Sample, task
 
 DEPTHS = 5
 PIECE = 1024
-VERSION = 1
-FORMAT = "memwrap-suite"
 Feed = Callable[[Tensor], Tensor]
 
 
@@ -69,8 +65,11 @@ class Cell:
 
 
 @dataclass
-class SuiteResult:
+class SuiteResult(SavedResult):
     """All cells, and what they were measured with."""
+
+    format: ClassVar[str] = "memwrap-suite"
+    records: ClassVar[dict[str, type]] = {"cells": Cell}
 
     model: str
     seed: int
@@ -78,27 +77,6 @@ class SuiteResult:
     segment_size: int
     cells: list[Cell] = field(default_factory=list)
     passes: int = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SuiteResult:
-        """Undo `to_dict`.
-
-        Raises:
-            ValueError: for another kind of dict or another version.
-        """
-        if values.get("format") != FORMAT or values.get("version") != VERSION:
-            raise ValueError("This is no task result of this version of memwrap.")
-        fields = {k: v for k, v in values.items() if k not in ("format", "version")}
-        fields["cells"] = [Cell(**cell) for cell in fields["cells"]]
-        return cls(**fields)
-
-    def save(self, path: str | Path) -> None:
-        """Write the result as JSON."""
-        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def tasks(self) -> list[str]:
         """Name the tasks, in the order they ran."""

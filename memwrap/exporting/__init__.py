@@ -22,13 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from memwrap.backbones.auto_classes import brings_code
 from memwrap.exporting.card import card, foreign_packages
 from memwrap.exporting.flat import flat_files
 from memwrap.io.version import VERSION
 from memwrap.io.whole_folders import making
 from memwrap.model.adapter_switches import adapter_keys
+from memwrap.model.base_files import plain_name
 from memwrap.model.memory_model import MemoryModelForCausalLM
-from memwrap.model.saving import plain_name
 from memwrap.model.weight_files import seal, write_model
 
 TOLERANCE = 1e-4  # of the logits' scale, in float32; half types round more
@@ -76,8 +77,14 @@ def export(
 
     Raises:
         ValueError: if the folder holds files, an adapter cannot be merged, a memory's code needs
-            packages that transformers does not bring, or the check fails.
+            packages that transformers does not bring, the base brings code of its own, or the check
+            fails.
     """
+    if brings_code(model.backbone):
+        raise ValueError(
+            f"{type(model.backbone).__name__} brings code of its own, which an exported model "
+            "would have to run beside memwrap's; save it (save_pretrained) instead of exporting it."
+        )
     folder = Path(folder)
     with making(folder) as new:
         _write(model, new, tokenizer, about or {}, folder.name)

@@ -12,8 +12,9 @@ from torch.nn.functional import pad
 
 from memwrap.backbones import LayerAttention, MemoryKeyValues
 from memwrap.memories.config import MemoryConfig
-from memwrap.memories.parts import block_units
+from memwrap.memories.parts import block_units, grouped_units
 from memwrap.memories.parts.block_units import HELD, UNITS_A_PAGE
+from memwrap.memories.parts.grouped_units import GroupedUnits, QueryGroups, Units
 from memwrap.memories.parts.recent_places import Layout, PoolPlan
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
@@ -21,7 +22,6 @@ from memwrap.memories.settings import LayerList, NonNegativeInt, PositiveInt
 from memwrap.memories.sizes import Sizes, attending_layers
 from memwrap.ops import infllm as ops
 from memwrap.ops.buffers.host_prefetch import prefetch
-from memwrap.ops.buffers.kept import kept_beside
 from memwrap.ops.buffers.left_aligned import earliest
 from memwrap.ops.buffers.paged import SlotCache, append, number_of, put
 from memwrap.ops.buffers.right_aligned import right_valid
@@ -30,7 +30,7 @@ from memwrap.state.trees import HOST, RECENT, STORE, Tree
 
 QUERIES_AT_ONCE = 128  # the units that any of them selected are laid out together
 FEW_UNITS = 16  # so many are laid out together for all queries
-Units = tuple[Tensor, ...]
+NO_UNITS: Units = ()  # of a layer that looks up units
 REPRESENTATIVES_A_PAGE = 256
 
 
@@ -192,7 +192,8 @@ class InfLLMMemory(AttentionMemory):
             at_once = max(1, length)
         starts = range(0, length, at_once)
         parts = [slice(start, min(length, start + at_once)) for start in starts]
-        for piece, units in zip(parts, self._fetched(layer, state, selection, parts), strict=True):
+        fetched = self._fetched(layer, attention, state, selection, parts)
+        for piece, units in zip(parts, fetched, strict=True):
             part = attention if len(parts) == 1 else attention.part(piece.start, piece.stop)
             out, scores = self._attend_part(part, state, units)
             outputs.append(out)
@@ -253,12 +254,16 @@ class InfLLMMemory(AttentionMemory):
         return starts, starts.long().cumsum(1), bool(starts.any())
 
     def _attend_part(
-        self, attention: LayerAttention, state: Tree, units: Units | None
+        self, attention: LayerAttention, state: Tree, units: Units | GroupedUnits | None
     ) -> tuple[Tensor, Tensor | None]:
         """Compute some queries' output, and what other columns received, `(B, H, recent + K)`."""
+        other = None
         layout = self._layout(attention, state, units is not None)
-        name = "infllm", self, self._reach(attention), units is not None
         recent = {n: _last(state[RECENT][n], layout.valid.shape[1]) for n in HELD}
+        if isinstance(units, GroupedUnits):
+            other, units = units.attend(attention, layout.far), NO_UNITS
+        # Layers see alike where they read units in one way.
+        name = "infllm", self, self._reach(attention), units is not None, other is not None
         rows = self._far_rows(attention, state, units, layout, recent)
         if count := layout.valid.shape[1]:
             whole = count == state[RECENT]["key"].shape[2]
@@ -269,9 +274,11 @@ class InfLLMMemory(AttentionMemory):
                 )
             )
         if units is not None and self.config.score == "attention":
-            out, received = attention.join_received(*rows, local=layout.local, name=name)
+            out, received = attention.join_received(
+                *rows, local=layout.local, name=name, other=other
+            )
             return out, received.to(state["open_score"].dtype)
-        out, _ = attention.join(*rows, local=layout.local, name=name)
+        out, _ = attention.join(*rows, local=layout.local, name=name, other=other)
         if units is None:
             return out, None
         keys = torch.cat([recent["key"].to(attention.key.dtype), attention.key], 2)
@@ -306,8 +313,8 @@ class InfLLMMemory(AttentionMemory):
         if units is None and attention.window is not None:
             return []
         far: Units = (state["sink_key"], state["sink_value"], layout.sinks)
-        chosen = units is not None and units[0].shape[2] > 0
-        if units is not None and chosen:
+        chosen = bool(units) and units[0].shape[2] > 0
+        if units and chosen:
             far = block_units.behind(units, far)
         elif not layout.some_sinks:
             far = (*far[:2], layout.sinks[..., :0])
@@ -327,46 +334,34 @@ class InfLLMMemory(AttentionMemory):
         ]  # fmt: skip
 
     def _fetched(
-        self, layer: int, state: Tree, selection: ops.Selection | None, parts: list[slice]
-    ) -> Iterable[Units | None]:
+        self, layer: int, attention: LayerAttention, state: Tree,
+        selection: ops.Selection | None, parts: list[slice],
+    ) -> Iterable[Units | GroupedUnits | None]:  # fmt: skip
         """Yield the units that each part of the queries sees; from the host one part ahead."""
         if selection is None:
             return [None] * len(parts)
-        fetches = [partial(self._units, layer, state, selection, piece) for piece in parts]
+        groups: list[QueryGroups | None] = [None] * len(parts)
+        if self.config.selection == "causal" and selection.marks.shape[1]:
+            at = [(selection.index[:, piece], (self, piece.start)) for piece in parts]
+            groups = [grouped_units.grouping(attention, *arguments) for arguments in at]
+        fetches = [
+            partial(self._units, layer, state, selection, *work)
+            for work in zip(parts, groups, strict=True)
+        ]
         if layer in self.slots and not torch.is_grad_enabled():
             return prefetch(fetches, selection.index.device)
         return (fetch() for fetch in fetches)
 
-    def _units(self, layer: int, state: Tree, selection: ops.Selection, columns: slice) -> Units:
-        """Take keys and values `(B, Hkv, U b, D)` of the units that any of the queries selected,
-        and tell which query sees which token `(B, T, U b)`."""
-        block = self.config.block_size
-        index, marks = selection.index[:, columns], selection.marks
-        if not marks.shape[1]:
-            return self._chosen_units(layer, state, index)
-        shown = marks.gather(1, index[..., None].expand(-1, -1, marks.shape[2]))
-        used = shown.any(1)
-        most = int(used.sum(1).max()) if used.shape[1] else 0
-        units = earliest(used, most)
-        shown = shown.gather(2, units[:, None].expand(-1, index.shape[1], -1))
-        pages = state[self.where][STORE]
-        key, value = block_units.take_units(pages, units, self.slots.get(layer))
-        return key, value, shown.repeat_interleave(block, 2)
-
-    def _chosen_units(self, layer: int, state: Tree, index: Tensor) -> Units:
-        """Take as `_units` those that were chosen before, gathered once while the choice stands."""
-        chosen, pages = state["chosen"], state[self.where][STORE]
-
-        def gathered() -> tuple[Tensor, Tensor, Tensor]:
-            taken = chosen > 0
-            most = int(taken.sum(2).max()) if len(chosen) else 0
-            shown = taken[..., :most].repeat_interleave(self.config.block_size, 2)
-            units = (chosen[:, 0, :most] - 1).clamp_min(0)
-            return *block_units.take_units(pages, units, self.slots.get(layer)), shown
-
-        offloaded = layer in self.slots
-        units = gathered() if offloaded else kept_beside(chosen, "units", gathered)
-        return *units[:2], units[2].expand(-1, index.shape[1], -1)
+    def _units(
+        self, layer: int, state: Tree, selection: ops.Selection, columns: slice,
+        groups: QueryGroups | None,
+    ) -> Units | GroupedUnits:  # fmt: skip
+        """Take the units that any of the queries selected."""
+        index, pages = selection.index[:, columns], state[self.where][STORE]
+        heads, cache = self.sizes.attention[layer].num_heads, self.slots.get(layer)
+        if not selection.marks.shape[1]:
+            return block_units.chosen_units(pages, state["chosen"], index, cache)
+        return grouped_units.selected_units(pages, selection.marks, index, groups, heads, cache)
 
     # Writing
 

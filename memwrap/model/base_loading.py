@@ -30,8 +30,11 @@ _INNER = ("_from_auto", "adapter_kwargs", "_commit_hash")
 _TRUE_HERE: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True), "weights_only": (None, True),
     "trust_remote_code": (None, False), "code_revision": (None,),
+    "low_cpu_mem_usage": (None, True, False), "ignore_mismatched_sizes": (None, False),
+    "use_kernels": (None, False),
 }  # fmt: skip
-_OF_A_WHOLE = {"dtype", "torch_dtype", "attn_implementation", "device_map"}
+_CHOICES = ("attn_implementation", "experts_implementation")
+_OF_A_WHOLE = {"dtype", "torch_dtype", "device_map", *_CHOICES}
 
 
 def find_folder(name: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -104,19 +107,18 @@ def load_base(saved: SavedModel, base: Any, options: dict[str, Any]) -> PreTrain
         return base
     given = options.pop("dtype", None) or options.pop("torch_dtype", None)
     dtype = config.backbone.dtype if given in (None, "auto") else given
-    trust = bool(options.get("trust_remote_code"))
-    if base is None and is_foreign(config.backbone) and not trust:
+    trust, own_code = bool(options.get("trust_remote_code")), _needs_code(config)
+    if own_code and not trust:
         raise ValueError(
-            f"{folder} has a base of the type {config.backbone.model_type!r}, whose code is not a "
-            "part of transformers: give memwrap.load(..., trust_remote_code=True) to run that of "
-            "the base, or the base itself: memwrap.load(folder, base)."
+            f"{folder} has a base of the type {config.backbone.model_type!r} with code of its own, "
+            "not transformers': give memwrap.load(..., trust_remote_code=True) to run that of the "
+            "base, or the base as a model: memwrap.load(folder, model)."
         )
     if base is None and config.base_included:
         _check_whole(options, folder)
-        if is_foreign(config.backbone):
+        if own_code:
             config.backbone = _own_config(config, folder, options)
-        attention = options.get("attn_implementation")
-        chosen = {} if attention is None else {"attn_implementation": attention}
+        chosen = {n: options[n] for n in _CHOICES if options.get(n) is not None}
         with building(saved.tensors, folder / CONFIG):
             return auto_class(config.backbone).from_config(
                 copy.deepcopy(config.backbone), dtype=dtype, trust_remote_code=trust, **chosen
@@ -142,6 +144,12 @@ def _quantised_as_before(config: Any, place: str | Path, options: dict[str, Any]
 def _hub(options: dict[str, Any]) -> dict[str, Any]:
     names = ("trust_remote_code", "code_revision", *HUB_OPTIONS)
     return {name: options[name] for name in names if name in options}
+
+
+def _needs_code(config: Any) -> bool:
+    """Tell whether the class of a saved model's base came with it. Where transformers has one for
+    its type, too, that is another model, or no more than one that looks the same."""
+    return is_foreign(config.backbone) or bool(config.base_code)
 
 
 def _own_config(config: Any, folder: Path, options: dict[str, Any]) -> Any:
@@ -173,11 +181,7 @@ def options_in(config: Any, saved: Any, folder: Path) -> dict[str, Any]:
             f"`{changed[0]}` cannot be changed as a saved memwrap model is loaded; load it, then "
             "set it at the model or its config."
         )
-    names = {
-        "attn_implementation": "_attn_implementation",
-        "experts_implementation": "_experts_implementation",
-    }
-    options = {option: getattr(config, name, None) for option, name in names.items()}
+    options = {option: getattr(config, f"_{option}", None) for option in _CHOICES}
     return {option: value for option, value in options.items() if value is not None}
 
 

@@ -27,6 +27,8 @@ class MemoryModelConfig(PreTrainedConfig):
         base_model: name or path the backbone was loaded from ("" if unknown).
         base_mark: made by whoever saved the model, if `base_model` is a path (`io.own_paths`).
         base_fingerprint: which weights it had when it was wrapped.
+        base_code: whether its class comes with it (`trust_remote_code`), even where transformers
+            knows its `model_type`.
         base_included: whether its weights are saved beside the memory's.
         adapters: PEFT configs of the adapters inside the backbone, by adapter name.
         adapter_switches: which of them are active, switched off or merged.
@@ -46,6 +48,7 @@ class MemoryModelConfig(PreTrainedConfig):
     base_model: str = ""
     base_mark: str = ""
     base_fingerprint: str = ""
+    base_code: bool = False
     base_included: bool = False
     adapters: dict | None = None
     adapter_switches: dict | None = None

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from memwrap.engine.inputs import check_inputs, refuse_unknown
 from memwrap.engine.packed_documents import packed
 from memwrap.memories.protocol import LogitsMemory, Memory
+from memwrap.model.following import warn_of_balance
 
 if TYPE_CHECKING:
     from memwrap.model.memory_model import MemoryModelForCausalLM
@@ -75,6 +76,7 @@ class SegmentDecoder:
                 )
         if any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):
             raise ValueError("`base_model` begins with nothing read; give a cache to the model.")
+        warn_of_balance(model)
         inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
         state = model.new_state(inputs.shape[0])
         inputs = packed(inputs, seq_idx, position_ids, cu_seq_lens_q)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from memwrap.backbones.backbone import memory_dtype
+from memwrap.backbones.expert_balance import OPTION, ExpertBalance, find_balance
 from memwrap.model.adapter_switches import adapter_layers
 
 
@@ -43,18 +44,45 @@ def take_over_checkpointing(backbone: nn.Module) -> bool:
     return was_on
 
 
-def warn_of_training(model: Any) -> None:
-    """Warn of what training leaves out: a memory that a PEFT model around this one froze, and a
-    loss that balances experts."""
-    if not torch.is_grad_enabled():
-        return
-    balanced = getattr(model.parts.config, "output_router_logits", False)
-    if balanced and any(p.requires_grad for p in model.backbone.parameters()):
+def balance_of(model: Any, asked: bool | None, learning: bool) -> ExpertBalance | None:
+    """Find the loss that balances a backbone's experts, where it is asked for: in the call or, as
+    transformers does it, in the backbone's config; only where the call computes a loss.
+
+    Raises:
+        ValueError: if the call asks and the backbone has none.
+    """
+    wanted = _asks_for_balance(model) if asked is None else asked
+    balance = find_balance(model.backbone) if wanted and learning else None
+    if asked and balance is None:
+        raise ValueError(
+            f"`{OPTION}` asks for the loss that balances experts, which "
+            f"{type(model.backbone).__name__} does not have as others do; leave it out."
+        )
+    if asked is None and balance is None:
+        warn_of_balance(model)
+    return balance
+
+
+def _asks_for_balance(model: Any) -> bool:
+    return bool(getattr(model.parts.config, OPTION, False))
+
+
+def warn_of_balance(model: Any) -> None:
+    """Warn where a backbone is trained by a loss without the part that balances its experts, which
+    its config asks for."""
+    missed = model.training and torch.is_grad_enabled() and _asks_for_balance(model)
+    if missed and any(p.requires_grad for p in model.backbone.parameters()):
         warnings.warn(
-            "`output_router_logits` is set in the backbone's config, but the loss that balances "
-            "experts is not computed across segments: the experts are trained without it.",
+            f"`{OPTION}` is set in the backbone's config, but what is computed here is without "
+            "the loss that balances experts: the model's own loss (of labels) has it.",
             stacklevel=3,
         )
+
+
+def warn_of_training(model: Any) -> None:
+    """Warn of a memory that a PEFT model around this one froze, and training leaves out."""
+    if not torch.is_grad_enabled():
+        return
     if "peft_config" not in model.__dict__:
         return
     memory = list(model.memory_parameters())

@@ -215,9 +215,15 @@ class MemoryGenerationMixin(KnownName, GenerationMixin):
                 however long it grows, as the published code does.
 
         Raises:
-            ValueError: for right-padded prompts, other caches, and pictures or sound.
+            ValueError: for right-padded prompts, other caches, pictures or sound, and drafts of the
+                first layers alone.
         """
         refuse_pictures(kwargs)
+        if self._setting(kwargs, "assistant_early_exit"):
+            raise ValueError(
+                "`assistant_early_exit` drafts with the first layers alone, past the memory; draft "
+                "with `prompt_lookup_num_tokens` or an `assistant_model`."
+            )
         given = one_cache(cache, past_key_values)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
@@ -289,7 +295,7 @@ class MemoryGenerationMixin(KnownName, GenerationMixin):
 
     def _drafts(self, kwargs: dict) -> bool:
         """Tell whether decoding is assisted: tokens are drafted, and some taken back."""
-        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        names = ("assistant_model", "prompt_lookup_num_tokens")
         return any(self._setting(kwargs, name) for name in names)
 
     def _settled(self, state: MemoryState) -> MemoryState:

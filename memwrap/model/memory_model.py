@@ -15,6 +15,7 @@ from memwrap.backbones import Backbone
 from memwrap.backbones.auto_classes import auto_class
 from memwrap.backbones.backbone import ATTENTION_IMPLEMENTATIONS
 from memwrap.backbones.cache_names import CACHE
+from memwrap.backbones.expert_balance import OPTION, ExpertBalance
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.engine.answering import marked
 from memwrap.engine.inputs import (
@@ -34,15 +35,21 @@ from memwrap.io.fingerprints import fingerprint
 from memwrap.memories.protocol import LogitsMemory, Memory
 from memwrap.memories.registry import config_class
 from memwrap.model.adapter_switches import adapter_keys, adapters_in_use
+from memwrap.model.base_files import plain_name
 from memwrap.model.building import build_memories
 from memwrap.model.compaction import CompactionMixin
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.decoder import MemoryModules, SegmentDecoder
-from memwrap.model.following import follow_casts, take_over_checkpointing, warn_of_training
+from memwrap.model.following import (
+    balance_of,
+    follow_casts,
+    take_over_checkpointing,
+    warn_of_training,
+)
 from memwrap.model.generation import MemoryGenerationMixin
 from memwrap.model.memory_settings import MemorySettingsMixin
 from memwrap.model.outputs import LaterLogits, MemoryModelOutput, one_cache
-from memwrap.model.saving import SavingMixin, plain_name
+from memwrap.model.saving import SavingMixin
 from memwrap.model.state_files import check_file_state
 from memwrap.model.text_reading import ReadingMixin
 from memwrap.state.check import signature_difference
@@ -209,8 +216,9 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             check_file_state(self, state)
             state.unverified = False
 
-    def loop(self) -> Loop:
-        """Make the segment loop over this model's backbone and memories."""
+    def loop(self, balance: ExpertBalance | None = None) -> Loop:
+        """Make the segment loop over this model's backbone and memories; losses have `balance`
+        beside them, where it is given."""
         follow_casts(self)
         training = self.training or self.backbone.training
         if training and take_over_checkpointing(self.backbone):  # turned on after wrapping
@@ -218,7 +226,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         if self.training:
             warn_of_training(self)
         checkpointing = self.gradient_checkpointing and self.training
-        reader = SegmentReader(self.parts, self.memories)
+        reader = SegmentReader(self.parts, self.memories, balance)
         return Loop(reader, self.memory_configs[0], checkpointing, self.training)
 
     def _advanced(self, state: MemoryState, new: MemoryState) -> MemoryState:
@@ -275,6 +283,9 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             shift_labels: `(B, T)`, the id each column predicts, instead of `labels`. Taken from
                 the keywords: transformers' Trainer takes every named "label" for a needed one.
             teacher: a `Teacher` whose distribution is followed beside the labels (a keyword).
+            output_router_logits: with labels, whether the loss has the backbone's own part that
+                balances experts: of each step's text, with the weight in the backbone's config,
+                which also says the default (a keyword).
             answer_from: `(B,)` number of each row's first token that is part of an answer; the
                 state keeps it. Default: the first label behind ignored ones (a keyword).
 
@@ -287,6 +298,7 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
         """
         names = ("shift_labels", "teacher", "cu_seq_lens_q", "answer_from")
         shift_labels, teacher, ends, first_answer = (kwargs.pop(name, None) for name in names)
+        asked = kwargs.pop(OPTION, None) if labels is not None or shift_labels is not None else None
         refuse_unknown(kwargs, type(self).forward)
         given = one_cache(cache, past_key_values)
         if getattr(given, "record_past", False) and input_ids is not None:
@@ -302,7 +314,8 @@ class MemoryModelForCausalLM(  # type: ignore[misc]
             use_cache = inputs.rows is None and not (learning and self.training)
         state = marked(self._state_of(given, inputs, attention_mask, not remember), first_answer)
         self._check_control(memory_control, state, inputs)
-        loop, first = self.loop(), None if learning else inputs.first_column(logits_to_keep)
+        loop = self.loop(balance_of(self, asked, learning))
+        first = None if learning else inputs.first_column(logits_to_keep)
         reading = loop(
             inputs, state, hidden_from=first, collect=self._collected,
             keep_open=use_cache or given is not None, control=memory_control,

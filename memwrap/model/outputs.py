@@ -30,7 +30,15 @@ class MemoryModelOutput(CausalLMOutputWithPast):
 
 class LaterLogits(MemoryModelOutput):
     """An output beside a loss whose logits are computed when they are first looked at: in
-    evaluation every model of transformers has them, and most texts are evaluated without."""
+    evaluation every model of transformers has them, and most texts are evaluated without.
+
+    Libraries that go through an output's tensors (accelerate's autocast, torch's gathering) build
+    another of the same class from what it holds: that is a plain one."""
+
+    def __new__(cls, later: Any = None, **fields: Any) -> Any:
+        if callable(later):
+            return super().__new__(cls)
+        return MemoryModelOutput(**dict(later or {}), **fields)
 
     def __init__(self, later: Callable[[], Tensor], **fields: Any) -> None:
         self.__dict__["_later"] = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memwrap.backbones import Backbone
+from memwrap.backbones.auto_classes import brings_code
 from memwrap.backbones.offloaded import loaded_parameters
 from memwrap.backbones.vocabulary import extend
 from memwrap.io.atomic_files import SCRATCH
@@ -32,6 +32,7 @@ from memwrap.model.adapter_switches import (
     switch,
     switches_of,
 )
+from memwrap.model.base_files import plain_name, quantised_kind
 from memwrap.model.base_loading import HUB_OPTIONS, find_folder, load_base, options_in, place_of
 from memwrap.model.limits import building
 from memwrap.model.weight_files import (
@@ -47,13 +48,6 @@ from memwrap.model.weight_files import (
 
 # What a writer that was killed may have left.
 NOT_UPLOADED = [f"{SCRATCH}/*", f"{SAVED}/*", ".lock"]
-# What PEFT puts into names; adapters of several tensors of one module stand in each other.
-_WRAPPERS = re.compile(r"((\.token_adapter)?\.base_layer|\.original_module)+(?=\.)")
-
-
-def plain_name(name: str) -> str:
-    """Name a backbone parameter as it is without adapters."""
-    return _WRAPPERS.sub("", name)
 
 
 def backbone_fingerprint(
@@ -135,8 +129,8 @@ class SavingMixin(AdapterMixin):
         Args:
             save_directory: the folder. Files appear whole or not at all.
             include_base: also save the backbone's weights. Default: only if training or a merged
-                adapter changed them, since a base from the Hub would then no longer be the right
-                one.
+                adapter changed them, before it was wrapped or after, since a base from the Hub
+                would then no longer be the right one.
             is_main_process: False does nothing (other ranks).
             state_dict: the model's weights by name, where they are spread over processes (FSDP2):
                 gathered on all of them, with `get_model_state_dict(model,
@@ -162,21 +156,11 @@ class SavingMixin(AdapterMixin):
         for adapter in self.adapters().values():
             check_comes_back(adapter)
         switches = switches_of(self.backbone)
-        merged = "'merged': ['" in str(switches)
-        if merged and include_base is False:
-            raise ValueError(
-                "An adapter is merged into the backbone's weights, so these belong to the model: "
-                "leave include_base out, or unmerge it first (unmerge_adapter)."
-            )
-        if include_base is None:
-            now = backbone_fingerprint(self.backbone, state_dict)
-            changed = now != self.config.base_fingerprint
-            include_base = changed or merged or self.config.base_included
         folder = Path(save_directory)
         config = copy.deepcopy(self.config)
-        config.base_included, config.memwrap_version = include_base, VERSION
-        is_folder = bool(config.base_model) and os.path.isdir(config.base_model)
-        config.base_mark = mark_of(config.base_model) if is_folder else ""
+        merged = "'merged': ['" in str(switches)
+        include_base = self._note_base(config, include_base, merged, state_dict)
+        config.memwrap_version = VERSION
         config.backbone.dtype = self.backbone.dtype  # as it is now, not as it was loaded
         config.backbone.architectures = [type(self.backbone).__name__.removeprefix("FSDP")]
         config.architectures = [type(self).__name__.removeprefix("FSDP")]  # as sharding names it
@@ -197,6 +181,38 @@ class SavingMixin(AdapterMixin):
             api = huggingface_hub.HfApi(token=token)
             api.create_repo(name, exist_ok=True)
             api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=NOT_UPLOADED)
+
+    def _note_base(
+        self, config: Any, include: bool | None, merged: bool, gathered: dict[str, Tensor] | None
+    ) -> bool:
+        """Note in a config where the base's weights are to be found; tell whether they are saved.
+
+        Raises:
+            ValueError: if they would be lost, or cannot be saved.
+        """
+        if merged and include is False:
+            raise ValueError(
+                "An adapter is merged into the backbone's weights, so these belong to the model: "
+                "leave include_base out, or unmerge it first (unmerge_adapter)."
+            )
+        quantised = quantised_kind(self.backbone)
+        if quantised and include:
+            raise ValueError(
+                f"The backbone's weights are quantised ({quantised}), which a saved memwrap model "
+                "does not hold: leave include_base out, and give the base as it is to memwrap.load."
+            )
+        looked = include is None or bool(quantised)
+        now = backbone_fingerprint(self.backbone, gathered) if looked else ""
+        changed = merged or now != config.base_fingerprint
+        if include is None:
+            include = (changed or config.base_included) and not quantised
+        known = getattr(config.backbone, "quantization_config", None) is not None
+        if quantised and (changed or not known):  # no name leads to these weights
+            config.base_model, config.base_fingerprint = "", now
+        config.base_included, config.base_code = include, brings_code(self.backbone)
+        is_folder = bool(config.base_model) and os.path.isdir(config.base_model)
+        config.base_mark = mark_of(config.base_model) if is_folder else ""
+        return include
 
     def push_to_hub(
         self,

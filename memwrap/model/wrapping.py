@@ -16,6 +16,7 @@ from memwrap.io.version import VERSION
 from memwrap.memories.config import MemoryConfig
 from memwrap.memories.registry import config_class, memory_class
 from memwrap.model.adapter_switches import changes_base, check_comes_back
+from memwrap.model.base_files import differs_from_files
 from memwrap.model.configuration import MemoryModelConfig
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.model.saving import backbone_fingerprint
@@ -60,7 +61,8 @@ def wrap(
     adapters = getattr(model, "peft_config", None) or {}
     for adapter in adapters.values():
         check_comes_back(adapter)
-    begun_anew = any(changes_base(adapter, model) for adapter in adapters.values())
+    changed = any(changes_base(adapter, model) for adapter in adapters.values())
+    changed = changed or differs_from_files(model)
     parts = Backbone(model)  # says what a model lacks before anything is built
     if parts.attached:
         raise ValueError(
@@ -77,8 +79,8 @@ def wrap(
         # A copy: transformers resets the attention implementation of a live config put here.
         backbone=copy.deepcopy(model.config),
         base_model=asset_name(getattr(model.config, "_name_or_path", "") or ""),
-        # Weights that an adapter changed as it began are nowhere else: they count as changed.
-        base_fingerprint="" if begun_anew else backbone_fingerprint(model),
+        # What an adapter changed as it began, what was trained, or merged into, is nowhere else.
+        base_fingerprint="" if changed else backbone_fingerprint(model),
         memwrap_version=VERSION,
     )
     config.backbone._name_or_path = config.base_model  # a shipped base has no path

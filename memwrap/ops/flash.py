@@ -12,8 +12,10 @@ Hkv), T queries, K keys of a group, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from memwrap.ops import accumulation_dtype
 
+# A power of two takes the same time for all scores; torch's exponential takes many times as long
+# for those that are hidden or far below the largest.
+LOG2_E = math.log2(math.e)
 PIECE = 128  # queries that attend together
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -121,13 +126,26 @@ def attend(
     return _Attention.apply(plan, scaling, width, out, log, *tensors)
 
 
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attend for queries `(B, H, T, D)` to H heads of keys, with a mask that is added to the scores
+    or none: the output and the log of each sum `(B, H, T)`, for `other` of `attend`; no gradient
+    goes through it."""
+    return _flash(query, key, value, attn_mask=mask, scale=scaling)
+
+
 def attend_received(
-    groups: Sequence[Group], scaling: float, counted: Tensor, width: int | None = None
+    groups: Sequence[Group],
+    scaling: float,
+    counted: Tensor,
+    width: int | None = None,
+    other: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend as `attend`, and sum the weights that the keys of the first group get from queries.
 
     Args:
-        groups, scaling, width: as in `attend`.
+        groups, scaling, width, other: as in `attend`.
         counted: `(B, T)` bool, queries that count.
 
     Returns:
@@ -135,50 +153,54 @@ def attend_received(
     """
     query = groups[0].query
     if torch.is_grad_enabled() or accumulation_dtype(query) != query.dtype:
-        out, log = attend(groups, scaling, width=width)
+        out, log = attend(groups, scaling, other, width)
         return out, _received(groups[0], scaling, log, counted)
     total = groups[0].key.shape[2]
     got = query.new_zeros(len(query), query.shape[1], total)
     outs = [
-        _weighed([(g, g.sights[number]) for g in groups], scaling, piece, counted[:, piece], got)
+        _weighed(groups, number, piece, scaling, counted[:, piece], got, width, other)
         for number, piece in enumerate(pieces(query.shape[2]))
     ]
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-    return _first(out, width).transpose(1, 2), got
+    return out.transpose(1, 2), got
 
 
 def _weighed(
-    groups: Sequence[tuple[Group, Sight | None]], scaling: float, piece: slice, counted: Tensor,
-    got: Tensor,
+    groups: Sequence[Group], number: int, piece: slice, scaling: float, counted: Tensor,
+    got: Tensor, width: int | None, other: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    """Attend for a piece of the queries by weights that are written out, `(B, H, T, D)`, and add
-    those of the first group to what its keys `got`: the scores are computed once for both."""
-    seen = [(g, sight) for g, sight in groups if sight is not None]
-    query, value = groups[0][0].query, groups[0][0].value
-    if not seen:
-        return query.new_zeros(*query[:, :, piece].shape[:3], value.shape[-1])
-    heads, scores = value.shape[1], []
+    """Attend for a `piece` of the queries, of this `number`, by weights that are written out, `(B,
+    H, T, D)`, and add those of the first group to what its keys `got`: the scores are computed
+    once for both."""
+    sights = [group.sights[number] for group in groups]
+    seen = [(g, sight) for g, sight in zip(groups, sights, strict=True) if sight is not None]
+    query, value = groups[0].query, groups[0].value
+    heads, scores, logs = value.shape[1], [], []
     for group, sight in seen:
-        folded = _folded(group.query[:, :, piece], heads) * scaling
+        folded = _folded(group.query[:, :, piece], heads) * (scaling * LOG2_E)
         scores.append(folded @ _columns(group.key, sight).mT)
         if sight.mask is not None:
             scores[-1] += sight.mask
-    most = torch.stack([x.amax(-1) for x in scores]).amax(0) if len(scores) > 1 else (
-        scores[0].amax(-1)
-    )  # fmt: skip
-    most = most.clamp_min(torch.finfo(most.dtype).min)[..., None]
-    weights = [x.sub_(most).exp_() for x in scores]
-    amount = torch.stack([x.sum(-1, keepdim=True) for x in weights]).sum(0)
-    share = amount.clamp_min_(torch.finfo(amount.dtype).tiny).reciprocal_()
-    out: Any = sum(
-        w @ _columns(group.value, sight) for w, (group, sight) in zip(weights, seen, strict=True)
-    )
+    tops = [x.amax(-1, keepdim=True) for x in scores]
+    if other is not None:
+        logs = [_folded(other[1][:, :, piece, None], heads) * LOG2_E]
     length = piece.stop - piece.start
-    if groups[0][1] is not None:
+    if not tops + logs:
+        return _first(torch.zeros_like(query[:, :, piece]), width)
+    most = reduce(torch.maximum, tops + logs).clamp_min(torch.finfo(query.dtype).min)
+    weights = [x.sub_(most).exp2_() for x in scores]
+    shares = [(log - most).exp2() for log in logs]
+    parts = [w @ _columns(g.value, sight) for w, (g, sight) in zip(weights, seen, strict=True)]
+    parts = [_first(part, width) for part in parts]
+    if other is not None:
+        parts.append(shares[0] * _folded(other[0][:, :, piece], heads))
+    amount = reduce(torch.add, [x.sum(-1, keepdim=True) for x in weights] + shares)
+    share = amount.clamp_min(torch.finfo(amount.dtype).tiny).reciprocal()
+    if sights[0] is not None:
         by_query = (share.unflatten(2, (-1, length)) * counted[:, None, None, :, None]).mT
         sums = by_query @ weights[0].unflatten(2, (-1, length))
-        got[:, :, groups[0][1].keys] += sums.squeeze(3).flatten(1, 2)
-    return _unfolded(out.mul_(share), length)
+        got[:, :, sights[0].keys] += sums.squeeze(3).flatten(1, 2)
+    return _unfolded(reduce(torch.add, parts).mul_(share), length)
 
 
 @torch.no_grad()
@@ -193,11 +215,12 @@ def _received(group: Group, scaling: float, log: Tensor, counted: Tensor) -> Ten
             continue
         folded = _folded(query[:, :, piece], key.shape[1])
         scores = (folded @ _columns(key, sight).mT).to(log.dtype)
-        most = log[:, :, piece].masked_fill(~counted[:, None, piece], torch.inf)
-        scores = scores.mul_(scaling).sub_(_folded(most, key.shape[1])[..., None])
+        most = log[:, :, piece].masked_fill(~counted[:, None, piece], torch.inf) * LOG2_E
+        most = most.clamp_min(torch.finfo(most.dtype).min)
+        scores = scores.mul_(scaling * LOG2_E).sub_(_folded(most, key.shape[1])[..., None])
         if sight.mask is not None:
             scores += sight.mask
-        weights = scores.exp_().unflatten(2, (-1, piece.stop - piece.start))
+        weights = scores.exp2_().unflatten(2, (-1, piece.stop - piece.start))
         total[:, :, sight.keys] += weights.sum(3).flatten(1, 2)
     return total
 

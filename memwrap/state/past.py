@@ -47,7 +47,8 @@ def cropped(state: MemoryState, tokens_to_remove: int) -> MemoryState:
     Raises:
         ValueError: if the number cannot be taken back.
     """
-    count, length = -tokens_to_remove, state.get_seq_length()
+    # Older releases of transformers count in a tensor.
+    count, length = -int(tokens_to_remove), state.get_seq_length()
     if not 0 <= count <= length:
         raise ValueError(
             f"crop got {tokens_to_remove}; it needs minus the number of tokens to take back, of "

@@ -10,6 +10,7 @@ import gc
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ MARKERS = (
     "full: the whole product of methods and families; off unless -m names it",
     "slow: long processes, of which others show less; off unless -m names it",
     "pairs(reach, families, having): run on every pair of a memory and a family",
+    "long: `slow` for all memories but one of each place and those that were asked for",
 )
 
 torch.set_num_threads(int(os.environ.get("MEMWRAP_TEST_THREADS", "1")))
@@ -85,8 +87,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     memories = metafunc.config.getoption("memory", None) or _available()
     mark = metafunc.definition.get_closest_marker("pairs")
+    slow = set(memories) - set().union(*_kinds()) if _beyond_a_sample(metafunc) else set()
     if mark is None:
-        metafunc.parametrize("memory", memories)
+        metafunc.parametrize("memory", [_case(slow, set(), name) for name in memories])
         return
     if having := mark.kwargs["having"]:
         memories = [name for name in memories if getattr(memory_class(name), having)]
@@ -101,15 +104,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     }
     # Where nobody asked for marks, what is `full` is not made: it would be two thirds of all.
     cases = [
-        pytest.param(
-            memory, family, id=f"{memory}-{family}",
-            marks=() if (memory, family) in chosen else pytest.mark.full,
-        )
+        _case(slow, set() if (memory, family) in chosen else {memory}, memory, family)
         for memory in memories
         for family in mark.kwargs["families"]
         if (memory, family) in chosen or metafunc.config.getoption("markexpr", "")
-    ]  # fmt: skip
+    ]
     metafunc.parametrize(("memory", "family"), cases)
+
+
+def _beyond_a_sample(metafunc: pytest.Metafunc) -> bool:
+    """Whether a test takes long and nobody named the memories to run it on."""
+    asked = metafunc.config.getoption("memory", None)
+    return not asked and metafunc.definition.get_closest_marker("long") is not None
+
+
+def _case(slow: set[str], full: set[str], *values: str) -> Any:
+    """Values of a test's memory and family, marked by the memory."""
+    marks = [
+        mark
+        for mark, names in ((pytest.mark.slow, slow), (pytest.mark.full, full))
+        if values[0] in names
+    ]
+    return pytest.param(*values, id="-".join(values), marks=marks)
 
 
 @cache

@@ -103,6 +103,7 @@ def test_states_do_not_grow(memory: str, family: str) -> None:
     assert max(held[5 * SEGMENT :]) <= max(held[: 5 * SEGMENT])
 
 
+@pytest.mark.long
 @pairs()
 def test_reading_holds_one_segment(memory: str, family: str) -> None:
     model = wrapped(memory, family)
@@ -120,6 +121,7 @@ def test_reading_holds_one_segment(memory: str, family: str) -> None:
     assert long - short <= most, f"loss: {short} bytes, then {long}"
 
 
+@pytest.mark.long
 def test_checkpointed_training_holds_states_not_activations(memory: str) -> None:
     def growth(checkpointing: bool) -> int:
         model = wrapped(memory, segment_size=16).train()

@@ -103,6 +103,7 @@ def test_a_call_runs_through_at_every_module_of_another(memory: str, family: str
     check_interleaved(wrapped(memory, family))
 
 
+@pytest.mark.long
 @pairs()
 def test_many_requests_in_a_pool_of_threads(memory: str, family: str) -> None:
     model = wrapped(memory, family)
@@ -112,6 +113,7 @@ def test_many_requests_in_a_pool_of_threads(memory: str, family: str) -> None:
             future.result()
 
 
+@pytest.mark.long
 @pairs()
 def test_generating_in_threads(memory: str, family: str) -> None:
     model = wrapped(memory, family)
@@ -139,6 +141,7 @@ def gradients_of(model: Any, text: Tensor) -> dict[str, Tensor]:
     return {n: g for n, g in zip(named, grads, strict=True) if g is not None}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recomputing", [False, True])
 @pairs()
 def test_training_beside_reading_and_training(memory: str, family: str, recomputing: bool) -> None:

@@ -39,6 +39,7 @@ LONG = (
 )
 
 
+@pytest.mark.long
 @pairs()
 @pytest.mark.parametrize(("segments", "dtype"), LONG, ids=str)
 def test_many_segments_in_half_precision(

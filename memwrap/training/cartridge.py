@@ -44,7 +44,8 @@ class Cartridge:
         question_tokens, answer_tokens: at most.
         temperature: of questions; answers are the likeliest.
         top: tokens of the full context's distribution that are followed.
-        batch: talks a step. learning_rate: of Adam; it falls to 0 with `steps`, or where there are none with `minutes`.
+        batch: talks a step.
+        learning_rate: of Adam; it falls to 0 with `steps`, or where none are given with `minutes`.
         seed: of questions and of the order.
     """
 
@@ -286,7 +287,8 @@ def nats_of(model: MemoryModelForCausalLM, state: MemoryState, talk: Talk) -> fl
     ids = torch.tensor([talk.ids], device=model.device)
     labels = ids.clone()
     labels[:, : talk.answer] = -100
-    return float(model(ids, labels=labels, cache=state.clone(), remember=False).loss)
+    given = {"cache": state.clone(), "remember": False, "output_router_logits": False}
+    return float(model(ids, labels=labels, **given).loss)
 
 
 # Training

@@ -86,7 +86,7 @@ def memory_gain(model: MemoryModelForCausalLM, rows: list[Row]) -> dict[str, flo
             on, off = (
                 model(
                     ids, labels=labels, memory_control=control, use_cache=False,
-                    return_logits=False,
+                    return_logits=False, output_router_logits=False,
                 ).loss
                 for control in (None, "off")
             )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from commands import run
 
 TEXT = "def area(width, height):\n    return width * height\n\n\n" * 8
@@ -29,6 +30,7 @@ def test_a_cartridge_is_trained_and_asked(base: Path, tmp_path: Path) -> None:
     assert asked.strip()
 
 
+@pytest.mark.slow
 def test_cartridges_and_budgets_need_what_they_need(base: Path, tmp_path: Path) -> None:
     assert "--document" in run("train", "cartridge", "--model", base, expect=2).output
     words = ["eval", base, "--task", "head-budgets", "--tokens", 60, "--count", 1, "-o", tmp_path]

@@ -56,6 +56,7 @@ def results(base: Path, plan: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+@pytest.mark.slow
 def test_every_figure_is_there(results: Path) -> None:
     found = read_results(results)
     assert sorted(found) == ["base", *MEMORIES]
@@ -78,6 +79,7 @@ def test_every_figure_is_there(results: Path) -> None:
     assert "[infini](methods/infini.md)" in text and "1x" not in text and "4x" in text
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_measured_again(results: Path, base: Path, plan: Path) -> None:
     before = json.loads((results / "infini.json").read_text())
     words = ("bench", "memories", "--train", "--model", base, "--plan", plan, "-o", results)

@@ -135,6 +135,7 @@ def test_a_trained_memory_is_shown_where_one_is_shipped_and_its_training_begun(
     assert "memory shuffled" in printed and demo_trained.said_of(training) in printed
 
 
+@pytest.mark.slow
 def test_a_slow_machine_is_told_what_was_left_out(
     small: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

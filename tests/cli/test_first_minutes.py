@@ -101,6 +101,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert done.stderr == "" and done.returncode == 1
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_a_line(base: Path, odd: Path) -> None:
     """A warning without the code that gave it; one text has no error of its mean."""
     code = (

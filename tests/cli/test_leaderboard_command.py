@@ -67,6 +67,7 @@ def folder(base: Path, plan: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.mark.slow
 def test_every_cell_is_there_and_fits_its_budget(folder: Path) -> None:
     cells = {boards.key_of(cell): cell for cell in boards.read_cells(folder)}
     alone = {"base_whole_text", "base_no_text", "infllm", "rmt", "memoryprompt", "infini"}
@@ -85,6 +86,7 @@ def test_every_cell_is_there_and_fits_its_budget(folder: Path) -> None:
         assert all(len(text["shuffled"]) == 3 for text in cell["texts"])
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_cells_say(folder: Path) -> None:
     cells = boards.read_cells(folder)
     text = pages.board_page(folder, "a command", "x.png", link="[{1}](methods/{0}.md)")
@@ -165,6 +167,7 @@ def test_facts_stand_in_their_texts_and_answers_end_the_questions() -> None:
     assert len(set(told)) == 8
 
 
+@pytest.mark.slow
 def test_what_keeps_the_text_has_no_scale() -> None:
     base: Any = AutoModelForCausalLM.from_pretrained(asset("tiny-lm")).eval()
     ids = list(range(5, 605))

@@ -57,6 +57,7 @@ def test_reading_talking_and_exporting(here: Path) -> None:
     assert not list(here.rglob(".exporting-*"))
 
 
+@pytest.mark.slow
 def test_training_and_measuring(here: Path) -> None:
     words = ("model.name=base", "data.source=texts", "output=runs/first", *TINY)
     run("train", "rmt_lora_tiny", *words, "trainer.steps=1")
@@ -91,6 +92,7 @@ def test_stores(here: Path) -> None:
         assert len(open_store(path)) == 4
 
 
+@pytest.mark.slow
 def test_calls_of_the_library(here: Path) -> None:
     model = memwrap.load("model")
     text = ids(1, 40)

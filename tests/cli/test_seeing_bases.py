@@ -33,6 +33,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_command_takes_one(seeing: Path, tmp_path: Path) -> None:
     document = tmp_path / "lines.txt"
     document.write_text(" ".join(f"Line {n} is here." for n in range(200)))

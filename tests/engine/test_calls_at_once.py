@@ -38,7 +38,8 @@ from memwrap.testing.test_concurrency import (
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
-@pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     ("memory", "settings"),
     [
@@ -58,6 +59,7 @@ def test_other_settings(memory: str, settings: dict[str, Any], attention: str) -
     check_interleaved(wrapped(memory, base=base, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["kv", "hidden"])
 def test_two_trainings_with_auxiliary_losses(store: str) -> None:
     """Keys are projected again without gradients for the matrices: of this call alone."""

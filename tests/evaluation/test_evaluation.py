@@ -142,8 +142,14 @@ def test_results_are_files_and_tables(documents, tmp_path: Path) -> None:
     assert again.table() == result.table() and "memory shuffled" in result.table()
     plot_perplexity(result, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="no perplexity result"):
+    with pytest.raises(ValueError, match="no memwrap-perplexity result"):
         PerplexityResult.from_dict({"format": "other"})
+    whole = result.to_dict()
+    for wrong in ({"curves": 3}, {"curves": [7]}, {"curves": {"memory": {"mean": []}}}, {"x": 1}):
+        with pytest.raises(ValueError, match="memwrap-perplexity result (is damaged|has no)"):
+            PerplexityResult.from_dict(whole | wrong)
+    with pytest.raises(ValueError, match="is damaged"):
+        PerplexityResult.from_dict({k: v for k, v in whole.items() if k != "edges"})
     with pytest.raises(ValueError, match="at least two documents"):
         measured(wrapped("armt"), documents[:1])
 

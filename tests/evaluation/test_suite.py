@@ -109,6 +109,7 @@ def test_wilson() -> None:
     assert 0.83 < suite.wilson(1.0, 20)[0] < 0.85
 
 
+@pytest.mark.slow
 def test_files_and_reports(
     model: MemoryModelForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

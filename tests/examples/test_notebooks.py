@@ -10,17 +10,11 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORTEST = "ask_a_library"
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(p, id=p.stem, marks=() if p.stem == SHORTEST else pytest.mark.slow)
-        for p in NOTEBOOKS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The kernel is a process of its own: it finds memwrap as this one does.
     found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -45,7 +39,7 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_are_notebooks() -> None:
-    assert SHORTEST in {path.stem for path in NOTEBOOKS} and len(NOTEBOOKS) > 3
+    assert len(NOTEBOOKS) > 3
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -205,6 +205,7 @@ def test_merging_leaves_the_model_as_it_is() -> None:
     assert not any("lora" in key for key in exporting.merged(model))
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -32,6 +32,7 @@ def output_of(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.proof("Hostile files: refused in a sentence, or harmless", "safetensors", "faiss-cpu")
 @pytest.mark.parametrize("sample", [160, SLOW(16), FULL(1)])
 def test_no_hostile_file_does_harm(sample: int) -> None:
@@ -42,6 +43,7 @@ def test_no_hostile_file_does_harm(sample: int) -> None:
     assert not wrong, "\n".join(" | ".join(map(str, row)) for row in wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.proof("SIGKILL at any moment of any writer: the old or the new, whole", "safetensors")
 @pytest.mark.parametrize(
     ("kills", "by_chance", "only"), [(3, 1, "library"), SLOW(3, 1, ""), FULL(0, 20, "")]
@@ -53,6 +55,7 @@ def test_killed_writers_leave_whole_files(kills: int, by_chance: int, only: str)
     assert "| library |" in out and (only or "| checkpoint of a training" in out)
 
 
+@pytest.mark.slow
 @pytest.mark.proof("A full disk at any call of any writer: the old or the new", "safetensors")
 @pytest.mark.parametrize(("sample", "only"), [(12, "library"), SLOW(12, ""), FULL(1, "")])
 def test_a_full_disk_leaves_whole_files(sample: int, only: str) -> None:

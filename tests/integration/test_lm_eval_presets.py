@@ -234,6 +234,7 @@ def test_what_the_command_is_given(saved: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_the_harness_has_the_presets_tasks() -> None:
     known = set(TaskManager().all_tasks)
     for name in presets():

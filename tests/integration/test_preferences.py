@@ -174,5 +174,5 @@ def test_what_their_head_would_leave_out_is_refused() -> None:
         with pytest.raises(ValueError, match="balances experts"):
             called(ids, output_router_logits=True)
     model.backbone.config.output_router_logits = True
-    with pytest.warns(UserWarning, match="trained without it"):
-        model.train()(ids, labels=ids)
+    with pytest.warns(UserWarning, match="without the loss that balances"):
+        model.train().base_model(ids)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import readme_example
 import torch
 from transformers import LlamaForCausalLM
 
 
+@pytest.mark.slow
 def test_the_example_runs() -> None:
     found = readme_example.run()
     book, state = found["book"], found["state"]

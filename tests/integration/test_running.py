@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from small import SETTINGS, documents, llama, losses_of, word_tokenizer, wrapped
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, pipeline
 
 import memwrap
@@ -115,6 +115,34 @@ def test_text_generation_pipeline(memory: str) -> None:
 
 
 # A quantised base
+
+
+def test_a_base_that_was_quantised_in_memory_comes_back_so_or_is_asked_for(
+    base: Path, tmp_path: Path
+) -> None:
+    def quantised(model: Any) -> Any:
+        quantize_(model, Int8WeightOnlyConfig())
+        return model
+
+    def plain() -> Any:
+        return AutoModelForCausalLM.from_pretrained(base)
+
+    before = wrapped("armt", base=quantised(plain())).eval()
+    after = wrapped("armt", base=plain()).eval()
+    quantised(after.backbone)
+    norm = wrapped("armt", base=AutoModelForCausalLM.from_pretrained(base, **eight_bits())).eval()
+    with torch.no_grad():
+        norm.backbone.model.norm.weight.mul_(1.5)
+    for number, model in enumerate((before, after, norm)):
+        with pytest.raises(ValueError, match="leave include_base out"):
+            model.save_pretrained(tmp_path / "no", include_base=True)
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder)
+        with pytest.raises(ValueError, match="does not name its base"):
+            memwrap.load(folder)
+        want = model(TEXT).logits
+        again = memwrap.load(folder, memwrap.unwrap(model))
+        assert torch.equal(again(TEXT).logits, want)
 
 
 def four_bits() -> dict[str, Any]:

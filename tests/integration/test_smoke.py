@@ -89,6 +89,7 @@ def test_trains_saves_and_loads(memory: str, family: str, tmp_path: Path) -> Non
         assert torch.equal(again(more, cache=loaded).logits, want)
 
 
+@pytest.mark.slow
 def test_loads_without_memwrap(tmp_path: Path) -> None:
     found = exporting.export(wrapped("armt"), tmp_path / "exported")
     assert found is not None and found.generates and found.difference < 1e-5

@@ -88,6 +88,27 @@ def test_stock_trainer_accumulates_like_one_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.proof("transformers' own Trainer", "accelerate")
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"bf16_full_eval": True}], ids=str)
+def test_stock_trainer_measures_logits(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model, seen = wrapped("armt").eval(), {}
+    batch = DocumentCollator()(documents([20, 20]))
+    want = model(batch["input_ids"]).logits.detach()
+
+    def measure(predicted: Any) -> dict[str, float]:
+        seen["logits"] = torch.as_tensor(predicted.predictions)
+        return {}
+
+    trainer = Trainer(
+        model=model, args=TrainingArguments(str(tmp_path), **SETTINGS | settings),
+        data_collator=DocumentCollator(), eval_dataset=documents([20, 20]),
+        compute_metrics=measure, preprocess_logits_for_metrics=lambda logits, labels: logits + 1,
+    )  # fmt: skip
+    trainer.evaluate()
+    error = (seen["logits"] - 1 - want).abs().max() / want.abs().max()
+    assert error < (0.05 if settings else 1e-5)
+
+
+@pytest.mark.proof("transformers' own Trainer", "accelerate")
 def test_label_smoothing_is_that_of_the_base(tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in torch.arange(3, 63).view(3, 20)]
     settings = SETTINGS | {"max_steps": 1, "per_device_train_batch_size": 3}
@@ -230,6 +251,7 @@ def test_peft_around_trains_memory_and_adapters(
     assert {rates[n] for n in changed - memory} == {1e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.proof("`get_peft_model` with LoRA and DoRA", "peft")
 @pytest.mark.parametrize("dora", [False, True])
 def test_peft_around_saves_and_resumes(tmp_path: Path, dora: bool) -> None:

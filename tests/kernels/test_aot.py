@@ -74,6 +74,7 @@ DELTA = {"cumulate_kernel", "changes_kernel", "changes_bwd_kernel", "readers_bwd
 ARMT = {"read_kernel", "project_kernel", "write_kernel", "features_bwd_kernel"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "case", "kernels"),
     [

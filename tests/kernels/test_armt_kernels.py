@@ -56,9 +56,9 @@ def step(written: Tensor, nu: int, normalize: bool, correction: bool) -> Any:
         ("full", True, False, False, True, torch.float32),
         ("mixed", True, False, True, True, torch.bfloat16),
         ("empty", True, True, False, True, torch.float32),
-        ("mixed", True, True, True, False, torch.float16),
-        ("full", False, True, False, True, torch.float32),
-        ("mixed", False, True, True, True, torch.bfloat16),
+        pytest.param("mixed", True, True, True, False, torch.float16, marks=pytest.mark.slow),
+        pytest.param("full", False, True, False, True, torch.float32, marks=pytest.mark.slow),
+        pytest.param("mixed", False, True, True, True, torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_reads_and_writes_agree(
@@ -71,6 +71,7 @@ def test_reads_and_writes_agree(
         agree(got, results(name, run, *own), TOLERANCE, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nu", "sizes"), [(1, (1, 1, 1, 1, 1)), (2, (1, 1, 70, 70, 68)), (4, (1, 3, 3, 1, 2))]
 )
@@ -81,6 +82,7 @@ def test_odd_sizes(nu: int, sizes: tuple[int, ...]) -> None:
     agree(results("triton", run, *own), results("torch", run, *own), TOLERANCE, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [False, True])
 def test_keys_without_features(normalize: bool) -> None:
     own, written = leaves(torch.float32, filled="full", z=True, gating=False)
@@ -101,6 +103,7 @@ def test_no_tokens() -> None:
     (out.sum() + A.sum()).backward()
 
 
+@pytest.mark.slow
 def test_operators_are_registered_as_torch_wants_them() -> None:
     from memwrap_kernels import armt
 
@@ -113,6 +116,7 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
     opcheck(armt.write, (k, v, beta, A, None, written, 3, True, True, 0.0, 1e-5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled_whole(compiler: str) -> None:
     own, written = leaves(torch.float32, filled="mixed", z=True, gating=False)

@@ -132,6 +132,7 @@ def test_bad_calls_are_refused() -> None:
         delta.step(q.double(), k, v, g, beta, state, 1.0)  # type: ignore[union-attr, arg-type]
 
 
+@pytest.mark.slow
 def test_operators_are_registered_as_torch_wants_them() -> None:
     q, k, v, beta, g, state = leaves((1, 2, 1, 4, 3, 2), True, torch.float32)
     u, w = delta.solved(k, v, beta, g, None)  # type: ignore[arg-type]
@@ -140,6 +141,7 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
     opcheck(delta.step_op, (q, k, v, g, beta, state, 1.0))
 
 
+@pytest.mark.slow
 def test_compiled_whole() -> None:
     own = leaves((1, 2, 1, 9, 4, 3), True, torch.float32)
 

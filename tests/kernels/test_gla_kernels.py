@@ -129,12 +129,14 @@ def test_bad_calls_are_refused() -> None:
         gla.scan(q.double(), k, v, g, state, 1.0)  # type: ignore[union-attr, arg-type]
 
 
+@pytest.mark.slow
 def test_operator_is_registered_as_torch_wants_it() -> None:
     own = leaves((1, 2, 1, 4, 3, 2), "vector", torch.float32)
     given = [None if x is None else x.requires_grad_() for x in own]
     opcheck(gla.forward, (*given, None, None, 1.0))
 
 
+@pytest.mark.slow
 def test_compiled_whole() -> None:
     own = leaves((1, 2, 1, 9, 4, 3), "vector", torch.float32)
     cu = torch.tensor([0, 4, 9], device=DEVICE)

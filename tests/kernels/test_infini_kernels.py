@@ -58,7 +58,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         ("ragged", False, True, torch.float16),
         ("multi_query", True, False, torch.bfloat16),
         ("one_token", True, False, torch.float32),
-        ("tiles", False, True, torch.float32),
+        pytest.param("tiles", False, True, torch.float32, marks=pytest.mark.slow),
     ],
 )
 def test_scans_agree(
@@ -158,6 +158,7 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
     opcheck(infini_scan.fused, (q, k, v, M, z, mask, 4, True, 1e-10, True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "chosen"), [("eager", "auto"), ("aot_eager", "fused"), ("aot_eager", "launches")]
 )

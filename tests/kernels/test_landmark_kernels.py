@@ -158,6 +158,7 @@ def test_bad_calls_are_refused() -> None:
         landmark.attention(q, k, k, 2, softcap=30.0)
 
 
+@pytest.mark.slow
 def test_operator_is_registered_as_torch_wants_it() -> None:
     q, k, v = (draw(1, 2, 5, 4, seed=n).requires_grad_() for n in (1, 2, 3))
     starts = torch.tensor([[0] * 4 + [4]], dtype=torch.int32, device=DEVICE)

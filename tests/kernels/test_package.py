@@ -53,6 +53,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_package_loads_under_another_name() -> None:
     """Twice beside each other, with ops of their own, while its usual name cannot be imported."""
     code = f"""
@@ -67,6 +68,7 @@ print(named, hasattr(torch.ops.memwrap_kernels, "gla"))
     assert run(code) == "[True, True] False"
 
 
+@pytest.mark.slow
 def test_the_ops_keep_their_name_where_the_package_does() -> None:
     """Programs that torch.export saved name their ops."""
     code = "import memwrap_kernels\nprint(hasattr(torch.ops.memwrap_kernels, 'gla'))"

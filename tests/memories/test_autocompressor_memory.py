@@ -343,6 +343,7 @@ def test_adapters_learn_from_what_their_slots_are_worth(checkpointing: bool) -> 
         assert (most > 1e-6) is learns, most
 
 
+@pytest.mark.slow
 def test_what_is_on_in_one_pass_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reads without them.*save_pretrained"):
         export(with_lora(**ICAE), tmp_path / "out", check=False)

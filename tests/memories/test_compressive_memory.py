@@ -78,6 +78,7 @@ def test_the_loss_is_added_in_training_only() -> None:
         assert more > float(plain.train()(text, labels=text).loss) + 1e-3
 
 
+@pytest.mark.slow
 def test_the_compressor_learns() -> None:
     """A few steps on the reconstruction loss alone bring it down."""
     torch.manual_seed(0)

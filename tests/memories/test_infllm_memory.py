@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 import memwrap
 from memwrap.backbones.rotary import rotate
 from memwrap.io.checksums import checksums
+from memwrap.memories.parts.grouped_units import QueryGroups
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
     assert_close,
@@ -208,6 +210,36 @@ def test_offloading_changes_no_bit() -> None:
         m.generate(question, cache=m.read(texts[0][:1]), **settings) for m in (plain, offloading)
     ]
     assert torch.equal(*answers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pays", [True, None])  # None: in some layers alone
+@pytest.mark.parametrize("offload", [False, True])
+def test_groups_of_queries_read_their_units_apart(
+    monkeypatch: pytest.MonkeyPatch, pays: bool | None, offload: bool
+) -> None:
+    text = long_text(2)
+    rows, mask = padded([text[0], text[1, :50]], "left")
+    model = wrapped("infllm", offload=offload)
+
+    def read() -> list[Tensor]:
+        state, parts = model.new_state(2), []
+        for columns in range(0, text.shape[1], 5):
+            parts.append(model(text[:, columns : columns + 5], cache=state).logits)
+        layers = state.memories["infllm"]["layers"].values()
+        noted = [t for tree in layers for t in (tree["recent"]["score"], tree["chosen"])]
+        whole = model(text).logits, model(rows, attention_mask=mask).logits
+        return [torch.cat(parts, 1), *noted, *whole]
+
+    monkeypatch.setattr(QueryGroups, "pays", lambda *_: False)
+    want = read()
+    if pays:
+        monkeypatch.setattr(QueryGroups, "pays", lambda *_: True)
+    else:
+        answers = itertools.cycle((True, False, False))
+        monkeypatch.setattr(QueryGroups, "pays", lambda *_: next(answers))
+    for got, expected in zip(read(), want, strict=True):
+        assert_close(got, expected)
 
 
 @torch.no_grad()

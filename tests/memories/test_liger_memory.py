@@ -142,6 +142,7 @@ def test_routed_memories_by_hand(form: str) -> None:
     assert_close(got, want, 1e-5)
 
 
+@pytest.mark.slow
 def test_new_parameters_start_as_if_not_there() -> None:
     """Routed memories beside the shared one add nothing, GDN-2 starts as KDA; and a single memory
     that is not beside another one is the recurrence as it is."""

@@ -118,6 +118,11 @@ def test_logits_in_evaluation_are_made_when_looked_at() -> None:
     out = model(text, labels=text, cache=state)  # the state has moved on when they are looked at
     assert error_of(out.to_tuple()[1], after) < 1e-5
     assert error_of(model(text, labels=text, return_dict=False)[1], want) < 1e-5
+    # accelerate's autocast, gathering over devices and torch's trees build another from its parts.
+    out = model(text, labels=text)
+    kind = type(out)
+    for other in (kind(dict(out)), kind((k, out[k]) for k in out), kind(**out), kind({})):
+        assert other == {} or torch.equal(other.logits, out.logits), other
     count = len(loops)
     assert model(text, labels=text, return_logits=False).logits is None
     assert model.train()(text, labels=text).logits is None

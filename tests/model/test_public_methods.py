@@ -149,7 +149,8 @@ def test_options_of_loading_and_saving(tmp_path: Path) -> None:
         {"subfolder": "inner"},
         {"subfolder": "inner", "cache_dir": tmp_path / "cache", "local_files_only": True},
         {"subfolder": "inner", "attn_implementation": "eager"},
-        {"subfolder": "inner", "dtype": torch.float32},
+        {"subfolder": "inner", "dtype": torch.float32, "low_cpu_mem_usage": True},
+        {"subfolder": "inner", "experts_implementation": "eager", "use_kernels": False},
     ):
         for load in (auto, memwrap.load):
             got = load(tmp_path / "all", **given)

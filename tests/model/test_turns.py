@@ -162,6 +162,7 @@ def test_what_reads_the_prompt_again_is_refused_with_a_state() -> None:
         {"cache_implementation": "dynamic"},
         {"cache_implementation": "paged"},
         {"return_legacy_cache": True},
+        {"assistant_early_exit": 1},
         {"use_cache": False, "num_beams": 2},
     ):
         with pytest.raises(ValueError):

@@ -39,7 +39,11 @@ def test_tensors_on_a_gpu_take_the_kernels() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels may be chosen")
 @pytest.mark.parametrize(
     ("interpret", "hide", "words"),
-    [("0", "", "need a GPU"), ("1", "", "chosen: triton"), ("1", "triton", "not installed")],
+    [
+        ("0", "", "need a GPU"),
+        pytest.param("1", "", "chosen: triton", marks=pytest.mark.slow),
+        pytest.param("1", "triton", "not installed", marks=pytest.mark.slow),
+    ],
 )
 def test_choosing_the_kernels(interpret: str, hide: str, words: str) -> None:
     """A process of its own: the interpreter is chosen when the kernels are first imported."""
@@ -61,6 +65,7 @@ def test_choosing_the_kernels(interpret: str, hide: str, words: str) -> None:
     assert words in done.stdout
 
 
+@pytest.mark.slow
 def test_the_kernels_stand_alone() -> None:
     """`memwrap_kernels` needs torch and triton, and nothing of memwrap or transformers."""
     code = (

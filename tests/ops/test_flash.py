@@ -134,3 +134,13 @@ def test_weights_received(length: int, dtype: torch.dtype) -> None:
             got, received = flash.attend_received(made, SCALING, counted)
         assert_close(got.to(wide), out.transpose(1, 2), TOLERANCE[dtype])
         assert_close(received, want, 10 * TOLERANCE[dtype])
+    # The last group attended to before, and merged: nobody sees it.
+    beside = torch.randn(2, heads, length, WIDTH, dtype=dtype), scores[2].logsumexp(-1)
+    # The second one as well, which some queries see.
+    one = scores[1].softmax(-1).nan_to_num() @ given[1][2].to(wide).repeat_interleave(3, 1)
+    for groups, other in ((made[:2], beside), (made[::2], (one, scores[1].logsumexp(-1)))):
+        for recorded in (False, True):
+            with torch.set_grad_enabled(recorded):
+                got, received = flash.attend_received(groups, SCALING, counted, other=other)
+            assert_close(got.to(wide), out.transpose(1, 2), TOLERANCE[dtype])
+            assert_close(received, want, 10 * TOLERANCE[dtype])

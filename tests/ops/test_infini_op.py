@@ -209,6 +209,7 @@ def test_nothing_is_written_in_place(name: str) -> None:
     assert M.data_ptr() != given[3].data_ptr() and z.data_ptr() != given[4].data_ptr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("update", infini.UPDATES)
 def test_numbers_stay_finite_over_many_segments(name: str, update: str) -> None:
@@ -245,6 +246,7 @@ def test_wrong_input_is_explained() -> None:
         infini.scan(q[:, :, :4], k, v, M, z, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", infini.UPDATES)
 def test_compiled_whole(update: str) -> None:
     """The fast torch way in one graph, forward and backward."""

@@ -153,6 +153,33 @@ def test_of_equal_entries_the_first_are_taken(
     torch.testing.assert_close(found[:, :, :2], want[0])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 999), st.sampled_from([640, 661, 1280]), st.integers(1, 11),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.sampled_from(["plain", "equal", "few", "nan"]),
+)  # fmt: skip
+def test_the_largest_are_found_as_by_a_sort(
+    seed: int, total: int, count: int, dtype: torch.dtype, kind: str
+) -> None:
+    """Also of many equal scores, of few that are there, and beside what is no number."""
+    scores = draw(2, 3, 5, total, seed=seed, dtype=dtype)
+    if kind == "equal":
+        scores = (scores * 4).round()
+    elif kind == "few":
+        scores[0, :, :, count // 2 :] = -math.inf
+        scores[1, :, :, count:] = -math.inf
+    elif kind == "nan":
+        scores[0, 0, 0, 0] = math.nan
+        assert chunked.first_largest(scores, count)[0][0, 1:].isfinite().all()
+        scores = scores[1:]
+    order = scores.sort(dim=-1, descending=True, stable=True)
+    values, places = chunked.first_largest(scores, count)
+    there = values > -math.inf
+    assert torch.equal(values, order.values[..., :count])
+    assert torch.equal(places[there], order.indices[..., :count][there])
+
+
 def test_an_unknown_similarity() -> None:
     with pytest.raises(ValueError, match="similarity"):
         retrieve.attend(**cache(), top_k=2, scale=1.0, similarity="cos")

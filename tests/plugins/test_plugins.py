@@ -143,6 +143,7 @@ def test_it_is_wrapped_trained_loaded_measured_and_exported(place: Path) -> None
     assert "modules of memwrap (Apache-2.0) and ema_memory (ema-memory 0.1, MIT)" in card
 
 
+@pytest.mark.slow
 def test_it_is_found_without_an_import(place: Path) -> None:
     """What `make test` shows of it: a fresh process wraps, reads, saves and loads."""
     run(place, "-c", SCRIPT + SHORT)

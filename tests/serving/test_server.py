@@ -168,6 +168,7 @@ def test_servers_of_one_folder_see_what_each_has_read(model: Any, tmp_path: Path
         NamedStates(model, None, 2**30, save_all=True)
 
 
+@pytest.mark.slow
 def test_draws_follow_their_seed(client: Any) -> None:
     drawn = {"prompt": TEXT, "temperature": 1.5, "max_tokens": 20}
     texts = [

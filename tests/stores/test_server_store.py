@@ -183,6 +183,7 @@ def test_urls() -> None:
     assert table == "x" and settings == {"m": 16, "ef_construction": 64, "ef_search": 99}
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away(tmp_path_factory: pytest.TempPathFactory, server: Any) -> None:
     """Last in the file: it stops the server."""
     store = PgVectorStore(f"{server.get_uri()}&table=gone", DIM)

@@ -223,6 +223,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL")
 def test_a_killed_build_goes_on(tmp_path: Path) -> None:
     """SIGKILL at many moments: the last run completes, no entry is lost, none is there twice."""

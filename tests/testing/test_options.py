@@ -45,6 +45,7 @@ def test_warnings_are_errors_where_no_project_says_so(tmp_path: Path) -> None:
     assert "UserWarning: this is noise" in noisy and re.search("3 errors", noisy), noisy
 
 
+@pytest.mark.slow
 def test_what_is_unknown_is_said(tmp_path: Path) -> None:
     found = run(tmp_path, "--memory", "rmtt")
     assert "ERROR: Unknown memory 'rmtt'" in found and "Did you mean 'rmt'?" in found

@@ -31,6 +31,7 @@ def trainer(name: str, rate: float, folder: Path, **settings: Any) -> MemoryTrai
     return MemoryTrainer(model, args, train_dataset=rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1e4, 1e30])
 @pytest.mark.parametrize("name", MEMORIES)
 def test_it_stops_or_stays_finite(name: str, rate: float, tmp_path: Path) -> None:

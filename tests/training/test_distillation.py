@@ -107,6 +107,7 @@ def test_streaming_gives_the_gradients_of_one_call(tmp_path: Path) -> None:
     assert not torch.allclose(plain[name], want[name], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_linearized_model_comes_nearer_to_its_softmax() -> None:
     """Some steps of distillation alone halve what keeps the two apart."""
     torch.manual_seed(0)

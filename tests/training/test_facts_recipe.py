@@ -124,6 +124,7 @@ def test_what_is_read_is_as_large_as_the_hidden_state_says() -> None:
         assert_close(ten, wanted * one, 1e-3)
 
 
+@pytest.mark.slow
 def test_the_recipe_starts_from_a_question_and_says_what_memory_is_worth(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     recipe = load_recipe("armt_facts", [*SMALL, f"output={folder}"])

@@ -210,6 +210,7 @@ def test_the_trainer_trains_mixers_and_evaluates_text(tmp_path: Path) -> None:
     assert float(got) == pytest.approx(language, rel=1e-5)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_the_error_comes_down(name: str) -> None:
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ from memwrap.training.sections import DataSection, RecallSection, TasksSection, 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REAL = [r for r in RECIPES if re.search(r"^  name: \S+/\S+$", r.read_text(), re.MULTILINE)]
-FEW = {"armt_lora_qwen3_0.6b", "lolcats", "compressive_lora"}  # of one stage, of two, with a loss
+FEW = {"lolcats", "compressive_lora"}  # of two stages, with a loss
 SECTIONS = ("model", "lora", "data", "recall", "tasks", "trainer", "pretrain")
 # Any recipe, brought down to a run of seconds.
 SMALL = [
@@ -260,6 +260,7 @@ def test_gates_are_logged_and_plotted(base: Path, documents: Path, tmp_path: Pat
     assert (output / "figures.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [r.stem for r in RECIPES if "recall" in r.stem])
 def test_a_recall_recipe_runs(recipe: str, tmp_path: Path) -> None:
     small = ["trainer.steps=2", "trainer.batch_size=2", "trainer.log_every=1", "recall.num_pairs=3"]

@@ -52,6 +52,7 @@ def test_a_generated_answer_is_taught_with_its_end(tokenizer: PreTrainedTokenize
         assert tokenizer.decode(row["input_ids"]).count(key) >= 3  # twice told, once asked for
 
 
+@pytest.mark.slow
 def test_a_tasks_recipe_trains_and_is_refused_where_it_cannot(tmp_path: Path) -> None:
     text = (
         "task: tasks\nmodel: {name: tiny-lm, dtype: float32}\n"

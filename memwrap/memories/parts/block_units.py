@@ -19,14 +19,14 @@ HELD = ("key", "value")
 UNITS_A_PAGE = 16
 
 
-def take_units(
+def take_blocks(
     pages: Pages, units: Tensor, cache: SlotCache | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Take keys and values `(B, Hkv, U b, D)` of `units` `(B, U)`; what is in the host's memory
+    """Take keys and values `(B, U, Hkv, b, D)` of `units` `(B, U)`; what is in the host's memory
     through a `cache` on the device of `units`."""
     batch, most = units.shape
-    if not most:  # a page is (B, n, Hkv, b, D)
-        key, value = (pages["0"][n][:, :0].transpose(1, 2).flatten(2, 3) for n in HELD)
+    if not most:
+        key, value = (pages["0"][n][:, :0] for n in HELD)
         return key.to(units.device), value.to(units.device)
     rows = [row for row in range(batch) for _ in range(most)]
     numbers = units.flatten().tolist()
@@ -34,8 +34,31 @@ def take_units(
         taken = cache.take(pages, HELD, rows, numbers, UNITS_A_PAGE, units.device)
     else:
         taken = take(pages, HELD, rows, numbers, UNITS_A_PAGE)
-    key, value = (t.unflatten(0, (batch, most)).transpose(1, 2).flatten(2, 3) for t in taken)
+    key, value = (t.unflatten(0, (batch, most)) for t in taken)
     return key, value
+
+
+def side_by_side(blocks: Tensor) -> Tensor:
+    """Lay blocks `(B, U, Hkv, b, D)` one behind the other, `(B, Hkv, U b, D)`."""
+    return blocks.transpose(1, 2).flatten(2, 3)
+
+
+def chosen_units(
+    pages: Pages, chosen: Tensor, index: Tensor, cache: SlotCache | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take keys and values `(B, Hkv, U b, D)` of units that were `chosen` `(B, 1, U)` before,
+    numbers from 1, 0 for none, and tell which query of `index` `(B, T)` sees which; gathered once
+    while the choice stands."""
+
+    def gathered() -> tuple[Tensor, Tensor, Tensor]:
+        taken = chosen > 0
+        most = int(taken.sum(2).max()) if len(chosen) else 0
+        units = (chosen[:, 0, :most] - 1).clamp_min(0)
+        key, value = (side_by_side(x) for x in take_blocks(pages, units, cache))
+        return key, value, taken[..., :most].repeat_interleave(pages["0"]["key"].shape[3], 2)
+
+    key, value, shown = gathered() if cache is not None else kept_beside(chosen, "units", gathered)
+    return key, value, shown.expand(-1, index.shape[1], -1)
 
 
 def behind(units: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

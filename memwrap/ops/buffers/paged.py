@@ -93,8 +93,9 @@ def take(
         parts = [] if by_page else [pages["0"][name][:0, :0].flatten(0, 1)]
         for page, indices in by_page.items():
             tensor = pages[str(page)][name]
-            at = ([rows[i] for i in indices], [entries[i] % size for i in indices])
-            parts.append(tensor[tuple(torch.tensor(a, device=tensor.device) for a in at)])
+            at = [rows[i] * tensor.shape[1] + entries[i] % size for i in indices]
+            index = torch.tensor(at, device=tensor.device)
+            parts.append(tensor.flatten(0, 1).index_select(0, index))
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         if not ordered:
             joined = joined[torch.tensor(back, dtype=torch.long, device=joined.device)]

@@ -69,6 +69,10 @@ def store(buffer: Tensor, slot: Tensor, rows: Tensor, capacity: int) -> Tensor:
     spare = int(slot.device.type != "cpu" or bool((slot >= capacity).any()))
     missing = capacity + spare - buffer.shape[2]
     more = buffer.new_zeros(*buffer.shape[:2], missing, buffer.shape[3])
-    index = slot.clamp_max(capacity)[:, None, :, None].expand(rows.shape)
-    grown = torch.cat([buffer, more], 2).scatter_(2, index, narrowed(rows, buffer.dtype))
+    slot, rows = slot.clamp_max(capacity), narrowed(rows, buffer.dtype)
+    grown = torch.cat([buffer, more], 2)
+    if len(slot) == 1:  # whole vectors move
+        grown = grown.index_copy_(2, slot[0], rows)
+    else:
+        grown = grown.scatter_(2, slot[:, None, :, None].expand(rows.shape), rows)
     return grown[:, :, :capacity].contiguous()
