@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from memwrap.backbones import attention as attention_place
 from memwrap.backbones import feedforward as feed_forward_place
 from memwrap.backbones import layers as layer_place
+from memwrap.backbones import reading_probe
 from memwrap.backbones import recurrence as recurrent_place
 from memwrap.backbones import token_ids as token_ids_place
 from memwrap.backbones.attention_probe import AttentionSizes, probe
@@ -31,13 +32,6 @@ from memwrap.backbones.masks import (
 )
 from memwrap.backbones.offloaded import hooks_of, loaded
 from memwrap.backbones.position_limits import PositionLimit, angle_limit
-from memwrap.backbones.reading_probe import (
-    check_reading,
-    evaluating,
-    explained,
-    looks_at_ids,
-    sample_ids,
-)
 from memwrap.backbones.recurrence import Recurrence
 from memwrap.backbones.rotary import Rotary
 from memwrap.state.trees import Tree, tree_map
@@ -94,7 +88,7 @@ class Backbone:
         self.rotary = Rotary(limit=angle_limit(self.config))
         self._sizes: dict[int, AttentionSizes] | None = None
         self.ids_matter = False
-        with explained(type(model).__name__):
+        with reading_probe.explained(type(model).__name__):
             self.ids_matter = self._looks_at_ids()
         self.cache_name = find_cache_name(self._one_token, self.config, type(model).__name__)
         self._path = next(n for n, m in model.named_modules() if m is decoder).split(".")
@@ -222,8 +216,8 @@ class Backbone:
         """
         try:
             self._attach_own()
-            with self._quiet(), explained(type(self.model).__name__):
-                check_reading(self)
+            with self._quiet(), reading_probe.explained(type(self.model).__name__):
+                reading_probe.check_reading(self)
         finally:
             self.detach()
 
@@ -308,7 +302,7 @@ class Backbone:
         with LOCK:  # a second look would run, and watch, modules that other threads are in
             if self._sizes is None:
                 name, number = type(self.model).__name__, len(self.attention_modules)
-                with self.attention_lent(), explained(name):
+                with self.attention_lent(), reading_probe.explained(name):
                     self._sizes = probe(run, self.decoder, self.layers, number, self.rotary, name)
             return self._sizes
 
@@ -326,9 +320,11 @@ class Backbone:
             self.decoder(**self._given(noise, None), position_ids=where, **passed)
 
     def _looks_at_ids(self) -> bool:
-        ids = sample_ids(self.embedding_weight.shape[0]).to(self.device)
+        ids = reading_probe.sample_ids(self.embedding_weight.shape[0]).to(self.device)
         with self._quiet():
-            return looks_at_ids(self.decoder, ids, self.embed(ids), self._noise(ids.shape[1]))
+            return reading_probe.looks_at_ids(
+                self.decoder, ids, self.embed(ids), self._noise(ids.shape[1])
+            )
 
     def _given(self, embeds: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
         """Choose what the decoder is given of a step's columns."""
@@ -350,7 +346,7 @@ class Backbone:
         if lent:
             token_ids_place.attach(self.embeddings)
         try:
-            with evaluating(self.model), torch.no_grad():
+            with reading_probe.evaluating(self.model), torch.no_grad():
                 yield
         finally:
             if lent:
@@ -415,8 +411,7 @@ class Backbone:
         position_ids = positions if position_ids is None else position_ids
         noted = feed_forward_place.inputs_noted_in(feed_forward)
         given: dict[str, Any] = {**self._given(embeds, ids), self.cache_name: cache}
-        if routed is not None:
-            given[BALANCE] = True
+        given |= {BALANCE: True} if routed is not None else {}
         embeddings = token_ids_place.embeddings_given(embeds if self.ids_matter else None)
         with reaching(context), recurrent_place.carried(recurrence), noted, embeddings:
             out = self.decoder(
