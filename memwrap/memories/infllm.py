@@ -313,8 +313,8 @@ class InfLLMMemory(AttentionMemory):
         if units is None and attention.window is not None:
             return []
         far: Units = (state["sink_key"], state["sink_value"], layout.sinks)
-        chosen = bool(units) and units[0].shape[2] > 0
-        if units and chosen:
+        chosen = units is not None and len(units) > 0 and units[0].shape[2] > 0
+        if units is not None and chosen:
             far = block_units.behind(units, far)
         elif not layout.some_sinks:
             far = (*far[:2], layout.sinks[..., :0])

@@ -146,7 +146,7 @@ def test_results_are_files_and_tables(documents, tmp_path: Path) -> None:
         PerplexityResult.from_dict({"format": "other"})
     whole = result.to_dict()
     for wrong in ({"curves": 3}, {"curves": [7]}, {"curves": {"memory": {"mean": []}}}, {"x": 1}):
-        with pytest.raises(ValueError, match="memwrap-perplexity result (is damaged|has no)"):
+        with pytest.raises(ValueError, match=r"memwrap-perplexity result (is damaged|has no)"):
             PerplexityResult.from_dict(whole | wrong)
     with pytest.raises(ValueError, match="is damaged"):
         PerplexityResult.from_dict({k: v for k, v in whole.items() if k != "edges"})

@@ -94,8 +94,8 @@ def take(
         for page, indices in by_page.items():
             tensor = pages[str(page)][name]
             at = [rows[i] * tensor.shape[1] + entries[i] % size for i in indices]
-            index = torch.tensor(at, device=tensor.device)
-            parts.append(tensor.flatten(0, 1).index_select(0, index))
+            places = torch.tensor(at, device=tensor.device)
+            parts.append(tensor.flatten(0, 1).index_select(0, places))
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         if not ordered:
             joined = joined[torch.tensor(back, dtype=torch.long, device=joined.device)]
