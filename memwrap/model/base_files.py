@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,12 +10,13 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from memwrap.backbones.offloaded import loaded_parameters
+from memwrap.io.reading import read_json
 from memwrap.model.adapter_switches import adapter_keys
 
 _NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
@@ -61,9 +61,17 @@ def _files(place: str, revision: str | None) -> Iterator[Path]:
     if single is not None:
         yield single
     elif index is not None:
-        names = json.loads(index.read_text())["weight_map"].values()
-        parts = [_file(place, name, revision) for name in sorted(set(names))]
+        parts = [_file(place, name, revision) for name in _shards(index)]
         yield from (file for file in parts if file is not None)
+
+
+def _shards(index: Path) -> list[str]:
+    """Name the files of an index that lie beside it; none of one that cannot be read."""
+    try:
+        names = {*read_json(index)["weight_map"].values()}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        return []
+    return sorted(name for name in names if isinstance(name, str) and Path(name).name == name)
 
 
 def _file(place: str, name: str, revision: str | None) -> Path | None:
@@ -78,7 +86,11 @@ def _file(place: str, name: str, revision: str | None) -> Path | None:
 
 
 def _differs(kept: dict[str, Tensor], file: Path) -> bool:
-    with safe_open(file, framework="pt") as tensors:
+    try:
+        opened = safe_open(file, framework="pt")
+    except (OSError, SafetensorError):  # it is damaged: nothing to compare with
+        return False
+    with opened as tensors:
         for name in tensors.keys():  # noqa: SIM118
             weight = kept.get(name)
             if weight is None or type(weight.data) is not Tensor or not weight.dim():

@@ -81,3 +81,9 @@ def test_what_cannot_be_compared_does_not_differ(tmp_path: Path) -> None:
     for name in ("", "somebody/unheard-of", "no/such/place", str(tmp_path)):
         base.config._name_or_path = name
         assert not base_files.differs_from_files(base)
+    base.config._name_or_path = str(tmp_path)
+    for text in ("{", "[]", "{}", '{"weight_map": {"lm_head.weight": "../model.safetensors"}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        assert not base_files.differs_from_files(base)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    assert not base_files.differs_from_files(base)
