@@ -31,7 +31,7 @@ def find_model(name: str | Path, **hub: Any) -> str | Path:
     """Find what a model is loaded from.
 
     huggingface_hub tries for half a minute where there is no network; whether a name leads anywhere
-    is asked here, once.
+    is asked here, once. A Hub that is slow to answer is left to the loading, which waits longer.
 
     Args:
         name: a folder, a name such as `"smollm2"`, or a repo id on the Hub.
@@ -69,6 +69,8 @@ def _asked(name: str, hub: dict[str, Any]) -> str:
     except HfHubHTTPError:
         return ""  # for now; here it is worth a few tries
     except Exception as error:  # of the package that carries requests, which differs by version
+        if "timeout" in type(error).__name__.lower():
+            return ""  # a slow network; loading waits longer
         return f"does not answer ({type(error).__name__})"
     return ""
 

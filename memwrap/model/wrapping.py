@@ -62,8 +62,8 @@ def wrap(
     for adapter in adapters.values():
         check_comes_back(adapter)
     changed = any(changes_base(adapter, model) for adapter in adapters.values())
-    changed = changed or differs_from_files(model)
     parts = Backbone(model)  # says what a model lacks before anything is built
+    changed = changed or differs_from_files(model)
     if parts.attached:
         raise ValueError(
             f"This {type(model).__name__} is inside another memory model already; memwrap.unwrap "

@@ -69,6 +69,8 @@ def test_what_the_hub_has_or_keeps_back_is_left_to_the_loading(
     assert find_model("a/b") == "a/b"
     error = GatedRepoError
     assert find_model("a/b") == "a/b"
+    error = TimeoutError
+    assert find_model("a/b") == "a/b"
     error = RepositoryNotFoundError
     with pytest.raises(FileNotFoundError, match="shows no such model to you"):
         find_model("a/b")

@@ -112,7 +112,7 @@ def test_a_dry_run_prints_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
         (("eval", "tiny-lm"), "--memory NAME"),
         (("export", "tiny-lm", "x"), "--memory NAME"),
         (("fetch", "tiny-lm"), "known: smollm2"),
-        (("doctor", "--model", "/not/there"), "cannot be loaded"),
+        (("doctor", "--model", "/not/there"), "There is no folder /not/there"),
         (("demo", "--minutes", "0"), "must be positive"),
     ],
 )  # fmt: skip

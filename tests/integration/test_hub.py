@@ -40,6 +40,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise huggingface_hub.errors.LocalEntryNotFoundError(f"no repo {repo_id}")
         return str(root / repo_id)
 
+    def metadata(url: str, **_: Any) -> None:
+        if not (root / url.split("/resolve/")[0].split("/", 3)[3]).is_dir():
+            kind = huggingface_hub.errors.RepositoryNotFoundError
+            raise kind.__new__(kind)  # making one takes a server's answer
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return root
@@ -73,7 +79,7 @@ def test_saving_can_push_and_a_base_can_go_along(hub: Path, tmp_path: Path) -> N
 
 
 def test_what_is_not_there_says_so(hub: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no repo nobody/nothing"):
+    with pytest.raises(FileNotFoundError, match="no model 'nobody/nothing'"):
         memwrap.load("nobody/nothing", build("llama"))
     with pytest.raises(FileNotFoundError, match="no folder"):
         memwrap.load("./nowhere/at/all")
