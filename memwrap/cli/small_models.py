@@ -113,9 +113,14 @@ def reduced(
     """
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
+    words = getattr(text, "vocab_size", None)
     for part in {id(c): c for c in (config, text, *_parts(config))}.values():
         cutting = cut == "all" or (cut == "text" and part is text)
-        _reduce(part, widths, cut=cutting, vocabulary=part is text or part is config)
+        # An encoder of text has the vocabulary of its decoder.
+        vocabulary = (
+            part is text or part is config or (words and vars(part).get("vocab_size") == words)
+        )
+        _reduce(part, widths, cut=cutting, vocabulary=bool(vocabulary))
     return type(config).from_dict(config.to_dict())  # may find something wrong
 
 
