@@ -48,12 +48,21 @@ def find_model(name: str | Path, **hub: Any) -> str | Path:
         return folder
     if folder.is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
         raise FileNotFoundError(f"There is no folder {name}; save a model there first.")
-    told = {key: hub[key] for key in ("cache_dir", "revision") if hub.get(key)}
-    if not isinstance(huggingface_hub.try_to_load_from_cache(str(name), CONFIG, **told), str):
+    if not _cached(str(name), hub):
         reason = "may not be asked" if hub.get("local_files_only") else _asked(str(name), hub)
         if reason:
             raise FileNotFoundError(_unknown(str(name), reason))
     return str(name)
+
+
+def _cached(name: str, hub: dict[str, Any]) -> bool:
+    """Tell whether the Hub's cache has anything of a repo: it may lie in a subfolder alone."""
+    told = {key: hub[key] for key in ("cache_dir", "revision") if hub.get(key)}
+    try:
+        huggingface_hub.snapshot_download(name, local_files_only=True, **told)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _asked(name: str, hub: dict[str, Any]) -> str:

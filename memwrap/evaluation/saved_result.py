@@ -53,9 +53,7 @@ class SavedResult:
                 )
             return cls(**given)
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"A {cls.format} result is damaged: {error}; write it anew."
-            ) from error
+            raise ValueError(f"A {cls.format} result is damaged: {error}; make it anew.") from error
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON."""

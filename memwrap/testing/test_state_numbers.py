@@ -14,9 +14,18 @@ import memwrap
 from memwrap.memories.protocol import places_of
 from memwrap.memories.registry import memory_class
 from memwrap.model.state_files import progress_of
-from memwrap.state.trees import tree_leaves, tree_map
+from memwrap.state.trees import RECENT, tree_leaves, tree_map
 from memwrap.testing.families import build
-from memwrap.testing.helpers import SEGMENT, assert_same_states, ids, padded, pairs, tiny, wrapped
+from memwrap.testing.helpers import (
+    SEGMENT,
+    assert_close,
+    assert_same_states,
+    ids,
+    padded,
+    pairs,
+    tiny,
+    wrapped,
+)
 
 
 def state_of(model: Any) -> Any:
@@ -63,6 +72,31 @@ def test_a_state_with_other_numbers_is_refused(memory: str, family: str, tmp_pat
             with pytest.raises(ValueError, match=r"damaged") as caught:
                 memwrap.MemoryState.load(path, model)
             assert memory in str(caught.value), name
+
+
+@pairs()
+def test_more_recent_tokens_than_any_reading_keeps_change_nothing(
+    memory: str, family: str, tmp_path: Path
+) -> None:
+    """Or are refused: how many there are is not said by the model's shapes."""
+    model, path = wrapped(memory, family), tmp_path / "state.safetensors"
+    state, text = state_of(model), ids(3, 5, seed=4)
+    leaves = tree_leaves(state.memories[memory])
+    recent = {id(leaf) for name, leaf in leaves if f".{RECENT}." in f".{name}"}
+    longer = tree_map(
+        lambda t: torch.cat([torch.ones_like(t)] * 4 + [t], 2) if id(t) in recent else t,
+        state.memories[memory],
+    )
+    wrong = state.clone()
+    wrong.memories = {**state.memories, memory: longer}
+    wrong.save(path)
+    try:
+        again = memwrap.MemoryState.load(path, model)
+    except ValueError as error:
+        assert recent and "damaged" in str(error)
+        return
+    with torch.no_grad():
+        assert_close(model(text, cache=again).logits, model(text, cache=state).logits)
 
 
 @pairs()

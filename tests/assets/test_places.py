@@ -77,9 +77,14 @@ def test_what_the_hub_has_or_keeps_back_is_left_to_the_loading(
 
 
 def test_what_lies_in_the_hubs_cache_is_not_asked_for(
-    asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    asked: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json"
-    )
-    assert find_model("a/b") == "a/b" and not asked
+    """Also where the repo's configs stand in subfolders."""
+    repo = tmp_path / "models--a--b"
+    (repo / "snapshots" / "0123" / "sub").mkdir(parents=True)
+    (repo / "snapshots" / "0123" / "sub" / "config.json").write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123")
+    assert find_model("a/b", cache_dir=str(tmp_path)) == "a/b" and not asked
+    with pytest.raises(FileNotFoundError, match="does not answer"):
+        find_model("a/c", cache_dir=str(tmp_path))

@@ -48,8 +48,10 @@ def capacity(count: Tensor, present: int, size: int) -> int:
 
 def most_counted(present: int, size: int) -> int:
     """Give the most entries that a buffer of `present` slots can have got: a full ring any number,
-    a younger one no more than it has grown to."""
-    return 2**53 if present >= size else present
+    a younger one no more than it has grown to. None (-1) has more slots than `size`."""
+    if present > size:
+        return -1
+    return 2**53 if present == size else present
 
 
 def store(buffer: Tensor, slot: Tensor, rows: Tensor, capacity: int) -> Tensor:
