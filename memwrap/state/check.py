@@ -43,7 +43,7 @@ def check_shapes(state: MemoryState, fresh: MemoryState, growing: Collection[str
                 want = _grown(want, have)
             _check_leaf(f"{name}.{key}", got[key], tensor, want)
         _check_pages(name, got)
-        _check_recent(name, got)
+        _check_lengths(name, got)
 
 
 def check_open(state: MemoryState, opened: MemoryState, segment_size: int, vocab: int) -> None:
@@ -131,10 +131,14 @@ def _check_pages(name: str, leaves: dict[str, Tensor]) -> None:
             )
 
 
-def _check_recent(name: str, leaves: dict[str, Tensor]) -> None:
-    """Refuse recent tokens of which there are not as many in each tensor beside another."""
+def _check_lengths(name: str, leaves: dict[str, Tensor]) -> None:
+    """Refuse recent tokens of which there are not as many in each tensor beside another, and values
+    that are not as many as their keys."""
     lengths: dict[str, set[int]] = {}
     for key, tensor in leaves.items():
+        value = leaves.get(key.removesuffix("key") + "value") if key.endswith("key") else None
+        if value is not None and value.shape[:-1] != tensor.shape[:-1]:
+            raise ValueError(f"The state's {name}.{key} has other values; its file is damaged.")
         if f".{RECENT}." in f".{key}":
             lengths.setdefault(key.rpartition(".")[0], set()).add(tensor.shape[2])
     for place in (place for place, counts in lengths.items() if len(counts) > 1):

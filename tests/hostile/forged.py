@@ -106,9 +106,6 @@ def states(file: str) -> list[Attack]:
         memories={"../../x": 1}, signature={"memories": [{"name": "../../x"}]}))  # fmt: skip
     for name in ("memories.strange.x", "open.strange", "rows.strange", "elsewhere.x", "memories"):
         forge(f"the tensor {name} more", lambda t, a, c, n=name: t.update({n: torch.ones(1, 2)}))
-    forge("recent tokens five times over", lambda t, a, c: t.update(
-        {n: torch.cat([x] * 5, 2) for n, x in t.items() if ".recent." in n and x.numel()}
-        or {"strange": torch.ones(1)}))  # fmt: skip
     forge("a tensor too few", lambda t, a, c: t.pop(c.choice(sorted(t))))
     forge("nothing at all", lambda t, a, c: t.clear())
     forge("half of the open segment not there", lambda t, a, c: t.update(
