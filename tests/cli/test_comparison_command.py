@@ -10,7 +10,7 @@ import yaml
 from commands import run
 
 import memwrap
-from memwrap.comparison.runs import PLAN, Plan, read_results
+from memwrap.comparison.runs import FORMAT, PLAN, VERSION, Plan, read_results
 from memwrap.comparison.tables import page
 from memwrap.evaluation.controls import CURVES, MEMORY, OFF, SHUFFLED
 
@@ -92,14 +92,17 @@ def test_what_is_there_is_not_measured_again(results: Path, base: Path, plan: Pa
     ("words", "message"),
     [
         (("--budget", 1), "less than one step on documents"),
-        (("--recall-budget", 20_000), "recall"),
+        (("--recall-budget", 20_000), "with budget"),
         (("--only", "infinity"), "infini"),
     ],
 )
 def test_mistakes_are_named(
-    words: tuple, message: str, results: Path, base: Path, plan: Path
+    words: tuple, message: str, base: Path, plan: Path, tmp_path: Path
 ) -> None:
-    line = ("bench", "memories", "--train", "--model", base, "--plan", plan, "-o", results, *words)
+    about = {"format": FORMAT, "version": VERSION, "memory": "base", "model": str(base)}
+    about["budget"] = {"documents": 100, "recall": 200}
+    (tmp_path / "base.json").write_text(json.dumps(about))
+    line = ("bench", "memories", "--train", "--model", base, "--plan", plan, "-o", tmp_path, *words)
     assert message in run(*line, expect=2).output
 
 

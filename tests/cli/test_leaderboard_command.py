@@ -192,9 +192,12 @@ def test_what_keeps_the_text_has_no_scale() -> None:
     ],
 )
 def test_mistakes_of_a_leaderboard_are_named(
-    words: tuple, message: str, folder: Path, base: Path, plan: Path
+    words: tuple, message: str, tmp_path: Path, base: Path, plan: Path
 ) -> None:
-    line = ("bench", "memories", "--model", base, "--plan", plan, "-o", folder, *words)
+    head = {"format": boards.FORMAT, "version": boards.VERSION, "model": str(base), "cells": {},
+            "values": boards.load_board_plan(plan)}  # fmt: skip
+    (tmp_path / boards.HEAD).write_text(json.dumps(head))
+    line = ("bench", "memories", "--model", base, "--plan", plan, "-o", tmp_path, *words)
     assert message in " ".join(run(*line, expect=2).output.split())
 
 
