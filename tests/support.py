@@ -59,7 +59,7 @@ def save_small_base(folder: Path) -> Path:
 
 
 def assert_pieces_and_padding(model: Any, lengths: Sequence[int] = (43, 29)) -> None:
-    """Two rows of text, padded on the left, give what each gives alone; each in pieces of five
+    """Two rows of text, padded on the left, give what each gives alone; the first in pieces of seven
     tokens gives what it gives in one call, logits and state."""
     rows = [ids(n, seed=seed) for seed, n in enumerate(lengths, 1)]
     with torch.no_grad():
@@ -68,10 +68,10 @@ def assert_pieces_and_padding(model: Any, lengths: Sequence[int] = (43, 29)) -> 
         got = model(text, attention_mask=mask).logits
         for index, (row, want) in enumerate(zip(rows, wanted, strict=True)):
             assert_close(got[index, -len(row) :], want.logits[0], label="a padded row")
-            state = model.new_state(1)
-            pieces = [model(p[None], cache=state).logits for p in row.split(5)]
-            assert_close(torch.cat(pieces, 1), want.logits, label="pieces")
-            assert_same_states(state, want.cache)
+        state = model.new_state(1)
+        pieces = [model(p[None], cache=state).logits for p in rows[0].split(7)]
+        assert_close(torch.cat(pieces, 1), wanted[0].logits, label="pieces")
+        assert_same_states(state, wanted[0].cache)
 
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError)

@@ -20,6 +20,7 @@ from memwrap.testing.margins import record
 SEGMENT = 8
 TOLERANCE = 1e-4
 _MODELS: dict[tuple[str, str, int, str], Any] = {}
+_SHOWN: set[tuple[Any, ...]] = set()
 # peft 0.21 says so of experts whose weights are one tensor, with and without a memory.
 PEFT_EXPERTS = pytest.mark.filterwarnings(
     "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"
@@ -75,7 +76,9 @@ def wrapped(
         key = memory, family, seed, repr(config)
         if key not in _MODELS:
             _MODELS[key] = randomise(memwrap.wrap(build(family, seed=seed), config))
-        return copy.deepcopy(_MODELS[key])
+        made = copy.deepcopy(_MODELS[key])
+        made.made_as = key
+        return made
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:
@@ -115,12 +118,18 @@ def assert_same_states(got: Any, want: Any, tolerance: float = TOLERANCE) -> Non
 
 
 def assert_memory_matters(model: Any, text: Tensor) -> None:
-    """With the memory off the second segment's logits are others: the test could fail."""
+    """With the memory off the second segment's logits are others: the test could fail. What
+    `wrapped` made is asked once for each text."""
     text = text[:, : 2 * SEGMENT]
+    shown = (getattr(model, "made_as", None), *text.flatten().tolist())
+    if shown in _SHOWN:
+        return
     with torch.no_grad():
         on = model(text).logits[:, SEGMENT:]
         off = model(text, memory_control="off").logits[:, SEGMENT:]
     assert error_of(off, on) > 1e-2, "the memory does not matter here: the test proves nothing"
+    if shown[0] is not None:
+        _SHOWN.add(shown)
 
 
 def gradients(model: Any) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def unrolled(model: Any, text: Tensor, window: int | None) -> tuple[float, dict]
 @pairs()
 def test_truncation_equals_an_unrolled_graph(memory: str, family: str) -> None:
     model = wrapped(memory, family)
-    assert_memory_matters(model, TEXT)
+    assert_memory_matters(model, ids(1, 2 * SEGMENT))
     full = gradients_of(model)
     # A state carries gradients between calls where nothing cuts it.
     loss, got = unrolled(model, TEXT, None)

@@ -43,12 +43,12 @@ def fed(model: Any, text: Tensor, sizes: list[int], **kwargs: Any) -> tuple[Tens
 @pairs("branches")
 def test_chunks_and_single_tokens_give_what_the_whole_gives(memory: str, family: str) -> None:
     model, text = wrapped(memory, family), ids(2, TOTAL)
-    assert_memory_matters(model, text)
+    assert_memory_matters(model, ids(1, 2 * SEGMENT))
     want, state = fed(model, text, [TOTAL])
     assert state.segments.tolist() == [3, 3] and state.fill.tolist() == [3, 3]
     # Another family than llama has no other arithmetic of places: single tokens over one end.
-    ones = [1] * TOTAL if family == "llama" else [6, *[1] * 5, TOTAL - 11]
-    for sizes in ([5, 3, 1, 10, 8], ones):
+    feeds = [[5, 3, 1, 10, 8], [1] * TOTAL] if family == "llama" else [[6, *[1] * 4, 10, 7]]
+    for sizes in feeds:
         got, other = fed(model, text, sizes)
         assert_close(got, want, label=f"logits fed in {sizes}")
         assert_same_states(other, state)

@@ -199,6 +199,10 @@ def test_any_model_takes_a_memory(base: Path, document: Path, tmp_path: Path) ->
     assert "'infllm' keeps entries of the text" in result.stderr
     result = run("read", base, tmp_path / "bad.pdf", "-o", tmp_path / "x", *words, expect=2)
     assert "Nothing can be read" in result.stderr and not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_any_model_is_exported_with_a_memory(base: Path, tmp_path: Path) -> None:
     run("export", base, tmp_path / "out", "--memory", "rmt", "segment_size=16")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 

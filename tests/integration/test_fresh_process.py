@@ -52,15 +52,13 @@ def infinite() -> torch.nn.Module:
     return small_model(BambaConfig(attn_layer_indices=[1, 3]))
 
 
-@pytest.mark.parametrize(
-    "families", [("llama", "gpt2"), pytest.param(tuple(CONFIGS), marks=pytest.mark.slow)], ids=len
-)
+@pytest.mark.slow
 @torch.no_grad()
-def test_every_family_and_remote_code(families: tuple[str, ...], tmp_path: Path) -> None:
+def test_every_family_and_remote_code(tmp_path: Path) -> None:
     own = {"own-alone": own_base(tmp_path / "base")}
     own |= {f"own-{n}": own_base(tmp_path / n, "llama") for n in ("known", "whole")}
     ids = torch.arange(3, 23)[None]
-    bases = {f"plain-{family}": build(family) for family in families}
+    bases = {f"plain-{family}": build(family) for family in CONFIGS}
     bases["plain-seeing"] = small_model(Gemma3Config())
     if SUPPORTED:
         bases["plain-infinite"] = infinite()
