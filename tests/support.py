@@ -59,8 +59,8 @@ def save_small_base(folder: Path) -> Path:
 
 
 def assert_pieces_and_padding(model: Any, lengths: Sequence[int] = (43, 29)) -> None:
-    """Two rows of text, padded on the left, give what each gives alone; the first in pieces of seven
-    tokens gives what it gives in one call, logits and state."""
+    """Two rows of text, padded on the left, give what each gives alone; the first in pieces of
+    seven tokens gives what it gives in one call, logits and state."""
     rows = [ids(n, seed=seed) for seed, n in enumerate(lengths, 1)]
     with torch.no_grad():
         wanted = [model(row[None], use_cache=True) for row in rows]
