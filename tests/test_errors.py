@@ -131,8 +131,10 @@ def test_a_failing_wrap_leaves_the_model_as_it_was() -> None:
     assert base.model.gradient_checkpointing is False
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize(
+    ("memory", "family"),
+    [*((name, "gpt2") for name in MEMORIES), *((n, "opt") for n in ("rmt", "infini", "landmark"))],
+)
 def test_segments_and_the_position_table(memory: str, family: str) -> None:
     found = wrapped(memory).memories[memory]
     prompt = isinstance(found, SoftPrompt) and not found.zero_positions
