@@ -239,8 +239,9 @@ and `window` generation, and saving and loading. Written by `python benchmarks/b
 Of models that see and hear, text is read; pictures and sound are refused. Where a model looks at
 the ids of what it reads beside their embeddings (Gemma 3n and 4: embeddings of every layer), memory
 tokens count as padding there, as pictures do. What differs in float32 is tried in float64, too.
-A wrapped Gemma 3, Gemma 4, gpt-oss, DeepSeek V3, GLM-4, Command-R, Granite 4 and a model with code
-of its own are trained, generate, and load in a fresh process in `tests/integration/test_show.py`.
+A wrapped Gemma 3, Gemma 4, gpt-oss, DeepSeek V3, GLM-4, Command-R, Granite 4 H, Bamba, Falcon-H1,
+Nemotron-H, Qwen3-Next, Qwen 3.5 and a model with code of its own are trained, generate, and load in
+a fresh process in `tests/integration/test_show.py`.
 
 """.splitlines()
 

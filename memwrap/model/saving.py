@@ -29,6 +29,7 @@ from memwrap.model.adapter_methods import AdapterMixin
 from memwrap.model.adapter_switches import (
     adapter_keys,
     check_comes_back,
+    check_memory,
     switch,
     switches_of,
 )
@@ -155,6 +156,8 @@ class SavingMixin(AdapterMixin):
                 )
         for adapter in self.adapters().values():
             check_comes_back(adapter)
+        for name, memory in self.memories.items():
+            check_memory(name, memory)
         switches = switches_of(self.backbone)
         folder = Path(save_directory)
         config = copy.deepcopy(self.config)

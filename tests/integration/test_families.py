@@ -152,6 +152,8 @@ def test_angles_that_depend_on_the_length_fed_limit_segments(kind: str) -> None:
     assert Backbone(base).position_limit.positions == 32  # type: ignore[union-attr]
     with refused("beyond 32", kind, "at most 26"):
         memwrap.wrap(base, memwrap.RMTConfig(segment_size=27, num_memory_tokens=3))
+    with refused("beyond 32", "Use fewer memory tokens"):
+        memwrap.wrap(base, memwrap.RMTConfig(segment_size=8, num_memory_tokens=16))
     model = memwrap.wrap(base, memwrap.RMTConfig(segment_size=26, num_memory_tokens=3))
     assert_pieces_and_padding(model)
     memwrap.unwrap(model)

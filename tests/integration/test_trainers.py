@@ -17,6 +17,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import memwrap
 from memwrap.model.memory_model import MEMORY_CHILD
+from memwrap.testing.helpers import assert_close
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.collating import DocumentCollator
 from memwrap.training.trainer import MemoryTrainer
@@ -252,6 +253,30 @@ def test_peft_around_trains_memory_and_adapters(
 
 
 @pytest.mark.slow
+@pytest.mark.proof("`get_peft_model` with LoRA and DoRA", "peft")
+@pytest.mark.parametrize(
+    "reach", [{"target_modules": "all-linear"}, {"modules_to_save": ["norm"]}], ids=["all", "norm"]
+)
+def test_peft_that_reaches_into_the_memory_is_said_and_not_saved(
+    tmp_path: Path, reach: dict[str, Any]
+) -> None:
+    """What PEFT put there trains; the memory itself does not, and its folder could not hold it."""
+    model, ids = wrapped("armt", value_init="normal"), torch.arange(3, 23)[None]
+    around = get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"], "r": 2, **reach}))
+    with pytest.warns(UserWarning, match="every parameter of the memory is frozen"):
+        around(input_ids=ids, labels=ids)
+    with pytest.raises(ValueError, match=r"reached into the memory \(armt\..*modules_to_save"):
+        model.save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+    want = around.eval()(input_ids=ids).logits
+    around.merge_and_unload().save_pretrained(tmp_path / "merged", include_base=True)
+    assert_close(memwrap.load(tmp_path / "merged")(ids).logits, want, 1e-5)
+    both = LoraConfig(r=2, target_modules="all-linear", modules_to_save=[MEMORY_CHILD])
+    kept = get_peft_model(wrapped("armt"), both).base_model.model
+    kept.save_pretrained(tmp_path / "kept", include_base=True)
+    assert torch.equal(memwrap.load(tmp_path / "kept")(ids).logits, kept.eval()(ids).logits)
+
+
 @pytest.mark.proof("`get_peft_model` with LoRA and DoRA", "peft")
 @pytest.mark.parametrize("dora", [False, True])
 def test_peft_around_saves_and_resumes(tmp_path: Path, dora: bool) -> None:
