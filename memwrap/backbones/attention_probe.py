@@ -219,7 +219,8 @@ def _rounding(attention: LayerAttention, local: Tensor) -> float:
         return (x * (1 + most * noise)).to(x.dtype)
 
     query, key = changed(attention.rotated_query), changed(attention.rotated_key)
-    return error(replace(attention, rotated_query=query, rotated_key=key).local(), local)
+    mask = attention.mask_for(attention.visible())  # as joined attention has one
+    return error(attention.function(query, key, attention.value, mask)[0], local)
 
 
 def _joined(attention: LayerAttention) -> Tensor:
