@@ -120,6 +120,31 @@ def base_alone(kind: str, ids: Tensor) -> Tensor:
 
 
 @carried
+@pytest.mark.parametrize("kind", ["nemotron_h", "qwen3_5_text"])
+def test_a_step_of_one_token_writes_into_no_state(kind: str) -> None:
+    """Their own step of one token writes what they remember in place: a state is asked twice, and
+    a last segment of one token trains as the base does."""
+    base, ids = small(kind), text()
+    want = base(ids).logits
+    model = wide(base)
+    with torch.no_grad():
+        state = model.read(ids[:, : SEGMENT + 3])
+    token = ids[:, SEGMENT + 3 : SEGMENT + 4]
+    for _ in range(2):
+        assert_close(model(token, cache=state.clone()).logits[:, 0], want[:, SEGMENT + 3], 1e-5)
+    short = ids[:, : 2 * SEGMENT + 1]
+    model(short, labels=short).loss.backward()
+    got = {name: p.grad for name, p in base.named_parameters() if p.grad is not None}
+    other = small(kind)
+    other(short, labels=short).loss.backward()
+    names = [name for name, p in other.named_parameters() if p.grad is not None]
+    assert names and names == list(got)
+    for name, parameter in other.named_parameters():
+        if name in got:
+            assert_close(got[name], parameter.grad, 1e-3)
+
+
+@carried
 @torch.no_grad()
 def test_bf16_in_pieces_is_as_near_to_float32_as_at_once() -> None:
     """What pieces differ by is rounding, as in the base (measured: 1.0 times as far off)."""
