@@ -252,7 +252,6 @@ def test_peft_around_trains_memory_and_adapters(
     assert {rates[n] for n in changed - memory} == {1e-2}
 
 
-@pytest.mark.proof("`get_peft_model` with LoRA and DoRA", "peft")
 def test_peft_that_reaches_into_the_memory_is_said_and_not_saved(tmp_path: Path) -> None:
     """What PEFT put there trains; the memory itself does not, and its folder could not hold it."""
     model, ids = wrapped("armt", value_init="normal"), torch.arange(3, 23)[None]
