@@ -172,7 +172,7 @@ def base_logits(base: Any, ids: Tensor | None, embeds: Tensor | None = None) -> 
 @torch.no_grad()
 def _pieces(model: Any, build: Any) -> str:
     ids, want = text(), model(text()).logits
-    state, parts = model.new_state(2), []
+    state, parts = model.new_state(2), list[Tensor]()
     for piece in ids.split([5, 1, 1, 12, _LENGTH - 19], dim=1):
         earlier = state.clone() if len(parts) == 2 else None  # asked again: nothing wrote into it
         parts.append(model(piece, cache=state).logits)

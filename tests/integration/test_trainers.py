@@ -13,7 +13,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small import SETTINGS, documents, llama, losses_of, word_tokenizer, wrapped
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
 import memwrap
 from memwrap.model.memory_model import MEMORY_CHILD
@@ -107,6 +113,21 @@ def test_stock_trainer_measures_logits(tmp_path: Path, settings: dict[str, Any])
     trainer.evaluate()
     error = (seen["logits"] - 1 - want).abs().max() / want.abs().max()
     assert error < (0.05 if settings else 1e-5)
+
+
+def test_seq2seq_trainer_predicts_with_generate(tmp_path: Path) -> None:
+    model, ids = wrapped("armt"), torch.arange(3, 23).view(2, 10)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), predict_with_generate=True, generation_max_length=14,
+        per_device_eval_batch_size=2, use_cpu=True, report_to=[],
+    )  # fmt: skip
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    got = Seq2SeqTrainer(model=model, args=args).predict(rows)
+    want = model.generate(ids, max_length=14)
+    assert want.shape == (2, 14)  # the trainer pads to the length in the model's settings
+    assert torch.equal(torch.from_numpy(got.predictions)[:, :14], want)
+    assert got.metrics["test_loss"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
 
 
 @pytest.mark.proof("transformers' own Trainer", "accelerate")
