@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, logging
+from transformers import logging
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from memwrap.backbones.auto_classes import OneClass
 from memwrap.cli.small_models import small_model
 from memwrap.cli.trying import QUICK, builder, try_memory
 
@@ -117,6 +118,9 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {
         "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     },
+    "perception_lm": {
+        "vision_config": {"architecture": "test_vit", "model_args": {"embed_dim": 64, "depth": 2}}
+    },
     "step3p7": {"text_config": {"sliding_window": 512}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] * 12}},
     "diffusion_gemma": {
@@ -125,27 +129,24 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def names() -> dict[str, Any]:
-    """List the model types with the auto class that builds each: those of text first."""
-    text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    seeing = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    found: dict[str, Any] = dict.fromkeys(text, AutoModelForCausalLM)
-    return found | {name: AutoModelForImageTextToText for name in seeing if name not in text}
-
-
 def class_names() -> dict[str, str]:
-    """Name the class of every model type, as the installed transformers says."""
+    """Name the class of every model type, as the installed transformers says: that of text, where
+    it has one."""
     text = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     return dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | text
 
 
-def tried(name: str, auto: Any) -> dict[str, Any]:
+def tried(name: str, kind_name: str) -> dict[str, Any]:
     """Try the memories on one architecture."""
+    text = name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     try:
-        config = CONFIG_MAPPING[name](**OWN.get(name, {}))
-        if auto is AutoModelForCausalLM and "is_decoder" in vars(config):
+        config, kind = CONFIG_MAPPING[name](**OWN.get(name, {})), getattr(transformers, kind_name)
+        part = config.get_text_config(decoder=True)
+        if not isinstance(config, kind.config_class) and isinstance(part, kind.config_class):
+            config = part  # the class is that of the text alone
+        if text and "is_decoder" in vars(config):
             config.is_decoder = True  # encoders of text are read as causal LMs with this alone
-        build = builder(lambda: small_model(config, auto=auto))
+        build = builder(lambda: small_model(config, auto=OneClass(kind)))
         row: dict[str, Any] = {"class": type(build()).__name__}
     except Exception as error:  # of a foreign architecture, of every kind
         return {"problem": _one_line(str(error))}
@@ -238,8 +239,9 @@ and `window` generation, and saving and loading. Written by `python benchmarks/b
 Of models that see and hear, text is read; pictures and sound are refused. Where a model looks at
 the ids of what it reads beside their embeddings (Gemma 3n and 4: embeddings of every layer), memory
 tokens count as padding there, as pictures do. What differs in float32 is tried in float64, too.
-A wrapped Gemma 3, Gemma 4, gpt-oss, DeepSeek V3, GLM-4, Command-R, Granite 4 and a model with code
-of its own are trained, generate, and load in a fresh process in `tests/integration/test_show.py`.
+A wrapped Gemma 3, Gemma 4, gpt-oss, DeepSeek V3, GLM-4, Command-R, Granite 4 H, Bamba, Falcon-H1,
+Nemotron-H, Qwen3-Next, Qwen 3.5 and a model with code of its own are trained, generate, and load in
+a fresh process in `tests/integration/test_show.py`.
 
 """.splitlines()
 
@@ -250,11 +252,11 @@ def main(wanted: list[str]) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name, auto in names().items():
+    for name, kind_name in class_names().items():
         if name in rows if not wanted else not {name, "all"} & set(wanted):
             continue
         start = time.perf_counter()
-        rows[name] = tried(name, auto)
+        rows[name] = tried(name, kind_name)
         print(f"{name} {time.perf_counter() - start:.1f} s", flush=True)
         for memory, trial in rows[name].get("trials", {}).items():
             print(f"    {memory:9} {trial['result']:8} {trial['problem'][:230]}", flush=True)

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
@@ -149,8 +149,15 @@ def attach(model: Any, modules: Collection[nn.Module]) -> None:
     with LOCK:
         for module in modules:
             lend(module, KIND, _memory_attention)
-        name = implementation(model.config.get_text_config(decoder=True))
-        model.set_attn_implementation(PREFIX + name)
+        _choose(model, PREFIX)
+
+
+def _choose(model: Any, prefix: str = "") -> None:
+    """Let the part of a model that reads text attend by its own function, or memwrap's before it:
+    towers that see or hear keep theirs, and may know no other."""
+    config = model.config.get_text_config(decoder=True)
+    models = (m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is config)
+    next(models, model).set_attn_implementation(prefix + implementation(config))
 
 
 def detach(model: Any, modules: Collection[nn.Module]) -> None:
@@ -159,5 +166,4 @@ def detach(model: Any, modules: Collection[nn.Module]) -> None:
         for module in modules:
             give_back(module, KIND)
         if not any(is_lent(module, KIND) for module in modules):
-            name = implementation(model.config.get_text_config(decoder=True))
-            model.set_attn_implementation(name)
+            _choose(model)

@@ -21,6 +21,7 @@ from memwrap.backbones.positions import MemoryKeyValues, Positions
 from memwrap.backbones.rotary import LayerRotation, PositionCall, Rotary
 from memwrap.backbones.rotation_probe import (
     close,
+    error,
     find_embeddings,
     find_rotation,
     position_keyword,
@@ -150,7 +151,7 @@ class _Probe:
                 "back (a norm with weights behind the rotation, angles from a table, or a "
                 "convolution may do that); use a memory at another place (rmt, armt)."
             )
-        if not close(_joined(attention), local[:, BEFORE:]):
+        if not close(_joined(attention), local[:, BEFORE:], _rounding(attention, local)):
             raise ValueError(
                 f"{self.name}'s attention in layer {layer} depends on more of the past than "
                 "queries, keys, values and their distance (norms behind the rotation or biases may "
@@ -158,7 +159,7 @@ class _Probe:
             )
         self.sizes[layer] = AttentionSizes(
             heads, kv_heads, width, attention.value.shape[-1], attention.window,
-            plain_softmax=close(_plain(attention), local), softcap=attention.softcap,
+            plain_softmax=_is_plain(attention, local), softcap=attention.softcap,
         )  # fmt: skip
         return local
 
@@ -208,6 +209,20 @@ def _taken_back(attention: LayerAttention) -> bool:
     )
 
 
+def _rounding(attention: LayerAttention, local: Tensor) -> float:
+    """Measure what a change of queries and keys by as much as their dtype resolves does: of scores
+    of some tens half types leave more than their resolution."""
+    generator, most = torch.Generator().manual_seed(0), torch.finfo(local.dtype).eps
+
+    def changed(x: Tensor) -> Tensor:
+        noise = torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1
+        return (x * (1 + most * noise)).to(x.dtype)
+
+    query, key = changed(attention.rotated_query), changed(attention.rotated_key)
+    mask = attention.mask_for(attention.visible())  # as joined attention has one
+    return error(attention.function(query, key, attention.value, mask)[0], local)
+
+
 def _joined(attention: LayerAttention) -> Tensor:
     """Attend to the first tokens as if they were a memory's, and the others a new segment."""
     where, visible = attention.key_positions - BEFORE, attention.visible()[..., BEFORE:, :]
@@ -227,6 +242,15 @@ def _joined(attention: LayerAttention) -> Tensor:
         visible[:, 0, :, :BEFORE],
     )  # fmt: skip
     return segment.join(memory)[0]
+
+
+def _is_plain(attention: LayerAttention, local: Tensor) -> bool:
+    """Tell whether a layer's attention is a softmax over scaled and capped scores and the sinks,
+    which some functions round to the model's dtype and others do not."""
+    dtype, names = torch.promote_types(local.dtype, torch.float32), ("query", "key")
+    wide = {f"rotated_{n}": getattr(attention, f"rotated_{n}").to(dtype) for n in names}
+    ways = attention, replace(attention, value=attention.value.to(dtype), **wide)
+    return any(close(_plain(way), local) for way in ways)
 
 
 def _plain(attention: LayerAttention) -> Tensor:

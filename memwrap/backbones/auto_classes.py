@@ -19,7 +19,7 @@ _AUTO = {
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
-class _One:
+class OneClass:
     """One class of transformers, used as an auto class is."""
 
     def __init__(self, kind: Any) -> None:
@@ -51,7 +51,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
         kind: Any = getattr(transformers, name, None)
         known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
         if known and kind.config_class is type(config) and kind.can_generate():
-            return _One(kind)
+            return OneClass(kind)
     code = getattr(config, "auto_map", None) or {}  # of a model that brings its own
     named = [getattr(modeling_auto, name) for name in _AUTO if not candidates and name in code]
     return candidates[0][0] if candidates else (named or [AutoModelForCausalLM])[0]

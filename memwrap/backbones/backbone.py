@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,11 @@ class Backbone:
                 f"{type(model).__name__} offers no input or no output embeddings; memwrap needs a "
                 "causal LM with both."
             )
+        if not hasattr(model.get_input_embeddings(), "weight"):
+            raise ValueError(
+                f"{type(model).__name__} reads several ids at once, each from a table of its own "
+                "(codes of sound); memwrap needs a causal LM of text, with one table."
+            )
         layer_kinds(self.config)
         self.recurrent = recurrent_layers(self.config)
         if self.recurrent and not recurrent_place.SUPPORTED:
@@ -121,7 +127,8 @@ class Backbone:
             ValueError: if they cannot be found; layer-level memories need them.
         """
         count = self.config.num_hidden_layers
-        for module in self.decoder.modules():
+        # A tower inside the decoder may have as many; a few decoders keep theirs in such a part.
+        for module in itertools.chain(modules_within(self.decoder), self.decoder.modules()):
             if (
                 isinstance(module, nn.ModuleList)
                 and len(module) == count

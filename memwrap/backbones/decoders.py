@@ -11,11 +11,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 
 def modules_within(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and those in it, in order, as often as they are there: without the names that
-    `modules` makes, which cost much of a short call."""
+    """Yield a module and those in it, in order, as often as they are there, but none of the models
+    in it (towers that see or hear): without the names that `modules` makes, which cost much of a
+    short call."""
     yield module
     for inner in module._modules.values():
-        if inner is not None:
+        if inner is not None and not isinstance(inner, PreTrainedModel):
             yield from modules_within(inner)
 
 

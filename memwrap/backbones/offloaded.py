@@ -11,11 +11,17 @@ def loaded_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Iterate over `named_parameters`, with the values of those that a device map keeps off their
     devices."""
     for name, parameter in module.named_parameters():
-        if parameter.device.type == "meta":
-            owner, _, last = name.rpartition(".")
-            yield name, loaded(module.get_submodule(owner), last)
-        else:
-            yield name, parameter
+        yield from at_hand(module, {name: parameter}).items()
+
+
+def at_hand(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the kept values into `tensors`, by their names in `module`, where these are empty."""
+    whole = {}
+    for name, tensor in tensors.items():
+        owner, _, last = name.rpartition(".")
+        empty = tensor.device.type == "meta"
+        whole[name] = loaded(module.get_submodule(owner), last) if empty else tensor
+    return whole
 
 
 def loaded(module: nn.Module, name: str) -> Tensor:

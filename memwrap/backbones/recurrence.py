@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from memwrap.backbones.cache_names import NAMES
@@ -44,14 +45,14 @@ class _States(LinearAttentionLayer):
 
     def __init__(self, tree: Tree, like: Tensor) -> None:
         super().__init__(number_of_states=_MOST_STATES)
+        # Copies: the step of a single token writes them in place.
         for index, value in tree.get("conv", {}).items():
-            # A copy: the step of a single token writes it in place.
             self.conv_states[int(index)] = value.to(like.device, like.dtype, copy=True)
             self.conv_kernel_size[int(index)] = value.shape[-1]
             self.is_conv_states_initialized[int(index)] = True
             self.has_previous_state[int(index)] = True
         for index, value in tree.get("recurrent", {}).items():
-            self.recurrent_states[int(index)] = value.to(like.device)
+            self.recurrent_states[int(index)] = value.to(like.device, copy=True)
             self.is_recurrent_states_initialized[int(index)] = True
             self.has_previous_state[int(index)] = True
 
@@ -82,6 +83,16 @@ class _States(LinearAttentionLayer):
         self.is_recurrent_states_initialized[state_idx] = True
         self.has_previous_state[state_idx] = True
         return recurrent_states
+
+    def before_it_is_written(self) -> AbstractContextManager[Any]:
+        """Save for the backward pass, in the block, what states were before they are written."""
+        states = [*self.conv_states.values(), *self.recurrent_states.values()]
+        written = {t.untyped_storage().data_ptr() for t in states if t is not None}
+
+        def kept(saved: Tensor) -> Tensor:
+            return saved.clone() if saved.untyped_storage().data_ptr() in written else saved
+
+        return saved_tensors_hooks(kept, lambda saved: saved)
 
     def tree(self) -> Tree:
         kinds = {"conv": self.conv_states, "recurrent": self.recurrent_states}
@@ -145,7 +156,9 @@ class Recurrence:
 
 def _run(call: Call, hidden: Tensor, tree: Tree, layer: int) -> tuple[Tensor, Tree]:
     states = _States(tree, hidden)
-    out = call(hidden, Cache(layers=[states] * (layer + 1)))
+    writes = tree and hidden.shape[1] == 1 and torch.is_grad_enabled()
+    with states.before_it_is_written() if writes else nullcontext():
+        out = call(hidden, Cache(layers=[states] * (layer + 1)))
     return out, states.tree()
 
 

@@ -16,12 +16,17 @@ from memwrap.backbones.layer_attention import LayerAttention
 from memwrap.backbones.rotary import Embeddings, LayerRotation, PositionCall, Rotation
 
 
-def close(got: Tensor, want: Tensor) -> bool:
-    """Tell whether both agree as closely as their dtype lets them, by the mean square error."""
+def error(got: Tensor, want: Tensor) -> float:
+    """Compute by how much one differs from the other: the norm of the difference, of its norm."""
     wide = torch.promote_types(want.dtype, torch.float32)
-    most = max(1e-5, 2 * torch.finfo(want.dtype).eps)
     got, want = got.to(wide), want.to(wide)
-    return bool((got - want).norm() <= most * want.norm())
+    return float((got - want).norm() / want.norm().clamp_min(torch.finfo(wide).tiny))
+
+
+def close(got: Tensor, want: Tensor, rounding: float = 0.0) -> bool:
+    """Tell whether both agree as closely as their dtype lets them, or as what rounding alone was
+    seen to leave."""
+    return error(got, want) <= max(1e-5, 2 * torch.finfo(want.dtype).eps, 4 * rounding)
 
 
 def position_keyword(

@@ -55,6 +55,8 @@ _SMALL: dict[str, Any] = {
     "rotary_dim": 8, "compress_ratio": 4, "num_nextn_predict_layers": 0, "adapter_len": 2,
 }  # fmt: skip
 _TOWER = "test_byobnet"  # timm's smallest, in place of what a config names as its `architecture`
+# Of towers that must keep the widths on which others depend: what alone makes them small.
+_SHALLOW = {"base_channels": 32, "depth": 2}
 _WINDOWS = ("sliding_window", "attention_window", "window_size")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 
@@ -73,12 +75,13 @@ def small_model(config: PreTrainedConfig, seed: int = 0, auto: Any = None) -> Pr
     """
     problem, build = "", auto or auto_class(config)
     wide = {key: 512 if value == 64 else value for key, value in _SMALL.items()} | {"head_dim": 128}
-    ways = [
-        (_SMALL, "all"), (_SMALL, "text"), (_SMALL, ""), (wide, "all"), (wide, "text"), ({}, "all"),
+    ways: list[tuple[dict[str, Any], str, bool]] = [
+        (_SMALL, "all", False), (_SMALL, "text", False), (_SMALL, "", False),
+        (wide, "all", False), (wide, "text", False), (_SMALL, "all", True), ({}, "all", False),
     ]  # fmt: skip
-    for reads, (widths, cut) in itertools.product((True, False), ways):
+    for reads, (widths, cut, towers) in itertools.product((True, False), ways):
         try:  # ever less reduced: not every architecture can be narrowed
-            return _build(reduced(config, widths, cut=cut), seed, build, reads)
+            return _build(reduced(config, widths, cut=cut, towers=towers), seed, build, reads)
         except Exception as error:  # whatever a foreign architecture raises is a "no"
             problem = problem or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     raise ValueError(f"No small {config.model_type!r} model can be built: {problem}")
@@ -102,7 +105,11 @@ def _build(config: PreTrainedConfig, seed: int, auto: Any, reads: bool) -> PreTr
 
 
 def reduced(
-    config: PreTrainedConfig, widths: dict[str, Any] = _SMALL, *, cut: str = "all"
+    config: PreTrainedConfig,
+    widths: dict[str, Any] = _SMALL,
+    *,
+    cut: str = "all",
+    towers: bool = False,
 ) -> PreTrainedConfig:
     """Reduce a config and those in it.
 
@@ -110,6 +117,8 @@ def reduced(
         config: stays as it is.
         widths: what is set where it is there.
         cut: whose layers are cut: of "all" configs, of the "text" alone, or of none ("").
+        towers: whether what sees and hears keeps its widths, and the text its vocabulary, in which
+            theirs has a place.
     """
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
@@ -120,7 +129,8 @@ def reduced(
         vocabulary = (
             part is text or part is config or (words and vars(part).get("vocab_size") == words)
         )
-        _reduce(part, widths, cut=cutting, vocabulary=bool(vocabulary))
+        narrow = widths if part is text or not towers else _SHALLOW
+        _reduce(part, narrow, cut=cutting, vocabulary=bool(vocabulary) and not towers)
     return type(config).from_dict(config.to_dict())  # may find something wrong
 
 
@@ -146,8 +156,9 @@ def _reduce(text: PreTrainedConfig, widths: dict[str, Any], cut: bool, vocabular
     if widths:
         _keep_relations(text, before)
         if isinstance(values.get("architecture"), str):
-            _set(text, "architecture", _TOWER)
-            _set(text, "model_args", {})
+            given = dict(values.get("model_args") or {}) if widths is _SHALLOW else {}
+            _set(text, "model_args", {k: _SHALLOW.get(k, value) for k, value in given.items()})
+            _set(text, "architecture", values["architecture"] if widths is _SHALLOW else _TOWER)
     for key in ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads"):
         if widths and values.get(key):
             _set(text, key, 4 if alike else min(2, values[key]))

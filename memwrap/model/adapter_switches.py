@@ -47,6 +47,21 @@ def check_comes_back(config: PeftConfig) -> None:
             )
 
 
+def check_memory(name: str, memory: nn.Module) -> None:
+    """Refuse to save a memory that PEFT put adapters into, or put copies beside.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    inside = next((module for module, _ in adapter_layers(memory)), None)
+    if inside is not None:
+        raise ValueError(
+            f"PEFT reached into the memory ({name}.{inside}), which would not come back. Save the "
+            "PeftModel around it (its own save_pretrained), merge it first (merge_and_unload), or "
+            "give the PEFT config modules_to_save=['memory_modules'], which keeps it out."
+        )
+
+
 def begins_by_changing(begins: Any) -> bool:
     """Tell whether LoRA with this `init_lora_weights` changes the weights of its base first."""
     return isinstance(begins, str) and begins not in _HARMLESS

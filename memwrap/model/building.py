@@ -64,10 +64,11 @@ def _check_positions(parts: Backbone, config: MemoryConfig, memories: dict[str, 
         if isinstance(memory, SoftPrompt) and not free:
             extra += memory.num_prefix + memory.num_suffix
     if limit is not None and config.segment_size + extra > limit.positions:
+        most = limit.positions - extra
+        advice = f"Use segments of at most {most}." if most > 0 else "Use fewer memory tokens."
         raise ValueError(
             f"`segment_size` {config.segment_size} with {extra} memory tokens needs "
-            f"{config.segment_size + extra} positions; {limit.reason}. Use segments of at most "
-            f"{limit.positions - extra}."
+            f"{config.segment_size + extra} positions; {limit.reason}. {advice}"
         )
     for name, memory in memories.items():
         if limit is None or parts.max_positions is not None:

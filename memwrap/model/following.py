@@ -12,7 +12,7 @@ from torch import nn
 from memwrap.backbones.backbone import memory_dtype
 from memwrap.backbones.expert_balance import OPTION, ExpertBalance, find_balance
 from memwrap.engine.inputs import refuse_routers
-from memwrap.model.adapter_switches import adapter_layers
+from memwrap.model.adapter_switches import adapter_keys, adapter_layers
 
 
 def follow_casts(model: Any) -> None:
@@ -88,7 +88,10 @@ def warn_of_training(model: Any) -> None:
         return
     if "peft_config" not in model.__dict__:
         return
-    memory = list(model.memory_parameters())
+    memory = []
+    for module in model.memories.values():
+        put = adapter_keys(module)  # by PEFT, into the memory itself
+        memory += [p for name, p in module.named_parameters() if name not in put]
     if not memory or any(p.requires_grad for p in memory):
         return
     adapted = (p for _, layer in adapter_layers(model.backbone) for p in layer.parameters())

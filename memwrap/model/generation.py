@@ -84,8 +84,10 @@ class MemoryGenerationMixin(KnownName, GenerationMixin):
     ) -> dict[str, Any]:
         """Collect what one call of the model in `generate` reads: the new columns and their mask.
 
-        Positions are left out: they restart in every segment.
+        Positions are left out: they restart in every segment. So are labels, which Seq2SeqTrainer
+        hands on (`predict_with_generate`).
         """
+        kwargs.pop("labels", None)
         # Embeddings cannot be compared with what the state has read: all of them are new.
         embeds = inputs_embeds if is_first_iteration else None
         new = input_ids if embeds is None else embeds

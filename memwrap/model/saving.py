@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from memwrap.backbones import Backbone
 from memwrap.backbones.auto_classes import brings_code
-from memwrap.backbones.offloaded import loaded_parameters
+from memwrap.backbones.offloaded import at_hand, loaded_parameters
 from memwrap.backbones.vocabulary import extend
 from memwrap.io.atomic_files import SCRATCH
 from memwrap.io.fingerprints import fingerprint
@@ -29,6 +29,7 @@ from memwrap.model.adapter_methods import AdapterMixin
 from memwrap.model.adapter_switches import (
     adapter_keys,
     check_comes_back,
+    check_memory,
     switch,
     switches_of,
 )
@@ -155,6 +156,8 @@ class SavingMixin(AdapterMixin):
                 )
         for adapter in self.adapters().values():
             check_comes_back(adapter)
+        for name, memory in self.memories.items():
+            check_memory(name, memory)
         switches = switches_of(self.backbone)
         folder = Path(save_directory)
         config = copy.deepcopy(self.config)
@@ -168,7 +171,8 @@ class SavingMixin(AdapterMixin):
             n: plain_adapter(n, c, self.backbone) for n, c in self.adapters().items()
         }
         config.adapter_switches = switches
-        tensors = self.weights_to_save(include_base, state_dict)
+        whole: Any = self
+        tensors = at_hand(whole, self.weights_to_save(include_base, state_dict))
         marks: dict[str, str] = {}
         with rewriting(folder, replaces=[OWN_FILES]) as new:
             settings = self.generation_config  # type: ignore[attr-defined]

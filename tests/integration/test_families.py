@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from support import assert_pieces_and_padding, refused
 from transformers import (
     CONFIG_MAPPING,
+    Apertus1p5Config,
     AutoModelForCausalLM,
+    EvollaConfig,
     FalconConfig,
     Gemma3Config,
     Gemma3nTextConfig,
@@ -22,6 +25,8 @@ from transformers import (
     MambaConfig,
     ModernBertDecoderConfig,
     MoshiConfig,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
     PaliGemmaConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -31,8 +36,8 @@ from transformers import (
 
 import memwrap
 from memwrap.backbones import Backbone
-from memwrap.cli.small_models import small_model
-from memwrap.cli.trying import LIMIT, REFUSED, RIGHT, builder, try_memory
+from memwrap.cli.small_models import VOCABULARY, reduced, small_model
+from memwrap.cli.trying import LIMIT, QUICK, REFUSED, RIGHT, builder, try_memory
 from memwrap.testing.helpers import assert_close, ids, tiny
 
 PLACES = ("rmt", "armt", "window", "landmark", "knnlm")
@@ -147,6 +152,8 @@ def test_angles_that_depend_on_the_length_fed_limit_segments(kind: str) -> None:
     assert Backbone(base).position_limit.positions == 32  # type: ignore[union-attr]
     with refused("beyond 32", kind, "at most 26"):
         memwrap.wrap(base, memwrap.RMTConfig(segment_size=27, num_memory_tokens=3))
+    with refused("beyond 32", "Use fewer memory tokens"):
+        memwrap.wrap(base, memwrap.RMTConfig(segment_size=8, num_memory_tokens=16))
     model = memwrap.wrap(base, memwrap.RMTConfig(segment_size=26, num_memory_tokens=3))
     assert_pieces_and_padding(model)
     memwrap.unwrap(model)
@@ -170,6 +177,44 @@ def test_angles_that_depend_on_the_length_fed_limit_segments(kind: str) -> None:
         memwrap.unwrap(model)
     # What holds nothing yet stands nowhere.
     assert_pieces_and_padding(memwrap.wrap(base, "compact", segment_size=8))
+
+
+def test_a_tower_inside_the_decoder_has_layers_of_its_own() -> None:
+    """As many as the decoder, before them, with a table of positions."""
+    base: Any = small_model(EvollaConfig(architectures=["EvollaForProteinText2Text"]))
+    tower, parts = base.model.protein_encoder.model, Backbone(base)
+    assert len(tower.encoder.layer) == len(base.model.layers) == 2
+    assert parts.layers is base.model.layers and parts.max_positions is None
+    assert try_memory("window", builder(lambda: base), checks=QUICK).result == RIGHT
+
+
+def test_towers_keep_their_own_attention() -> None:
+    base: Any = architecture("llava")()
+    base.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
+    model = memwrap.wrap(base, tiny("window"))
+    assert base.config.text_config._attn_implementation == "memwrap_sdpa"
+    assert base.config.vision_config._attn_implementation == "eager"
+    memwrap.unwrap(model)
+    assert base.config.text_config._attn_implementation == "sdpa"
+    assert base.config.vision_config._attn_implementation == "eager"
+
+
+def test_codes_of_sound_are_refused() -> None:
+    config = MusicgenDecoderConfig(num_hidden_layers=1, hidden_size=32, ffn_dim=32, vocab_size=64)
+    with refused("MusicgenForCausalLM reads several ids at once", "with one table"):
+        memwrap.wrap(MusicgenForCausalLM(config), tiny("rmt"))
+
+
+def test_towers_that_cannot_be_narrowed_stay_as_they_are() -> None:
+    """Their widths depend on each other, and the vocabulary holds theirs."""
+    config = Apertus1p5Config()
+    with pytest.raises(StrictDataclassClassValidationError, match="WavTokenizer"):
+        reduced(config)
+    small = reduced(config, towers=True)
+    assert small.text_config.hidden_size == 64
+    assert small.text_config.vocab_size == config.text_config.vocab_size > VOCABULARY
+    assert small.audio_config.hidden_size == config.audio_config.hidden_size == 512
+    assert small.vision_config.base_channels == 32
 
 
 def test_a_window_that_the_model_does_not_have_is_noticed() -> None:

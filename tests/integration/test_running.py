@@ -57,9 +57,12 @@ def test_device_map_with_offload(base: Path, tmp_path: Path, memory: str) -> Non
     state = memwrap.MemoryState.load(tmp_path / "state.safetensors", model)
     assert torch.equal(model(question, cache=state).logits, want)
     model.save_pretrained(tmp_path / "saved")
-    again = memwrap.load(tmp_path / "saved", **options)
+    model.save_pretrained(tmp_path / "whole", include_base=True)
     with torch.no_grad():
-        assert torch.equal(again(TEXT).logits, plain(TEXT).logits)
+        for again in (
+            memwrap.load(tmp_path / "saved", **options), memwrap.load(tmp_path / "whole")
+        ):  # fmt: skip
+            assert torch.equal(again(TEXT).logits, plain(TEXT).logits)
 
 
 def test_a_saved_base_goes_to_one_device(tmp_path: Path) -> None:

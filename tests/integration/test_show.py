@@ -14,14 +14,19 @@ import torch
 from remote_code import own_base
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     Cohere2Config,
     CohereConfig,
     DeepseekV3Config,
+    FalconH1Config,
     Gemma3Config,
     Gemma4Config,
     Glm4Config,
     GptOssConfig,
     GraniteMoeHybridConfig,
+    NemotronHConfig,
+    Qwen3_5Config,
+    Qwen3NextConfig,
 )
 
 import memwrap
@@ -37,7 +42,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "cohere": CohereConfig,
     "cohere2": Cohere2Config,
     "gemma4": Gemma4Config,
+}
+# Those with recurrent layers of their own are tried with a memory that sums, too.
+RECURRENT: dict[str, Callable[[], Any]] = {
     "granite4h": lambda: GraniteMoeHybridConfig(layer_types=MIXED, num_hidden_layers=4),
+    "bamba": lambda: BambaConfig(attn_layer_indices=[1, 3]),
+    "falcon_h1": FalconH1Config,
+    "nemotron_h": NemotronHConfig,
+    "qwen3_next": Qwen3NextConfig,
+    "qwen3_5": Qwen3_5Config,
 }
 AGAIN = """
 import sys, torch, memwrap
@@ -66,13 +79,14 @@ def trained(base: Any, memory: str) -> Any:
 
 
 @pytest.mark.full
-def test_eight_models_all_the_way(tmp_path: Path) -> None:
-    bases: dict[str, Any] = {n: lambda c=c: small_model(c()) for n, c in MODELS.items()}
+def test_models_all_the_way(tmp_path: Path) -> None:
+    configs = MODELS | RECURRENT
+    bases: dict[str, Any] = {n: lambda c=c: small_model(c()) for n, c in configs.items()}
     own = own_base(tmp_path / "own")
     bases["remote"] = lambda: AutoModelForCausalLM.from_pretrained(own, trust_remote_code=True)
     wanted = {}
     for name, build in bases.items():
-        for memory in ("armt", "landmark"):
+        for memory in ("armt", "landmark", "infini")[: 3 if name in RECURRENT else 2]:
             model = trained(build(), memory)
             folder = tmp_path / "saved" / f"{name}-{memory}"
             model.save_pretrained(folder)

@@ -13,10 +13,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small import SETTINGS, documents, llama, losses_of, word_tokenizer, wrapped
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
 import memwrap
 from memwrap.model.memory_model import MEMORY_CHILD
+from memwrap.testing.helpers import assert_close
 from memwrap.training.arguments import MemoryTrainingArguments
 from memwrap.training.collating import DocumentCollator
 from memwrap.training.trainer import MemoryTrainer
@@ -106,6 +113,21 @@ def test_stock_trainer_measures_logits(tmp_path: Path, settings: dict[str, Any])
     trainer.evaluate()
     error = (seen["logits"] - 1 - want).abs().max() / want.abs().max()
     assert error < (0.05 if settings else 1e-5)
+
+
+def test_seq2seq_trainer_predicts_with_generate(tmp_path: Path) -> None:
+    model, ids = wrapped("armt"), torch.arange(3, 23).view(2, 10)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), predict_with_generate=True, generation_max_length=14,
+        per_device_eval_batch_size=2, use_cpu=True, report_to=[],
+    )  # fmt: skip
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    got = Seq2SeqTrainer(model=model, args=args).predict(rows)
+    want = model.generate(ids, max_length=14)
+    assert want.shape == (2, 14)  # the trainer pads to the length in the model's settings
+    assert torch.equal(torch.from_numpy(got.predictions)[:, :14], want)
+    assert got.metrics["test_loss"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
 
 
 @pytest.mark.proof("transformers' own Trainer", "accelerate")
@@ -249,6 +271,24 @@ def test_peft_around_trains_memory_and_adapters(
     # Gates of late layers move faster than what they let through.
     assert {n: rates[n] for n in memory} == {n: 0.6 if "gate" in n else 3e-2 for n in memory}
     assert {rates[n] for n in changed - memory} == {1e-2}
+
+
+def test_peft_that_reaches_into_the_memory_is_said_and_not_saved(tmp_path: Path) -> None:
+    """What PEFT put there trains; the memory itself does not, and its folder could not hold it."""
+    model, ids = wrapped("armt", value_init="normal"), torch.arange(3, 23)[None]
+    around = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.warns(UserWarning, match="every parameter of the memory is frozen"):
+        around(input_ids=ids, labels=ids)
+    with pytest.raises(ValueError, match=r"reached into the memory \(armt\..*modules_to_save"):
+        model.save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+    want = around.eval()(input_ids=ids).logits
+    around.merge_and_unload().save_pretrained(tmp_path / "merged", include_base=True)
+    assert_close(memwrap.load(tmp_path / "merged")(ids).logits, want, 1e-5)
+    both = LoraConfig(r=2, target_modules="all-linear", modules_to_save=[MEMORY_CHILD])
+    kept = get_peft_model(wrapped("armt"), both).base_model.model
+    kept.save_pretrained(tmp_path / "kept", include_base=True)
+    assert torch.equal(memwrap.load(tmp_path / "kept")(ids).logits, kept.eval()(ids).logits)
 
 
 @pytest.mark.slow

@@ -62,6 +62,22 @@ def assert_right(base: Any) -> None:
     memwrap.unwrap(model)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_scores_in_half_types_are_no_fault(dtype: torch.dtype, attention: str) -> None:
+    """What a half type rounds of scores of some tens is more than its resolution: it is measured,
+    and not taken for a rotation that cannot be taken back."""
+    base = build("llama", attention=attention)
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.self_attn.q_proj.weight.mul_(6)
+            layer.self_attn.k_proj.weight.mul_(6)
+    for memory in ("window", "landmark"):
+        model = memwrap.wrap(base.to(dtype), tiny(memory))
+        assert model(ids(1, 20)).logits.isfinite().all()
+        memwrap.unwrap(model)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_window_over_everything_is_the_base(kind: str) -> None:
     assert_right(built(*KINDS[kind]))
