@@ -111,6 +111,8 @@ def check_rows(state: Any, path: Path) -> None:
         raise _damaged(path, "its open segment has not the tokens that it counts")
     if valid.numel() and not 0 <= int(positions.min()) <= int(positions.max()) <= _MOST:
         raise _damaged(path, "its open segment has positions out of range")
+    if not columns and not torch.equal(positions[valid], (valid.cumsum(1) - 1)[valid]):
+        raise _damaged(path, "its open segment has positions with gaps")
 
 
 def _damaged(path: Path, fault: str) -> ValueError:
