@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memwrap.state.file_check import counts_padding
 from memwrap.state.memory_state import MemoryState
 from memwrap.state.trees import (
     RECENT,
@@ -80,7 +81,8 @@ def check_open(state: MemoryState, opened: MemoryState, segment_size: int, vocab
     if length and int(state.open.positions.max()) >= length + segment_size:
         raise ValueError("The state's open positions are too large; its file is damaged.")
     ids, counts = got.get("tokens.ids"), state.open.tokens
-    if ids is not None and state.ids_hash is not None:  # else embeddings were read
+    # Without a hash embeddings were read; padding that is counted has no ids.
+    if ids is not None and state.ids_hash is not None and not counts_padding(state):
         text = state.open.valid & (counts > torch.nn.functional.pad(counts, (1, 0))[:, :-1])
         if bool((ids[:, 0, :, 0][text] < 0).any()):
             raise ValueError("The state's open.tokens.ids lack some; its file is damaged.")
@@ -212,18 +214,27 @@ def signature_difference(state_signature: dict[str, Any], model_signature: dict[
     """Name the first thing in which a state's signature differs from a model's."""
     if not state_signature:
         return "it carries no signature"
+    backbone, memories = (state_signature.get(name) or {} for name in ("backbone", "memories"))
     for key, value in model_signature["backbone"].items():
-        got = state_signature["backbone"].get(key)
-        if got != value:
-            return f"its backbone has {key} {got!r}, this one {value!r}"
-    names = [m["name"] for m in state_signature["memories"]]
+        if backbone.get(key) != value:
+            return f"its backbone has {key} {_short(backbone.get(key))}, this one {value!r}"
+    names = [m["name"] for m in memories]
     if names != [m["name"] for m in model_signature["memories"]]:
-        return f"its memories are {names}, here {[m['name'] for m in model_signature['memories']]}"
+        wanted = [m["name"] for m in model_signature["memories"]]
+        return f"its memories are {_short(names)}, here {wanted}"
     used, now = state_signature.get("adapters"), model_signature["adapters"]
     if used != now:
-        return f"it was read with the adapters {used or 'off'} in use, here they are {now or 'off'}"
-    for left, right in zip(state_signature["memories"], model_signature["memories"], strict=True):
+        used = _short(used) if used else "off"
+        return f"it was read with the adapters {used} in use, here they are {now or 'off'}"
+    for left, right in zip(memories, model_signature["memories"], strict=True):
         for key in right:
             if left.get(key) != right[key]:
-                return f"its {right['name']} has {key} {left.get(key)!r}, this one {right[key]!r}"
+                got = _short(left.get(key))
+                return f"its {right['name']} has {key} {got}, this one {right[key]!r}"
     return "its settings differ"
+
+
+def _short(value: Any) -> str:
+    """Write a value of a file as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
