@@ -83,7 +83,8 @@ def check_open(state: MemoryState, opened: MemoryState, segment_size: int, vocab
     ids, counts = got.get("tokens.ids"), state.open.tokens
     # Without a hash embeddings were read; padding that is counted has no ids.
     if ids is not None and state.ids_hash is not None and not counts_padding(state):
-        text = state.open.valid & (counts > torch.nn.functional.pad(counts, (1, 0))[:, :-1])
+        before = torch.nn.functional.pad(counts, (1, 0))[:, :-1]
+        text = state.open.valid & (counts > before) & (counts > 0)  # no prompt, nothing inserted
         if bool((ids[:, 0, :, 0][text] < 0).any()):
             raise ValueError("The state's open.tokens.ids lack some; its file is damaged.")
 

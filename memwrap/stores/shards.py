@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from memwrap.stores.base import NONE, Entries
+from memwrap.stores.base import NONE, Entries, numbers_of
 from memwrap.stores.files import HEADER, head_of, mapped, read_arrays, small_arrays, write_arrays
 
 REMOVED = "removed.safetensors"
@@ -260,7 +260,7 @@ class Shards:
 
     def remove(self, ids: Iterable[int]) -> int:
         """Mark entries as removed; their numbers stay taken."""
-        new = {int(i) for i in ids if 0 <= int(i) < len(self)} - self.removed
+        new = {number for number in numbers_of(ids) if 0 <= number < len(self)} - self.removed
         self.save_removed(self.removed | new)
         self.removed = self.removed | new
         return len(new)

@@ -139,5 +139,5 @@ def test_links_in_a_folder_of_documents_lead_nowhere_else(tmp_path: Path) -> Non
     assert len(load_documents(str(folder), split="train")) == 1
     shutil.rmtree(folder / "train")
     (folder / "train").symlink_to(elsewhere)
-    with pytest.raises(ValueError, match="train.*not in the folder"):
+    with pytest.raises(ValueError, match=r"train.*not in the folder"):
         load_documents(str(folder), split="train")

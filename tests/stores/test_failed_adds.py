@@ -159,3 +159,19 @@ def test_entries_without_a_token_say_nothing() -> None:
     store.add(torch.randn(9, 32))
     model.memories["knnlm"].attach(store)
     assert torch.equal(model(ids(1, 5)).logits, want)
+
+
+@pytest.mark.parametrize("store", [TorchStore(4), FaissStore(4)])
+def test_what_no_file_could_hold_is_refused_when_it_is_given(store: Any) -> None:
+    store.add(torch.eye(4))
+    for values in ([-2] * 4, [2**31] * 4):
+        with pytest.raises(ValueError, match="must be from -1"):
+            store.add(torch.eye(4), values=values)
+    with pytest.raises(ValueError, match="whole numbers"):
+        store.remove([0.5])
+    for number in (9, -2):
+        with pytest.raises(ValueError, match="must be from -1 to 3"):
+            store.entries(torch.tensor([number]))
+    with pytest.raises(ValueError, match="at most"):
+        store.search(torch.eye(4), 10**9)
+    assert len(store) == 4 and store.remove([torch.tensor(1), 1]) == 1
