@@ -69,7 +69,8 @@ class Shards:
         self._saved_documents = len(self.documents)
         if (folder / REMOVED).is_file():
             ids = read_arrays(folder / REMOVED)[0].get("ids", np.empty(0))
-            if ids.dtype != np.int64 or ids.ndim != 1 or _outside(ids, 0, self.committed):
+            good = ids.dtype == np.int64 and ids.ndim == 1 and ids.size > 0
+            if not good or _outside(ids, 0, self.committed) or bool((np.diff(ids) < 1).any()):
                 raise ValueError(f"{folder / REMOVED} is damaged: it names other entries.")
             self.removed = set(ids.tolist())
 
