@@ -70,8 +70,8 @@ def files_in(folder: Path) -> list[Path]:
     """
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in DOCUMENTS)
     names = ((path, path.relative_to(folder)) for path in paths)
-    found = (pair for pair in names if not any(x.startswith(".") for x in pair[1].parts))
-    files = sorted((path, name) for path, name in found if path.is_file())
+    shown = (pair for pair in names if not any(x.startswith(".") for x in pair[1].parts))
+    files = sorted((path, name) for path, name in shown if path.is_file())
     for _, name in (pair for pair in files if pair[0].is_symlink()):
         inside(folder, name.as_posix())
     return [path for path, _ in files]
