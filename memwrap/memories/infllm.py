@@ -176,15 +176,11 @@ class InfLLMMemory(AttentionMemory):
             if "chosen" in tree:
                 yield tree["query_count"], 0, progress.read[1]
                 yield tree["chosen"], 0, units
-                before = pad(tree["chosen"], (1, 0))[..., :-1]
-                ascending = (tree["chosen"] > before).long().cumprod(2).sum((1, 2))
-                for number in (ascending, (tree["chosen"] > 0).sum((1, 2))):  # zeros stand behind
+                for number in block_units.counts_of(tree["chosen"]):
                     yield tree["choices"], number, number
-                stores = (self.where, UNITS_A_PAGE), ("index", REPRESENTATIVES_A_PAGE)
-                for pages, size in ((tree[name][STORE], size) for name, size in stores):
-                    yield units, 0, number_of(pages)
-                    first = next(iter(pages["0"].values())).shape[1]
-                    yield torch.full_like(units, first), size if len(pages) > 1 else 0, size
+                for name, size in ((self.where, UNITS_A_PAGE), ("index", REPRESENTATIVES_A_PAGE)):
+                    yield units, 0, number_of(tree[name][STORE])
+                    yield block_units.first_length(tree[name][STORE], units, size)
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         config = self.config
