@@ -107,7 +107,7 @@ def test_a_state_of_other_shapes_is_refused_or_reads_alike(memory: str, family: 
         last = {without_layers(name): name for name in leaves}  # of layers that are alike
         want = model(text, cache=state).logits, model.close_segment(state)
         for name in last.values():
-            for what, tensor in reshaped(leaves[name]):
+            for change, tensor in reshaped(leaves[name]):
                 changed = tree_build(leaves | {name: tensor})
                 wrong = state.clone()
                 nothing: Any = {n: {} for n in state.memories}  # some keep none
@@ -116,12 +116,12 @@ def test_a_state_of_other_shapes_is_refused_or_reads_alike(memory: str, family: 
                 try:
                     model.check_state(wrong)
                 except ValueError as error:
-                    assert "damaged" in str(error), (name, what)
+                    assert "damaged" in str(error), (name, change)
                     continue
-                assert_close(model(text, cache=wrong).logits, want[0], label=f"{name} {what}")
+                assert_close(model(text, cache=wrong).logits, want[0], label=f"{name} {change}")
                 assert_close(
                     model(text, cache=model.close_segment(wrong)).logits,
-                    model(text, cache=want[1]).logits, label=f"closed, {name} {what}",
+                    model(text, cache=want[1]).logits, label=f"closed, {name} {change}",
                 )  # fmt: skip
 
 
