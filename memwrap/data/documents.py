@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from memwrap.data.hf_datasets import from_datasets
 from memwrap.data.readers import KINDS, files_in, read_files
 from memwrap.data.stdlib_corpus import SPLITS, Document, split_of, stdlib_corpus
+from memwrap.io.reading import inside
 
 _HOW = "give 'stdlib', a folder, a file of text, or 'datasets:NAME[:SPLIT[:COLUMN]]'"
 
@@ -107,7 +108,7 @@ def _line_at(text: str, fraction: float) -> int:
 
 def _from_folder(folder: Path, split: str | None) -> list[Document]:
     divided = split is not None and (folder / split).is_dir()
-    root = folder / split if split is not None and divided else folder
+    root = inside(folder, split) if split is not None and divided else folder
     paths = files_in(root)
     # A folder of its own holds a whole split: its files belong to no other, and what a hash
     # would put into it is for training.

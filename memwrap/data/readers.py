@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from memwrap.io.reading import inside
+
 _TEXT = (
     ".txt", ".md", ".markdown", ".rst", ".tex", ".org", ".log", ".csv", ".tsv", ".json", ".yaml",
     ".yml", ".toml", ".xml", ".ini", ".cfg",
@@ -61,10 +63,18 @@ def read_text(path: Path) -> str:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """List the documents in a folder and below in name order, hidden files and folders left out."""
+    """List the documents in a folder and below in name order, hidden files and folders left out.
+
+    Raises:
+        ValueError: for a link to what lies elsewhere: whoever made the folder made it.
+    """
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in DOCUMENTS)
-    names = ((path, path.relative_to(folder).parts) for path in paths)
-    return sorted(p for p, n in names if not any(x.startswith(".") for x in n) and p.is_file())
+    names = ((path, path.relative_to(folder)) for path in paths)
+    shown = (pair for pair in names if not any(x.startswith(".") for x in pair[1].parts))
+    files = sorted((path, name) for path, name in shown if path.is_file())
+    for _, name in (pair for pair in files if pair[0].is_symlink()):
+        inside(folder, name.as_posix())
+    return [path for path, _ in files]
 
 
 def read_files(paths: Iterable[Path]) -> tuple[dict[Path, str], dict[Path, str]]:

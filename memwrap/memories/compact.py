@@ -123,6 +123,8 @@ class CompactMemory(AttentionMemory, WholeStates):
     """
 
     claims = Claims(neutral_start=True, lengthens=True)
+    # `memwrap.compact` may give more slots than the config.
+    widens = ("slot_key", "slot_value", "slot_bias", "slot_place", "slot_age")
 
     config: CompactConfig
     within_window = True
@@ -166,13 +168,28 @@ class CompactMemory(AttentionMemory, WholeStates):
         return {"layers": layers}
 
     def ranges(self, state: Tree, progress: Progress) -> Iterator[Bounds]:
-        for tree in state["layers"].values():
+        alike: dict[int | None, Tree] = {}
+        for name, tree in state["layers"].items():
+            window = self.sizes.attention[int(name)].window
+            yield from self._same_ranges(tree, alike.setdefault(window, tree))
+            if window is None:
+                yield self.references.number(progress.open), 0, tree["query"].shape[2]
             yield tree["tokens"], 0, progress.closed[1]
             yield tree["limit"], 1, self._most_slots(tree)
             for name in ("slot", "sink", "recent"):
                 yield tree[f"{name}_count"], 0, tree[f"{name}_key"].shape[2]
             if "past_count" in tree:
                 yield tree["past_count"], 0, tree["past_query"].shape[2]
+
+    def _same_ranges(self, tree: Tree, first: Tree) -> Iterator[Bounds]:
+        """Say what is the same in layers that are alike, whose masks are made in the `first`."""
+        for name in ("tokens", "recent_count", "sink_count"):
+            yield tree[name], first[name], first[name]
+        if self.config.budgets is None:
+            yield tree["limit"], first["limit"], first["limit"]
+            for name in ("slot_key", "recent_key"):
+                width, wanted = (t[name].shape[2] for t in (tree, first))
+                yield torch.full_like(tree["limit"], width), wanted, wanted
 
     def _recent_size(self, layer: int) -> int | None:
         """Give how many recent rows a layer keeps; None: all. What its own window does not reach is

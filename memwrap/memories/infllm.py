@@ -157,6 +157,7 @@ class InfLLMMemory(AttentionMemory):
         tree["query_count"] = torch.zeros_like(tree["tokens"])
         # Numbers from 1 of the units chosen last, 0 for none; no state depends on `top_k`.
         tree["chosen"] = tree["tokens"].new_zeros(batch, 1, 0)
+        tree["choices"] = torch.zeros_like(tree["tokens"])  # units among `chosen`
         if config.offload:
             make = {**make, "device": "cpu"}
         block = (batch, 0, dims.num_kv_heads, config.block_size)
@@ -175,8 +176,11 @@ class InfLLMMemory(AttentionMemory):
             if "chosen" in tree:
                 yield tree["query_count"], 0, progress.read[1]
                 yield tree["chosen"], 0, units
-                for pages in (tree[self.where][STORE], tree["index"][STORE]):
-                    yield units, 0, number_of(pages)
+                for number in block_units.counts_of(tree["chosen"]):
+                    yield tree["choices"], number, number
+                for name, size in ((self.where, UNITS_A_PAGE), ("index", REPRESENTATIVES_A_PAGE)):
+                    yield units, 0, number_of(tree[name][STORE])
+                    yield block_units.first_length(tree[name][STORE], units, size)
 
     def attend(self, layer: int, attention: LayerAttention, state: Tree) -> tuple[Tensor, Tree]:
         config = self.config
@@ -245,6 +249,7 @@ class InfLLMMemory(AttentionMemory):
         most = min(max(config.top_k, chosen.shape[1]), number)
         chosen_units = earliest(last, most)
         noted["chosen"] = ((chosen_units + 1) * last.gather(1, chosen_units))[:, None]
+        noted["choices"] = last.sum(1)
         return ops.Selection(marks, index), noted
 
     def _starts(self, attention: LayerAttention) -> tuple[Tensor, Tensor, bool]:

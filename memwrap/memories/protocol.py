@@ -43,7 +43,8 @@ class Claims:
             reach: what it adds begins at zero.
         bounded: the state does not grow with the text.
         lengthens: it keeps entries of the text, in tensors that become longer in dimension 2,
-            filled from its beginning; what is read twice is kept twice.
+            filled from its beginning; what is read twice is kept twice. Those of one part
+            (`memwrap.state.trees.part_of`) are equally long.
         linearizes: it takes the place of the attention (`memwrap.linearize`).
         whole: settings with which it reads 128 tokens as the base does; empty: there are none.
     """
@@ -121,6 +122,8 @@ class Memory(nn.Module):
         takes_store: it searches a store of vectors, which a caller of `load` may name.
         branches: parts of what is read that can be read alone (`only`), as evaluation does.
         draws_branches: in training it can read a branch alone in a share of the rows.
+        widens: names of tensors that become longer in dimension 2 and have some length in a fresh
+            state; those that are empty there need no name.
         sums: tensors of a layer's tree that segments are summed in, `(B, heads, ...)`, the first of
             them `(B, heads, K, V)`; its config is a `SummedConfig` (`parts.sums`).
     """
@@ -130,6 +133,7 @@ class Memory(nn.Module):
     takes_store: ClassVar[bool] = False
     branches: ClassVar[tuple[str, ...]] = ()
     draws_branches: ClassVar[bool] = False
+    widens: ClassVar[tuple[str, ...]] = ()
     sums: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: MemoryConfig, sizes: Sizes) -> None:

@@ -28,8 +28,9 @@ KINDS = ("CARTRIDGE", "PREFIX_TUNING")
 def load_prefix(model: Any, name: str, memory: Compacts, folder: Path) -> MemoryState:
     """Make a state of one row of a PEFT folder; see `CompactionMixin.load_prefix`."""
     layers, heads, width = _shape(model, memory)
-    kind = read_json(inside(folder, CONFIG))
-    kind = kind.get("peft_type") if isinstance(kind, dict) else None
+    about = read_json(inside(folder, CONFIG))
+    about = about if isinstance(about, dict) else {}
+    kind, number = about.get("peft_type"), about.get("num_virtual_tokens")
     if kind not in KINDS:
         raise ValueError(f"{folder} holds an adapter of type {kind!r}; a prefix is {KINDS}.")
     if not inside(folder, WEIGHTS).is_file():
@@ -44,6 +45,11 @@ def load_prefix(model: Any, name: str, memory: Compacts, folder: Path) -> Memory
         raise ValueError(
             f"{folder / WEIGHTS}: {NAME!r} is {got}; this model needs (tokens, {size}): keys and "
             f"values of {len(layers)} layers with {heads} KV heads of {width} channels."
+        )
+    if number is not None and number != len(given):
+        raise ValueError(
+            f"{folder} is damaged: its config has {str(number)[:20]} tokens, its weights "
+            f"{len(given)}. Save the prefix again."
         )
     if not given.is_floating_point():
         raise ValueError(f"{folder / WEIGHTS}: {NAME!r} has dtype {given.dtype}; floats are read.")

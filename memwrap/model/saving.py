@@ -35,7 +35,7 @@ from memwrap.model.adapter_switches import (
 )
 from memwrap.model.base_files import plain_name, quantised_kind
 from memwrap.model.base_loading import HUB_OPTIONS, find_folder, load_base, options_in, place_of
-from memwrap.model.limits import building
+from memwrap.model.limits import building, try_large_settings
 from memwrap.model.weight_files import (
     CONFIG,
     OWN_FILES,
@@ -323,6 +323,7 @@ class SavingMixin(AdapterMixin):
             if saved.generation_config is not None:
                 model.generation_config = saved.generation_config  # type: ignore[attr-defined]
             _load_files(model, saved, store)
+            try_large_settings(model, saved.tensors, folder / CONFIG)
         # Trainers load references by it.
         saved_config._name_or_path = str(pretrained_model_name_or_path)
         if place is not None:

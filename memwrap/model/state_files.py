@@ -31,9 +31,11 @@ def check_file_state(model: Any, state: MemoryState) -> None:
     Raises:
         ValueError: says what differs.
     """
-    growing = [name for name, memory in model.memories.items() if memory.claims.lengthens]
+    growing = {n: m.widens for n, m in model.memories.items() if m.claims.lengthens}
     fresh = model.new_state(1)
-    check_shapes(state, fresh, growing)
+    sizes = next(iter(model.memories.values())).sizes.attention
+    windows = {str(layer): dims.window for layer, dims in sizes.items()}
+    check_shapes(state, fresh, growing, windows)
     progress = progress_of(model, state)
     for name, memory in model.memories.items():
         tree = state.memories[name]

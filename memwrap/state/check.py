@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from memwrap.state.file_check import counts_padding
 from memwrap.state.memory_state import MemoryState
 from memwrap.state.trees import (
     RECENT,
     STORE,
     Tree,
+    part_of,
     tree_leaves,
 )
 
 _MOST = 2**53
 
 
-def check_shapes(state: MemoryState, fresh: MemoryState, growing: Collection[str] = ()) -> None:
-    """Refuse a state whose tensors are not those of its memories; those of the memories named in
-    `growing` may be longer than fresh ones (dimension 2).
+def check_shapes(
+    state: MemoryState, fresh: MemoryState, growing: Mapping[str, Collection[str]] | None = None,
+    windows: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Refuse a state whose tensors are not those of its memories.
+
+    Args:
+        state: from a file.
+        fresh: one row of the model's that has read nothing.
+        growing: the memories whose tensors become longer in dimension 2, and which of them are not
+            empty in a fresh state.
+        windows: what the backbone's layers see, by their numbers.
 
     Raises:
         ValueError: names the first tensor that is missing, foreign, misshapen or of another dtype.
@@ -32,18 +43,16 @@ def check_shapes(state: MemoryState, fresh: MemoryState, growing: Collection[str
         for key in sorted(needed.keys() ^ got.keys()):
             fault = "lacks" if key in needed else "holds the foreign tensor"
             raise ValueError(f"The state {fault} {name}.{key}; its file is damaged. Read again.")
+        longer = (growing or {}).get(name)
+        places = {key: _growing_dimension(key, like, longer) for key, like in needed.items()}
         for key, tensor in needed.items():
-            have = tuple(got[key].shape)
-            want = (state.batch_size, *tensor.shape[1:])
-            if _page_of(key):  # a store's second dimension grows
-                want = (*want[:1], *have[1:2], *want[2:])
-            elif f".{RECENT}." in f".{key}":
-                want = (*want[:2], *have[2:3], *want[3:])
-            elif name in growing:
-                want = _grown(want, have)
-            _check_leaf(f"{name}.{key}", got[key], tensor, want)
+            have, want, place = got[key].shape, [state.batch_size, *tensor.shape[1:]], places[key]
+            if place is not None and len(have) == len(want):
+                want[place] = max(want[place], have[place])
+            _check_leaf(f"{name}.{key}", got[key], tensor, tuple(want))
         _check_pages(name, got)
-        _check_lengths(name, got)
+        _check_lengths(name, got, needed, places)
+        _check_layers(name, state.memories.get(name, {}), tree, windows or {})
 
 
 def check_open(state: MemoryState, opened: MemoryState, segment_size: int, vocab: int) -> None:
@@ -71,6 +80,13 @@ def check_open(state: MemoryState, opened: MemoryState, segment_size: int, vocab
         _check_leaf(f"open.{key}", tensor, like, want, vocab)
     if length and int(state.open.positions.max()) >= length + segment_size:
         raise ValueError("The state's open positions are too large; its file is damaged.")
+    ids, counts = got.get("tokens.ids"), state.open.tokens
+    # Without a hash embeddings were read; padding that is counted has no ids.
+    if ids is not None and state.ids_hash is not None and not counts_padding(state):
+        before = torch.nn.functional.pad(counts, (1, 0))[:, :-1]
+        text = state.open.valid & (counts > before) & (counts > 0)  # no prompt, nothing inserted
+        if bool((ids[:, 0, :, 0][text] < 0).any()):
+            raise ValueError("The state's open.tokens.ids lack some; its file is damaged.")
 
 
 def check_ranges(name: str, tree: Tree, ranges: Iterable[tuple[Tensor, Any, Any]]) -> None:
@@ -131,18 +147,45 @@ def _check_pages(name: str, leaves: dict[str, Tensor]) -> None:
             )
 
 
-def _check_lengths(name: str, leaves: dict[str, Tensor]) -> None:
-    """Refuse recent tokens of which there are not as many in each tensor beside another, and values
-    that are not as many as their keys."""
-    lengths: dict[str, set[int]] = {}
+def _growing_dimension(key: str, like: Tensor, longer: Collection[str] | None) -> int | None:
+    """Give the dimension in which a tensor becomes longer than it is in a fresh state, if any;
+    `longer` are the names of those that are not empty there (None: of no other tensors)."""
+    if _page_of(key):
+        return 1
+    name = key.rpartition(".")[2]
+    grows = longer is not None and like.dim() > 2 and (like.shape[2] == 0 or name in longer)
+    return 2 if grows or f".{RECENT}." in f".{key}" else None
+
+
+def _check_lengths(
+    name: str, leaves: dict[str, Tensor], fresh: dict[str, Tensor], places: dict[str, int | None]
+) -> None:
+    """Refuse tensors of one part (`trees.part_of`) that grew to different lengths."""
+    lengths: dict[tuple[str, int], set[int]] = {}
     for key, tensor in leaves.items():
-        value = leaves.get(key.removesuffix("key") + "value") if key.endswith("key") else None
-        if value is not None and value.shape[:-1] != tensor.shape[:-1]:
-            raise ValueError(f"The state's {name}.{key} has other values; its file is damaged.")
-        if f".{RECENT}." in f".{key}":
-            lengths.setdefault(key.rpartition(".")[0], set()).add(tensor.shape[2])
-    for place in (place for place, counts in lengths.items() if len(counts) > 1):
-        raise ValueError(f"The state's {name}.{place} has parts of other lengths; it is damaged.")
+        if places[key] == 2:
+            part = part_of(key), fresh[key].shape[2]
+            lengths.setdefault(part, set()).add(tensor.shape[2])
+    for part in (part for (part, _), counts in lengths.items() if len(counts) > 1):
+        raise ValueError(
+            f"The state's {name}.{part} has parts of other lengths; its file is damaged."
+        )
+
+
+def _check_layers(name: str, tree: Tree, fresh: Tree, windows: Mapping[str, Any]) -> None:
+    """Refuse recent tokens of which a layer has not as many as another that is like it: what its
+    attention sees, and what a fresh state holds of it. Masks are made once for all of them."""
+    lengths: dict[Any, set[tuple[int, ...]]] = {}
+    for layer, inner in tree.get("layers", {}).items():
+        shapes = tuple((key, t.shape) for key, t in tree_leaves(fresh["layers"][layer]))
+        leaves = [t for key, t in tree_leaves(inner) if f".{RECENT}." in f".{key}"]
+        kind = lengths.setdefault((windows.get(layer), shapes), set())
+        kind.add(tuple(t.shape[2] for t in leaves))
+    if any(len(kind) > 1 for kind in lengths.values()):
+        raise ValueError(
+            f"The state's {name}.layers have other numbers of recent tokens than layers like them; "
+            "its file is damaged. Read the text again."
+        )
 
 
 def _page_of(key: str) -> tuple[str, int, str] | None:
@@ -172,26 +215,27 @@ def signature_difference(state_signature: dict[str, Any], model_signature: dict[
     """Name the first thing in which a state's signature differs from a model's."""
     if not state_signature:
         return "it carries no signature"
+    backbone, memories = (state_signature.get(name) or {} for name in ("backbone", "memories"))
     for key, value in model_signature["backbone"].items():
-        got = state_signature["backbone"].get(key)
-        if got != value:
-            return f"its backbone has {key} {got!r}, this one {value!r}"
-    names = [m["name"] for m in state_signature["memories"]]
+        if backbone.get(key) != value:
+            return f"its backbone has {key} {_short(backbone.get(key))}, this one {value!r}"
+    names = [m["name"] for m in memories]
     if names != [m["name"] for m in model_signature["memories"]]:
-        return f"its memories are {names}, here {[m['name'] for m in model_signature['memories']]}"
+        wanted = [m["name"] for m in model_signature["memories"]]
+        return f"its memories are {_short(names)}, here {wanted}"
     used, now = state_signature.get("adapters"), model_signature["adapters"]
     if used != now:
-        return f"it was read with the adapters {used or 'off'} in use, here they are {now or 'off'}"
-    for left, right in zip(state_signature["memories"], model_signature["memories"], strict=True):
+        used = _short(used) if used else "off"
+        return f"it was read with the adapters {used} in use, here they are {now or 'off'}"
+    for left, right in zip(memories, model_signature["memories"], strict=True):
         for key in right:
             if left.get(key) != right[key]:
-                return f"its {right['name']} has {key} {left.get(key)!r}, this one {right[key]!r}"
+                got = _short(left.get(key))
+                return f"its {right['name']} has {key} {got}, this one {right[key]!r}"
     return "its settings differ"
 
 
-def _grown(want: tuple[int, ...], have: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape there is, if it is longer than the wanted one in a single dimension."""
-    if len(want) != len(have):
-        return want
-    other = [(a, b) for a, b in zip(want, have, strict=True) if a != b]
-    return have if len(other) == 1 and other[0][0] < other[0][1] and want[0] == have[0] else want
+def _short(value: Any) -> str:
+    """Write a value of a file as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

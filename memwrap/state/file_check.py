@@ -70,6 +70,11 @@ def check_count(names: Sized, path: Path) -> None:
         raise _damaged(path, f"it holds {len(names):,} tensors")
 
 
+def counts_padding(state: Any) -> bool:
+    """Tell whether padding fills segments of a state, as it is said in its signature."""
+    return any(m.get("count_padding") for m in state.signature.get("memories", []))
+
+
 def check_rows(state: Any, path: Path) -> None:
     """Refuse counters that no reading gives, and an open segment that does not fit them.
 
@@ -99,7 +104,7 @@ def check_rows(state: Any, path: Path) -> None:
         raise _damaged(path, "a counter is out of range")
     most = int(seen.max()) if batch else 0
     # Where padding fills segments, segments and `fill` count it.
-    columns = any(m.get("count_padding") for m in state.signature.get("memories", []))
+    columns = counts_padding(state)
     closed = (state.columns if columns else seen) - fill
     if bool((segments > closed).any()) or not most <= state.columns <= _MOST:
         raise _damaged(path, "its counters contradict each other")
@@ -111,6 +116,8 @@ def check_rows(state: Any, path: Path) -> None:
         raise _damaged(path, "its open segment has not the tokens that it counts")
     if valid.numel() and not 0 <= int(positions.min()) <= int(positions.max()) <= _MOST:
         raise _damaged(path, "its open segment has positions out of range")
+    if not columns and not torch.equal(positions[valid], (valid.cumsum(1) - 1)[valid]):
+        raise _damaged(path, "its open segment has positions with gaps")
 
 
 def _damaged(path: Path, fault: str) -> ValueError:

@@ -36,7 +36,7 @@ from memwrap.state.trees import (
     tree_to,
 )
 
-FORMAT, VERSION = "memwrap-state", 6
+FORMAT, VERSION = "memwrap-state", 7
 
 
 NEVER = 2**62  # where no token is part of an answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -16,10 +17,12 @@ class Progress:
     Attributes:
         closed: `(B,)` each, the least and the most in closed segments.
         read: with the open one.
+        open: `(B,)` positions that the open segment has so far.
     """
 
     closed: tuple[Tensor, Tensor]
     read: tuple[Tensor, Tensor]
+    open: Tensor
 
     @classmethod
     def of(cls, state: Any, prefix: int = 0, suffix: int = 0, by_columns: bool = False) -> Progress:
@@ -35,4 +38,7 @@ class Progress:
         if by_columns:  # `fill` counts padding
             open_tokens = state.open.valid.sum(1)
             least, most = (seen - n.clamp_min(0) for n in (open_tokens, open_tokens - prefix))
-        return cls((least.clamp_min(0), most.clamp_min(0) + more), (seen, seen + more + prefix))
+        columns = torch.where(state.open.valid, state.open.positions + 1, 0)
+        opened = torch.nn.functional.pad(columns, (1, 0)).amax(1)
+        closed, read = (least.clamp_min(0), most.clamp_min(0) + more), (seen, seen + more + prefix)
+        return cls(closed, read, opened)

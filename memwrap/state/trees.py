@@ -10,6 +10,9 @@ but the last is full, and a row that has fewer entries than another holds zeros 
 subtree `"host"` stays in the host's memory wherever the rest of the state goes. A subtree
 `"recent"` holds tensors `(B, H, n, ...)` of the last tokens, the youngest last: they are as long as
 the row needs that has read most, and others have zeros in front.
+
+What else becomes longer (`Claims.lengthens`) does so part by part: tensors of one dict whose names
+begin alike (`kept_key`, `kept_value`; or are one word each) are equally long. See `part_of`.
 """
 
 from __future__ import annotations
@@ -98,6 +101,16 @@ def tree_leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tree_leaves(node, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", node
+
+
+def part_of(key: str) -> str:
+    """Give the part to which a tensor belongs, by its dotted name: tensors that grow are as long as
+    the others of their part. `a.kept_key` -> `a.kept`, `a.host.key` and `a.valid` -> `a`, and all
+    of a `"recent"` -> that."""
+    *path, leaf = (name for name in key.split(".") if name != HOST)
+    if path and path[-1] != RECENT and "_" in leaf:
+        path.append(leaf.rpartition("_")[0])
+    return ".".join(path)
 
 
 def tree_build(leaves: dict[str, Tensor]) -> Tree:

@@ -18,6 +18,7 @@ from torch import Tensor
 METRICS = ("l2", "ip")
 NONE = -1
 """Stands for a value, a document or a token place that was not given."""
+_MOST_NEIGHBOURS = 2**20
 _LARGEST = np.iinfo(np.int32).max
 
 
@@ -81,6 +82,7 @@ class Entries:
         made = cls(*columns)
         if not made.has_order():
             raise ValueError("`spans` must be [start, end) with start <= end.")
+        made.check_range()
         return made
 
     def __len__(self) -> int:
@@ -137,6 +139,19 @@ def _whole(given: Any, name: str) -> np.ndarray:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"`{name}` must be whole numbers; got {str(given)[:60]}.")
+
+
+def numbers_of(ids: Iterable[int]) -> list[int]:
+    """List the numbers of entries, whole ones.
+
+    Raises:
+        ValueError: for others; nothing is rounded.
+    """
+    given = list(ids)
+    numbers = [int(number) for number in given]
+    if any(number != one for number, one in zip(numbers, given, strict=True)):
+        raise ValueError(f"`ids` must be whole numbers; got {str(given)[:60]}.")
+    return numbers
 
 
 class Store(ABC):
@@ -305,9 +320,11 @@ def check_names(document: Any, cursor: Any) -> None:
 
 
 def check_k(k: int) -> None:
-    """Refuse a number of neighbours below 1."""
+    """Refuse a number of neighbours below 1, or one for which there is hardly memory."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"`k` is {k!r}; it must be an integer of at least 1.")
+    if k > _MOST_NEIGHBOURS:
+        raise ValueError(f"`k` is {k}; a search gives {_MOST_NEIGHBOURS:,} neighbours at most.")
 
 
 def nothing_found(queries: Tensor, k: int, metric: str) -> Neighbours:

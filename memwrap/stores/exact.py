@@ -20,6 +20,7 @@ from memwrap.stores.base import (
     check_k,
     check_names,
     nothing_found,
+    numbers_of,
 )
 from memwrap.stores.files import read_arrays, write_arrays
 
@@ -190,14 +191,17 @@ class TorchStore(Store):
         if self.rows:
             raise ValueError("A store of rows keeps vectors only.")
         index = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
-        old = int(self.counts[0]) - len(self._entries)
+        count = int(self.counts[0])
+        if index.size and (index.min() < NONE or index.max() >= count):
+            raise ValueError(f"`ids` must be from {NONE} to {count - 1}.")
+        old = count - len(self._entries)
         padded = Entries.cat([self._entries, Entries.make(1)])
         return padded[np.where(index < old, len(self._entries), index - old)]
 
     def remove(self, ids: Iterable[int], row: int = 0) -> int:
         """See `Store.remove`; `row` of the batch."""
         numbers = self._numbers(row)
-        wanted = torch.as_tensor(sorted(set(ids)), dtype=torch.long)
+        wanted = torch.as_tensor(numbers_of(ids), dtype=torch.long)
         hit = torch.isin(numbers, wanted).to(self.present.device) & self.present[row]
         self.present[row] &= ~hit
         return int(hit.sum())

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from memwrap.io.reading import inside
 from memwrap.stores import copying
-from memwrap.stores.base import Entries, Neighbours, Store, check_k, check_names, nothing_found
+from memwrap.stores.base import (
+    Entries,
+    Neighbours,
+    Store,
+    check_k,
+    check_names,
+    nothing_found,
+    numbers_of,
+)
 from memwrap.stores.files import HEADER, read_json, write_json
 from memwrap.stores.urls import hidden, is_url, parts_of, without_password
 
@@ -332,7 +340,7 @@ class PgVectorStore(Store):
         return Entries(*[table[place, column] for column in range(1, 5)])
 
     def remove(self, ids: Iterable[int]) -> int:
-        wanted = [int(i) for i in ids]
+        wanted = numbers_of(ids)
         return self._retrying(
             lambda c: c.execute(f"DELETE FROM {self.table} WHERE id = ANY(%s)", (wanted,)).rowcount
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from memwrap.stores.base import NONE, Entries
+from memwrap.stores.base import NONE, Entries, numbers_of
 from memwrap.stores.files import HEADER, head_of, mapped, read_arrays, small_arrays, write_arrays
 
 REMOVED = "removed.safetensors"
@@ -69,7 +69,8 @@ class Shards:
         self._saved_documents = len(self.documents)
         if (folder / REMOVED).is_file():
             ids = read_arrays(folder / REMOVED)[0].get("ids", np.empty(0))
-            if ids.dtype != np.int64 or ids.ndim != 1 or _outside(ids, 0, self.committed):
+            good = ids.dtype == np.int64 and ids.ndim == 1 and ids.size > 0
+            if not good or _outside(ids, 0, self.committed) or bool((np.diff(ids) < 1).any()):
                 raise ValueError(f"{folder / REMOVED} is damaged: it names other entries.")
             self.removed = set(ids.tolist())
 
@@ -260,7 +261,7 @@ class Shards:
 
     def remove(self, ids: Iterable[int]) -> int:
         """Mark entries as removed; their numbers stay taken."""
-        new = {int(i) for i in ids if 0 <= int(i) < len(self)} - self.removed
+        new = {number for number in numbers_of(ids) if 0 <= number < len(self)} - self.removed
         self.save_removed(self.removed | new)
         self.removed = self.removed | new
         return len(new)

@@ -3,6 +3,9 @@ file with others is refused: every memory declares what they may be (`Memory.ran
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import memwrap
 from memwrap.memories.protocol import places_of
 from memwrap.memories.registry import memory_class
 from memwrap.model.state_files import progress_of
-from memwrap.state.trees import RECENT, tree_leaves, tree_map
+from memwrap.state.trees import RECENT, tree_build, tree_leaves, tree_map
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
     SEGMENT,
@@ -72,6 +75,54 @@ def test_a_state_with_other_numbers_is_refused(memory: str, family: str, tmp_pat
             with pytest.raises(ValueError, match=r"damaged") as caught:
                 memwrap.MemoryState.load(path, model)
             assert memory in str(caught.value), name
+
+
+def reshaped(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensor with each dimension but the rows shorter or longer, and one more or less."""
+    for place in range(1, tensor.dim()):
+        size = tensor.shape[place]
+        yield f"{place} more", tensor.unsqueeze(place)
+        if size:
+            yield f"{place} shorter", tensor.narrow(place, 0, size - 1)
+            last = tensor.narrow(place, size - 1, 1)
+            yield f"{place} longer", torch.cat([tensor, last], place)
+            yield f"{place} gone", tensor.select(place, 0)
+    yield "other dtype", tensor.to(torch.int32 if tensor.is_floating_point() else torch.float32)
+
+
+def without_layers(name: str) -> str:
+    return re.sub(r"layers\.\d+", "layers", name)
+
+
+@pytest.mark.long
+@pairs()
+def test_a_state_of_other_shapes_is_refused_or_reads_alike(memory: str, family: str) -> None:
+    """Every tensor of the last layer and beside the layers, in every dimension. Tensors that grow
+    may be longer than they need be, as those of a row that was read beside longer ones."""
+    model, text = wrapped(memory, family), ids(1, 2 * SEGMENT + 3, seed=4)
+    with torch.no_grad():
+        state = model.read(ids(1, 6 * SEGMENT + 7, seed=1))
+        states = {"memories": state.memories, "open": state.open.tree}
+        leaves = dict(tree_leaves(states))
+        last = {without_layers(name): name for name in leaves}  # of layers that are alike
+        want = model(text, cache=state).logits, model.close_segment(state)
+        for name in last.values():
+            for change, tensor in reshaped(leaves[name]):
+                changed = tree_build(leaves | {name: tensor})
+                wrong = state.clone()
+                nothing: Any = {n: {} for n in state.memories}  # some keep none
+                wrong.memories, wrong.unverified = nothing | changed.get("memories", {}), True
+                wrong.open = dataclasses.replace(state.open, tree=changed["open"])
+                try:
+                    model.check_state(wrong)
+                except ValueError as error:
+                    assert "damaged" in str(error), (name, change)
+                    continue
+                assert_close(model(text, cache=wrong).logits, want[0], label=f"{name} {change}")
+                assert_close(
+                    model(text, cache=model.close_segment(wrong)).logits,
+                    model(text, cache=want[1]).logits, label=f"closed, {name} {change}",
+                )  # fmt: skip
 
 
 @pairs()

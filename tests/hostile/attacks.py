@@ -384,4 +384,4 @@ def attacks_on(target: str, whole: Path, port: int) -> list[Attack]:
             found += [of_bytes(name, what, change) for what, change in JSONS.items()]
     if target.startswith(("model", "export", "store", "library")):
         found += STOPPED
-    return found + forgeries(target, port)
+    return found + forgeries(target, whole, port)

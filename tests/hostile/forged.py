@@ -22,20 +22,20 @@ from memwrap.model.weight_files import seal
 NAN, HUGE = float("nan"), 2**62
 
 
-def forgeries(target: str, port: int) -> list[Attack]:
+def forgeries(target: str, whole: Path, port: int) -> list[Attack]:
     kind = target.partition("-")[0]
     if kind == "state":
-        return states("state.safetensors")
+        return states(whole / "state.safetensors")
     if kind == "server":
-        return [*states("first.safetensors"), *strangers()]
+        return [*states(whole / "first.safetensors"), *strangers()]
     if kind in ("model", "export"):
-        return models(target, port)
+        return models(target, whole, port)
     if target == "store-torch":
-        return exact_stores()
+        return exact_stores(whole)
     if kind == "store":
-        return disk_stores(port)
+        return disk_stores(whole, port)
     if kind == "library":
-        return libraries()
+        return libraries(whole)
     return recipes(port)
 
 
@@ -55,8 +55,32 @@ def forged_state(folder: Path, file: str, edit: Callable[[Tensors, dict[str, Any
     save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata=metadata)
 
 
-def states(file: str) -> list[Attack]:
-    found = []
+def shapes_of(tensor: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Changes of a tensor's shape and dtype, each dimension's among them."""
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "another dtype": _other_dtype,
+        "a dimension more": lambda t: t[None],
+        "a row more": lambda t: torch.cat([t, t[:1]]),
+        "no dimension": lambda t: t.flatten()[0],
+        "complex numbers": lambda t: t.float().to(torch.complex64),
+        "a flat tensor": lambda t: t.flatten()[None],
+    }
+    for place in range(tensor.dim()):
+        changes |= {
+            f"dimension {place} shorter": lambda t, d=place: t.narrow(d, 0, t.shape[d] - 1),
+            f"the first of dimension {place} gone": lambda t, d=place: t.narrow(
+                d, 1, t.shape[d] - 1
+            ),
+            f"dimension {place} empty": lambda t, d=place: t.narrow(d, 0, 0),
+            f"dimension {place} gone": lambda t, d=place: t.select(d, 0),
+            f"a dimension behind {place}": lambda t, d=place: t.unsqueeze(d + 1),
+        }
+    return changes
+
+
+def states(path: Path) -> list[Attack]:
+    """Attacks on a state: on each of its tensors, and on what they say together."""
+    found, file = [], path.name
 
     def forge(name: str, edit: Callable[[Tensors, dict[str, Any], random.Random], None]) -> None:
         def apply(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
@@ -64,22 +88,10 @@ def states(file: str) -> list[Attack]:
 
         found.append(Attack(f"{file}, forged: {name}", apply))
 
-    def on_one(name: str, change: Callable[[Tensor], Tensor], prefix: str = "") -> None:
-        def edit(tensors: Tensors, about: dict[str, Any], chance: random.Random) -> None:
-            names = sorted(n for n in tensors if n.startswith(prefix) and tensors[n].numel())
-            chosen = chance.choice(names or sorted(tensors))
-            tensors[chosen] = change(tensors[chosen])
-
-        forge(name, edit)
-
-    for place in ("memories.", "open.", "rows.", ""):
-        on_one(f"another dtype in {place}", _other_dtype, place)
-        on_one(f"a dimension more in {place}", lambda t: t[None], place)
-        on_one(f"a row more in {place}", lambda t: torch.cat([t, t[:1]]), place)
-        on_one(f"the last dimension shorter in {place}", lambda t: t[..., :-1], place)
-        on_one(f"no dimension in {place}", lambda t: t.flatten()[0], place)
-        on_one(f"complex numbers in {place}", lambda t: t.float().to(torch.complex64), place)
-        on_one(f"a flat tensor in {place}", lambda t: t.flatten()[None], place)
+    for name, tensor in sorted(load_file(path).items()):
+        for what, change in shapes_of(tensor).items() if tensor.numel() else ():
+            forge(f"{name}: {what}", lambda t, a, c, n=name, f=change: t.update({n: f(t[n])}))
+        forge(f"{name}: not there", lambda t, a, c, n=name: t.pop(n))
     for value in (NAN, float("inf")):
         forge(f"{value} in every float", lambda t, a, c, v=value: t.update(
             {n: torch.full_like(x, v) for n, x in t.items() if x.is_floating_point()}))  # fmt: skip
@@ -101,12 +113,21 @@ def states(file: str) -> list[Attack]:
         "weights": {"x": "y"},
     }.items():
         forge(f"{key} is {value!r}", lambda t, a, c, k=key, v=value: a.update({k: v}))
+    long = "x" * 10**6
+    for name, edit in {
+        "no backbone in the signature": lambda s: s.pop("backbone"),
+        "a memory's name without end": lambda s: s["memories"][0].update(name=long),
+        "a setting without end": lambda s: s["memories"][0].update(segment_size=long),
+        "a backbone without end": lambda s: s["backbone"].update(model_type=long),
+        "adapters without end": lambda s: s.update(adapters=[long]),
+        "a memory twice": lambda s: s["memories"].append(s["memories"][0]),
+    }.items():
+        forge(name, lambda t, a, c, f=edit: f(a["signature"]))
     forge("columns is 1e400", lambda t, a, c: a.update(columns=10**400))
     forge("another memory's name", lambda t, a, c: a.update(
         memories={"../../x": 1}, signature={"memories": [{"name": "../../x"}]}))  # fmt: skip
     for name in ("memories.strange.x", "open.strange", "rows.strange", "elsewhere.x", "memories"):
         forge(f"the tensor {name} more", lambda t, a, c, n=name: t.update({n: torch.ones(1, 2)}))
-    forge("a tensor too few", lambda t, a, c: t.pop(c.choice(sorted(t))))
     forge("nothing at all", lambda t, a, c: t.clear())
     forge("half of the open segment not there", lambda t, a, c: t.update(
         {"rows.open_valid": torch.zeros_like(t["rows.open_valid"])}))  # fmt: skip
@@ -211,7 +232,7 @@ CONFIGS: dict[str, list[Any]] = {
 ADAPTER = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
-def models(target: str, port: int) -> list[Attack]:
+def models(target: str, whole: Path, port: int) -> list[Attack]:
     found = [
         on_config(f"{key} = {str(value)[:30]}", lambda c, k=key, v=value: nested(c, k, v), sealed=s)
         for key, values in CONFIGS.items() for value in values for s in (True, False)
@@ -248,6 +269,11 @@ def models(target: str, port: int) -> list[Attack]:
                 c, "memories.0.store", p)))  # fmt: skip
         found.append(Attack("knnlm_store: a link out", _store_link))
     found += [forged_weights(name, edit) for name, edit in WEIGHTS.items()]
+    for name, tensor in sorted(load_file(sorted(whole.glob("model*.safetensors"))[0]).items()):
+        for what, change in shapes_of(tensor).items():
+            found.append(forged_weights(f"{name}: {what}", lambda t, n=name, f=change: t.update(
+                {n: f(t[n])})))  # fmt: skip
+        found.append(forged_weights(f"{name}: not there", lambda t, n=name: t.pop(n)))
     if target == "model-in-shards":
         for name in ("../outside/x.safetensors", "/etc/passwd", "x\u0000", "sub/../../x", 3, None,
                      "model.safetensors", f"http://127.0.0.1:{port}/x.safetensors"):  # fmt: skip

@@ -67,9 +67,31 @@ COLUMNS: dict[str, Callable[[Arrays, dict[str, Any]], Any]] = {
 }  # fmt: skip
 
 
-def exact_stores() -> list[Attack]:
+SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "shorter": lambda x: x[:-1], "the first gone": lambda x: x[1:], "empty": lambda x: x[:0],
+    "longer": lambda x: np.concatenate([x, x[-1:]]), "a dimension more": lambda x: x[None],
+    "a dimension behind": lambda x: x[..., None],
+    "the last dimension shorter": lambda x: x[..., :-1],
+    "the last dimension gone": lambda x: x[..., 0],
+    "another dtype": lambda x: x.astype(np.float64 if x.dtype != np.float64 else np.int64),
+}  # fmt: skip
+
+
+def on_every_array(path: Path) -> list[Attack]:
+    """Each array of a file in other shapes and dtypes, and not there."""
+    found = []
+    for name, array in sorted(read_arrays(path)[0].items()):
+        for what, change in SHAPES.items() if array.size else ():
+            found.append(on_arrays(path.name, f"{name}: {what}", lambda a, b, n=name, f=change: (
+                a.update({n: np.ascontiguousarray(f(a[n]))}))))  # fmt: skip
+        found.append(on_arrays(path.name, f"{name}: not there", lambda a, b, n=name: a.pop(n)))
+    return found
+
+
+def exact_stores(whole: Path) -> list[Attack]:
     file = "store.safetensors"
     found = [on_arrays(file, name, edit) for name, edit in COLUMNS.items()]
+    found += on_every_array(whole / file)
     for name, value in {
         "dim": [0, -4, 2**40, "4", None, 3, True], "metric": ["cosine", None, 3],
         "rows": [[2], [2**40, 2**20], "x", [-1], None], "capacity": [0, -3, 2**62, "x", 7],
@@ -106,9 +128,10 @@ FACTORIES = (
 )
 
 
-def disk_stores(port: int) -> list[Attack]:
+def disk_stores(whole: Path, port: int) -> list[Attack]:
     file = "shard-000001.safetensors"
     found = [on_arrays(file, name, edit) for name, edit in COLUMNS.items()]
+    found += [*on_every_array(whole / file), *on_every_array(whole / "removed.safetensors")]
     for name, one in {"first": 0, "count": 2**40}.items():
         found.append(
             on_arrays(file, f"{name} = {one}", lambda a, b, n=name, v=one: b.update({n: v}))
@@ -253,8 +276,8 @@ def forged_index(name: str, make: Callable[[Path, Path], Any]) -> Attack:
 # Libraries
 
 
-def libraries() -> list[Attack]:
-    from forged import states
+def libraries(whole: Path) -> list[Attack]:
+    from forged import shapes_of, states
 
     def forge(name: str, edit: Callable[[dict[str, torch.Tensor], dict[str, str]], Any]) -> Attack:
         def apply(folder: Path, other: Path, outside: Path, chance: random.Random) -> None:
@@ -279,7 +302,7 @@ def libraries() -> list[Attack]:
 
         return Attack(attack.name, apply)
 
-    found = [both(attack) for attack in states("state.safetensors")]
+    found = [both(attack) for attack in states(whole / "state.safetensors")]
     for names in ("[]", "3", '["a", "a", "b"]', "[1, 2, 3]", "[" * 10**5, '["a"]'):
         found.append(forge(f"names {names[:20]}", lambda t, m, n=names: m.update(names=n)))
     for name in ("ids", "lengths", "entries"):
@@ -287,10 +310,10 @@ def libraries() -> list[Attack]:
             found.append(forge(f"{name} {number}", lambda t, m, n=name, v=number: t.update(
                 {n: torch.full_like(t[n], v)})))  # fmt: skip
         found.append(forge(f"no {name}", lambda t, m, n=name: t.pop(n)))
-        found.append(forge(f"{name} in float", lambda t, m, n=name: t.update({n: t[n].double()})))
-        found.append(forge(f"{name} shorter", lambda t, m, n=name: t.update({n: t[n][:-1]})))
-        found.append(forge(f"{name} in one dimension more", lambda t, m, n=name: t.update(
-            {n: t[n][None]})))  # fmt: skip
+    for name, tensor in load_file(whole / "documents.safetensors").items():
+        for what, change in shapes_of(tensor).items():
+            found.append(forge(f"{name}: {what}", lambda t, m, n=name, f=change: t.update(
+                {n: f(t[n])})))  # fmt: skip
     return found
 
 

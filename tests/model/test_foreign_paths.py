@@ -12,6 +12,8 @@ from support import save_small_base
 from transformers import AutoModelForCausalLM
 
 import memwrap
+from memwrap.data.documents import load_documents
+from memwrap.data.readers import files_in
 from memwrap.model.opening import is_memory_model, open_model, open_tokenizer
 from memwrap.model.weight_files import seal
 
@@ -118,3 +120,24 @@ def test_a_config_is_looked_at_within_limits(tmp_path: Path) -> None:
     (tmp_path / "config.json").symlink_to("/dev/zero")
     with pytest.raises(ValueError, match=r"not in the folder|holds no model"):
         is_memory_model(tmp_path)
+
+
+def test_links_in_a_folder_of_documents_lead_nowhere_else(tmp_path: Path) -> None:
+    """Whoever made the folder made its links too; a file that is meant can be named."""
+    folder, elsewhere = tmp_path / "documents", tmp_path / "elsewhere"
+    for place in (folder / "train", elsewhere):
+        place.mkdir(parents=True)
+        (place / "text.md").write_text("a text of some words")
+    (folder / "again.md").symlink_to("train/text.md")
+    (folder / "itself.md").symlink_to("itself.md")
+    (folder / "zero.md").symlink_to("/dev/zero")
+    assert [path.name for path in files_in(folder)] == ["again.md", "text.md"]
+    (folder / "secret.md").symlink_to(elsewhere / "text.md")
+    with pytest.raises(ValueError, match=r"secret\.md.*not in the folder"):
+        files_in(folder)
+    (folder / "secret.md").unlink()
+    assert len(load_documents(str(folder), split="train")) == 1
+    shutil.rmtree(folder / "train")
+    (folder / "train").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"train.*not in the folder"):
+        load_documents(str(folder), split="train")

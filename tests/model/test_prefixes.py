@@ -129,6 +129,9 @@ def test_what_cannot_be_a_prefix_is_refused(tmp_path: Path) -> None:
         save_file({"prompt_embeddings": wrong.contiguous()}, weights)
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
             model.load_prefix(tmp_path)
+    save_file({"prompt_embeddings": right[:-1].contiguous()}, weights)
+    with refused("60 tokens", "59"):
+        model.load_prefix(tmp_path)
     save_file({"prompt_embeddings": torch.full_like(right, 1e5)}, weights)
     with refused("float16", "not finite"):
         wrapped("compact", base=build("llama").half(), **WHOLE).load_prefix(tmp_path)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import numpy as np
 import pytest
 import torch
 
 import memwrap
 from memwrap.stores import FaissStore, Store, TorchStore, embedded, index_files, open_store, shards
-from memwrap.stores.files import read_json, write_json
+from memwrap.stores.files import read_json, write_arrays, write_json
 from memwrap.testing.families import VOCABULARY, build
 from memwrap.testing.helpers import ids
 
@@ -159,3 +160,30 @@ def test_entries_without_a_token_say_nothing() -> None:
     store.add(torch.randn(9, 32))
     model.memories["knnlm"].attach(store)
     assert torch.equal(model(ids(1, 5)).logits, want)
+
+
+@pytest.mark.parametrize("store", [TorchStore(4), FaissStore(4)])
+def test_what_no_file_could_hold_is_refused_when_it_is_given(store: Any) -> None:
+    store.add(torch.eye(4))
+    for values in ([-2] * 4, [2**31] * 4):
+        with pytest.raises(ValueError, match="must be from -1"):
+            store.add(torch.eye(4), values=values)
+    with pytest.raises(ValueError, match="whole numbers"):
+        store.remove([0.5])
+    for number in (9, -2):
+        with pytest.raises(ValueError, match="must be from -1 to 3"):
+            store.entries(torch.tensor([number]))
+    with pytest.raises(ValueError, match="at most"):
+        store.search(torch.eye(4), 10**9)
+    assert len(store) == 4 and store.remove([torch.tensor(1), 1]) == 1
+
+
+@pytest.mark.parametrize("ids", [[], [3, 3], [5, 3]])
+def test_marks_of_removed_entries_that_no_store_writes(ids: list[int], tmp_path: Path) -> None:
+    store = FaissStore(4, path=tmp_path / "store")
+    store.add(torch.eye(4).repeat(2, 1))
+    store.remove([3])
+    store.close()
+    write_arrays(tmp_path / "store" / "removed.safetensors", {"ids": np.array(ids, np.int64)}, {})
+    with pytest.raises(ValueError, match=r"removed\.safetensors is damaged"):
+        open_store(tmp_path / "store")

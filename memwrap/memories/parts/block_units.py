@@ -43,6 +43,20 @@ def side_by_side(blocks: Tensor) -> Tensor:
     return blocks.transpose(1, 2).flatten(2, 3)
 
 
+def counts_of(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the units that were `chosen` `(B, 1, U)`, numbers from 1: those that ascend from the
+    first on, and all that are not 0. Both are one number where zeros stand behind the units."""
+    before = torch.nn.functional.pad(chosen, (1, 0))[..., :-1]
+    return (chosen > before).long().cumprod(2).sum((1, 2)), (chosen > 0).sum((1, 2))
+
+
+def first_length(pages: Pages, like: Tensor, size: int) -> tuple[Tensor, int, int]:
+    """Give the length of a store's first page, once for each row of `like` `(B,)`, and the least
+    and the most that it may be: `size` where another page follows."""
+    length = next(iter(pages["0"].values())).shape[1]
+    return torch.full_like(like, length), size if len(pages) > 1 else 0, size
+
+
 def chosen_units(
     pages: Pages, chosen: Tensor, index: Tensor, cache: SlotCache | None
 ) -> tuple[Tensor, Tensor, Tensor]:

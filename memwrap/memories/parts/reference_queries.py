@@ -47,6 +47,10 @@ class ReferenceQueries:
         count = torch.zeros(batch, dtype=torch.long, device=device)
         return {"query": none, "past_query": none, "past_place": place, "past_count": count}
 
+    def number(self, length: Tensor) -> Tensor:
+        """Count the queries that are kept of `length` `(B,)` positions of an open segment."""
+        return -(-length.clamp_max(self.size) // self.every)
+
     def noted(self, attention: LayerAttention, state: Tree) -> Tree:
         """Keep those of the step's queries whose turn it is."""
         slot, width = attention.cached_per_step(
