@@ -124,8 +124,10 @@ def test_a_trained_memory_is_shown_where_one_is_shipped_and_its_training_begun(
     monkeypatch.setattr(
         demo, "trained_anew", lambda _, *given: demo_trained.trained_anew(plain, *given)
     )
-    run = demo.Run(tmp_path, 3, base, tokenizer, 1, results={"parts": {}})
-    demo._show_trained(run)
+    run = demo.Run(tmp_path, 3, tokenizer, 1, results={"parts": {}})
+    demo._measure_trained(run, base)
+    demo._tell_trained(run)
+    demo._train(run, base)
     training = run.results["training"]
     assert training["steps"] == training["planned"] == 1 and 0 <= training["known"] <= 1
     curves = run.results["trained"]["curves"]
