@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,13 @@ def suite_tasks(names: str, passes: int = 1) -> list[str]:
     tasks = [name.strip() for name in names.split(",")]
     unknown = [name for name in tasks if name not in available()]
     if unknown:
-        known = ", ".join([*TASKS, *available()])
-        raise ValueError(f"There is no task {unknown[0]!r}. Known: {known}.")
+        known = [*TASKS, *available()]
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"There is no task {unknown[0]!r}.{hint} `memwrap eval --help` says how to list them; "
+            f"some are {', '.join(TASKS)}, passkey, told_facts."
+        )
     return tasks
 
 
