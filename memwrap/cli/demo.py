@@ -224,9 +224,10 @@ def _ask_bases(run: Run, parts: texts.Parts, base: Any) -> dict[str, list[str]]:
             end = "first" if most < 0 else "last"
             answers[f"{curve} ({end} {reader.length:,} tokens)"] = _words(reader, parts)
             for index in reversed(range(len(wholes))):
-                if curve == WHOLE:  # the shorter ones begin alike, and are read already
+                longest = index == len(wholes) - 1
+                if curve == WHOLE and not longest:  # begins alike, and is read already
                     reader.shorten(wholes[index])
-                elif index < len(wholes) - 1:
+                elif not longest:
                     reader = BaseReader(base, run.tokenizer, wholes[index], most)
                 _count(run, reader, curve, parts.lengths[index], parts.facts[index])
     return answers
