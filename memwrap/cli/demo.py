@@ -61,7 +61,7 @@ MEASURED = (2_048, 1_024)
 """Tokens that nats are measured on, the first that time allows."""
 WINDOW_SEGMENT = 1_024
 """Tokens that the window reads at once; its results do not depend on it, only its time."""
-COST, NATS_COST = 6.5, 3.5
+COST, NATS_COST = 8.0, 4.0
 """What a token of the longest text, and one that nats are measured on, costs in all parts together
 beside the base's reading it, which is measured first."""
 TRAINING, AROUND = 1.0, 20.0
@@ -76,7 +76,7 @@ class Run:
         folder: for files.
         minutes: how long it may take.
         tokenizer: of the model.
-        speed: tokens that the base reads in a second here.
+        speed: tokens that the base reads in a second here, all workers together.
         begun, processor: when it began, and the processor's seconds until then.
         results: everything measured; `parts`, the seconds of each part, too.
         writing: held while results are changed, as two parts may be at work.
@@ -137,14 +137,11 @@ def main(output: Path, minutes: float = 6.0) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     place = fetch(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(place)
-    bases: list[Any] = []
-
-    def base() -> Any:
-        bases.append(AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval())
-        return bases[-1]
-
-    workers = SideBySide(base)
-    run = Run(output, minutes, tokenizer, _speed(bases[0], tokenizer), begun)
+    workers = SideBySide(
+        lambda: AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    )
+    speeds = [workers.begin(partial(_speed, tokenizer)) for _ in range(workers.count)]
+    run = Run(output, minutes, tokenizer, sum(speed.result() for speed in speeds), begun)
     settings = {
         "memory": MEMORY, "reading": READING, "asking": ASKING, "looks": LOOKS, "context": CONTEXT,
         "truncated": BASES[TRUNCATED], "entries": ROWS,
@@ -184,7 +181,7 @@ def _measure(run: Run, workers: SideBySide) -> None:
     _tell_trained(run)
 
 
-def _speed(base: Any, tokenizer: Any) -> float:
+def _speed(tokenizer: Any, base: Any) -> float:
     """Measure tokens a second: the best of three, as a process that was just begun is slow."""
     ids = torch.tensor([tokenizer(texts.prose()[:8000], verbose=False)["input_ids"][:512]])
     seconds = []

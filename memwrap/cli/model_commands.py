@@ -54,17 +54,22 @@ def evaluate(
 ) -> None:
     """Measure a model beside its controls; prints a table, writes JSON, a report and a plot."""
     from memwrap.assets import asset
+    from memwrap.data.documents import load_documents
     from memwrap.evaluation import run
 
     suite = run.suite_tasks(task, passes)
+    by_text = task in ("perplexity", "linear-usage", "head-budgets")
+    part = None if split == "all" else split
+    texts = load_documents(documents, part) if by_text else []
+    for given, name, example in ((lengths, "lengths", "1024,4096"), (turns, "turns", "16,64")):
+        run.numbers(given, name, example)  # what is wrong is said before a model is loaded
     if task == "head-budgets" and memory == "compact":
         settings = ["memory_size=null", *(settings or [])]
     loaded = load_model(model, dtype, memory, settings)
     folder = asset(model) or Path(model)
     results: Results
-    if task in ("perplexity", "linear-usage", "head-budgets"):
-        part = None if split == "all" else split
-        rows = run.documents(documents, part, load_tokenizer(model, loaded), tokens, count)
+    if by_text:
+        rows = run.documents(texts, part, load_tokenizer(model, loaded), tokens, count)
         if task == "head-budgets":
             _head_budgets(loaded, rows, output)
             return

@@ -292,9 +292,7 @@ class _Scores:
                 first = max(0, ids.shape[1] - self.window + most)
             rows = greedy(feed, ids[:, first:], most, [self.tokenizer.eos_token_id])
             texts = (self.tokenizer.decode(row, skip_special_tokens=True) for row in rows)
-            return [
-                [self.task.score(t, s.references)] for t, s in zip(texts, samples, strict=True)
-            ]
+            return [[self.task.score(t, s.references)] for t, s in zip(texts, samples, strict=True)]
         if curve == TRUNCATED:
             likeliest = [
                 _sliding(self.model, row[None], min(a for a, _ in sample.answers), self.window)
