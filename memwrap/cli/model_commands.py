@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,17 +60,16 @@ def evaluate(
 
     suite = run.suite_tasks(task, passes)
     by_text = task in ("perplexity", "linear-usage", "head-budgets")
-    part = None if split == "all" else split
-    texts = load_documents(documents, part) if by_text else []
-    for given, name, example in ((lengths, "lengths", "1024,4096"), (turns, "turns", "16,64")):
-        run.numbers(given, name, example)  # what is wrong is said before a model is loaded
+    texts = load_documents(documents, None if split == "all" else split) if by_text else []
+    run.check_numbers(lengths, turns)
     if task == "head-budgets" and memory == "compact":
         settings = ["memory_size=null", *(settings or [])]
     loaded = load_model(model, dtype, memory, settings)
     folder = asset(model) or Path(model)
+    load_words = partial(load_tokenizer, model, loaded)
     results: Results
     if by_text:
-        rows = run.documents(texts, part, load_tokenizer(model, loaded), tokens, count)
+        rows = run.documents(texts, split, load_words(), tokens, count)
         if task == "head-budgets":
             _head_budgets(loaded, rows, output)
             return
@@ -77,11 +77,9 @@ def evaluate(
     elif task == "recall":
         results = run.recall(loaded, folder, samples or 256, passes)
     elif task == "conversations":
-        tokenizer = load_tokenizer(model, loaded)
-        results = run.conversations(loaded, tokenizer, turns, samples or 3, model)
+        results = run.conversations(loaded, load_words(), turns, samples or 3, model)
     else:
-        tokenizer = load_tokenizer(model, loaded)
-        results = run.tasks(loaded, tokenizer, suite, lengths, samples or 20, model, passes)
+        results = run.tasks(loaded, load_words(), suite, lengths, samples or 20, model, passes)
     typer.echo(run.table(results))
     if output is None:
         beside = folder.is_dir() and asset(model) is None and memory is None

@@ -76,7 +76,7 @@ def tasks(
     Raises:
         ValueError: for a length that is no number, or that a task does not fit in.
     """
-    sizes = numbers(lengths, "lengths", "1024,4096")
+    sizes = _numbers(lengths, "lengths", "1024,4096")
     controls = tuple(c for c in CURVES[1:] if c != WINDOW or _windowed(model))
     return {
         "tasks": evaluate_tasks(
@@ -98,7 +98,7 @@ def conversations(
     Raises:
         ValueError: for turns that are no numbers, or too few.
     """
-    counts = numbers(turns, "turns", "16,64")
+    counts = _numbers(turns, "turns", "16,64")
     readers = tuple(r for r in READERS if r != WINDOW or _windowed(model))
     return {
         "conversations": evaluate_conversations(
@@ -107,7 +107,13 @@ def conversations(
     }
 
 
-def numbers(text: str, name: str, example: str) -> list[int]:
+def check_numbers(lengths: str, turns: str) -> None:
+    """Refuse options that are no numbers, before a model is loaded."""
+    _numbers(lengths, "lengths", "1024,4096")
+    _numbers(turns, "turns", "16,64")
+
+
+def _numbers(text: str, name: str, example: str) -> list[int]:
     """Read the numbers of an option.
 
     Raises:
@@ -259,6 +265,6 @@ def write(results: Results, folder: Path, title: str = "memwrap") -> list[Path]:
 
 
 __all__ = [
-    "TASKS", "conversations", "documents", "linear_usage", "numbers", "perplexity", "recall",
+    "TASKS", "check_numbers", "conversations", "documents", "linear_usage", "perplexity", "recall",
     "suite_tasks", "table", "tasks", "write",
 ]  # fmt: skip
