@@ -7,10 +7,12 @@ same. How long the texts are is chosen by the machine's speed, so that the run e
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from memwrap.cli.demo_report import (
     seconds_of,
 )
 from memwrap.cli.demo_trained import ADAPTER, said_of, trained, trained_anew
+from memwrap.cli.side_by_side import SideBySide
 from memwrap.io.atomic_files import write_text
 
 MODEL = "smollm2"
@@ -58,9 +61,10 @@ MEASURED = (2_048, 1_024)
 """Tokens that nats are measured on, the first that time allows."""
 WINDOW_SEGMENT = 1_024
 """Tokens that the window reads at once; its results do not depend on it, only its time."""
-COST = 2.0
-"""What the memory's reading costs beside the base's own, which is measured first."""
-TRAINING, AROUND = 0.75, 25.0
+COST, NATS_COST = 8.0, 4.0
+"""What a token of the longest text, and one that nats are measured on, costs in all parts together
+beside the base's reading it, which is measured first."""
+TRAINING, AROUND = 1.0, 45.0
 """Minutes of training from scratch, and seconds of what is done before and after it."""
 
 
@@ -71,20 +75,21 @@ class Run:
     Attributes:
         folder: for files.
         minutes: how long it may take.
-        base, tokenizer: the model.
-        speed: tokens that the base reads in a second here.
+        tokenizer: of the model.
+        speed: tokens that the base reads in a second here, all workers together.
         begun, processor: when it began, and the processor's seconds until then.
-        results: everything measured; `seconds` of each part, too.
+        results: everything measured; `parts`, the seconds of each part, too.
+        writing: held while results are changed, as two parts may be at work.
     """
 
     folder: Path
     minutes: float
-    base: Any
     tokenizer: Any
     speed: float
     begun: float = field(default_factory=time.monotonic)
     processor: float = field(default_factory=time.process_time)
     results: dict[str, Any] = field(default_factory=dict)
+    writing: Any = field(default_factory=threading.Lock)
 
     def fits(self, tokens: float, share: float = 1.0) -> bool:
         """Tell whether reading so many tokens at the base's speed fits a share of what is left."""
@@ -97,19 +102,19 @@ class Run:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Print and note the seconds that a part of the run takes."""
+        """Note the seconds that a part of the run takes."""
         start = time.monotonic()
         yield
-        seconds = time.monotonic() - start
-        self.results["parts"][name] = round(seconds, 1)
-        say(f"({name}: {seconds:.0f} s)")
+        with self.writing:
+            self.results["parts"][name] = round(time.monotonic() - start, 1)
         self.write()
 
     def write(self) -> None:
         """Write what was measured so far."""
-        self.results["seconds"] = round(time.monotonic() - self.begun, 1)
-        self.results["processor_seconds"] = round(time.process_time() - self.processor, 1)
-        write_text(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
+        with self.writing:
+            self.results["seconds"] = round(time.monotonic() - self.begun, 1)
+            self.results["processor_seconds"] = round(time.process_time() - self.processor, 1)
+            write_text(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
 
 
 def say(text: str = "") -> None:
@@ -131,9 +136,12 @@ def main(output: Path, minutes: float = 6.0) -> dict[str, Any]:
     begun = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     place = fetch(MODEL)
-    base: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(place)
-    run = Run(output, minutes, base, tokenizer, _speed(base, tokenizer), begun)
+    workers = SideBySide(
+        lambda: AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    )
+    speeds = [workers.begin(partial(_speed, tokenizer)) for _ in range(workers.count)]
+    run = Run(output, minutes, tokenizer, sum(speed.result() for speed in speeds), begun)
     settings = {
         "memory": MEMORY, "reading": READING, "asking": ASKING, "looks": LOOKS, "context": CONTEXT,
         "truncated": BASES[TRUNCATED], "entries": ROWS,
@@ -141,72 +149,105 @@ def main(output: Path, minutes: float = 6.0) -> dict[str, Any]:
     run.results |= {"settings": settings, "facts": [], "skipped": [], "parts": {}}
     run.results["threads"] = torch.get_num_threads()
     say(f"{MODEL}: SmolLM2-135M-Instruct; it reads {run.speed:.0f} tokens a second here.")
-    count = max(2, sum(run.fits(n * COST, 0.45) for n in LENGTHS))
-    parts = texts.parts(tokenizer, LENGTHS[:count])
-    run.results["skipped"] += [[curve, n] for n in LENGTHS[count:] for curve in CURVES]
-    with run.part("reading and asking"):
-        whole = _read(run, parts)
-    with run.part("facts and controls"):
-        _ask_whole(run, parts, whole)
-        del whole  # hundreds of MB
-        _find(run, parts)
-    with run.part("nats"):
-        _measure(run)
-    _show_trained(run)
+    try:
+        _measure(run, workers)
+    finally:
+        model = workers.end()
+    _train(run, model)
     _conclude(run)
     return run.results
 
 
-def _speed(base: Any, tokenizer: Any) -> float:
-    ids = torch.tensor([tokenizer(texts.prose()[:8000], verbose=False)["input_ids"][:512]])
-    with torch.no_grad():
-        base(ids[:, :64], logits_to_keep=1)
-        start = time.monotonic()
-        base(ids, logits_to_keep=1)
-    return ids.shape[1] / (time.monotonic() - start)
-
-
-def _read(run: Run, parts: texts.Parts) -> BaseReader:
-    """Read the document once, ask on the way, save and load what it left, ask in words.
-
-    Returns:
-        The base that has read as much of the beginning as its context holds.
-    """
-    length, whole = parts.lengths[-1], "\n\n".join(parts.texts)
+def _measure(run: Run, workers: SideBySide) -> None:
+    """Do all parts but the training: as many at a time as there are workers, told in order."""
+    count = max(2, sum(run.fits(n * COST, 0.8) for n in LENGTHS))
+    parts = texts.parts(run.tokenizer, LENGTHS[:count])
+    run.results["skipped"] += [[curve, n] for n in LENGTHS[count:] for curve in CURVES]
+    fitting = (n for n in MEASURED if run.fits(LENGTHS[count - 1] * COST + n * NATS_COST, 0.8))
+    tokens = next(fitting, MEASURED[-1])
+    memory = workers.begin(partial(_read, run, parts))
+    bases = workers.begin(partial(_ask_bases, run, parts))
+    window = workers.begin(partial(_ask_window, run, parts))
+    curves = workers.begin(partial(_measure_nats, run, tokens))
+    adapter = workers.begin(partial(_measure_trained, run))
+    length = parts.lengths[-1]
     say(f"\n=== 1. Read {length:,} tokens once (the model was trained on 8,192), ask later\n")
-    model = memwrap.wrap(run.base, MEMORY, **READING).eval()
-    state, seconds = _in_parts(run, parts, "memory", model)
-    path = run.folder / "document.safetensors"
-    state.save(path)
-    size, count = path.stat().st_size, int(state.tokens_seen[0])
-    say(f"{MEMORY}, no training: {count:,} tokens in {seconds:.0f} s; {path} "
-        f"({size / 1e6:,.0f} MB), saved and loaded")  # fmt: skip
-    state = memwrap.MemoryState.load(path, model)
-    model.memory_settings(MEMORY, **ASKING)
-    shown = [(parts.facts[-1][n], texts.depths(len(parts.facts[-1]))[n]) for n in SHOWN]
-    answers = {"memory": _words(MemoryReader(model, run.tokenizer, state), shown)}
-    memwrap.unwrap(model)
-    del state, model  # hundreds of MB
-    for curve, most in BASES.items():
-        reader = BaseReader(run.base, run.tokenizer, whole, most)
-        end = "first" if most < 0 else "last"
-        answers[f"{curve} ({end} {reader.length:,} tokens)"] = _words(reader, shown)
-        _count(run, reader, curve, length, parts.facts[-1])
-    rows = []
-    for index, (fact, depth) in enumerate(shown):
-        say(f"\n{fact.question} (told at {depth:.0%}: {fact.answer})")
-        given = {name: all_of[index] for name, all_of in answers.items()}
-        for name, text in given.items():
-            say(f"  {name:<40}{text}")
-        rows.append({"question": fact.question, "answer": fact.answer, "answers": given})
-    run.results["document"] = {
-        "tokens": count, "seconds": round(seconds, 1), "bytes": size, "questions": rows,
-    }  # fmt: skip
-    return reader
+    _tell_answers(run, parts, memory.result() | bases.result())
+    window.result()
+    _tell_found(run, parts)
+    curves.result()
+    _tell_nats(run)
+    adapter.result()
+    _tell_trained(run)
 
 
-def _words(reader: Reader, shown: list[tuple[texts.Fact, float]]) -> list[str]:
-    return [" ".join(reader.ask(texts.question(fact)).split()) for fact, _ in shown]
+def _speed(tokenizer: Any, base: Any) -> float:
+    """Measure tokens a second: the best of three, as a process that was just begun is slow."""
+    ids = torch.tensor([tokenizer(texts.prose()[:8000], verbose=False)["input_ids"][:512]])
+    seconds = []
+    with torch.no_grad():
+        for _ in range(3):
+            start = time.monotonic()
+            base(ids, logits_to_keep=1)
+            seconds.append(time.monotonic() - start)
+    return ids.shape[1] / min(seconds)
+
+
+def _read(run: Run, parts: texts.Parts, base: Any) -> dict[str, list[str]]:
+    """Read the document once, ask on the way, save and load what it left, ask in words."""
+    with run.part("memory"):
+        model = memwrap.wrap(base, MEMORY, **READING).eval()
+        state, seconds = _in_parts(run, parts, "memory", model)
+        path = run.folder / "document.safetensors"
+        state.save(path)
+        size, count = path.stat().st_size, int(state.tokens_seen[0])
+        say(f"{MEMORY}, no training: {count:,} tokens in {seconds:.0f} s; {path} "
+            f"({size / 1e6:,.0f} MB), saved and loaded")  # fmt: skip
+        run.results["document"] = {"tokens": count, "seconds": round(seconds, 1), "bytes": size}
+        state = memwrap.MemoryState.load(path, model)
+        model.memory_settings(MEMORY, **ASKING)
+        answers = _words(MemoryReader(model, run.tokenizer, state), parts)
+        memwrap.unwrap(model)
+    return {"memory": answers}
+
+
+def _ask_bases(run: Run, parts: texts.Parts, base: Any) -> dict[str, list[str]]:
+    """Ask the base with what is at the end of each length, and with all that its context holds."""
+    answers: dict[str, list[str]] = {}
+    wholes = ["\n\n".join(parts.texts[: n + 1]) for n in range(len(parts.texts))]
+    with run.part("base"):
+        for curve, most in BASES.items():
+            reader = BaseReader(base, run.tokenizer, wholes[-1], most)
+            end = "first" if most < 0 else "last"
+            answers[f"{curve} ({end} {reader.length:,} tokens)"] = _words(reader, parts)
+            for index in reversed(range(len(wholes))):
+                longest = index == len(wholes) - 1
+                if curve == WHOLE and not longest:  # begins alike, and is read already
+                    reader.shorten(wholes[index])
+                elif not longest:
+                    reader = BaseReader(base, run.tokenizer, wholes[index], most)
+                _count(run, reader, curve, parts.lengths[index], parts.facts[index])
+    return answers
+
+
+def _ask_window(run: Run, parts: texts.Parts, base: Any) -> None:
+    """Ask a window with sinks, which sees as much as a question does through the memory."""
+    if parts.lengths[-1] <= LOOKS:
+        return
+    config = memwrap.WindowConfig(segment_size=WINDOW_SEGMENT, window_size=LOOKS - 4, num_sinks=4)
+    with run.part("window"):
+        model = memwrap.wrap(base, config).eval()
+        _in_parts(run, parts, "window + sinks", model)
+        memwrap.unwrap(model)
+
+
+def _shown(parts: texts.Parts) -> list[tuple[texts.Fact, float]]:
+    facts = parts.facts[-1]
+    return [(facts[n], texts.depths(len(facts))[n]) for n in SHOWN]
+
+
+def _words(reader: Reader, parts: texts.Parts) -> list[str]:
+    return [" ".join(reader.ask(texts.question(fact)).split()) for fact, _ in _shown(parts)]
 
 
 def _in_parts(
@@ -231,27 +272,29 @@ def _in_parts(
     return state, seconds  # type: ignore[return-value]
 
 
-def _ask_whole(run: Run, parts: texts.Parts, whole: BaseReader) -> None:
-    """Ask the base that has read the longest document's beginning at the shorter lengths."""
+def _count(
+    run: Run, reader: Reader, curve: str, length: int, facts: tuple[texts.Fact, ...]
+) -> None:
+    """Ask a reader for facts and note which it knows."""
+    hits = [float(reader.knows(fact)) for fact in facts]
+    with run.writing:
+        run.results["facts"].append({"curve": curve, "length": length, "depth": hits})
+    run.write()
+
+
+def _tell_answers(run: Run, parts: texts.Parts, answers: dict[str, list[str]]) -> None:
+    rows = []
+    for index, (fact, depth) in enumerate(_shown(parts)):
+        say(f"\n{fact.question} (told at {depth:.0%}: {fact.answer})")
+        given = {name: all_of[index] for name, all_of in answers.items()}
+        for name, text in given.items():
+            say(f"  {name:<40}{text}")
+        rows.append({"question": fact.question, "answer": fact.answer, "answers": given})
+    run.results["document"]["questions"] = rows
+
+
+def _tell_found(run: Run, parts: texts.Parts) -> None:
     say(f"\n=== 2. {len(parts.facts[0])} facts at each of several lengths: which are found\n")
-    for index in reversed(range(len(parts.lengths) - 1)):
-        whole.shorten("\n\n".join(parts.texts[: index + 1]))
-        _count(run, whole, WHOLE, parts.lengths[index], parts.facts[index])
-
-
-def _find(run: Run, parts: texts.Parts) -> None:
-    """Ask the other controls for the same facts, and show which were found by whom."""
-    for index, length in enumerate(parts.lengths[:-1]):  # the last is counted already
-        text = "\n\n".join(parts.texts[: index + 1])
-        reader = BaseReader(run.base, run.tokenizer, text, BASES[TRUNCATED])
-        _count(run, reader, TRUNCATED, length, parts.facts[index])
-    if parts.lengths[-1] > LOOKS:
-        config = memwrap.WindowConfig(
-            segment_size=WINDOW_SEGMENT, window_size=LOOKS - 4, num_sinks=4
-        )
-        model = memwrap.wrap(run.base, config).eval()
-        _in_parts(run, parts, "window + sinks", model)
-        memwrap.unwrap(model)
     cells = draw_facts(run.results, run.folder / "facts.png")
     for cell in cells:
         marks = " ".join("x" if hit else "." for hit in cell["depth"])
@@ -262,16 +305,7 @@ def _find(run: Run, parts: texts.Parts) -> None:
         say(f"  (left out, as the time is short here: {names})")
 
 
-def _count(
-    run: Run, reader: Reader, curve: str, length: int, facts: tuple[texts.Fact, ...]
-) -> None:
-    """Ask a reader for facts and note which it knows."""
-    hits = [float(reader.knows(fact)) for fact in facts]
-    run.results["facts"].append({"curve": curve, "length": length, "depth": hits})
-    run.write()
-
-
-def _measure(run: Run) -> None:
+def _measure_nats(run: Run, length: int, base: Any) -> None:
     """Compare nats per token of memories whose states have the same size."""
     slots = ROWS // 4
     configs: dict[str, memwrap.MemoryConfig] = {
@@ -283,48 +317,64 @@ def _measure(run: Run) -> None:
         ),
         "extended_mind": memwrap.ExtendedMindConfig(segment_size=SEGMENT, cache_size=ROWS),
     }
-    fitting = (n for n in MEASURED if run.fits(n * 2.2 * len(configs), 0.9))
-    length = next(fitting, MEASURED[-1])
-    say(f"\n=== 3. Nats per token of {length:,} tokens, with {ROWS} entries a layer each\n")
     ids = run.tokenizer(texts.prose(), add_special_tokens=False, verbose=False)["input_ids"]
     step = length // 4
     costs: dict[str, dict[str, Any]] = {}
-    for name, config in configs.items():
-        model = memwrap.wrap(run.base, config).eval()
-        values, sizes = nats(model, ids[:length], SEGMENT)
-        memwrap.unwrap(model)
-        means = [sum(values[a : a + step]) / len(values[a : a + step])
-                 for a in range(0, length - 1, step)]  # fmt: skip
-        costs[name] = {"nats": means, "mean": sum(values) / len(values), "bytes": max(sizes)}
-        say(f"  {name:<20}{max(sizes) / 1e6:>5.0f} MB   "
-            f"{'  '.join(f'{m:.3f}' for m in means)}   mean {costs[name]['mean']:.3f}")  # fmt: skip
+    with run.part("nats"):
+        for name, config in configs.items():
+            model = memwrap.wrap(base, config).eval()
+            values, sizes = nats(model, ids[:length], SEGMENT)
+            memwrap.unwrap(model)
+            means = [sum(values[a : a + step]) / len(values[a : a + step])
+                     for a in range(0, length - 1, step)]  # fmt: skip
+            costs[name] = {"nats": means, "mean": sum(values) / len(values), "bytes": max(sizes)}
     run.results["nats"] = {"tokens": length, "step": step, "memories": costs}
+
+
+def _tell_nats(run: Run) -> None:
+    about = run.results["nats"]
+    count = about["tokens"]
+    say(f"\n=== 3. Nats per token of {count:,} tokens, with {ROWS} entries a layer each\n")
+    for name, found in about["memories"].items():
+        means = "  ".join(f"{mean:.3f}" for mean in found["nats"])
+        say(f"  {name:<20}{found['bytes'] / 1e6:>5.0f} MB   {means}   mean {found['mean']:.3f}")
     draw_nats(run.results, run.folder / "nats.png")
 
 
-def _show_trained(run: Run) -> None:
-    """Measure the shipped trained memory, where there is one, and begin its training anew."""
+def _measure_trained(run: Run, base: Any) -> None:
+    """Measure the shipped trained memory, where there is one."""
     with run.part("trained memory"):
-        result = trained(run.base, run.tokenizer)
-        if result is None:
-            return
+        result = trained(base, run.tokenizer)
+    if result is not None:
         run.results["trained"] = result
-        say(f"\n=== 4. {ADAPTER}, a trained memory: share of facts known, by tokens of text "
-            f"({result['samples']} texts each)\n")  # fmt: skip
-        for curve, shares in result["curves"].items():
-            parts = "   ".join(f"{int(n):>5,}: {share:.2f}" for n, share in shares.items())
-            say(f"  {curve:<22}{parts}")
+
+
+def _tell_trained(run: Run) -> None:
+    if (result := run.results.get("trained")) is None:
+        return
+    say(f"\n=== 4. {ADAPTER}, a trained memory: share of facts known, by tokens of text "
+        f"({result['samples']} texts each)\n")  # fmt: skip
+    for curve, shares in result["curves"].items():
+        row = "   ".join(f"{int(n):>5,}: {share:.2f}" for n, share in shares.items())
+        say(f"  {curve:<22}{row}")
+
+
+def _train(run: Run, base: Any) -> None:
+    """Begin the shipped memory's training anew, for as long as there is time."""
+    if "trained" not in run.results:
+        return
     minutes = min(TRAINING, (run.left - AROUND) / 60)
     if minutes < TRAINING / 3:
         say("\nThe time is short here: no training from scratch.")
         return
     with run.part("training"):
         folder = run.folder / "training"
-        run.results["training"] = trained_anew(run.base, run.tokenizer, folder, minutes)
-        say("\n" + said_of(run.results["training"]))
+        run.results["training"] = trained_anew(base, run.tokenizer, folder, minutes)
+    say("\n" + said_of(run.results["training"]))
 
 
 def _conclude(run: Run) -> None:
+    run.write()
     say("\n=== What this run shows\n")
     for sentence in conclusions(run.results):
         say(sentence)

@@ -98,8 +98,8 @@ def seconds_of(results: dict[str, Any]) -> str:
     """Say how long a run took, and each of its parts."""
     parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results["parts"].items())
     return (
-        f"{results['seconds']:.0f} s in all on {results['threads']} cores, of these {parts}; "
-        f"{results['processor_seconds']:.0f} s of processors."
+        f"{results['seconds']:.0f} s in all on {results['threads']} cores, two parts side by side: "
+        f"{parts}; {results['processor_seconds']:.0f} s of processors."
     )
 
 

@@ -18,7 +18,7 @@ ADAPTER = "armt-facts"
 none."""
 TASK = "told_facts"
 SEGMENTS = (2, 5, 17)
-CONTROLS = ("memory off", "memory shuffled", "base, window + sinks")
+CONTROLS = ("memory off", "memory shuffled", "base, truncated")
 SAMPLES = 10
 RECIPE = "armt_facts"
 """What the shipped memory was trained by."""
@@ -41,7 +41,7 @@ def trained(base: Any, tokenizer: Any) -> dict[str, Any] | None:
         return None
     model = memwrap.load(place, base).eval()
     lengths = [model.segment_size * count - 1 for count in SEGMENTS]
-    window = 2 * model.segment_size  # what a state of the same size could keep is less
+    window = 2 * model.segment_size  # tokens; a state of the same size could keep fewer
     result = evaluate_tasks(
         model, tokenizer, [TASK], lengths, samples=SAMPLES, controls=CONTROLS, window=window,
         progress=False,

@@ -8,8 +8,10 @@ module imported first.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,12 +79,13 @@ class MemwrapLM(HFLM):
                 "max_length to model_args, or give a number."
             )
         options: dict[str, Any] = {"dtype": dtype} if dtype not in (None, "auto") else {}
+        fields = {} if memory is None else config_class(memory).__dataclass_fields__
+        chosen = {name: settings.pop(name) for name in fields.keys() & settings.keys()}
+        _check_names(settings, memory, list(fields))
         model: Any
         if memory is None:
             model = memwrap.load(pretrained, revision=revision, **options)
         else:
-            fields = config_class(memory).__dataclass_fields__.keys() & settings.keys()
-            chosen = {name: settings.pop(name) for name in fields}
             model = open_model(pretrained, memory, chosen, **options)
         if device is not None:
             model.to(device)
@@ -117,6 +120,19 @@ class MemwrapLM(HFLM):
         # Of a text alone the last logits are there, and nothing stands behind it.
         inplen = None if inplen is None else min(inplen, len(logits))
         return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+
+
+def _check_names(settings: Mapping[str, Any], memory: str | None, fields: list[str]) -> None:
+    """Refuse what neither the memory nor `HFLM` takes: the harness's own class lets it pass."""
+    known = [*inspect.signature(HFLM.__init__).parameters, *fields]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out."
+            owner = memory or "a saved model (its memory has its settings)"
+            raise ValueError(
+                f"model_args has {name!r}, which neither {owner} nor HFLM takes; {hint}"
+            )
 
 
 # Arguments of HFLM that say how it would load or spread a model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,17 +55,21 @@ def evaluate(
 ) -> None:
     """Measure a model beside its controls; prints a table, writes JSON, a report and a plot."""
     from memwrap.assets import asset
+    from memwrap.data.documents import load_documents
     from memwrap.evaluation import run
 
     suite = run.suite_tasks(task, passes)
+    by_text = task in ("perplexity", "linear-usage", "head-budgets")
+    texts = load_documents(documents, None if split == "all" else split) if by_text else []
+    run.check_numbers(lengths, turns)
     if task == "head-budgets" and memory == "compact":
         settings = ["memory_size=null", *(settings or [])]
     loaded = load_model(model, dtype, memory, settings)
     folder = asset(model) or Path(model)
+    load_words = partial(load_tokenizer, model, loaded)
     results: Results
-    if task in ("perplexity", "linear-usage", "head-budgets"):
-        part = None if split == "all" else split
-        rows = run.documents(documents, part, load_tokenizer(model, loaded), tokens, count)
+    if by_text:
+        rows = run.documents(texts, split, load_words(), tokens, count)
         if task == "head-budgets":
             _head_budgets(loaded, rows, output)
             return
@@ -72,11 +77,9 @@ def evaluate(
     elif task == "recall":
         results = run.recall(loaded, folder, samples or 256, passes)
     elif task == "conversations":
-        tokenizer = load_tokenizer(model, loaded)
-        results = run.conversations(loaded, tokenizer, turns, samples or 3, model)
+        results = run.conversations(loaded, load_words(), turns, samples or 3, model)
     else:
-        tokenizer = load_tokenizer(model, loaded)
-        results = run.tasks(loaded, tokenizer, suite, lengths, samples or 20, model, passes)
+        results = run.tasks(loaded, load_words(), suite, lengths, samples or 20, model, passes)
     typer.echo(run.table(results))
     if output is None:
         beside = folder.is_dir() and asset(model) is None and memory is None

@@ -115,7 +115,7 @@ class Rereading:
     def ask(self, question: str) -> str:
         history, rest = self._parts(question)
         with self._behind(history) as feed:
-            ids = greedy(feed, self._tensor(rest), NEW_TOKENS, self.ends())
+            (ids,) = greedy(feed, self._tensor(rest), NEW_TOKENS, self.ends())
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from memwrap.data.documents import load_documents, long_documents
+from memwrap.data.documents import Document, load_documents, long_documents
 from memwrap.evaluation.controls import CURVES, FULL, SHUFFLED, SINKS, WINDOW, own_context
 from memwrap.evaluation.conversations import (
     READERS,
@@ -51,8 +52,13 @@ def suite_tasks(names: str, passes: int = 1) -> list[str]:
     tasks = [name.strip() for name in names.split(",")]
     unknown = [name for name in tasks if name not in available()]
     if unknown:
-        known = ", ".join([*TASKS, *available()])
-        raise ValueError(f"There is no task {unknown[0]!r}. Known: {known}.")
+        known = [*TASKS, *available()]
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"There is no task {unknown[0]!r}.{hint} `memwrap eval --help` says how to list them; "
+            f"some are {', '.join(TASKS)}, passkey, told_facts."
+        )
     return tasks
 
 
@@ -70,11 +76,11 @@ def tasks(
     Raises:
         ValueError: for a length that is no number, or that a task does not fit in.
     """
-    numbers = _numbers(lengths, "lengths", "1024,4096")
+    sizes = _numbers(lengths, "lengths", "1024,4096")
     controls = tuple(c for c in CURVES[1:] if c != WINDOW or _windowed(model))
     return {
         "tasks": evaluate_tasks(
-            model, tokenizer, names, numbers, samples=samples, controls=controls, passes=passes,
+            model, tokenizer, names, sizes, samples=samples, controls=controls, passes=passes,
             name=name,
         )
     }  # fmt: skip
@@ -92,16 +98,27 @@ def conversations(
     Raises:
         ValueError: for turns that are no numbers, or too few.
     """
-    numbers = _numbers(turns, "turns", "16,64")
+    counts = _numbers(turns, "turns", "16,64")
     readers = tuple(r for r in READERS if r != WINDOW or _windowed(model))
     return {
         "conversations": evaluate_conversations(
-            model, tokenizer, numbers, dialogues=dialogues, readers=readers, name=name
+            model, tokenizer, counts, dialogues=dialogues, readers=readers, name=name
         )
     }
 
 
+def check_numbers(lengths: str, turns: str) -> None:
+    """Refuse options that are no numbers, before a model is loaded."""
+    _numbers(lengths, "lengths", "1024,4096")
+    _numbers(turns, "turns", "16,64")
+
+
 def _numbers(text: str, name: str, example: str) -> list[int]:
+    """Read the numbers of an option.
+
+    Raises:
+        ValueError: for what is none.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -118,7 +135,7 @@ def _windowed(model: MemoryModelForCausalLM) -> bool:
 
 
 def documents(
-    source: str,
+    source: str | list[Document],
     split: str | None,
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
@@ -131,10 +148,12 @@ def documents(
     """
     if tokens < 2 or count < 1:
         raise ValueError(f"{count} documents of {tokens} tokens: at least 1 of at least 2.")
-    texts = long_documents(load_documents(source, split), tokenizer, tokens)[:count]
+    loaded = source if isinstance(source, list) else load_documents(source, split)
+    texts = long_documents(loaded, tokenizer, tokens)[:count]
     if not texts:
+        name = "the source" if isinstance(source, list) else repr(source)
         raise ValueError(
-            f"All documents of {source!r} ({split or 'all splits'}) together have fewer than "
+            f"All documents of {name} ({split or 'all splits'}) together have fewer than "
             f"{tokens} tokens; ask for fewer tokens, or for another split."
         )
     encoded: list[Any] = [tokenizer(d.text, verbose=False)["input_ids"] for d in texts]
@@ -246,6 +265,6 @@ def write(results: Results, folder: Path, title: str = "memwrap") -> list[Path]:
 
 
 __all__ = [
-    "TASKS", "conversations", "documents", "linear_usage", "perplexity", "recall", "suite_tasks",
-    "table", "tasks", "write",
+    "TASKS", "check_numbers", "conversations", "documents", "linear_usage", "perplexity", "recall",
+    "suite_tasks", "table", "tasks", "write",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -33,6 +33,9 @@ from memwrap.tasks import Sample, task
 
 DEPTHS = 5
 PIECE = 1024
+"""Tokens, of all rows, whose logits are computed at once."""
+AT_ONCE = 8192
+"""Tokens of texts that are read together, those with as many each in rows of a batch."""
 Feed = Callable[[Tensor], Tensor]
 
 
@@ -48,7 +51,8 @@ class Cell:
         depth: accuracy by depth of the fact asked for, in equal parts from start to end; NaN
             where no fact lay.
         seconds: for all samples, reading included.
-        peak_bytes: most memory of the process (CPU) or tensors (GPU) in that time, if known.
+        peak_bytes: most memory of the process (CPU) or tensors (GPU) in that time, if known; of
+            all texts that are read together.
     """
 
     task: str
@@ -110,8 +114,8 @@ def evaluate_tasks(
     name: str = "",
     progress: bool = True,
 ) -> SuiteResult:
-    """Measure the accuracy of tasks at lengths, for the memory and its controls, one text after
-    another.
+    """Measure the accuracy of tasks at lengths, for the memory and its controls. Texts with as many
+    tokens are read in rows of one batch.
 
     Answers inside the text count as right if all their ids are the likeliest ones; answers
     behind it are generated greedily and scored as the task says. Depths of the facts are spread
@@ -159,6 +163,44 @@ def evaluate_tasks(
     return result
 
 
+@dataclass
+class _Text:
+    """A text, and how much of it is read before the question's segment."""
+
+    sample: Sample
+    boundary: int
+
+
+def _loads(texts: Iterable[_Text]) -> Iterator[list[_Text]]:
+    """Take texts together that have `AT_ONCE` tokens at most, or one that has more."""
+    load: list[_Text] = []
+    for text in texts:
+        if load and sum(len(t.sample.ids) for t in [*load, text]) > AT_ONCE:
+            yield load
+            load = []
+        load.append(text)
+    if load:
+        yield load
+
+
+def _alike(texts: list[_Text]) -> list[list[int]]:
+    """Group the numbers of texts that can be rows of one batch."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, text in enumerate(texts):
+        groups.setdefault((len(text.sample.ids), text.boundary), []).append(number)
+    return list(groups.values())
+
+
+def _rows(groups: list[list[int]], states: list[MemoryState]) -> list[MemoryState]:
+    """Take batches apart: the state of each text, in their order."""
+    rows = {
+        number: state.select(torch.tensor([row])) if len(group) > 1 else state
+        for group, state in zip(groups, states, strict=True)
+        for row, number in enumerate(group)
+    }
+    return [rows[number] for number in sorted(rows)]
+
+
 class _Scores:
     """Scores of one task at one length."""
 
@@ -176,73 +218,92 @@ class _Scores:
 
     def run(self, samples: int, curves: tuple[str, ...], seed: int, bar: Any) -> None:
         donor: MemoryState | None = None
-        for index in range(-1, samples):  # the first text only lends its memory
-            depth = (index % DEPTHS + 0.5) / DEPTHS
-            own_seed = seed * 1_000_003 + self.length * 1_009 + index + 1
-            sample = self.task.sample(self.tokenizer, self.length, own_seed, depth=depth)
-            ids = torch.tensor([sample.ids], device=self.model.device)
-            first = min((a for a, _ in sample.answers), default=sample.ask + 1)
-            boundary = (min(first - 1, sample.ask)) // self.model.segment_size
-            boundary *= self.model.segment_size
-            # The first text's reading counts for nobody.
-            with (self.costs if index >= 0 else Costs()).of(MEMORY, self.model.device):
-                state = self.model.new_state(1)
-                if boundary:
-                    state = self.model.read(ids[:, :boundary], state=state, passes=self.passes)
-            if index >= 0:
-                self._sample(sample, ids, boundary, {MEMORY: state, SHUFFLED: donor}, curves)
-            donor = state
-            bar.update()
+        if SHUFFLED in curves:  # the first text only lends its memory, and counts for nobody
+            donor = self._read([self._text(-1, seed)])
+        for texts in _loads(self._text(index, seed) for index in range(samples)):
+            groups = _alike(texts)
+            with self.costs.of(MEMORY, self.model.device):
+                states = [self._read([texts[n] for n in group]) for group in groups]
+            donors: list[MemoryState] = []
+            if donor is not None:  # a text is lent the memory of the one before it
+                donors = [donor, *_rows(groups, states)]
+                donor = donors[-1]
+            for group, state in zip(groups, states, strict=True):
+                lent = MemoryState.cat([donors[n] for n in group]) if donors else None
+                batch = [texts[n] for n in group]
+                self._ask(batch, {MEMORY: state, SHUFFLED: lent}, curves)
+            bar.update(len(texts))
 
-    def _sample(
-        self,
-        sample: Sample,
-        ids: Tensor,
-        boundary: int,
-        states: dict[str, MemoryState | None],
-        curves: tuple[str, ...],
+    def _text(self, index: int, seed: int) -> _Text:
+        depth = (index % DEPTHS + 0.5) / DEPTHS
+        own_seed = seed * 1_000_003 + self.length * 1_009 + index + 1
+        sample = self.task.sample(self.tokenizer, self.length, own_seed, depth=depth)
+        first = min((a for a, _ in sample.answers), default=sample.ask + 1)
+        whole = min(first - 1, sample.ask) // self.model.segment_size
+        return _Text(sample, whole * self.model.segment_size)
+
+    def _ids(self, batch: list[_Text]) -> Tensor:
+        return torch.tensor([text.sample.ids for text in batch], device=self.model.device)
+
+    def _read(self, batch: list[_Text]) -> MemoryState:
+        """Read the whole segments before the questions."""
+        state, boundary = self.model.new_state(len(batch)), batch[0].boundary
+        if not boundary:
+            return state
+        ids = self._ids(batch)[:, :boundary]
+        return self.model.read(ids, state=state, passes=self.passes)
+
+    def _ask(
+        self, batch: list[_Text], states: dict[str, MemoryState | None], curves: tuple[str, ...]
     ) -> None:
-        self.answers += max(1, len(sample.answers))
+        boundary = batch[0].boundary
+        self.answers += sum(max(1, len(text.sample.answers)) for text in batch)
         for curve in curves:
             if curve == FULL and not self._reaches():
                 continue
+            state = states.get(curve) if boundary else None
             with (
                 self.costs.of(curve, self.model.device),
-                _reader(self.model, curve, states.get(curve), boundary, self.window) as feed,
+                _reader(self.model, curve, state, len(batch), self.window) as feed,
             ):
                 from_column = boundary if curve in (MEMORY, OFF, SHUFFLED) else 0
-                right = self._right(sample, ids, from_column, curve, feed)
-            self.of_samples.setdefault(curve, []).append(sum(right) / len(right))
-            parts = self.of_depth.setdefault(curve, [[] for _ in range(DEPTHS)])
-            for facts, value in zip(sample.facts, right, strict=True):
-                depth = facts[0][0] / max(1, sample.ask)
-                parts[min(DEPTHS - 1, int(depth * DEPTHS))].append(value)
+                right = self._right(batch, from_column, curve, feed)
+            for text, values in zip(batch, right, strict=True):
+                self._note(curve, text.sample, values)
+
+    def _note(self, curve: str, sample: Sample, right: list[float]) -> None:
+        self.of_samples.setdefault(curve, []).append(sum(right) / len(right))
+        parts = self.of_depth.setdefault(curve, [[] for _ in range(DEPTHS)])
+        for facts, value in zip(sample.facts, right, strict=True):
+            depth = facts[0][0] / max(1, sample.ask)
+            parts[min(DEPTHS - 1, int(depth * DEPTHS))].append(value)
 
     def _reaches(self) -> bool:
         """Tell whether the base can read the whole text at once."""
         limit = self.model.parts.max_positions
         return self.length <= min(4 * self.window, limit or self.length)
 
-    def _right(
-        self, sample: Sample, ids: Tensor, first: int, curve: str, feed: Feed
-    ) -> list[float]:
-        if sample.labels is None:
+    def _right(self, batch: list[_Text], first: int, curve: str, feed: Feed) -> list[list[float]]:
+        """Score every text's answers."""
+        ids, samples = self._ids(batch), [text.sample for text in batch]
+        if samples[0].labels is None:
             most = self.task.max_new_tokens
             if curve == TRUNCATED:
                 first = max(0, ids.shape[1] - self.window + most)
-            tokens = greedy(feed, ids[:, first:], most, [self.tokenizer.eos_token_id])
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            return [self.task.score(text, sample.references)]
+            rows = greedy(feed, ids[:, first:], most, [self.tokenizer.eos_token_id])
+            texts = (self.tokenizer.decode(row, skip_special_tokens=True) for row in rows)
+            return [[self.task.score(t, s.references)] for t, s in zip(texts, samples, strict=True)]
         if curve == TRUNCATED:
-            first_answer = min(a for a, _ in sample.answers)
-            likeliest, first = _sliding(self.model, ids, first_answer, self.window)
+            likeliest = [
+                _sliding(self.model, row[None], min(a for a, _ in sample.answers), self.window)
+                for row, sample in zip(ids, samples, strict=True)
+            ]
         else:
-            parts = [feed(part).argmax(-1)[0] for part in ids[:, first:].split(PIECE, 1)]
-            likeliest = torch.cat(parts)
-        guesses = likeliest.tolist()
+            parts = [feed(part).argmax(-1) for part in _pieces(ids[:, first:])]
+            likeliest = [(row, first) for row in torch.cat(parts, 1)]
         return [
-            float(all(guesses[c - 1 - first] == sample.labels[c] for c in range(a, b)))
-            for a, b in sample.answers
+            _of_answers(s, guesses.tolist(), column)
+            for s, (guesses, column) in zip(samples, likeliest, strict=True)
         ]
 
     def cells(self, samples: int) -> list[Cell]:
@@ -280,16 +341,16 @@ def _reader(
     model: MemoryModelForCausalLM,
     curve: str,
     state: MemoryState | None,
-    boundary: int,
+    rows: int,
     window: int,
 ) -> Iterator[Feed]:
-    """Make a function from the next ids `(1, T)` of a text to their logits `(1, T, V)`."""
+    """Make a function from the next ids `(B, T)` of texts to their logits `(B, T, V)`."""
     if curve in (MEMORY, OFF, SHUFFLED):
-        memory_state = model.new_state(1) if state is None or not boundary else state.clone()
+        memory_state = model.new_state(rows) if state is None else state.clone()
         yield lambda ids: model(input_ids=ids, cache=memory_state).logits
         return
     if curve == WINDOW:
-        with windowed(model, window, 1) as (feed, _):
+        with windowed(model, window, rows) as (feed, _):
             yield lambda ids: feed(ids, None)
         return
     cache = DynamicCache(config=model.parts.config)
@@ -297,15 +358,30 @@ def _reader(
         yield lambda ids: model.backbone(input_ids=ids, **{model.parts.cache_name: cache}).logits
 
 
-def greedy(feed: Feed, ids: Tensor, most: int, ends: Collection[int]) -> list[int]:
-    """Generate at most `most` ids behind `ids`, the likeliest each, up to one that ends."""
-    for part in ids.split(PIECE, 1):
+def greedy(feed: Feed, ids: Tensor, most: int, ends: Collection[int]) -> list[list[int]]:
+    """Generate at most `most` ids behind each row of `ids`, the likeliest each, up to one that
+    ends."""
+    for part in _pieces(ids):
         logits = feed(part)
-    tokens = [int(logits[0, -1].argmax())]
-    while len(tokens) < most and tokens[-1] not in ends:
-        logits = feed(ids.new_tensor([[tokens[-1]]]))
-        tokens.append(int(logits[0, -1].argmax()))
-    return tokens
+    tokens = logits[:, -1:].argmax(-1)
+    while tokens.shape[1] < most and not all(set(row) & set(ends) for row in tokens.tolist()):
+        tokens = torch.cat([tokens, feed(tokens[:, -1:])[:, -1:].argmax(-1)], 1)
+    rows = tokens.tolist()
+    lengths = ((n for n, token in enumerate(row, 1) if token in ends) for row in rows)
+    return [row[: next(length, most)] for row, length in zip(rows, lengths, strict=True)]
+
+
+def _pieces(ids: Tensor) -> tuple[Tensor, ...]:
+    return ids.split(max(1, PIECE // len(ids)), 1)
+
+
+def _of_answers(sample: Sample, guesses: list[int], first: int) -> list[float]:
+    """Score the answers in a text by the likeliest ids behind its columns from `first` on."""
+    labels = sample.labels or []
+    return [
+        float(all(guesses[c - 1 - first] == labels[c] for c in range(a, b)))
+        for a, b in sample.answers
+    ]
 
 
 def _sliding(

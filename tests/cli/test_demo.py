@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +42,20 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_all_parts_run(small: Path, capsys: pytest.CaptureFixture) -> None:
+def test_all_parts_run(
+    small: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[tuple[str, int], int] = {}
+    count = demo._count
+
+    def noted(run: demo.Run, reader: Any, curve: str, length: int, facts: Any) -> None:
+        read[curve, length] = getattr(reader, "length", 0)
+        count(run, reader, curve, length, facts)
+
+    monkeypatch.setattr(demo, "_count", noted)
     results = demo.main(small, 60)
+    assert read["base, whole", 100] < read["base, whole", 700] < 250  # what the context holds
+    assert all(read["base, truncated", n] < 110 for n in demo.LENGTHS)
     assert json.loads((small / "results.json").read_text()) == json.loads(json.dumps(results))
     printed = capsys.readouterr().out
     assert all(sentence in printed for sentence in demo_report.conclusions(results))
@@ -124,8 +137,10 @@ def test_a_trained_memory_is_shown_where_one_is_shipped_and_its_training_begun(
     monkeypatch.setattr(
         demo, "trained_anew", lambda _, *given: demo_trained.trained_anew(plain, *given)
     )
-    run = demo.Run(tmp_path, 3, base, tokenizer, 1, results={"parts": {}})
-    demo._show_trained(run)
+    run = demo.Run(tmp_path, 3, tokenizer, 1, results={"parts": {}})
+    demo._measure_trained(run, base)
+    demo._tell_trained(run)
+    demo._train(run, base)
     training = run.results["training"]
     assert training["steps"] == training["planned"] == 1 and 0 <= training["known"] <= 1
     curves = run.results["trained"]["curves"]

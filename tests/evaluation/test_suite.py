@@ -93,6 +93,37 @@ def test_answers_inside_the_text(
         assert cells[0].answers == 2 * len(sample.answers)
 
 
+@pytest.mark.parametrize("name", ["told_facts", "passkey"])
+def test_texts_read_together_are_answered_as_each_alone(
+    name: str,
+    model: MemoryModelForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of one batch say what each text says alone, and are lent the same other memory."""
+    made, rows = tasks.task(name), []
+    said: dict[str, float] = {}  # every text said gets a number of its own, so that none is alike
+    monkeypatch.setattr(made, "score", lambda text, _: said.setdefault(text, 0.5 ** len(said)))
+    monkeypatch.setitem(TASKS, name, lambda: made)
+    read = model.read
+    monkeypatch.setattr(model, "read", lambda ids, **k: rows.append(len(ids)) or read(ids, **k))
+
+    def depths() -> list[tuple[str, list[float]]]:
+        rows.clear()
+        cells = suite.evaluate_tasks(
+            model, tokenizer, [name], [127], samples=5, window=40, progress=False
+        ).cells
+        return [(cell.curve, cell.depth) for cell in cells]
+
+    together = depths()
+    assert [curve for curve, _ in together] == list(CURVES)
+    assert name == "passkey" or max(rows) > 2
+    monkeypatch.setattr(suite, "AT_ONCE", 1)
+    assert depths() == together
+    assert max(rows) == 1
+    assert len(said) > 3
+
+
 def test_sliding_windows_see_at_least_half_a_window(model: MemoryModelForCausalLM) -> None:
     ids = torch.randint(10, 4000, (1, 100))
     found, first = suite._sliding(model, ids, 41, 32)

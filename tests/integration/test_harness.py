@@ -215,5 +215,12 @@ def test_the_type_reads_whole_texts_and_says_what_it_does_not_take(saved: Path) 
         harness.MemwrapLM(str(saved), peft="somewhere")
     with pytest.raises(ValueError, match="max_length"):
         harness.MemwrapLM(str(saved), batch_size="auto")
+    for given, match in (
+        ({"memory": "window", "segmentsize": 8}, "'segmentsize'.*window.*'segment_size'"),
+        ({"segment_size": 8}, "'segment_size'.*a saved model"),
+        ({"add_bos_tokens": True}, "did you mean 'add_bos_token'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            harness.MemwrapLM(str(saved), **given)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         harness.MemwrapLM("./nowhere/at/all")
