@@ -164,8 +164,8 @@ def _check_lengths(
     lengths: dict[tuple[str, int], set[int]] = {}
     for key, tensor in leaves.items():
         if places[key] == 2:
-            part = part_of(key), fresh[key].shape[2]
-            lengths.setdefault(part, set()).add(tensor.shape[2])
+            begun = part_of(key), fresh[key].shape[2]
+            lengths.setdefault(begun, set()).add(tensor.shape[2])
     for part in (part for (part, _), counts in lengths.items() if len(counts) > 1):
         raise ValueError(
             f"The state's {name}.{part} has parts of other lengths; its file is damaged."
