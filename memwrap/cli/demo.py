@@ -335,9 +335,9 @@ def _tell_nats(run: Run) -> None:
     about = run.results["nats"]
     count = about["tokens"]
     say(f"\n=== 3. Nats per token of {count:,} tokens, with {ROWS} entries a layer each\n")
-    for name, found in about["memories"].items():
-        means = "  ".join(f"{mean:.3f}" for mean in found["nats"])
-        say(f"  {name:<20}{found['bytes'] / 1e6:>5.0f} MB   {means}   mean {found['mean']:.3f}")
+    for name, cost in about["memories"].items():
+        means = "  ".join(f"{mean:.3f}" for mean in cost["nats"])
+        say(f"  {name:<20}{cost['bytes'] / 1e6:>5.0f} MB   {means}   mean {cost['mean']:.3f}")
     draw_nats(run.results, run.folder / "nats.png")
 
 

@@ -81,9 +81,8 @@ def evaluate(
     else:
         results = run.tasks(loaded, load_words(), suite, lengths, samples or 20, model, passes)
     typer.echo(run.table(results))
-    if output is None:
-        beside = folder.is_dir() and asset(model) is None and memory is None
-        output = folder / "eval" if beside else Path("eval")
+    beside = folder.is_dir() and asset(model) is None and memory is None
+    output = output or (folder / "eval" if beside else Path("eval"))
     title = model if memory is None else f"{model} with {memory}"
     for path in run.write(results, output, title=title):
         typer.echo(f"wrote {path}")

@@ -303,7 +303,8 @@ def test_eval_perplexity(trained: tuple[Path, str], tmp_path: Path) -> None:
     assert "shuffled" not in output and (tmp_path / "one" / "perplexity.json").is_file()
     result = run("eval", trained[0], "--documents", tmp_path, "--split", "all", expect=2)
     assert "fewer than 8192 tokens" in result.stderr
-    assert "Known: perplexity, recall" in run("eval", trained[0], "--task", "x", expect=2).stderr
+    result = run("eval", trained[0], "--task", "perplexty", expect=2)
+    assert "Did you mean 'perplexity'?" in result.stderr
     result = run("eval", trained[0], "--task", "recall", expect=2)
     assert "recall recipe" in result.stderr
 
