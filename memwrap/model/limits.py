@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Beside what is saved there are buffers, weights that are tied, and what initialising takes.
-_TIMES, _NUMBERS, _TENSORS, _LARGE = 4, 2**26, 10_000, 2**16
+_TIMES, _NUMBERS, _TENSORS, _LARGE = 4, 2**26, 10_000, 2**20
 
 
 class _Counting(TorchDispatchMode):
