@@ -151,7 +151,7 @@ class _Probe:
                 "back (a norm with weights behind the rotation, angles from a table, or a "
                 "convolution may do that); use a memory at another place (rmt, armt)."
             )
-        if not close(_joined(attention), local[:, BEFORE:], _rounding(attention, local)):
+        if not close(_joined(attention), local[:, BEFORE:], _rounding(attention)):
             raise ValueError(
                 f"{self.name}'s attention in layer {layer} depends on more of the past than "
                 "queries, keys, values and their distance (norms behind the rotation or biases may "
@@ -209,18 +209,21 @@ def _taken_back(attention: LayerAttention) -> bool:
     )
 
 
-def _rounding(attention: LayerAttention, local: Tensor) -> float:
+def _rounding(attention: LayerAttention) -> float:
     """Measure what a change of queries and keys by as much as their dtype resolves does: of scores
     of some tens half types leave more than their resolution."""
-    generator, most = torch.Generator().manual_seed(0), torch.finfo(local.dtype).eps
+    query, key = attention.rotated_query, attention.rotated_key
+    generator, most = torch.Generator().manual_seed(0), torch.finfo(query.dtype).eps
+    mask = attention.mask_for(attention.visible())  # as joined attention has one
 
     def changed(x: Tensor) -> Tensor:
         noise = torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1
         return (x * (1 + most * noise)).to(x.dtype)
 
-    query, key = changed(attention.rotated_query), changed(attention.rotated_key)
-    mask = attention.mask_for(attention.visible())  # as joined attention has one
-    return error(attention.function(query, key, attention.value, mask)[0], local)
+    def attended(query: Tensor, key: Tensor) -> Tensor:
+        return attention.function(query, key, attention.value, mask)[0]
+
+    return error(attended(changed(query), changed(key)), attended(query, key))
 
 
 def _joined(attention: LayerAttention) -> Tensor:

@@ -43,7 +43,7 @@ def nothing(self: Any, *args: Any) -> Any:
         ),
         (Memory, {"write_layer": nothing}, "belongs to LayerMemory"),
         (AttentionMemory, {"looks_at": frozenset({"ids"})}, "belongs to SeesSegment"),
-        (AttentionMemory, {"wide": 3}, "is no attribute of a memory; set it in __init__"),
+        (AttentionMemory, {"breadth": 3}, "is no attribute of a memory; set it in __init__"),
     ],
 )
 def test_names_that_would_never_be_used_are_refused(
