@@ -98,6 +98,7 @@ def check_interleaved(model: Any) -> None:
         assert times[0] > 10
 
 
+@pytest.mark.long
 @pairs()
 def test_a_call_runs_through_at_every_module_of_another(memory: str, family: str) -> None:
     check_interleaved(wrapped(memory, family))

@@ -116,32 +116,39 @@ def test_lora_and_memory_get_the_gradients(memory: str, family: str) -> None:
     assert_same_gradients(gradients_of(model)[1], want[1], 1e-6)
 
 
+def mean_of(logits: Tensor, labels: Tensor) -> Any:
+    """What a loss is to be, within rounding."""
+    flat, targets = logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1)
+    return pytest.approx(F.cross_entropy(flat.float(), targets).item(), rel=1e-5)
+
+
 @pairs("places")
 def test_the_loss_is_the_mean_over_all_targets(memory: str, family: str) -> None:
+    """Also of the first target of each later segment alone: nothing is lost where segments meet."""
+    model = wrapped(memory, family)
+    labels = TEXT.masked_fill(torch.rand(TEXT.shape) < 0.3, -100)
+    edges = torch.full_like(TEXT, -100)
+    edges[:, SEGMENT::SEGMENT] = TEXT[:, SEGMENT::SEGMENT]
+    with torch.no_grad():
+        logits = model(TEXT).logits
+        for wanted in (labels, edges):
+            assert model(TEXT, labels=wanted).loss.item() == mean_of(logits, wanted)
+
+
+@pairs()
+def test_forms_in_which_a_loss_is_asked_for(memory: str, family: str) -> None:
     model = wrapped(memory, family)
     labels = TEXT.masked_fill(torch.rand(TEXT.shape) < 0.3, -100)
     with torch.no_grad():
         logits = model(TEXT).logits
-        flat, targets = logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1)
-        want = F.cross_entropy(flat.float(), targets)
-        out = model(TEXT, labels=labels)
-        count = (labels[:, 1:] != -100).sum()
-        assert_close(out.logits, logits)  # made when they are looked at
+        want, count = mean_of(logits, labels), (labels[:, 1:] != -100).sum()
+        assert_close(model(TEXT, labels=labels).logits, logits)  # made when they are looked at
         assert model(TEXT, labels=labels, return_logits=False).logits is None
-        assert out.loss.item() == pytest.approx(want.item(), rel=1e-5)
-        ready = model(TEXT, shift_labels=shifted(labels)).loss
-        assert ready.item() == pytest.approx(want.item(), rel=1e-5)
+        assert model(TEXT, shift_labels=shifted(labels)).loss.item() == want
         divided = model(TEXT, labels=labels, num_items_in_batch=7).loss
-        assert divided.item() == pytest.approx(want.item() * count.item() / 7, rel=1e-5)
+        assert divided.item() * 7 / count.item() == want
         both = model(TEXT, labels=labels, return_logits=True)
     assert_close(both.logits, logits)
-    # Only the first target of each later segment: nothing is lost where segments meet.
-    edges = torch.full_like(TEXT, -100)
-    edges[:, SEGMENT::SEGMENT] = TEXT[:, SEGMENT::SEGMENT]
-    with torch.no_grad():
-        got = model(TEXT, labels=edges).loss
-    want = F.cross_entropy(flat.float(), edges[:, 1:].reshape(-1))
-    assert got.item() == pytest.approx(want.item(), rel=1e-5)
 
 
 @pairs()

@@ -124,6 +124,7 @@ def test_saved_and_loaded(memory: str, family: str, tmp_path: Path) -> None:
     assert loaded.fingerprint() == model.fingerprint()
 
 
+@pytest.mark.long
 @pairs()
 def test_saved_with_its_base(memory: str, family: str, tmp_path: Path) -> None:
     model = wrapped(memory, family)
@@ -143,6 +144,7 @@ def test_saved_with_its_base(memory: str, family: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(memwrap.load(tmp_path / "again")), want)
 
 
+@pytest.mark.long
 @pairs()
 def test_the_base_is_found_by_its_recorded_name(memory: str, family: str, tmp_path: Path) -> None:
     build(family).save_pretrained(tmp_path / "base")
@@ -170,7 +172,7 @@ def randomise_lora(model: Any) -> None:
 @PEFT_TURNED
 @PEFT_EXPERTS
 @pairs()
-@pytest.mark.parametrize("order", ["inside", "before"])
+@pytest.mark.parametrize("order", ["inside", pytest.param("before", marks=pytest.mark.slow)])
 def test_saved_and_loaded_with_lora(memory: str, family: str, order: str, tmp_path: Path) -> None:
     if order == "inside":
         model = wrapped(memory, family)
@@ -248,6 +250,7 @@ def test_a_state_goes_on_in_a_loaded_model(memory: str, family: str, tmp_path: P
     assert torch.equal(got, want)
 
 
+@pytest.mark.long
 def test_a_bfloat16_model_comes_back(memory: str, tmp_path: Path) -> None:
     # Loaded rather than cast: `.to(bfloat16)` would also round the rotary table, no weight.
     build("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
@@ -293,6 +296,7 @@ def test_fingerprints_follow_the_weights(memory: str) -> None:
     assert model.fingerprint()["backbone"] != seen[0]["backbone"]
 
 
+@pytest.mark.long
 def test_a_larger_vocabulary(memory: str, tmp_path: Path) -> None:
     model = wrapped(memory)
     want = logits_of(model)

@@ -265,7 +265,7 @@ def test_the_light_commands_import_no_torch() -> None:
 @pytest.mark.parametrize(
     "first",
     [
-        "",
+        pytest.param("", marks=pytest.mark.slow),
         pytest.param("from memwrap.training.trainer import MemoryTrainer", marks=pytest.mark.slow),
         pytest.param("from memwrap import ARMTConfig", marks=pytest.mark.slow),
     ],
@@ -380,6 +380,7 @@ def test_doctor_says_why_not(tmp_path: Path) -> None:
     assert "error:" in run("doctor", "--model", tmp_path, expect=2).stderr
 
 
+@pytest.mark.slow
 def test_python_m_memwrap() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "memwrap", "train", "no-such-recipe"],

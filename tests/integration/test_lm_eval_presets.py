@@ -150,6 +150,7 @@ MOST = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", presets())
 def test_a_preset_reads_whole_texts_and_reports_what_the_model_says(
     found: dict[str, Any], preset: str

@@ -53,7 +53,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.mark.parametrize(
     ("shape", "filled", "masked", "dtype"),
     [
-        ("ragged", False, False, torch.float32),
+        pytest.param("ragged", False, False, torch.float32, marks=pytest.mark.slow),
         ("ragged", True, True, torch.bfloat16),
         ("ragged", False, True, torch.float16),
         ("multi_query", True, False, torch.bfloat16),
