@@ -54,7 +54,7 @@ def test_all_parts_run(
 
     monkeypatch.setattr(demo, "_count", noted)
     results = demo.main(small, 60)
-    assert read["base, whole", 100] < read["base, whole", 700] < 250  # what the context holds
+    assert all(100 < read["base, whole", n] < 250 for n in demo.LENGTHS)  # what the context holds
     assert all(read["base, truncated", n] < 110 for n in demo.LENGTHS)
     assert json.loads((small / "results.json").read_text()) == json.loads(json.dumps(results))
     printed = capsys.readouterr().out
