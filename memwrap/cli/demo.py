@@ -64,7 +64,7 @@ WINDOW_SEGMENT = 1_024
 COST, NATS_COST = 8.0, 4.0
 """What a token of the longest text, and one that nats are measured on, costs in all parts together
 beside the base's reading it, which is measured first."""
-TRAINING, AROUND = 1.0, 62.0
+TRAINING, AROUND = 1.0, 57.0
 """Minutes of training from scratch, and seconds of what is done before and after it."""
 
 
@@ -364,7 +364,7 @@ def _train(run: Run, base: Any) -> None:
     if "trained" not in run.results:
         return
     minutes = min(TRAINING, (run.left - AROUND) / 60)
-    if minutes < TRAINING / 3:
+    if minutes < TRAINING / 4:
         say("\nThe time is short here: no training from scratch.")
         return
     with run.part("training"):
