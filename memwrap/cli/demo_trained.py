@@ -90,8 +90,8 @@ def said_of(training: dict[str, Any]) -> str:
         f"Trained from scratch for {training['seconds']:.0f} s, {training['steps']} of the "
         f"recipe's {training['planned']} steps, the loss went from {training['first_loss']:.2f} to "
         f"{training['last_loss']:.2f} and {training['known']:.2f} of {training['samples']} facts "
-        f"are known at {training['tokens']} tokens: so few steps learn the form of an answer and to "
-        "read the segment before; facts of many segments ago take all of them, as in the table."
+        f"are known at {training['tokens']} tokens: so few steps learn the form of an answer and "
+        "to read the segment before; facts of many segments ago take all of them, as in the table."
     )
 
 
