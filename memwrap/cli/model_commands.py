@@ -58,22 +58,22 @@ def evaluate(
     from memwrap.data.documents import load_documents
     from memwrap.evaluation import run
 
-    suite = run.suite_tasks(task, passes)
+    suite, part = run.suite_tasks(task, passes), None if split == "all" else split
     by_text = task in ("perplexity", "linear-usage", "head-budgets")
-    texts = load_documents(documents, None if split == "all" else split) if by_text else []
+    texts = load_documents(documents, part) if by_text else []
     run.check_numbers(lengths, turns)
     if task == "head-budgets" and memory == "compact":
         settings = ["memory_size=null", *(settings or [])]
     loaded = load_model(model, dtype, memory, settings)
     folder = asset(model) or Path(model)
     load_words = partial(load_tokenizer, model, loaded)
-    results: Results
     if by_text:
-        rows = run.documents(texts, split, load_words(), tokens, count)
+        rows = run.documents(documents, part, load_words(), tokens, count, texts)
         if task == "head-budgets":
             _head_budgets(loaded, rows, output)
             return
-        results = (run.perplexity if task == "perplexity" else run.linear_usage)(loaded, rows)
+        measure = run.perplexity if task == "perplexity" else run.linear_usage
+        results: Results = measure(loaded, rows)
     elif task == "recall":
         results = run.recall(loaded, folder, samples or 256, passes)
     elif task == "conversations":

@@ -135,25 +135,26 @@ def _windowed(model: MemoryModelForCausalLM) -> bool:
 
 
 def documents(
-    source: str | list[Document],
+    source: str,
     split: str | None,
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
     count: int,
+    loaded: list[Document] | None = None,
 ) -> list[Tensor]:
-    """Give the ids `(tokens,)` of `count` long documents; shorter ones are joined.
+    """Give the ids `(tokens,)` of `count` long documents of a source, of which `loaded` are read
+    already; shorter ones are joined.
 
     Raises:
         ValueError: if there is no document so long, or for a bad number.
     """
     if tokens < 2 or count < 1:
         raise ValueError(f"{count} documents of {tokens} tokens: at least 1 of at least 2.")
-    loaded = source if isinstance(source, list) else load_documents(source, split)
+    loaded = load_documents(source, split) if loaded is None else loaded
     texts = long_documents(loaded, tokenizer, tokens)[:count]
     if not texts:
-        name = "the source" if isinstance(source, list) else repr(source)
         raise ValueError(
-            f"All documents of {name} ({split or 'all splits'}) together have fewer than "
+            f"All documents of {source!r} ({split or 'all splits'}) together have fewer than "
             f"{tokens} tokens; ask for fewer tokens, or for another split."
         )
     encoded: list[Any] = [tokenizer(d.text, verbose=False)["input_ids"] for d in texts]

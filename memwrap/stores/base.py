@@ -147,10 +147,7 @@ def numbers_of(ids: Iterable[int]) -> list[int]:
     Raises:
         ValueError: for others; nothing is rounded.
     """
-    given = list(ids)
-    numbers = [int(number) for number in given]
-    if any(number != one for number, one in zip(numbers, given, strict=True)):
-        raise ValueError(f"`ids` must be whole numbers; got {str(given)[:60]}.")
+    numbers: list[int] = _whole(list(ids), "ids").tolist()
     return numbers
 
 
