@@ -21,6 +21,7 @@ import random
 import statistics
 import sysconfig
 import time
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -63,8 +64,9 @@ def variants(keys: int, shares: dict[str, float] | None = None) -> dict[str, dic
     return {name: {"segment_size": segment, **settings} for name, settings in found.items()}
 
 
-def texts_of(tokenizer: Any, each: int, tokens: int, seed: int) -> list[Tensor]:
-    """Ids `(tokens,)` of texts, those of the three kinds in turn."""
+@cache
+def kinds_of_text() -> tuple[list[str], ...]:
+    """Texts of the three kinds: topics of the manual, source files, their docstrings."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [p for p in sorted(library.rglob("*.py")) if not LEFT_OUT & set(p.parts)]
     code = [p.read_text(encoding="utf-8", errors="replace") for p in files]
@@ -75,9 +77,13 @@ def texts_of(tokenizer: Any, each: int, tokens: int, seed: int) -> list[Tensor]:
         except SyntaxError:
             continue
         docstrings.append("\n\n".join(d for n in nodes if (d := ast.get_docstring(n))))
-    kinds = ([topics[n] for n in sorted(topics)], code, docstrings)
+    return [topics[n] for n in sorted(topics)], code, docstrings
+
+
+def texts_of(tokenizer: Any, each: int, tokens: int, seed: int) -> list[Tensor]:
+    """Ids `(tokens,)` of texts, those of the three kinds in turn."""
     found = []
-    for number, kind in enumerate(kinds):
+    for number, kind in enumerate(kinds_of_text()):
         long = [text[: 8 * tokens] for text in kind if len(text) > 3 * tokens]
         random.Random(f"{seed} {number}").shuffle(long)
         rows = (tokenizer(t, return_tensors="pt").input_ids[0, :tokens] for t in long)
