@@ -53,6 +53,8 @@ CONTEXT = 8_192 - 128
 BASES = {TRUNCATED: 1_024, WHOLE: -CONTEXT}
 """Tokens at the end of a document that the base alone is given, or, negative, at its beginning."""
 LENGTHS = (2_000, 8_000, 16_000)
+LONGER, PATIENT = (32_000, 64_000), 30.0
+"""Lengths for who gives at least so many minutes."""
 SHOWN = (0, 3, 6)
 """Facts of the longest text that are asked for in words."""
 SEGMENT, ROWS = 256, 512
@@ -161,9 +163,12 @@ def main(output: Path, minutes: float = 6.0) -> dict[str, Any]:
 def _measure(run: Run, workers: SideBySide) -> None:
     """Do all parts but the training: as many at a time as there are workers, told in order."""
     count = max(2, sum(run.fits(n * COST, 0.8) for n in LENGTHS))
-    parts = texts.parts(run.tokenizer, LENGTHS[:count])
+    lengths = LENGTHS[:count]
+    if run.minutes >= PATIENT:
+        lengths += tuple(n for n in LONGER if run.fits(n * COST, 0.8))
+    parts = texts.parts(run.tokenizer, lengths)
     run.results["skipped"] += [[curve, n] for n in LENGTHS[count:] for curve in CURVES]
-    fitting = (n for n in MEASURED if run.fits(LENGTHS[count - 1] * COST + n * NATS_COST, 0.8))
+    fitting = (n for n in MEASURED if run.fits(lengths[-1] * COST + n * NATS_COST, 0.8))
     tokens = next(fitting, MEASURED[-1])
     memory = workers.begin(partial(_read, run, parts))
     bases = workers.begin(partial(_ask_bases, run, parts))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from memwrap.tasks.invented import FACTS, Fact, depths, found, prose, question
+from memwrap.tasks.invented import FACTS, FURTHER, Fact, depths, found, prose, question
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,12 @@ def parts(tokenizer: Any, lengths: tuple[int, ...]) -> Parts:
         tokenizer: counts.
         lengths: where it is asked, from the shortest to the whole, facts included.
     """
-    facts = [FACTS[index :: len(lengths)] for index in range(len(lengths))]
-    told = sum(len(tokenizer(fact.sentence)["input_ids"]) for fact in FACTS) / len(FACTS)
+    usual = min(len(lengths), 3)
+    longer = len(lengths) - usual
+    facts = [FACTS[index::usual] for index in range(usual)]
+    facts += [FURTHER[index::longer] for index in range(longer)]
+    planted = [fact for group in facts for fact in group]
+    told = sum(len(tokenizer(fact.sentence)["input_ids"]) for fact in planted) / len(planted)
     amounts = []  # of prose; a text that facts alone would fill is longer than it is called
     for length in lengths:
         shares = (len(f) * min(1, length / n) for n, f in zip(lengths, facts, strict=True))

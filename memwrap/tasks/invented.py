@@ -72,6 +72,42 @@ FACTS = (
 )  # fmt: skip
 """Invented facts. Each text, or each length that the demo asks at, has its own share of them."""
 
+FURTHER = (
+    Fact("The cook of the ship Meridian keeps his spices in an old violin case.",
+         "Where does the cook of the ship Meridian keep his spices?", "violin case"),
+    Fact("The orchard of the Delacroix family grows only bitter almonds.",
+         "What does the orchard of the Delacroix family grow?", "bitter almonds"),
+    Fact("The mayor of Harlund rides to work on a grey donkey.",
+         "On what does the mayor of Harlund ride to work?", "grey donkey"),
+    Fact("The roof of the chapel in Sandvik is covered with copper plates.",
+         "What is the roof of the chapel in Sandvik covered with?", "copper plates"),
+    Fact("The poet Irma Kovalenko was born in the city of Trieste.",
+         "In which city was the poet Irma Kovalenko born?", "Trieste"),
+    Fact("The guests of the hotel Aurora are woken by a trumpet.",
+         "What wakes the guests of the hotel Aurora?", "trumpet"),
+    Fact("The old well in Brenmoor is full of silver coins.",
+         "What is the old well in Brenmoor full of?", "silver coins"),
+    Fact("The brother of Judge Hallam works as a beekeeper.",
+         "What does the brother of Judge Hallam work as?", "beekeeper"),
+    Fact("The letters of Countess Vera are hidden under the kitchen floor.",
+         "Where are the letters of Countess Vera hidden?", "kitchen floor"),
+    Fact("The football team of Ostermark plays in purple shirts.",
+         "In shirts of which colour does the football team of Ostermark play?", "purple"),
+    Fact("The dentist of Pella learned his trade in Budapest.",
+         "In which city did the dentist of Pella learn his trade?", "Budapest"),
+    Fact("The dog of Inspector Grimaldi is called Pepper.",
+         "What is the dog of Inspector Grimaldi called?", "Pepper"),
+    Fact("The windmill of Eastholm was destroyed by a swarm of locusts.",
+         "What destroyed the windmill of Eastholm?", "locusts"),
+    Fact("The tailor of King Oswin sewed with threads of spider silk.",
+         "What were the threads made of with which the tailor of King Oswin sewed?", "spider silk"),
+    Fact("The museum of Calder Bay shows a collection of wooden spoons.",
+         "What does the museum of Calder Bay show a collection of?", "wooden spoons"),
+    Fact("The swimmer Nils Aalto trained in the lake of Bohinj.",
+         "In which lake did the swimmer Nils Aalto train?", "Bohinj"),
+)  # fmt: skip
+"""More of them, for the demo's longest texts."""
+
 
 def question(fact: Fact) -> str:
     """Ask for a fact, as it is asked everywhere."""
@@ -97,4 +133,4 @@ def depths(count: int) -> list[float]:
     return [(place + 0.5) / count for place in range(count)]
 
 
-__all__ = ["FACTS", "Fact", "depths", "found", "prose", "question"]
+__all__ = ["FACTS", "FURTHER", "Fact", "depths", "found", "prose", "question"]
