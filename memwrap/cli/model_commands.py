@@ -91,7 +91,7 @@ def evaluate(
 def _head_budgets(model: Any, rows: Any, output: Path | None) -> None:
     from memwrap.evaluation.head_budgets import head_budgets
 
-    budgets = head_budgets(model, rows)
+    budgets = head_budgets(model, rows, progress=True)
     typer.echo(budgets.table())
     path = (output or Path("eval")) / "head-budgets.json"
     budgets.save(path)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from memwrap.io.atomic_files import write_text
 from memwrap.model.memory_model import MemoryModelForCausalLM
@@ -55,12 +56,15 @@ class HeadBudgets:
 
 
 @torch.no_grad()
-def head_budgets(model: MemoryModelForCausalLM, rows: Sequence[Tensor]) -> HeadBudgets:
+def head_budgets(
+    model: MemoryModelForCausalLM, rows: Sequence[Tensor], *, progress: bool = False
+) -> HeadBudgets:
     """Measure shares for a model with the memory `compact` and `memory_size=None`.
 
     Args:
         model: reads the documents with full attention; its `slots` are those of a head on average.
         rows: ids `(T,)` of documents, each longer than `4 * slots`.
+        progress: show a bar.
 
     Raises:
         ValueError: for another memory, or documents that are too short.
@@ -80,6 +84,7 @@ def head_budgets(model: MemoryModelForCausalLM, rows: Sequence[Tensor]) -> HeadB
             f"{sizes[-1] + memory.config.num_sinks + 1}."
         )
     total: dict[str, Tensor] = {}
+    steps = tqdm(total=len(rows) * len(sizes), desc="head budgets", disable=not progress)
     for row in rows:
         state = model.close_segment(model.read(row[None]))
         for number, size in enumerate(sizes):
@@ -87,6 +92,8 @@ def head_budgets(model: MemoryModelForCausalLM, rows: Sequence[Tensor]) -> HeadB
                 for head, value in enumerate(error.tolist()):
                     name = f"L{layer}H{head}"
                     total.setdefault(name, torch.zeros(len(sizes)))[number] += value / len(rows)
+            steps.update()
+    steps.close()
     errors = {name: values.tolist() for name, values in total.items()}
     return HeadBudgets(shares_of(errors, sizes, slots), errors, sizes, len(rows))
 
