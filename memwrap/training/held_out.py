@@ -23,10 +23,10 @@ Row = dict[str, Tensor]
 
 def held_back(dataset: Dataset) -> tuple[Dataset, Dataset | None]:
     """Keep the last rows of documents away from training, one in twenty, at most `ROWS`; none of
-    fewer than twenty."""
+    fewer than forty, since a single row says nothing of the error."""
     total = len(dataset)  # type: ignore[arg-type]
     count = min(ROWS, total // 20)
-    if not count:
+    if count < 2:
         return dataset, None
     first = total - count
     return Subset(dataset, range(first)), Subset(dataset, range(first, total))
@@ -107,7 +107,14 @@ def memory_gain(model: MemoryModelForCausalLM, rows: list[Row]) -> dict[str, flo
 
 
 def gain_in_words(about: dict[str, Any]) -> tuple[str, str | None]:
-    """Say what `memory_gain` measured, and warn if the memory does not help; both may be empty."""
+    """Say what `memory_gain` measured, or why nothing was, and warn if the memory does not help;
+    both may be empty."""
+    if about.get("held_out_rows") == 0:
+        return (
+            "held-out: not measured: of fewer than 40 rows none is kept from training, and two "
+            "must go beyond a segment. Give more text or a `data.eval_split`, or see what "
+            "`memwrap eval` says on text that was not trained on."
+        ), None
     if "memory_gain" not in about:
         return "", None
     gain, error = about["memory_gain"], about["memory_gain_error"]
