@@ -381,7 +381,8 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
     gain: dict[str, Any] = {}
     if trainer.args.world_size == 1 and model.memories:
         rows = few(data.held_out) if data.held_out is not None else []
-        gain = memory_gain(model, rows) or {"held_out_rows": 0}
+        shown = bool(rows) and not trainer.args.disable_tqdm
+        gain = memory_gain(model, rows, progress=shown) or {"held_out_rows": 0}
     stopped_by = "trainer.max_minutes" if limit.reached else "trainer.steps"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {

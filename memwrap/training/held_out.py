@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from memwrap.model.memory_model import MemoryModelForCausalLM
@@ -59,13 +60,16 @@ def few(rows: Any) -> list[Row]:
 
 
 @torch.no_grad()
-def memory_gain(model: MemoryModelForCausalLM, rows: list[Row]) -> dict[str, float | int]:
+def memory_gain(
+    model: MemoryModelForCausalLM, rows: list[Row], *, progress: bool = False
+) -> dict[str, float | int]:
     """Measure how much better rows are predicted with the memory than with it off, behind their
     first segment.
 
     Args:
         model: trained.
         rows: `input_ids (T,)` and, where not all of them are predicted, `labels (T,)`.
+        progress: show a bar.
 
     Returns:
         `memory_on`, `memory_off`: nats per token; `memory_gain`, their mean difference by rows, and
@@ -77,7 +81,7 @@ def memory_gain(model: MemoryModelForCausalLM, rows: list[Row]) -> dict[str, flo
     losses: list[tuple[float, float]] = []
     size = model.segment_size
     try:
-        for row in rows:
+        for row in tqdm(rows, desc="held-out", unit="row", disable=not progress):
             ids = row["input_ids"][None].to(model.device)
             labels = row.get("labels", row["input_ids"]).clone()[None].to(model.device)
             labels[:, : size + 1] = IGNORED
