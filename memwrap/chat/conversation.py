@@ -136,7 +136,11 @@ class Conversation:
         self._earlier.append((self.state, self.turns, self._ids, self._read))
         if self._template.present:
             self.turns = [*self.turns, *_exchange(text, str(answer))]
-            self._settle(whole[:read], after, (whole + drawn)[:count])
+            try:
+                self._settle(whole[:read], after, (whole + drawn)[:count])
+            except BaseException:  # Ctrl-C, while the answer is read as it is rendered
+                self.undo()
+                raise
         else:
             self._ids, self._read, self.state = whole + drawn, count, after
         return str(answer)

@@ -264,8 +264,28 @@ def test_a_turn_is_taken_back(model: Any, tokenizer: Any) -> None:
         talk.undo()
 
 
+def test_a_question_that_is_stopped_leaves_nothing(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = Conversation(
+        model, with_template(tokenizer, "smollm2"), do_sample=False, max_new_tokens=5
+    )
+    talk.read(DOCUMENT)
+    talk.ask(QUESTIONS[0])
+    turns, state = list(talk.turns), talk.state
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(talk, "_settle", stop)
+        with pytest.raises(KeyboardInterrupt):
+            talk.ask(QUESTIONS[1])
+    assert talk.turns == turns and talk.state is state
+
+
 @pytest.mark.parametrize("document", ["", DOCUMENT], ids=["nothing", "document"])
-@pytest.mark.parametrize("shown", ["[-1:]", "[:1] + messages[-2:]"], ids=["last", "window"])
+@pytest.mark.parametrize("shown", ["[-1:]", "[:1] + messages[1:][-2:]"], ids=["last", "window"])
 def test_a_template_that_leaves_out_turns_is_told(
     model: Any, tokenizer: Any, document: str, shown: str
 ) -> None:
