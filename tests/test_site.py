@@ -39,6 +39,11 @@ CUT = """() => {
   return wrong;
 }"""
 
+# What has to be scrolled sideways, which looks cut.
+SCROLLED = """() => [...document.querySelectorAll(
+  ".md-content pre > code, .md-content .md-typeset__scrollwrap, .md-content .katex-display"
+)].filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent.slice(0, 60))"""
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -97,6 +102,7 @@ def test_page(site, browser, tmp_path, name, width):
     )
     assert not [mark for mark in ("$$", "\\[", "\\(", "\\frac") if mark in text]
     assert page.evaluate(CUT) == []
+    assert width < 1280 or page.evaluate(SCROLLED) == []
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
     shot = page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
     assert len(shot) > 20_000  # something is there

@@ -113,7 +113,7 @@ class Conversation:
             streamer: of transformers, gets the answer as it grows.
 
         Raises:
-            ValueError: for an empty text.
+            ValueError: for an empty text, or a template that leaves out earlier turns.
         """
         whole, read = self._asked(text), self._read
         new = torch.tensor([whole[read:]], device=self.model.device)
@@ -136,7 +136,11 @@ class Conversation:
         self._earlier.append((self.state, self.turns, self._ids, self._read))
         if self._template.present:
             self.turns = [*self.turns, *_exchange(text, str(answer))]
-            self._settle(whole[:read], after, (whole + drawn)[:count])
+            try:
+                self._settle(whole[:read], after, (whole + drawn)[:count])
+            except BaseException:  # Ctrl-C, while the answer is read as it is rendered
+                self.undo()
+                raise
         else:
             self._ids, self._read, self.state = whole + drawn, count, after
         return str(answer)
@@ -148,13 +152,15 @@ class Conversation:
             text, answer: not empty.
 
         Raises:
-            ValueError: for an empty text or answer.
+            ValueError: for an empty text or answer, or a template that leaves out earlier turns.
         """
         if not text.strip() or not answer.strip():
             raise ValueError("The turn or its answer is empty; give some text for both.")
         earlier = (self.state, self.turns, self._ids, self._read)
         if self._template.present:
-            self.turns = [*self.turns, *_exchange(text, answer)]
+            turns = [*self.turns, *_exchange(text, answer)]
+            self._template.check_shown([*turns, _question("?")])
+            self.turns = turns
             ids = self._checked(self._settled())
         else:
             ids = self._continued(f"{text}\n{answer}\n")
@@ -195,7 +201,9 @@ class Conversation:
             raise ValueError("The question is empty; give some text.")
         if not self._template.present:
             return self._continued(text)
-        return self._checked(self._rendered([*self.turns, {"role": "user", "content": text}]))
+        turns = [*self.turns, _question(text)]
+        self._template.check_shown(turns)
+        return self._checked(self._rendered(turns))
 
     def _checked(self, ids: list[int]) -> list[int]:
         known = self._ids[: self._read]
@@ -224,7 +232,8 @@ class Conversation:
             after: the state now.
             ids: what it has read.
         """
-        settled = self._settled()
+        # A template that leaves out this turn cannot go on: the next question says so.
+        settled = self._settled() if self._template.shows([*self.turns, _question("?")]) else ids
         if settled[: len(ids)] != ids:
             state = self.state
             if settled[: len(before)] != before:  # earlier turns are rendered in another way now
@@ -240,10 +249,7 @@ class Conversation:
 
     def _settled(self) -> list[int]:
         """Compute the ids of all turns, as far as they stay as they are whatever comes next."""
-        first, second = (
-            self._rendered([*self.turns, {"role": "user", "content": text}])
-            for text in ("?", "And")
-        )
+        first, second = (self._rendered([*self.turns, _question(text)]) for text in ("?", "And"))
         return first[: common_length(first, second)]
 
     def _note(self) -> None:
@@ -257,8 +263,12 @@ class Conversation:
         return pad if pad is not None else self.tokenizer.eos_token_id
 
 
+def _question(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
 def _exchange(text: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    return [_question(text), {"role": "assistant", "content": answer}]
 
 
 __all__ = ["Conversation"]

@@ -36,6 +36,26 @@ class Turns:
         """Compute the ids of a rendered text, which names its special tokens itself."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
+    def shows(self, messages: list[Message]) -> bool:
+        """Tell whether the template shows all of a chat: some leave out all but the last turn."""
+        marks = [f"\u2402{number}\u2402" for number in range(len(messages))]
+        marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+        text = self.text(marked)
+        return all(mark in text for mark in marks)
+
+    def check_shown(self, messages: list[Message]) -> None:
+        """Refuse a chat of which the template leaves something out.
+
+        Raises:
+            ValueError: says what to do.
+        """
+        if not self.shows(messages):
+            raise ValueError(
+                "The tokenizer's chat template leaves out earlier turns: begin anew with each "
+                "question (reset), or give one that shows them (tokenizer.chat_template = ...), "
+                "or None for plain text."
+            )
+
     def following(self, ids: list[int], begun: str, answer: str) -> tuple[list[int], list[int]]:
         """Compute ids with the beginning of an answer behind them, and the ids of its rest."""
         start = self.encode(begun) if begun else []

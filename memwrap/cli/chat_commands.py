@@ -87,9 +87,9 @@ def chat(
 
     talk = Conversation(loaded, tokenizer, current, max_new_tokens=max_new_tokens, **sampling)
     if ask is not None:
-        typer.echo(talk.ask(ask))
+        talk.ask(ask, _streamer(tokenizer))
         return
-    _converse(talk, tokenizer)
+    _converse(talk, _streamer(tokenizer))
 
 
 def read_texts(names: list[str]) -> list[str]:
@@ -140,12 +140,18 @@ def _into(model: Any, tokenizer: Any, texts: list[str], state: Any, passes: int)
     return state
 
 
-def _converse(talk: Any, tokenizer: Any) -> None:
+def _streamer(tokenizer: Any) -> Any:
+    """Make what prints an answer as it grows: a long one takes a minute on a CPU."""
     from transformers import TextStreamer
 
+    return TextStreamer(
+        tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def _converse(talk: Any, streamer: Any) -> None:
     seen = int(talk.state.tokens_seen[0]) if talk.state is not None else 0
-    typer.echo(f"{seen:,} tokens read. /undo, /reset, /save FILE, /quit")
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    typer.echo(f"{seen:,} tokens read. /undo, /reset, /save FILE, /quit; Ctrl-C stops an answer")
     while True:
         try:
             line = input("> ").strip()
@@ -170,7 +176,13 @@ def _converse(talk: Any, tokenizer: Any) -> None:
         elif line.startswith("/") and " " not in line:
             typer.echo(f"no command {line}; there are /undo, /reset, /save FILE, /quit", err=True)
         elif line:
-            talk.ask(line, streamer)
+            try:
+                talk.ask(line, streamer)
+            except ValueError as error:
+                typer.echo(str(error), err=True)
+            except KeyboardInterrupt:
+                streamer.end()
+                typer.echo("stopped; nothing of it is kept", err=True)
 
 
 def _save(talk: Any, path: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.matrices import matrix_of
 from memwrap.memories.protocol import Bounds, SeesSegment, SegmentTokens, SoftPrompt
 from memwrap.memories.registry import register
 from memwrap.memories.settings import NonNegativeInt, PositiveInt, Range
@@ -159,7 +160,7 @@ class HMTMemory(SoftPrompt, SeesSegment):
     def _searched(self, state: Tree, topic: Tensor) -> Tree:
         """Make the state whose next segment opens with what the topic finds in the cache."""
         count = state["count"]
-        matrices = self.query.weight, self.key.weight
+        matrices = matrix_of(self.query), matrix_of(self.key)
         vector, weights = search_cache(topic, state["cache"], count, *matrices)
         prompt = torch.where((count > 0)[:, None], vector, self.tokens.to(vector.dtype))
         weights = weights.detach().to(state["weights"].dtype)

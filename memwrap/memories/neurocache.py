@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memwrap.backbones import LayerAttention
 from memwrap.memories.config import MemoryConfig
+from memwrap.memories.parts.matrices import matrix_of
 from memwrap.memories.protocol import AttentionMemory, Bounds, Claims
 from memwrap.memories.registry import register
 from memwrap.memories.settings import LayerList, PositiveInt
@@ -116,7 +117,8 @@ class CacheAttention(nn.Module):
         dtype = self.q_proj.weight.dtype
         query = self.q_proj(hidden.to(dtype)).unflatten(-1, (self.heads, self.width))
         key, value = (
-            p.weight.unflatten(0, (self.kv_heads, self.width)) for p in (self.k_proj, self.v_proj)
+            matrix_of(layer).unflatten(0, (self.kv_heads, self.width))
+            for layer in (self.k_proj, self.v_proj)
         )
         out = ops.attend(
             query * self.width**-0.5, retrieved.states.to(dtype), retrieved.valid, retrieved.column,

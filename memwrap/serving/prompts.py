@@ -15,7 +15,8 @@ def chat_ids(tokenizer: Any, messages: list[Message], state: MemoryState | None)
     A document in the state stands in the first user's turn, as `read_document` put it there.
 
     Raises:
-        ValueError: without a chat template, or for a system message behind a state.
+        ValueError: without a chat template; for a system message behind a state, or a template that
+            leaves out what was read.
     """
     turns = Turns(tokenizer)
     if not turns.present:
@@ -26,7 +27,9 @@ def chat_ids(tokenizer: Any, messages: list[Message], state: MemoryState | None)
         return turns.without_beginning(ids) if state is not None and state.columns else ids
     if messages[0]["role"] == "system":
         raise ValueError("The state was read without a system message; leave it out.")
-    ids = turns.ids(held.messages([*held.turns, *messages]))
+    whole = held.messages([*held.turns, *messages])
+    turns.check_shown(whole)
+    ids = turns.ids(whole)
     if held.behind:
         ids = turns.without_beginning(ids)
     return ids[held.read :]

@@ -378,8 +378,11 @@ def _train(recipe: Recipe, output: Path, checkpoint: Path | None) -> dict[str, A
         model.save_pretrained(output, include_base=True if recipe.model.scratch else None)
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
-    alone = trainer.args.world_size == 1 and data.held_out is not None
-    gain = memory_gain(model, few(data.held_out)) if alone else {}
+    gain: dict[str, Any] = {}
+    if trainer.args.world_size == 1 and model.memories:
+        rows = few(data.held_out) if data.held_out is not None else []
+        shown = bool(rows) and not trainer.args.disable_tqdm
+        gain = memory_gain(model, rows, progress=shown) or {"held_out_rows": 0}
     stopped_by = "trainer.max_minutes" if limit.reached else "trainer.steps"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {

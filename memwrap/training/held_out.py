@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from memwrap.model.memory_model import MemoryModelForCausalLM
@@ -23,10 +24,10 @@ Row = dict[str, Tensor]
 
 def held_back(dataset: Dataset) -> tuple[Dataset, Dataset | None]:
     """Keep the last rows of documents away from training, one in twenty, at most `ROWS`; none of
-    fewer than twenty."""
+    fewer than forty, since a single row says nothing of the error."""
     total = len(dataset)  # type: ignore[arg-type]
     count = min(ROWS, total // 20)
-    if not count:
+    if count < 2:
         return dataset, None
     first = total - count
     return Subset(dataset, range(first)), Subset(dataset, range(first, total))
@@ -59,13 +60,16 @@ def few(rows: Any) -> list[Row]:
 
 
 @torch.no_grad()
-def memory_gain(model: MemoryModelForCausalLM, rows: list[Row]) -> dict[str, float | int]:
+def memory_gain(
+    model: MemoryModelForCausalLM, rows: list[Row], *, progress: bool = False
+) -> dict[str, float | int]:
     """Measure how much better rows are predicted with the memory than with it off, behind their
     first segment.
 
     Args:
         model: trained.
         rows: `input_ids (T,)` and, where not all of them are predicted, `labels (T,)`.
+        progress: show a bar.
 
     Returns:
         `memory_on`, `memory_off`: nats per token; `memory_gain`, their mean difference by rows, and
@@ -77,7 +81,7 @@ def memory_gain(model: MemoryModelForCausalLM, rows: list[Row]) -> dict[str, flo
     losses: list[tuple[float, float]] = []
     size = model.segment_size
     try:
-        for row in rows:
+        for row in tqdm(rows, desc="held-out", unit="row", disable=not progress):
             ids = row["input_ids"][None].to(model.device)
             labels = row.get("labels", row["input_ids"]).clone()[None].to(model.device)
             labels[:, : size + 1] = IGNORED
@@ -107,7 +111,14 @@ def memory_gain(model: MemoryModelForCausalLM, rows: list[Row]) -> dict[str, flo
 
 
 def gain_in_words(about: dict[str, Any]) -> tuple[str, str | None]:
-    """Say what `memory_gain` measured, and warn if the memory does not help; both may be empty."""
+    """Say what `memory_gain` measured, or why nothing was, and warn if the memory does not help;
+    both may be empty."""
+    if about.get("held_out_rows") == 0:
+        return (
+            "held-out: not measured: of fewer than 40 rows none is kept from training, and two "
+            "must go beyond a segment. Give more text or a `data.eval_split`, or see what "
+            "`memwrap eval` says on text that was not trained on."
+        ), None
     if "memory_gain" not in about:
         return "", None
     gain, error = about["memory_gain"], about["memory_gain_error"]

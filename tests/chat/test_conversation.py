@@ -15,6 +15,7 @@ import memwrap
 from memwrap.assets import asset
 from memwrap.chat import Conversation, read_document
 from memwrap.chat.turns import SEPARATOR, Turns
+from memwrap.serving.prompts import chat_ids
 
 DOCUMENT = "\n\n".join(
     f"Line {n}: the key of room {n} hangs behind door {n * 7 % 11}." for n in range(12)
@@ -261,6 +262,55 @@ def test_a_turn_is_taken_back(model: Any, tokenizer: Any) -> None:
     talk.undo()
     with pytest.raises(ValueError, match="no question"):
         talk.undo()
+
+
+def test_a_question_that_is_stopped_leaves_nothing(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = Conversation(
+        model, with_template(tokenizer, "smollm2"), do_sample=False, max_new_tokens=5
+    )
+    talk.read(DOCUMENT)
+    talk.ask(QUESTIONS[0])
+    turns, state = list(talk.turns), talk.state
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(talk, "_settle", stop)
+        with pytest.raises(KeyboardInterrupt):
+            talk.ask(QUESTIONS[1])
+    assert talk.turns == turns and talk.state is state
+
+
+@pytest.mark.parametrize("document", ["", DOCUMENT], ids=["nothing", "document"])
+@pytest.mark.parametrize("shown", ["[-1:]", "[:1] + messages[1:][-2:]"], ids=["last", "window"])
+def test_a_template_that_leaves_out_turns_is_told(
+    model: Any, tokenizer: Any, document: str, shown: str
+) -> None:
+    """What was asked goes on where all of it is shown; the turn that would not see it is refused,
+    and nothing is changed by it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATES["phi3"].replace("in messages %", f"in messages{shown} %")
+    talk = Conversation(model, tokenizer, do_sample=False, max_new_tokens=3)
+    if document:
+        talk.read(document)
+    answer, seen = talk.ask(QUESTIONS[0]), 0 if shown == "[-1:]" else 1
+    for question in QUESTIONS[1 : 1 + seen]:
+        talk.ask(question)
+    turns, read = list(talk.turns), talk.state.columns
+    with pytest.raises(ValueError, match="leaves out earlier turns"):
+        talk.ask(QUESTIONS[2])
+    with pytest.raises(ValueError, match="leaves out earlier turns"):
+        talk.tell(QUESTIONS[2], "No.")
+    assert talk.turns == turns and talk.state.columns == read
+    if document:
+        message = [{"role": "user", "content": "x"}]
+        with pytest.raises(ValueError, match="leaves out earlier turns"):
+            chat_ids(tokenizer, message, talk.state)
+    talk.reset()
+    assert talk.ask(QUESTIONS[0]) == answer
 
 
 def test_a_library_is_asked_in_a_turn(tokenizer: Any, model: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from commands import run
 from pypdf import PdfWriter
 
+from memwrap.cli.chat_commands import _converse
 from memwrap.data.documents import load_documents
 from memwrap.data.readers import files_in, read_files
 
@@ -125,3 +126,30 @@ def test_a_port_that_is_taken_is_said_at_once(base: Path) -> None:
         port = other.getsockname()[1]
         result = run("serve", base, *MEMORY, "--port", port, expect=2)
     assert f"port {port}" in result.stderr and "give another --port" in result.stderr
+
+
+def test_a_chat_goes_on_after_a_refused_or_stopped_question(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked = []
+
+    class Talk:
+        state = None
+
+        def ask(self, text: str, streamer: object) -> None:
+            asked.append(text)
+            if text == "long":
+                raise KeyboardInterrupt
+            if text == "wrong":
+                raise ValueError("the template says no")
+
+    class Streamer:
+        def end(self) -> None:
+            print("-- cut --")
+
+    lines = iter(("wrong", "long", "good", "/quit"))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    _converse(Talk(), Streamer())
+    said = capsys.readouterr()
+    assert asked == ["wrong", "long", "good"] and "-- cut --" in said.out
+    assert "the template says no" in said.err and "nothing of it is kept" in said.err

@@ -173,11 +173,13 @@ def test_gain_is_zero_where_memory_gives_nothing(tokenizer: Any) -> None:
         gain_in_words(found | {"memory_gain": -0.3, "memory_gain_error": 0.1})[1] or ""
     )
     assert gain_in_words({}) == ("", None)
+    assert "not measured" in gain_in_words({"held_out_rows": 0})[0]
 
 
 def test_rows_that_are_held_back() -> None:
     train, held = held_back(list(range(19)))  # type: ignore[arg-type]
     assert held is None and len(train) == 19  # type: ignore[arg-type]
+    assert held_back(list(range(39)))[1] is None  # type: ignore[arg-type]
     train, held = held_back(list(range(45)))  # type: ignore[arg-type]
     assert [*train] == list(range(43)) and [*held] == [43, 44]  # type: ignore[misc]
     long = [{"input_ids": torch.zeros(5000)} for _ in range(9)]
