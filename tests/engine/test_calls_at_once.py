@@ -117,7 +117,12 @@ def test_attention_is_looked_at_once() -> None:
     assert model.parts.attention_sizes() is found
 
 
-@pytest.mark.parametrize("memory", [m for m in MEMORIES if memory_class(m).branches])
+BRANCHED = [m for m in MEMORIES if memory_class(m).branches]
+
+
+@pytest.mark.parametrize(
+    "memory", [BRANCHED[0], *(pytest.param(m, marks=pytest.mark.slow) for m in BRANCHED[1:])]
+)
 def test_a_branch_alone_beside_a_call(memory: str) -> None:
     model = wrapped(memory)
     request, branch = Request(model, 0, 1), "recurrent"

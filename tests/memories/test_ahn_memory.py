@@ -110,15 +110,26 @@ def test_a_layer_is_its_formula(form: str, states: str, rotate: bool) -> None:
             assert_close(got[t], want, 1e-4, f"token {t}")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "opt", "mistral"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+FAMILIES = ("llama", "gemma3", "gpt_neox", "opt", "mistral")
+# Each variant on two families; on all of them it is slow.
+CASES = [
+    pytest.param(
+        variant, family, id="-".join([*map(str, variant.values()), family]),
+        marks=() if (place - index) % len(FAMILIES) in (0, 2) else pytest.mark.slow,
+    )
+    for index, variant in enumerate(VARIANTS)
+    for place, family in enumerate(FAMILIES)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "family"), CASES)
 def test_pieces_and_padding(family: str, variant: dict[str, Any]) -> None:
     assert_pieces_and_padding(wrapped("ahn", family, **variant), (27, 18))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
 def test_segments_do_not_show(variant: dict[str, Any]) -> None:
-    text = ids(1, 30)
+    text = ids(1, 21)
     with torch.no_grad():
         want = wrapped("ahn", segment_size=8, **variant)(text).logits
         for size in (1, 5, 32):
