@@ -91,6 +91,7 @@ def test_padded_rows_in_float64(memory: str, family: str) -> None:
     check_padded_rows(wrapped(memory, base=build(family).double()), 1e-5)
 
 
+@pytest.mark.long
 @pairs()
 def test_a_loss_is_the_mean_over_rows_without_padding(memory: str, family: str) -> None:
     """Whether padding has labels or none."""

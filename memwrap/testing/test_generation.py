@@ -229,6 +229,7 @@ def test_a_state_held_open_can_remember_again(memory: str, family: str) -> None:
     assert int(longer.segments) >= 2
 
 
+@pytest.mark.long
 @pairs()
 def test_states_of_different_readings_answer_together(memory: str, family: str) -> None:
     model = wrapped(memory, family)
@@ -243,6 +244,7 @@ def test_states_of_different_readings_answer_together(memory: str, family: str) 
     assert got.shape == (2, text.shape[1] + NEW)
 
 
+@pytest.mark.long
 @pairs()
 def test_rows_that_end_early_do_not_disturb_others(memory: str, family: str) -> None:
     model = wrapped(memory, family)

@@ -127,6 +127,7 @@ def mean_of(logits: Tensor, labels: Tensor) -> Any:
     return pytest.approx(F.cross_entropy(flat.float(), targets).item(), rel=1e-5)
 
 
+@pytest.mark.long
 @pairs("places")
 def test_the_loss_is_the_mean_over_all_targets(memory: str, family: str) -> None:
     """Also of the first target of each later segment alone: nothing is lost where segments meet."""
@@ -140,6 +141,7 @@ def test_the_loss_is_the_mean_over_all_targets(memory: str, family: str) -> None
             assert model(TEXT, labels=wanted).loss.item() == mean_of(logits, wanted)
 
 
+@pytest.mark.long
 @pairs()
 def test_forms_in_which_a_loss_is_asked_for(memory: str, family: str) -> None:
     model = wrapped(memory, family)
@@ -156,6 +158,7 @@ def test_forms_in_which_a_loss_is_asked_for(memory: str, family: str) -> None:
     assert_close(both.logits, logits)
 
 
+@pytest.mark.long
 @pairs()
 def test_logits_come_with_labels_when_they_are_asked_for(memory: str, family: str) -> None:
     model = wrapped(memory, family)
@@ -166,6 +169,7 @@ def test_logits_come_with_labels_when_they_are_asked_for(memory: str, family: st
     assert_close(got, want[:, -5:])
 
 
+@pytest.mark.long
 @pairs()
 def test_loss_on_the_last_segment(memory: str, family: str) -> None:
     rows = [TEXT[0], TEXT[1, :19]]
@@ -200,6 +204,7 @@ class Float32Softmax(TorchDispatchMode):
         return out
 
 
+@pytest.mark.long
 def test_a_model_in_float64_agrees_to_its_precision(memory: str) -> None:
     """Truncation once more where noise cannot hide a mistake (norms still round to float32).
 

@@ -149,7 +149,8 @@ def test_segments_of_one_token(memory: str, family: str, dtype: torch.dtype) -> 
 
 
 LONGEST = (
-    (300, torch.bfloat16),
+    (150, torch.bfloat16),
+    pytest.param(300, torch.bfloat16, marks=pytest.mark.slow),
     *(pytest.param(10_000, dtype, marks=pytest.mark.full) for dtype in HALVES),
 )
 
@@ -164,7 +165,8 @@ def test_rows_of_one_token_beside_long_ones(
 
 
 EQUAL = (
-    (600, torch.float16),
+    (300, torch.float16),
+    pytest.param(600, torch.float16, marks=pytest.mark.slow),
     *(pytest.param(100_000, dtype, marks=pytest.mark.full) for dtype in HALVES),
 )
 

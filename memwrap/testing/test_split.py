@@ -63,6 +63,7 @@ def test_chunks_and_single_tokens_give_what_the_whole_gives(memory: str, family:
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
 
+@pytest.mark.long
 @pairs()
 @settings(max_examples=6)
 @given(sizes=SIZES)
@@ -138,6 +139,7 @@ def test_embeddings_give_what_ids_give(memory: str, family: str) -> None:
     assert_close(got, want)
 
 
+@pytest.mark.long
 @pairs()
 def test_logits_to_keep(memory: str, family: str) -> None:
     model, text = wrapped(memory, family), ids(2, TOTAL)

@@ -74,7 +74,10 @@ def test_two_trainings_with_auxiliary_losses(store: str) -> None:
         assert_same_gradients(gradients_of(model, text), wanted, EXACT)
 
 
-@pytest.mark.parametrize("memory", ["rmt", "armt", "window", "infini"])
+@pytest.mark.parametrize(
+    "memory",
+    ["armt", "window", *(pytest.param(m, marks=pytest.mark.slow) for m in ("rmt", "infini"))],
+)
 def test_the_backbone_alone_beside_a_call(memory: str) -> None:
     """Attention is lent and adapters are switched off for one thread alone."""
     model = wrapped(memory)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from one_layer import bare_attention
-from support import assert_pieces_and_padding
+from support import assert_pieces_and_padding, crossed
 from torch import Tensor
 
 import memwrap
@@ -110,16 +110,7 @@ def test_a_layer_is_its_formula(form: str, states: str, rotate: bool) -> None:
             assert_close(got[t], want, 1e-4, f"token {t}")
 
 
-FAMILIES = ("llama", "gemma3", "gpt_neox", "opt", "mistral")
-# Each variant on two families; on all of them it is slow.
-CASES = [
-    pytest.param(
-        variant, family, id="-".join([*map(str, variant.values()), family]),
-        marks=() if (place - index) % len(FAMILIES) in (0, 2) else pytest.mark.slow,
-    )
-    for index, variant in enumerate(VARIANTS)
-    for place, family in enumerate(FAMILIES)
-]  # fmt: skip
+CASES = crossed(VARIANTS, ["llama", "gemma3", "gpt_neox", "opt", "mistral"], 2)
 
 
 @pytest.mark.parametrize(("variant", "family"), CASES)

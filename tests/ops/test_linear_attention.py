@@ -137,10 +137,7 @@ def test_reading_is_training(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        kind if kind in ("vector", "slots") else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in KINDS
-    ],
+    [kind if kind == "slots" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
 )
 def test_compiled_whole(kind: str) -> None:
     """The fast torch way in one graph, forward and backward, weak gates taken for strong ones."""
