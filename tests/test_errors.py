@@ -275,6 +275,7 @@ def test_states_that_do_not_fit(model: Any) -> None:
             state.crop(count)
 
 
+@pytest.mark.long
 def test_counted_padding_cannot_continue_an_open_segment(model: Any) -> None:
     memory = model.memory_configs[0].name
     other = wrapped(memory, count_padding=True)
@@ -293,6 +294,7 @@ def state_file(model: Any, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_state_of_other_weights(model: Any, state_file: Path) -> None:
     memory = model.memory_configs[0].name
     other = randomise(wrapped(memory), seed=99)
@@ -492,6 +494,7 @@ def full_disk(*args: Any, **kwargs: Any) -> None:
     raise OSError("No space left on device")
 
 
+@pytest.mark.long
 def test_a_failing_save_of_a_state_leaves_nothing(
     model: Any, state_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
