@@ -20,6 +20,23 @@ from memwrap.testing.helpers import assert_close, assert_same_states, ids, padde
 MEMORIES = tuple(memwrap.available())
 
 
+def crossed(
+    variants: Sequence[Any], others: Sequence[Any], each: int, name: Callable[[Any], str] = str
+) -> list[Any]:
+    """Pairs of a variant and another choice, say a family: for every variant so many of the others,
+    in turn, so that every one of them is met; the rest is `slow`."""
+    step = len(others) // each
+    return [
+        pytest.param(
+            variant, other, id=f"{name(variant)}-{name(other)}",
+            marks=() if (place - index) % len(others) in range(0, step * each, step)
+            else pytest.mark.slow,
+        )
+        for index, variant in enumerate(variants)
+        for place, other in enumerate(others)
+    ]  # fmt: skip
+
+
 def with_masks(base: Any, text: Tensor, mask_of: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Logits of a base where every layer's attention has a mask of its own: the naive statement.
 

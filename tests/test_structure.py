@@ -134,6 +134,8 @@ def _statements(node: ast.AST, deferred: bool) -> Iterator[ast.AST]:
     """The statements that importing a module runs; `deferred` adds the bodies of functions and
     what is there for type checkers alone."""
     for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
+            continue
         if _is_for_types(child) and not deferred:
             continue
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not deferred:
@@ -142,6 +144,7 @@ def _statements(node: ast.AST, deferred: bool) -> Iterator[ast.AST]:
         yield from _statements(child, deferred)
 
 
+@cache
 def _sources(module: str, deferred: bool = True) -> set[str]:
     """What `module` imports: modules of the house, and others by the name they are asked for."""
     package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]

@@ -13,6 +13,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import TypeVar
 
@@ -107,6 +108,7 @@ def _resolve(name: str) -> tuple[type[MemoryConfig], type[Memory]]:
     return _MEMORIES[name]
 
 
+@cache  # looking into the folder takes as long as building a config
 def _import_own() -> None:
     import memwrap.memories as room
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from functools import wraps
+from functools import cache, wraps
 from types import MappingProxyType, NoneType, UnionType
 from typing import (
     Annotated,
@@ -155,10 +155,11 @@ class Settings:
             setattr(cls, name, _plainly(getattr(cls, name)))
 
     @classmethod
-    def types(cls) -> dict[str, Any]:
+    @cache  # annotations are compiled each time that they are looked at
+    def types(cls) -> Mapping[str, Any]:
         """Return the type of each field, with its constraints."""
         hints = get_type_hints(cls, include_extras=True)
-        return {entry.name: hints[entry.name] for entry in fields(cls)}
+        return MappingProxyType({entry.name: hints[entry.name] for entry in fields(cls)})
 
     @classmethod
     def _called(cls, name: str) -> str:

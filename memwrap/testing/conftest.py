@@ -10,7 +10,6 @@ import gc
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -87,9 +86,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     memories = metafunc.config.getoption("memory", None) or _available()
     mark = metafunc.definition.get_closest_marker("pairs")
-    slow = set(memories) - set().union(*_kinds()) if _beyond_a_sample(metafunc) else set()
     if mark is None:
-        metafunc.parametrize("memory", [_case(slow, set(), name) for name in memories])
+        metafunc.parametrize("memory", memories)
         return
     if having := mark.kwargs["having"]:
         memories = [name for name in memories if getattr(memory_class(name), having)]
@@ -104,28 +102,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     }
     # Where nobody asked for marks, what is `full` is not made: it would be two thirds of all.
     cases = [
-        _case(slow, set() if (memory, family) in chosen else {memory}, memory, family)
+        pytest.param(
+            memory, family, id=f"{memory}-{family}",
+            marks=() if (memory, family) in chosen else pytest.mark.full,
+        )
         for memory in memories
         for family in mark.kwargs["families"]
         if (memory, family) in chosen or metafunc.config.getoption("markexpr", "")
-    ]
+    ]  # fmt: skip
     metafunc.parametrize(("memory", "family"), cases)
 
 
-def _beyond_a_sample(metafunc: pytest.Metafunc) -> bool:
-    """Whether a test takes long and nobody named the memories to run it on."""
-    asked = metafunc.config.getoption("memory", None)
-    return not asked and metafunc.definition.get_closest_marker("long") is not None
-
-
-def _case(slow: set[str], full: set[str], *values: str) -> Any:
-    """Values of a test's memory and family, marked by the memory."""
-    marks = [
-        mark
-        for mark, names in ((pytest.mark.slow, slow), (pytest.mark.full, full))
-        if values[0] in names
-    ]
-    return pytest.param(*values, id="-".join(values), marks=marks)
+def _beyond_a_sample(item: pytest.Item) -> bool:
+    """Whether a test takes long and its memory is none of the few; a fixture may name it."""
+    if item.get_closest_marker("long") is None:
+        return False
+    parameters = item.callspec.params  # type: ignore[attr-defined]
+    return parameters.get("memory", parameters.get("model")) not in set().union(*_kinds())
 
 
 @cache
@@ -164,8 +157,11 @@ def _kinds() -> tuple[set[str], set[str]]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is `full` or `slow`, unless marks were asked for, and families that were not
-    named."""
+    named. What is `long` is `slow` on most memories, unless some were named."""
     unasked = not config.getoption("markexpr", "")
+    if not config.getoption("memory", None):
+        for item in filter(_beyond_a_sample, items):
+            item.add_marker("slow")
     named = config.getoption("family", None)
     chosen: list[pytest.Item] = []
     others: list[pytest.Item] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from memwrap.testing.families import build
 from memwrap.testing.helpers import (
@@ -23,76 +24,89 @@ from memwrap.testing.helpers import (
     wrapped,
 )
 
+SIDES = ("left", "right")
 LENGTHS = (3 * SEGMENT + 3, 2 * SEGMENT, SEGMENT + 1, 1)
 ROWS = [ids(1, n, seed=n)[0] for n in LENGTHS]
+# Another family than llama has no other arithmetic of places: what is remembered, a segment that is
+# just full, and a row that is nearly nothing but padding.
+FEW = [ids(1, n, seed=n)[0] for n in (2 * SEGMENT + 3, SEGMENT, 1)]
 
 
-@pairs("branches")
-def test_logits_and_states_of_padded_rows(memory: str, family: str) -> None:
-    model = wrapped(memory, family)
-    assert_memory_matters(model, ids(1, 2 * SEGMENT))
-    with torch.no_grad():
-        alone = [model(row[None]) for row in ROWS]
-        # Another family than llama has no other arithmetic of places.
-        for side in ("left", "right", "both") if family == "llama" else ("both",):
-            text, mask = padded(ROWS, side)
-            # What stands at padding is nobody's business.
-            text = text.masked_fill(mask == 0, 77)
-            out = model(text, attention_mask=mask)
-            for index, single in enumerate(alone):
-                got = out.logits[index][mask[index].bool()]
-                assert_close(got, single.logits[0], label=f"row {index} padded {side}")
-                state = out.cache.select(torch.tensor([index]))
-                assert_same_states(state, single.cache)
+def summed(model: Any, text: Tensor, mask: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    """What a call of training gives, with the sum of all losses, and its gradients."""
+    labels = text.masked_fill(mask == 0, -100)
+    asked = {"labels": labels, "num_items_in_batch": 1, "return_logits": True, "use_cache": True}
+    out = model.train()(text, attention_mask=mask, **asked)
+    if bool((labels[:, 1:] != -100).any()):
+        out.loss.backward()
+    return out, gradients(model)
 
 
-def check_loss_and_gradients(
-    model: Any, tolerance: float, sides: Sequence[str] = ("left", "right")
+def assert_rows(out: Any, mask: Tensor, alone: list[Any], label: str) -> None:
+    """Logits and states of a padded batch are those of each row alone."""
+    for index, single in enumerate(alone):
+        got = out.logits[index][mask[index].bool()]
+        assert_close(got, single.logits[0], label=f"row {index} padded {label}")
+        assert_same_states(out.cache.select(torch.tensor([index])), single.cache)
+
+
+def check_padded_rows(
+    model: Any, tolerance: float, rows: Sequence[Tensor] = ROWS, sides: Sequence[str] = SIDES
 ) -> None:
-    model.train()
-    rows = [r for r in ROWS if len(r) > 1]
-    total = 0.0
+    """Logits, states, the loss and its gradients; where nothing is trained, a few rows again."""
+    alone, want, total = [], {}, 0.0
     for row in rows:
-        loss = model(row[None], labels=row[None], num_items_in_batch=1).loss
-        total += loss.item()
-        loss.backward()
-    want = gradients(model)
-    count = sum(len(r) - 1 for r in rows)
+        single, grads = summed(model, row[None], torch.ones_like(row[None]))
+        alone.append(single)
+        total += single.loss.item()
+        want = {n: grads.get(n, 0) + want.get(n, 0) for n in {**want, **grads}}
     for side in sides:
         text, mask = padded(rows, side)
-        labels = text.masked_fill(mask == 0, -100)
-        summed = model(text, attention_mask=mask, labels=labels, num_items_in_batch=1).loss
-        summed.backward()
-        assert summed.item() == pytest.approx(total, rel=1e-5)
-        assert_same_gradients(gradients(model), want, tolerance)
-        mean = model(text, attention_mask=mask, labels=labels).loss
-        assert mean.item() == pytest.approx(total / count, rel=1e-5)
+        # What stands at padding is nobody's business.
+        text = text.masked_fill(mask == 0, 77)
+        out, grads = summed(model, text, mask)
+        assert_rows(out, mask, alone, side)
+        assert out.loss.item() == pytest.approx(total, rel=1e-5)
+        assert_same_gradients(grads, want, tolerance)
+    model.eval()
+    text, mask = padded(FEW, "both")
+    with torch.no_grad():
+        alone = [model(row[None]) for row in FEW]
+        out = model(text.masked_fill(mask == 0, 77), attention_mask=mask)
+        assert_rows(out, mask, alone, "on both sides")
 
 
 @pairs("branches")
-def test_loss_and_gradients_of_padded_rows(memory: str, family: str) -> None:
+def test_padded_rows(memory: str, family: str) -> None:
+    model = wrapped(memory, family)
+    assert_memory_matters(model, ids(1, 2 * SEGMENT))
     # Ten times the default: a gradient passes many more sums in another order than a logit,
     # and ARMT divides by one of them.
-    sides = ("left", "right") if family == "llama" else ("both",)
-    check_loss_and_gradients(wrapped(memory, family), 10 * TOLERANCE, sides)
+    rows, sides = (ROWS, SIDES) if family == "llama" else (FEW, ("left",))
+    check_padded_rows(model, 10 * TOLERANCE, rows, sides)
 
 
 @pairs("branches", families=("gpt_neox", "gpt2", "opt"))
-def test_gradients_of_padded_rows_in_float64(memory: str, family: str) -> None:
+def test_padded_rows_in_float64(memory: str, family: str) -> None:
     """Where noise cannot hide a mistake (these families' norms do not round to float32)."""
-    check_loss_and_gradients(wrapped(memory, base=build(family).double()), 1e-5)
+    check_padded_rows(wrapped(memory, base=build(family).double()), 1e-5)
 
 
+@pytest.mark.long
 @pairs()
-def test_labels_at_padding_do_not_count(memory: str, family: str) -> None:
+def test_a_loss_is_the_mean_over_rows_without_padding(memory: str, family: str) -> None:
+    """Whether padding has labels or none."""
     model = wrapped(memory, family)
-    for side in ("left", "right", "both"):
-        text, mask = padded(ROWS[:2], side)
-        with torch.no_grad():
+    rows, number = ROWS[:2], {"num_items_in_batch": 1}
+    with torch.no_grad():
+        total = sum(model(r[None], labels=r[None], **number).loss.item() for r in rows)
+        for side in (*SIDES, "both"):
+            text, mask = padded(rows, side)
             ignored = text.masked_fill(mask == 0, -100)
             want = model(text, attention_mask=mask, labels=ignored).loss
             got = model(text, attention_mask=mask, labels=text).loss
-        assert got.item() == pytest.approx(want.item(), rel=1e-6), side
+            assert want.item() == pytest.approx(total / sum(len(r) - 1 for r in rows), rel=1e-5)
+            assert got.item() == pytest.approx(want.item(), rel=1e-6), side
 
 
 @pairs()

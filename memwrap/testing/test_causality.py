@@ -90,6 +90,7 @@ def test_clones_are_independent(memory: str, family: str) -> None:
     assert_same_states(got, other, 0.0)
 
 
+@pytest.mark.long
 def test_a_cancelled_call_leaves_the_state_whole(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

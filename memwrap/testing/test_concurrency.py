@@ -143,7 +143,7 @@ def gradients_of(model: Any, text: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recomputing", [False, True])
+@pytest.mark.parametrize("recomputing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pairs()
 def test_training_beside_reading_and_training(memory: str, family: str, recomputing: bool) -> None:
     """With recomputation the backward pass runs the modules again, and is interrupted too."""

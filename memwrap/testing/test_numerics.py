@@ -71,7 +71,7 @@ def test_a_thousand_segments_of_padding(memory: str, family: str) -> None:
 @pairs()
 def test_training_in_bfloat16(memory: str, family: str) -> None:
     model = wrapped(memory, base=build(family).to(torch.bfloat16)).train()
-    text = text_of(20)
+    text = text_of(10)
     loss = model(text, labels=text).loss
     assert bool(loss.isfinite())
     loss.backward()
@@ -99,7 +99,7 @@ def test_bfloat16_stays_near_float32(memory: str) -> None:
 
 
 def test_autocast(memory: str) -> None:
-    model, text = wrapped(memory).train(), ids(2, 6 * SEGMENT + 3)
+    model, text = wrapped(memory).train(), ids(2, 3 * SEGMENT + 3)
     want = model(text, labels=text).loss
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(text, labels=text).loss
@@ -149,7 +149,8 @@ def test_segments_of_one_token(memory: str, family: str, dtype: torch.dtype) -> 
 
 
 LONGEST = (
-    (300, torch.bfloat16),
+    (150, torch.bfloat16),
+    pytest.param(300, torch.bfloat16, marks=pytest.mark.slow),
     *(pytest.param(10_000, dtype, marks=pytest.mark.full) for dtype in HALVES),
 )
 
@@ -164,7 +165,8 @@ def test_rows_of_one_token_beside_long_ones(
 
 
 EQUAL = (
-    (600, torch.float16),
+    (300, torch.float16),
+    pytest.param(600, torch.float16, marks=pytest.mark.slow),
     *(pytest.param(100_000, dtype, marks=pytest.mark.full) for dtype in HALVES),
 )
 

@@ -35,6 +35,7 @@ def split(x: Tensor) -> tuple[Tensor, ...]:
     return x.split([len(row) for row in DOCUMENTS], 1)
 
 
+@pytest.mark.long
 @pairs()
 def test_a_packed_row_gives_what_its_documents_give(memory: str, family: str) -> None:
     model = wrapped(memory, family)

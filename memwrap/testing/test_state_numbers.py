@@ -150,6 +150,7 @@ def test_more_recent_tokens_than_any_reading_keeps_change_nothing(
         assert_close(model(text, cache=again).logits, model(text, cache=state).logits)
 
 
+@pytest.mark.long
 @pairs()
 def test_states_beside_counted_padding_and_prompts_load(
     memory: str, family: str, tmp_path: Path

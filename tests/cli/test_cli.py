@@ -336,6 +336,7 @@ def test_eval_recall(tmp_path: Path) -> None:
     assert "data:image/png;base64," in (output / "eval" / "recall.html").read_text()
 
 
+@pytest.mark.slow  # `make smoke-newest` asks it too
 def test_doctor(base: Path) -> None:
     output = run("doctor", "--model", base).output
     assert torch.__version__ in output and "ops" in output

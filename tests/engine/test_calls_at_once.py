@@ -74,7 +74,10 @@ def test_two_trainings_with_auxiliary_losses(store: str) -> None:
         assert_same_gradients(gradients_of(model, text), wanted, EXACT)
 
 
-@pytest.mark.parametrize("memory", ["rmt", "armt", "window", "infini"])
+@pytest.mark.parametrize(
+    "memory",
+    ["armt", "window", *(pytest.param(m, marks=pytest.mark.slow) for m in ("rmt", "infini"))],
+)
 def test_the_backbone_alone_beside_a_call(memory: str) -> None:
     """Attention is lent and adapters are switched off for one thread alone."""
     model = wrapped(memory)
@@ -117,7 +120,12 @@ def test_attention_is_looked_at_once() -> None:
     assert model.parts.attention_sizes() is found
 
 
-@pytest.mark.parametrize("memory", [m for m in MEMORIES if memory_class(m).branches])
+BRANCHED = [m for m in MEMORIES if memory_class(m).branches]
+
+
+@pytest.mark.parametrize(
+    "memory", [BRANCHED[0], *(pytest.param(m, marks=pytest.mark.slow) for m in BRANCHED[1:])]
+)
 def test_a_branch_alone_beside_a_call(memory: str) -> None:
     model = wrapped(memory)
     request, branch = Request(model, 0, 1), "recurrent"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import crossed
 from torch import Tensor
 
 import memwrap
@@ -55,8 +56,7 @@ def by_a_mask(attention: LayerAttention, memory: MemoryKeyValues) -> Tensor:
     return attention.function(attention.rotated_query, keys, values, mask)[0]
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "implementation"), crossed(FAMILIES, ["sdpa", "eager"], 1))
 def test_joined_with_biases(
     family: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

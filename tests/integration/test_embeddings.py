@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from small import VOCABULARY, llama, word_tokenizer
+from support import crossed
 from torch import Tensor
 
 import memwrap
@@ -44,8 +45,7 @@ def untied(family: str) -> Any:
 
 @pytest.mark.proof("PEFT's adapters on the embeddings: LoRA, rows, a copy", "peft")
 @pytest.mark.parametrize("memory", ["rmt", "landmark"])
-@pytest.mark.parametrize("family", list(TABLES))
-@pytest.mark.parametrize("kind", list(ADAPTERS))
+@pytest.mark.parametrize(("kind", "family"), crossed(list(ADAPTERS), list(TABLES), 1))
 def test_an_adapter_on_the_embeddings(kind: str, family: str, memory: str, tmp_path: Path) -> None:
     """It begins with the base, changes it, is saved with the memory and merges into it."""
     model = wrapped(memory, base=untied(family))

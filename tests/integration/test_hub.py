@@ -56,6 +56,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(TEXT).logits
 
 
+@pytest.mark.long
 @pytest.mark.proof("Sharing through the Hub's calls (a stand-in for the server)", "huggingface_hub")
 @pytest.mark.parametrize("memory", memwrap.available())
 def test_pushed_and_loaded_by_repo_id(memory: str, hub: Path) -> None:

@@ -49,18 +49,28 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-@pytest.mark.parametrize("update", infini.UPDATES)
+SCANS = [
+    ("ragged", True, True, torch.bfloat16),
+    ("ragged", False, True, torch.float16),
+    ("multi_query", True, False, torch.bfloat16),
+    ("one_token", True, False, torch.float32),
+]
+LONG_SCANS = [
+    pytest.param(*scan, update, marks=pytest.mark.slow)
+    for scan in [("ragged", False, False, torch.float32), ("tiles", False, True, torch.float32)]
+    for update in infini.UPDATES
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "filled", "masked", "dtype"),
+    ("shape", "filled", "masked", "dtype", "update"),
     [
-        pytest.param("ragged", False, False, torch.float32, marks=pytest.mark.slow),
-        ("ragged", True, True, torch.bfloat16),
-        ("ragged", False, True, torch.float16),
-        ("multi_query", True, False, torch.bfloat16),
-        ("one_token", True, False, torch.float32),
-        pytest.param("tiles", False, True, torch.float32, marks=pytest.mark.slow),
+        # The updates in turn, both of them is slow.
+        *(pytest.param(*scan, update, marks=() if (first + second) % 2 else pytest.mark.slow)
+          for first, scan in enumerate(SCANS) for second, update in enumerate(infini.UPDATES)),
+        *LONG_SCANS,
     ],
-)
+)  # fmt: skip
 def test_scans_agree(
     shape: str, filled: bool, masked: bool, dtype: torch.dtype, update: str,
     monkeypatch: pytest.MonkeyPatch,

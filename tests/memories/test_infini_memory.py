@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_pieces_and_padding
+from support import assert_pieces_and_padding, crossed
 
 import memwrap
 from memwrap.backbones import Backbone
@@ -15,8 +15,9 @@ VARIANTS = [{"update": u, "first_segment": f} for u in ("linear", "delta") for f
             ("local_only", "zero_gated")]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "phi3"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
+@pytest.mark.parametrize(
+    ("variant", "family"), crossed(VARIANTS, ["llama", "gemma3", "gpt2", "phi3"], 2)
+)
 def test_pieces_and_padding(family: str, variant: dict) -> None:
     assert_pieces_and_padding(wrapped("infini", family, **variant))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from one_layer import bare_attention
-from support import assert_pieces_and_padding
+from support import assert_pieces_and_padding, crossed
 from torch import Tensor
 
 import memwrap
@@ -102,8 +102,7 @@ def test_a_layer_is_its_formula(step: str, start_with: str) -> None:
     assert_close(got, near + far, 1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=settings_id)
+@pytest.mark.parametrize(("variant", "family"), crossed(VARIANTS, ["llama", "gemma3", "opt"], 1))
 def test_pieces_and_padding(family: str, variant: dict[str, Any]) -> None:
     # Muon makes all directions of a step equally long, those of rounding too (1.2e-4 in float32).
     muon = variant["step"] == "muon"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_pieces_and_padding
+from support import assert_pieces_and_padding, crossed
 from torch import Tensor
 
 import memwrap
@@ -24,8 +24,9 @@ def layer(state: Any, number: int = 0) -> dict[str, Tensor]:
     return state.memories["memorizing"]["layers"][str(number)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "phi3"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    ("variant", "family"), crossed(VARIANTS, ["llama", "gemma2", "gemma3", "gpt2", "phi3"], 2)
+)
 def test_pieces_and_padding(family: str, variant: dict) -> None:
     assert_pieces_and_padding(wrapped("memorizing", family, **variant))
 

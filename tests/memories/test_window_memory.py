@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from support import crossed
 
 import memwrap
 from memwrap.ops.buffers.kept import _KEPT
@@ -55,8 +56,13 @@ def test_segments_do_not_show(segment: int) -> None:
         assert_close(model(text).logits, want, 1e-4)
 
 
-@pytest.mark.parametrize("memory", ["window", "compressive", "ahn", "liger"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt_neox", "phi3", "opt"])
+@pytest.mark.parametrize(
+    ("memory", "family"),
+    crossed(
+        ["window", "compressive", "ahn", "liger"],
+        ["llama", "gemma2", "gemma3", "gpt_neox", "phi3", "opt"], 3,
+    ),
+)  # fmt: skip
 def test_token_by_token_equals_the_whole(memory: str, family: str) -> None:
     """What is kept rotated while a segment is open is what would be rotated anew: rows of unequal
     length, over the ends of segments, with and without gradients, from a copied state too."""

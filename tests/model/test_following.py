@@ -16,8 +16,11 @@ from memwrap.testing.helpers import SEGMENT, error_of, ids, randomise, tiny, wra
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
+OTHER_DTYPES = [pytest.param(d, marks=pytest.mark.long) for d in (torch.float16, torch.float64)]
+
+
 @pytest.mark.parametrize("memory", memwrap.available())
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *OTHER_DTYPES])
 def test_a_cast_model_is_one_of_a_cast_base(memory: str, dtype: torch.dtype) -> None:
     """Bit for bit: the memory keeps float32 (float64 with the backbone), as `wrap` chooses it."""
     text = ids(2, 2 * SEGMENT + 3)

@@ -24,6 +24,8 @@ CHATML = (
     "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 GREEDY = {"temperature": 0, "max_tokens": 12}
+# The server knows no memory by name: one shows it.
+SLOW = [pytest.param(memory, marks=pytest.mark.slow) for memory in ("infllm", "window")]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def tokenizer() -> Any:
     return tokenizer
 
 
-@pytest.fixture(scope="module", params=["armt", "infllm", "window"])
+@pytest.fixture(scope="module", params=["armt", *SLOW])
 def model(request: Any) -> Any:
     if request.param == "armt":
         return memwrap.load("armt-lm", dtype=torch.float32)

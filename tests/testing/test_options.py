@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import memwrap
 from memwrap.testing.families import FAMILIES
 
 # With and without the entry point: an environment may have been made before there was one.
@@ -49,3 +50,17 @@ def test_warnings_are_errors_where_no_project_says_so(tmp_path: Path) -> None:
 def test_what_is_unknown_is_said(tmp_path: Path) -> None:
     found = run(tmp_path, "--memory", "rmtt")
     assert "ERROR: Unknown memory 'rmtt'" in found and "Did you mean 'rmt'?" in found
+
+
+@pytest.mark.slow
+def test_what_is_long_is_slow_on_all_memories_but_few(tmp_path: Path) -> None:
+    """Nothing is lost between the two; a memory that was named is tested whole."""
+
+    def listed(*words: str) -> set[str]:
+        text = run(tmp_path, "--co", "-q", "-k", "test_logits_to_keep", *words)
+        return set(re.findall(r"test_logits_to_keep\[(\w+)-llama\]", text))
+
+    few, others = listed(), listed("-m", "slow and not full")
+    assert 0 < len(few) < 6 < len(others) and not few & others
+    assert few | others == set(memwrap.available())
+    assert "rmt" in others and listed("--memory", "rmt") == {"rmt"}

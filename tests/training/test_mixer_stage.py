@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from support import crossed
 from torch import Tensor
 
 from memwrap.engine.mixer_matching import mixers_matched, softmax_in
@@ -100,8 +101,7 @@ def test_the_loss_is_what_layers_miss_of_the_softmax(name: str) -> None:
     assert got == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", CONVERSIONS)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("name", "side"), crossed(list(CONVERSIONS), ["left", "right"], 1))
 def test_padded_batches_equal_single_rows_in_every_stage(name: str, side: str) -> None:
     """Loss and gradients of mixers, logits and text: the mean over tokens of rows alone."""
     model = converted(name)
