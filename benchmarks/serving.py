@@ -273,26 +273,37 @@ def publish(found: dict[str, Any]) -> None:
     first, second = document["asked_again"], document["usage"][1]
     kept = ("after_kill", "after_kill_while_saving", "same_again", "chat_same")
     same = "yes" if all(document[name] for name in kept) else "**no**"
-    text = "\n".join(found["transcript"]).strip()
-    body = f"""`python benchmarks/serving.py` ({found["machine"]["cpu"]}, one thread on a busy
-machine):
+    text = "\n".join(map(_folded, found["transcript"])).strip()
+    body = f"""`python benchmarks/serving.py` ({found["machine"]["cpu"]}, a thread of a busy machine):
 
 ```console
 {text}
 ```
 
 - The state holds {document["tokens"]:,} tokens in {document["bytes"] / 1e6:,.0f} MB. Of the second
-  question's prompt {_cached(second):,} tokens were cached and {_new(second)} were run; of the
-  first question, asked again, {_new(first)}.
-- After `kill -9`, idle and while a state was being written, a new server gave the same answers
-  from the saved state, and so did `memwrap chat`: {same}.
+  question's prompt {_cached(second):,} tokens were cached and {_new(second)} were run; of the first
+  question, asked again, {_new(first)}.
+- After `kill -9`, idle and while a state was being written, a new server gave the same answers from
+  the saved state, and so did `memwrap chat`: {same}.
 - {clients["clients"]} clients sent {clients["requests"]} requests about {clients["state_tokens"]:,}
-  tokens, to a state and forks of it, every second one streamed, in {clients["seconds"]:.0f} s;
-  {clients["wrong"]} answers differed from those of `generate`."""
+  tokens, to a state and forks of it, every second one streamed ({clients["cpu_seconds"]:.0f} s of a
+  processor); {clients["wrong"]} answers differed from those of `generate`."""
     begin, end = MARKS
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
     PAGE.write_text(f"{before}{begin}\n\n{body}\n\n{end}{after}", encoding="utf-8")
+
+
+def _folded(line: str) -> str:
+    """Break what was typed where it may be broken, and leave out most of a long answer."""
+    if line.startswith("{") and '"choices"' in line:
+        said = json.loads(line)
+        content = json.dumps(said["choices"][0]["message"]["content"])
+        usage = json.dumps(said["usage"]).replace(', "prompt_tokens_d', ',\n  "prompt_tokens_d')
+        return f'{{... "content":{content} ...\n "usage":{usage}}}'
+    for place in (" -d ", " --memory ", " num_sinks", " --state", " --ask"):
+        line = line.replace(place, f" \\\n   {place}", 1)
+    return line.replace('"messages": ', '"messages":\n    ').replace(', "max', ',\n    "max')
 
 
 def _cached(usage: dict[str, Any]) -> int:
