@@ -274,7 +274,8 @@ def publish(found: dict[str, Any]) -> None:
     kept = ("after_kill", "after_kill_while_saving", "same_again", "chat_same")
     same = "yes" if all(document[name] for name in kept) else "**no**"
     text = "\n".join(map(_folded, found["transcript"])).strip()
-    body = f"""`python benchmarks/serving.py` ({found["machine"]["cpu"]}, a thread of a busy machine):
+    cpu = found["machine"]["cpu"]
+    body = f"""`python benchmarks/serving.py` ({cpu}, a thread of a busy machine):
 
 ```console
 {text}

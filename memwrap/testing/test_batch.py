@@ -51,15 +51,18 @@ def assert_rows(out: Any, mask: Tensor, alone: list[Any], label: str) -> None:
 
 
 def check_padded_rows(
-    model: Any, tolerance: float, rows: Sequence[Tensor] = ROWS, sides: Sequence[str] = SIDES
+    model: Any, tolerance: float, rows: list[Tensor] = ROWS, sides: Sequence[str] = SIDES
 ) -> None:
     """Logits, states, the loss and its gradients; where nothing is trained, a few rows again."""
-    alone, want, total = [], {}, 0.0
+    alone: list[Any] = []
+    want: dict[str, Tensor] = {}
+    total = 0.0
     for row in rows:
         single, grads = summed(model, row[None], torch.ones_like(row[None]))
         alone.append(single)
         total += single.loss.item()
-        want = {n: grads.get(n, 0) + want.get(n, 0) for n in {**want, **grads}}
+        for name, gradient in grads.items():
+            want[name] = want[name] + gradient if name in want else gradient
     for side in sides:
         text, mask = padded(rows, side)
         # What stands at padding is nobody's business.
