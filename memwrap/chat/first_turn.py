@@ -24,7 +24,7 @@ def read_document(
     text: str,
     state: MemoryState | None = None,
     *,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> MemoryState:
     """Read a document once, to be asked about many times.
 
@@ -37,7 +37,7 @@ def read_document(
         tokenizer: the model's.
         text: not empty.
         state: continue this one; a document in an open turn is followed by this one.
-        progress: show a bar.
+        progress: show a bar; a text is its name.
 
     Returns:
         The state; `state` stays as it is.

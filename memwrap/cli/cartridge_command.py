@@ -37,7 +37,7 @@ def train_cartridge_of(
     named = [f"{n}={'null' if v is None else v}" for n, v in memory.items()]
     loaded = load_model(model, None, "compact", named)
     tokenizer = load_tokenizer(model, loaded)
-    trained = train_cartridge(loaded, tokenizer, "\n\n".join(texts), settings, typer.echo)
+    trained = train_cartridge(loaded, tokenizer, "\n\n".join(texts.values()), settings, typer.echo)
     folder = output or Path("cartridge")
     folder.mkdir(parents=True, exist_ok=True)
     trained.state.save(folder / STATE)

@@ -74,7 +74,7 @@ def chat(
         raise ValueError("`--max-new-tokens` must be at least 1, `--temperature` 0 or more.")
     files, settings = files_and_settings(words)
     files = [*(read or []), *files]
-    texts = read_texts(files) if files else []
+    texts = read_texts(files) if files else {}
     loaded = load_model(model, dtype, memory, settings)
     tokenizer = load_tokenizer(model, loaded)
     current = memwrap.MemoryState.load(state, loaded) if state is not None else None
@@ -92,7 +92,7 @@ def chat(
     _converse(talk, _streamer(tokenizer))
 
 
-def read_texts(names: list[str]) -> list[str]:
+def read_texts(names: list[str]) -> dict[Path, str]:
     """Read files and folders, say what was left out and end with a count.
 
     Raises:
@@ -119,10 +119,10 @@ def read_texts(names: list[str]) -> list[str]:
     left = f", {len(problems)} left out" if problems else ""
     files = "1 file" if len(texts) == 1 else f"{len(texts)} files"
     typer.echo(f"{files}{left}, {sum(map(len, texts.values())):,} characters", err=True)
-    return list(texts.values())
+    return texts
 
 
-def _into(model: Any, tokenizer: Any, texts: list[str], state: Any, passes: int) -> Any:
+def _into(model: Any, tokenizer: Any, texts: dict[Path, str], state: Any, passes: int) -> Any:
     """Read texts one after the other, all of them `passes` times; say what it took."""
     from memwrap.chat import read_document
     from memwrap.model.text_reading import check_passes
@@ -130,8 +130,8 @@ def _into(model: Any, tokenizer: Any, texts: list[str], state: Any, passes: int)
     check_passes(model.memories, passes)
 
     start, before = time.monotonic(), 0 if state is None else int(state.tokens_seen[0])
-    for text in texts * passes:
-        state = read_document(model, tokenizer, text, state, progress=True)
+    for path, text in [*texts.items()] * passes:
+        state = read_document(model, tokenizer, text, state, progress=path.name)
     number, seconds = int(state.tokens_seen[0]) - before, time.monotonic() - start
     typer.echo(
         f"read {number:,} tokens in {seconds:.1f} s; the memory holds {state.nbytes / 1e6:.1f} MB",

@@ -26,7 +26,7 @@ class ReadingMixin:
         tokenizer: Any = None,
         state: MemoryState | None = None,
         passes: int = 1,
-        progress: bool = False,
+        progress: bool | str = False,
     ) -> MemoryState:
         """Read without computing logits, in space that does not grow with the text.
 
@@ -45,7 +45,7 @@ class ReadingMixin:
             state: continue this one; it stays as it is.
             passes: 2 reads the text twice, as if it stood there twice: what a memory of fixed size
                 keeps, it then chooses knowing the whole. All counts are of both.
-            progress: show a bar over segments.
+            progress: show a bar over segments; a text is its name.
 
         Returns:
             The state after the text.
@@ -60,8 +60,10 @@ class ReadingMixin:
         inputs = model._inputs(ids.to(model.device), None, mask)
         old = unmarked(model._state_of(state, inputs, mask, hold_open=False).clone())
 
+        name = progress if isinstance(progress, str) else "reading"
+
         def bar(steps: Any) -> Any:
-            return tqdm(steps, desc="reading", unit="segment", disable=not progress)
+            return tqdm(steps, desc=name, unit="segment", disable=not progress)
 
         new = old
         for _ in range(passes):

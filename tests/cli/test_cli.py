@@ -191,6 +191,7 @@ def test_any_model_takes_a_memory(base: Path, document: Path, tmp_path: Path) ->
     result = run("read", base, document, tmp_path, "-o", state, *words)
     assert "left out:" in result.stderr and "bad.pdf" in result.stderr
     assert "2 files, 1 left out" in result.stderr
+    assert "page.html: 100%" in result.stderr, "the bar has the name of the file that is read"
     ask = ("--max-new-tokens", "4", "--ask", "Line 3:")
     first = run("chat", base, *words, "--state", state, *ask).stdout
     again = run("chat", base, "--read", document, tmp_path / "page.html", *words, *ask).stdout
