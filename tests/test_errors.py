@@ -242,6 +242,7 @@ def test_other_arguments(model: Any) -> None:
             pass
 
 
+@pytest.mark.long
 def test_states_that_do_not_fit(model: Any) -> None:
     memory = model.memory_configs[0].name
     state = model.read(ids(1, 11))

@@ -172,7 +172,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", help="Folder for pictures and results.")] = Path(
         "demo-output"
     ),
-    minutes: Annotated[float, typer.Option(help="Stop beginning new parts after so many.")] = 6.0,
+    minutes: Annotated[float, typer.Option(help="How long it may take, once it is started.")] = 5.8,
 ) -> None:
     """Read a long document with a real model, ask about it, and measure the memory."""
     from memwrap.cli import demo as room

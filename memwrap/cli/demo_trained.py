@@ -26,6 +26,11 @@ CHANGES: tuple[str, ...] = ()
 """How the recipe is run from scratch, beside its time."""
 
 
+def shipped() -> Path | None:
+    """Find the shipped memory."""
+    return asset(ADAPTER)
+
+
 def trained(base: Any, tokenizer: Any) -> dict[str, Any] | None:
     """Measure the shipped memory on texts of some segments with facts in them.
 
@@ -36,7 +41,7 @@ def trained(base: Any, tokenizer: Any) -> dict[str, Any] | None:
     Returns:
         Accuracies by curve and length, or None if no memory is shipped.
     """
-    place = asset(ADAPTER)
+    place = shipped()
     if place is None:
         return None
     model = memwrap.load(place, base).eval()
@@ -95,4 +100,4 @@ def said_of(training: dict[str, Any]) -> str:
     )
 
 
-__all__ = ["ADAPTER", "said_of", "trained", "trained_anew"]
+__all__ = ["ADAPTER", "said_of", "shipped", "trained", "trained_anew"]

@@ -42,11 +42,10 @@ class SideBySide:
         finally:
             self.models.put(model)
 
-    def end(self) -> Any:
-        """Wait for what was begun, let what was not be; returns one of the models."""
+    def end(self) -> None:
+        """Wait for what was begun, and let what was not be."""
         self.pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self.threads)
-        return self.models.get()
 
 
 __all__ = ["SideBySide"]

@@ -71,6 +71,8 @@ def check_padded_rows(
         assert_rows(out, mask, alone, side)
         assert out.loss.item() == pytest.approx(total, rel=1e-5)
         assert_same_gradients(grads, want, tolerance)
+    if rows is not ROWS:
+        return
     model.eval()
     text, mask = padded(FEW, "both")
     with torch.no_grad():

@@ -75,6 +75,7 @@ def test_sampling_equals_recomputation(memory: str, family: str) -> None:
     assert not torch.equal(model.generate(prompt, **NO_END, do_sample=True, top_k=0), got)
 
 
+@pytest.mark.long
 @pairs()
 def test_beams_equal_recomputation(memory: str, family: str) -> None:
     model = wrapped(memory, family)
@@ -162,6 +163,7 @@ def test_continuing_a_state(memory: str, family: str) -> None:
         assert torch.equal(got, ref[:, book.shape[1] :]), rows
 
 
+@pytest.mark.long
 @pairs()
 def test_one_state_serves_a_batch_of_questions(memory: str, family: str) -> None:
     model, book = wrapped(memory, family), ids(1, 2 * SEGMENT + 5)
@@ -176,6 +178,7 @@ def test_one_state_serves_a_batch_of_questions(memory: str, family: str) -> None
     assert state.batch_size == 1
 
 
+@pytest.mark.long
 @pairs()
 def test_generated_text_is_remembered(memory: str, family: str) -> None:
     model, prompt = wrapped(memory, family), ids(1, SEGMENT + 5)

@@ -68,6 +68,7 @@ def test_a_thousand_segments_of_padding(memory: str, family: str) -> None:
     assert out.cache.segments.tolist() == [0]
 
 
+@pytest.mark.long
 @pairs()
 def test_training_in_bfloat16(memory: str, family: str) -> None:
     model = wrapped(memory, base=build(family).to(torch.bfloat16)).train()
@@ -140,6 +141,7 @@ def test_large_parameters_beside_float16(memory: str, family: str) -> None:
 KINDS = (torch.float32, *(pytest.param(d, marks=pytest.mark.full) for d in HALVES))
 
 
+@pytest.mark.long
 @pairs()
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_segments_of_one_token(memory: str, family: str, dtype: torch.dtype) -> None:
@@ -155,6 +157,7 @@ LONGEST = (
 )
 
 
+@pytest.mark.long
 @pairs()
 @pytest.mark.parametrize(("longest", "dtype"), LONGEST, ids=str)
 def test_rows_of_one_token_beside_long_ones(

@@ -75,7 +75,7 @@ def test_any_chunk_sizes(memory: str, family: str, sizes: list[int]) -> None:
     assert_same_states(other, state)
 
 
-@pairs("branches", families=("llama", "gemma2", "gemma3", "gpt2"))
+@pairs("places", families=("llama", "gemma2", "gemma3", "gpt2"))
 def test_eager_attention_too(memory: str, family: str) -> None:
     base = build(family, attention="eager")
     model, text = wrapped(memory, base=base), ids(2, TOTAL)

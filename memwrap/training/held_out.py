@@ -9,16 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from memwrap.engine.inputs import check_inputs
+from memwrap.memories.protocol import LogitsMemory
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.tasks import task
 from memwrap.training.batches import IGNORED
 
 ROWS, TOKENS = 16, 8192
 """Rows that are read, and the most tokens of all together (but at least two rows)."""
+TOGETHER = 1024
+"""Tokens that are read in one batch, of rows that are shorter; padding counts."""
 Row = dict[str, Tensor]
 
 
@@ -80,34 +86,68 @@ def memory_gain(
     model.eval()
     losses: list[tuple[float, float]] = []
     size = model.segment_size
+    pairs = [(row["input_ids"], row.get("labels", row["input_ids"]).clone()) for row in rows]
+    for _, labels in pairs:
+        labels[: size + 1] = IGNORED
+    judged = [(ids, labels) for ids, labels in pairs if bool((labels != IGNORED).any())]
     try:
-        for row in tqdm(rows, desc="held-out", unit="row", disable=not progress):
-            ids = row["input_ids"][None].to(model.device)
-            labels = row.get("labels", row["input_ids"]).clone()[None].to(model.device)
-            labels[:, : size + 1] = IGNORED
-            if not bool((labels != IGNORED).any()):
-                continue
-            on, off = (
-                model(
-                    ids, labels=labels, memory_control=control, use_cache=False,
-                    return_logits=False, output_router_logits=False,
-                ).loss
-                for control in (None, "off")
-            )  # fmt: skip
-            losses.append((float(on), float(off)))
+        with tqdm(total=len(judged), desc="held-out", unit="row", disable=not progress) as bar:
+            for part in _batches(model, judged):
+                on, off = (_losses(model, part, control) for control in (None, "off"))
+                losses += zip(on, off, strict=True)
+                bar.update(len(part))
     finally:
         model.train(was_training)
     if len(losses) < 2:
         return {}
-    pairs = torch.tensor(losses, dtype=torch.float64)
-    gains = pairs[:, 1] - pairs[:, 0]
+    found = torch.tensor(losses, dtype=torch.float64)
+    gains = found[:, 1] - found[:, 0]
     return {
-        "memory_on": float(pairs[:, 0].mean()),
-        "memory_off": float(pairs[:, 1].mean()),
+        "memory_on": float(found[:, 0].mean()),
+        "memory_off": float(found[:, 1].mean()),
         "memory_gain": float(gains.mean()),
         "memory_gain_error": float(gains.std() / len(gains) ** 0.5),
         "held_out_rows": len(losses),
     }
+
+
+def _batches(
+    model: MemoryModelForCausalLM, rows: list[tuple[Tensor, Tensor]]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Group rows of ids and labels that are read together, of a few tokens in all; one at a time
+    where a memory takes part in the logits."""
+    alone = any(isinstance(memory, LogitsMemory) for memory in model.memories.values())
+    batches: list[list[tuple[Tensor, Tensor]]] = []
+    for row in sorted(rows, key=lambda row: len(row[0])):
+        if batches and not alone and (len(batches[-1]) + 1) * len(row[0]) <= TOGETHER:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _losses(
+    model: MemoryModelForCausalLM, rows: list[tuple[Tensor, Tensor]], control: str | None
+) -> list[float]:
+    """Compute the mean loss of each row's targets."""
+    if len(rows) == 1:
+        ids, labels = (x[None].to(model.device) for x in rows[0])
+        return [float(model(
+            ids, labels=labels, memory_control=control, use_cache=False, return_logits=False,
+            output_router_logits=False,
+        ).loss)]  # fmt: skip
+    ids = pad_sequence([ids for ids, _ in rows], batch_first=True).to(model.device)
+    mask = pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True)
+    inputs = check_inputs(ids, None, mask.to(model.device))
+    state = model.new_state(len(rows))
+    hidden = model.loop()(inputs, state, hidden_from=0, keep_open=False, control=control).hidden
+    means = []
+    for row, (_, labels) in zip(hidden, rows, strict=True):  # type: ignore[arg-type]
+        places = (labels[1:] != IGNORED).nonzero()[:, 0]
+        logits = model._logits(row[None, places.to(row.device)], 0)[0]
+        targets = labels[1:][places].to(logits.device)
+        means.append(float(cross_entropy(logits.float(), targets)))
+    return means
 
 
 def gain_in_words(about: dict[str, Any]) -> tuple[str, str | None]:

@@ -93,7 +93,8 @@ def test_answers_inside_the_text(
         assert cells[0].answers == 2 * len(sample.answers)
 
 
-@pytest.mark.parametrize("name", [pytest.param("told_facts", marks=pytest.mark.slow), "passkey"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["told_facts", "passkey"])
 def test_texts_read_together_are_answered_as_each_alone(
     name: str,
     model: MemoryModelForCausalLM,

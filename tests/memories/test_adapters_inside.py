@@ -35,6 +35,7 @@ def test_cases() -> None:
     assert having >= {"armt", "hmt", "memory_decoder", "memoryprompt", "neurocache", "rmt"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("memory", "more"), CASES)
 def test_every_adapter_counts(memory: str, more: dict[str, Any]) -> None:
     text = ids(1, 43)

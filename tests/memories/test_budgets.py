@@ -31,6 +31,7 @@ def others(config: MemoryConfig, name: str) -> list[MemoryConfig]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_field_is_refused_or_gives_a_valid_state(memory: str, tmp_path: Path) -> None:
     """Refused because the signature differs; valid: read on, joined, saved, loaded, closed."""

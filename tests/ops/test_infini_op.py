@@ -125,7 +125,7 @@ def test_any_sizes(
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("update", infini.UPDATES)
-@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("filled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradcheck(name: str, update: str, filled: bool) -> None:
     """Through reads, writes, the first memory and the last; over three segments, the last short."""
     leaves = [x.requires_grad_() for x in inputs(2, 2, 1, 5, 2, 2, filled=True, dtype=DOUBLE)]

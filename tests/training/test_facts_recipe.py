@@ -21,7 +21,8 @@ from memwrap.tasks import task
 from memwrap.tasks.base import FIRST_SEED
 from memwrap.tasks.told import NAMES, PLACES, THINGS, shared_out
 from memwrap.testing.families import build
-from memwrap.testing.helpers import assert_close, error_of, ids
+from memwrap.testing.helpers import assert_close, error_of, ids, wrapped
+from memwrap.training import held_out
 from memwrap.training.finetune import build_model, run_recipe
 from memwrap.training.held_out import few, gain_in_words, held_back, memory_gain, task_rows
 from memwrap.training.recipe import load_recipe
@@ -174,6 +175,19 @@ def test_gain_is_zero_where_memory_gives_nothing(tokenizer: Any) -> None:
     )
     assert gain_in_words({}) == ("", None)
     assert "not measured" in gain_in_words({"held_out_rows": 0})[0]
+
+
+@pytest.mark.parametrize("memory", ["armt", "rmt", "window"])
+def test_rows_are_judged_together_as_alone(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(memory)
+    rows = [{"input_ids": ids(1, n, seed=n)[0]} for n in (33, 70, 21, 46)]
+    rows[1]["labels"] = rows[1]["input_ids"].masked_fill(torch.arange(70) < 60, -100)
+    together = memory_gain(model, rows)
+    monkeypatch.setattr(held_out, "TOGETHER", 0)
+    alone = memory_gain(model, rows)
+    assert together["held_out_rows"] == alone["held_out_rows"] == 4
+    assert together == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    assert abs(together["memory_gain"]) > 1e-3, "the memory does not matter here"
 
 
 def test_rows_that_are_held_back() -> None:

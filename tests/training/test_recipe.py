@@ -25,7 +25,6 @@ from memwrap.training.sections import DataSection, RecallSection, TasksSection, 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REAL = [r for r in RECIPES if re.search(r"^  name: \S+/\S+$", r.read_text(), re.MULTILINE)]
-FEW = {"lolcats", "compressive_lora"}  # of two stages, with a loss
 SECTIONS = ("model", "lora", "data", "recall", "tasks", "trainer", "pretrain")
 # Any recipe, brought down to a run of seconds.
 SMALL = [
@@ -217,10 +216,8 @@ def small(recipe: str, base: Path, documents: Path, output: Path, *more: str) ->
     return load_recipe(path, [*own, *SMALL, *memory, *more])
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [r.stem if r.stem in FEW else pytest.param(r.stem, marks=pytest.mark.slow) for r in REAL],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [r.stem for r in REAL])
 def test_a_real_models_recipe_runs(
     recipe: str, base: Path, documents: Path, tmp_path: Path
 ) -> None:
