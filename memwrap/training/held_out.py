@@ -100,11 +100,11 @@ def memory_gain(
         model.train(was_training)
     if len(losses) < 2:
         return {}
-    found = torch.tensor(losses, dtype=torch.float64)
-    gains = found[:, 1] - found[:, 0]
+    values = torch.tensor(losses, dtype=torch.float64)
+    gains = values[:, 1] - values[:, 0]
     return {
-        "memory_on": float(found[:, 0].mean()),
-        "memory_off": float(found[:, 1].mean()),
+        "memory_on": float(values[:, 0].mean()),
+        "memory_off": float(values[:, 1].mean()),
         "memory_gain": float(gains.mean()),
         "memory_gain_error": float(gains.std() / len(gains) ** 0.5),
         "held_out_rows": len(losses),
