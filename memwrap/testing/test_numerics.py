@@ -178,6 +178,7 @@ EQUAL = (
 LENGTHS = ("segment_size", "window_size", "block_size", "retrieval_interval")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("tokens", "dtype"), EQUAL, ids=str)
 def test_equal_tokens(memory: str, tokens: int, dtype: torch.dtype) -> None:
     config, times = tiny(memory), 2 if tokens < 10_000 else 32

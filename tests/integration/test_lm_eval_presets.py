@@ -200,6 +200,7 @@ def check_choices(lm: Any, sample: dict[str, Any]) -> None:
         assert float(response) == pytest.approx(float(logits[wanted[0]]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_chat_templates_and_examples_stand_in_one_turn(found: dict[str, Any]) -> None:
     prompt = found["babilong"]["samples"]["babilong_qa1"][0]["arguments"][0][0]
     assert prompt.count("user: ") == 1 and prompt.count("Where is ") == 3

@@ -89,7 +89,13 @@ def more(name: str, batch: int, queries: int, tokens: int, block_size: int) -> d
         ((2, 2, 1, 67, 67, 8), 15, "documents valid", torch.float32),  # landmark inside the tile
         ((1, 1, 1, 81, 81, 16), 16, "", torch.bfloat16),  # landmark beside the tile
         ((1, 2, 1, 21, 87, 8), 40, "places", torch.float32),  # history; two tiles a section
-        ((1, 1, 1, 60, 200, 16), 66, "documents places valid", torch.float16),
+        pytest.param(
+            (1, 1, 1, 60, 200, 16),
+            66,
+            "documents places valid",
+            torch.float16,
+            marks=pytest.mark.slow,
+        ),
         ((1, 3, 1, 1, 12, 5), 3, "", torch.float32),  # one query
         ((1, 1, 1, 9, 9, 3), 1, "", torch.float32),
     ],

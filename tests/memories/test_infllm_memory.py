@@ -213,8 +213,15 @@ def test_offloading_changes_no_bit() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pays", [True, None])  # None: in some layers alone
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(
+    ("pays", "offload"),  # None: in some layers alone
+    [
+        (True, False),
+        (None, True),
+        pytest.param(None, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_groups_of_queries_read_their_units_apart(
     monkeypatch: pytest.MonkeyPatch, pays: bool | None, offload: bool
 ) -> None:

@@ -36,13 +36,14 @@ def test_tensors_on_a_gpu_take_the_kernels() -> None:
             assert current_backend(there) == name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels may be chosen")
 @pytest.mark.parametrize(
     ("interpret", "hide", "words"),
     [
         ("0", "", "need a GPU"),
-        pytest.param("1", "", "chosen: triton", marks=pytest.mark.slow),
-        pytest.param("1", "triton", "not installed", marks=pytest.mark.slow),
+        ("1", "", "chosen: triton"),
+        ("1", "triton", "not installed"),
     ],
 )
 def test_choosing_the_kernels(interpret: str, hide: str, words: str) -> None:

@@ -135,10 +135,8 @@ def test_reading_is_training(kind: str) -> None:
         assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [kind if kind == "slots" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_compiled_whole(kind: str) -> None:
     """The fast torch way in one graph, forward and backward, weak gates taken for strong ones."""
     torch._dynamo.reset()

@@ -483,7 +483,7 @@ def losses_of(trainer: MemoryTrainer) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_resume_repeats_the_run(
     tmp_path: Path, lora: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
