@@ -87,7 +87,7 @@ def test_padded_rows(memory: str, family: str) -> None:
     assert_memory_matters(model, ids(1, 2 * SEGMENT))
     # Ten times the default: a gradient passes many more sums in another order than a logit,
     # and ARMT divides by one of them.
-    rows, sides = (ROWS, SIDES) if family == "llama" else (FEW, ("left",))
+    rows, sides = (ROWS, SIDES) if family == "llama" else (FEW, ("both",))
     check_padded_rows(model, 10 * TOLERANCE, rows, sides)
 
 

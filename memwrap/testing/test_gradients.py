@@ -31,8 +31,7 @@ from memwrap.testing.helpers import (
 # transformers 5.23 has another name for checkpointing, older versions only this one.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
-SEGMENTS = 3
-TEXT = ids(2, SEGMENTS * SEGMENT + 3)
+TEXT = ids(2, 3 * SEGMENT + 3)
 
 
 def gradients_of(model: Any, text: Tensor = TEXT, **kwargs: Any) -> tuple[float, dict]:
@@ -60,19 +59,25 @@ def unrolled(model: Any, text: Tensor, window: int | None) -> tuple[float, dict]
 
 
 @pairs()
-def test_truncation_equals_an_unrolled_graph(memory: str, family: str) -> None:
+@pytest.mark.parametrize(
+    ("segments", "windows"), [(3, (1, 2)), pytest.param(4, (1, 2, 3), marks=pytest.mark.slow)]
+)
+def test_truncation_equals_an_unrolled_graph(
+    memory: str, family: str, segments: int, windows: tuple[int, ...]
+) -> None:
     model = wrapped(memory, family)
     assert_memory_matters(model, ids(1, 2 * SEGMENT))
-    full = gradients_of(model)
+    text = ids(2, segments * SEGMENT + 3)
+    full = gradients_of(model, text)
     # A state carries gradients between calls where nothing cuts it.
-    loss, got = unrolled(model, TEXT, None)
+    loss, got = unrolled(model, text, None)
     assert loss == pytest.approx(full[0], rel=1e-5)
     assert_same_gradients(got, full[1], 3e-4)
-    _, got = gradients_of(wrapped(memory, family, bptt_segments=SEGMENTS + 1))
+    _, got = gradients_of(wrapped(memory, family, bptt_segments=segments + 1), text)
     assert_same_gradients(got, full[1], 1e-6)
-    for window in (1, 2):
-        reference = unrolled(model, TEXT, window)
-        loss, got = gradients_of(wrapped(memory, family, bptt_segments=window))
+    for window in windows:
+        reference = unrolled(model, text, window)
+        loss, got = gradients_of(wrapped(memory, family, bptt_segments=window), text)
         assert loss == pytest.approx(reference[0], rel=1e-5) == pytest.approx(full[0], rel=1e-5)
         assert_same_gradients(got, reference[1], 3e-4)
         assert differ(got, full[1]), f"truncation to {window} changes nothing: no proof"

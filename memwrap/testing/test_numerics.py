@@ -72,7 +72,7 @@ def test_a_thousand_segments_of_padding(memory: str, family: str) -> None:
 @pairs()
 def test_training_in_bfloat16(memory: str, family: str) -> None:
     model = wrapped(memory, base=build(family).to(torch.bfloat16)).train()
-    text = text_of(10)
+    text = text_of(20)
     loss = model(text, labels=text).loss
     assert bool(loss.isfinite())
     loss.backward()
@@ -100,7 +100,7 @@ def test_bfloat16_stays_near_float32(memory: str) -> None:
 
 
 def test_autocast(memory: str) -> None:
-    model, text = wrapped(memory).train(), ids(2, 3 * SEGMENT + 3)
+    model, text = wrapped(memory).train(), ids(2, 6 * SEGMENT + 3)
     want = model(text, labels=text).loss
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(text, labels=text).loss

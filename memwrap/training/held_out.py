@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from memwrap.engine.inputs import check_inputs
-from memwrap.memories.protocol import LogitsMemory
+from memwrap.memories.protocol import InsertsTokens, LogitsMemory
 from memwrap.model.memory_model import MemoryModelForCausalLM
 from memwrap.tasks import task
 from memwrap.training.batches import IGNORED
@@ -115,8 +115,9 @@ def _batches(
     model: MemoryModelForCausalLM, rows: list[tuple[Tensor, Tensor]]
 ) -> list[list[tuple[Tensor, Tensor]]]:
     """Group rows of ids and labels that are read together, of a few tokens in all; one at a time
-    where a memory takes part in the logits."""
-    alone = any(isinstance(memory, LogitsMemory) for memory in model.memories.values())
+    where a memory takes part in the logits, or inserts tokens, which are targets too."""
+    memories = model.memories.values()
+    alone = any(isinstance(memory, LogitsMemory | InsertsTokens) for memory in memories)
     batches: list[list[tuple[Tensor, Tensor]]] = []
     for row in sorted(rows, key=lambda row: len(row[0])):
         if batches and not alone and (len(batches[-1]) + 1) * len(row[0]) <= TOGETHER:

@@ -165,10 +165,13 @@ def test_a_slow_machine_is_told_what_was_left_out(
 
 
 @pytest.mark.parametrize(
-    ("longer", "told"), [((), FACTS), (demo.LONGER, (*FACTS, *FURTHER))], ids=["usual", "longer"]
+    ("longer", "told", "tolerance"),
+    # Depths count sentences, and the few very long ones of the manual come late.
+    [((), FACTS, 0.06), (demo.LONGER, (*FACTS, *FURTHER), 0.1)],
+    ids=["usual", "longer"],
 )
 def test_facts_stand_where_they_are_planted(
-    longer: tuple[int, ...], told: tuple[Fact, ...]
+    longer: tuple[int, ...], told: tuple[Fact, ...], tolerance: float
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(asset("tiny-lm"))
     parts = demo_texts.parts(tokenizer, (2000, 8000, 16000, *longer))
@@ -177,8 +180,7 @@ def test_facts_stand_where_they_are_planted(
         assert abs(len(tokenizer(document).input_ids) / length - 1) < 0.1
         for fact, depth in zip(facts, demo_texts.depths(len(facts)), strict=True):
             assert document.count(fact.sentence) == 1
-            # Depths count sentences, and these differ in length.
-            assert abs(document.index(fact.sentence) / len(document) - depth) < 0.1
+            assert abs(document.index(fact.sentence) / len(document) - depth) < tolerance
     sentences = [fact.sentence for facts in parts.facts for fact in facts]
     assert sorted(sentences) == sorted({fact.sentence for fact in told})
     for fact in told:

@@ -76,7 +76,7 @@ def leaves(
         ((1, 1, 1, 80, 40, 70), "vector", 0.05, torch.float32),  # two chunks, tiles of channels
         ((1, 2, 1, 37, 20, 9), "vector", 40.0, torch.float32),  # gates that forget all
         ((1, 3, 1, 21, 5, 7), "vector", 1.0, torch.bfloat16),
-        ((1, 2, 1, 70, 36, 5), "number", 0.3, torch.float32),
+        ((2, 2, 1, 70, 36, 5), "number", 0.3, torch.float32),
         ((1, 1, 1, 18, 4, 4), "number", 30.0, torch.float16),
         ((1, 2, 1, 70, 5, 40), "", 0.0, torch.float32),
         ((1, 1, 1, 1, 1, 1), "vector", 1.0, torch.float32),

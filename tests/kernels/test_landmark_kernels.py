@@ -88,9 +88,9 @@ def more(name: str, batch: int, queries: int, tokens: int, block_size: int) -> d
         ((1, 2, 1, 23, 23, 20), 4, "", torch.float32),  # many sections a tile, a partial one
         ((2, 2, 1, 67, 67, 8), 15, "documents valid", torch.float32),  # landmark inside the tile
         ((1, 1, 1, 81, 81, 16), 16, "", torch.bfloat16),  # landmark beside the tile
-        ((1, 2, 1, 21, 87, 8), 40, "places", torch.float32),  # history; two tiles a section
+        ((2, 2, 1, 21, 87, 8), 40, "places", torch.float32),  # history; two tiles a section
         pytest.param(
-            (1, 1, 1, 60, 200, 16),
+            (2, 1, 1, 60, 200, 16),
             66,
             "documents places valid",
             torch.float16,

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support import MEMORIES
 from torch import nn
 
 from memwrap.model.memory_model import MEMORY_CHILD
 from memwrap.testing.helpers import assert_close, error_of, ids, wrapped
-from tests.support import MEMORIES
 
 # peft asks transformers by the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is:FutureWarning")

@@ -177,7 +177,7 @@ def test_gain_is_zero_where_memory_gives_nothing(tokenizer: Any) -> None:
     assert "not measured" in gain_in_words({"held_out_rows": 0})[0]
 
 
-@pytest.mark.parametrize("memory", ["armt", "rmt", "window"])
+@pytest.mark.parametrize("memory", ["armt", "hmt", "landmark", "memory_decoder", "rmt", "window"])
 def test_rows_are_judged_together_as_alone(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped(memory)
     rows = [{"input_ids": ids(1, n, seed=n)[0]} for n in (33, 70, 21, 46)]
